@@ -1,0 +1,85 @@
+"""Draw pictures from prompts: `python -m examples.shapes.sample "red circle left" "blue cross top and white square right"`.
+
+A plain sampler in torch and diffusers, to look at the model itself, without anything of SWS in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from examples.shapes import prompts
+
+HERE = Path(__file__).resolve().parent
+
+
+def load_unet(folder: Path = HERE) -> Any:
+    """The trained diffusers UNet2DConditionModel of `folder/unet`, float32, in eval mode."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
+
+
+@torch.no_grad()
+def sample(
+    unet: Any, wanted: Sequence[str], steps: int = 25, guidance: float = 3.0, seed: int = 0, folder: Path = HERE
+) -> npt.NDArray[np.float32]:
+    """Pictures of prompts: float32 [len(wanted), 3, 32, 32] in [-1, 1].
+
+    `steps` Euler steps with the scheduler of `folder/scheduler`; `guidance` is the scale of classifier-free guidance
+    (1 is none). The initial noise of prompt i depends on `seed` and i only. Raises PromptError for an unknown prompt.
+    """
+    from diffusers import EulerDiscreteScheduler
+
+    words = torch.from_numpy(prompts.embed_all([*wanted, *[""] * len(wanted)]))
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(steps)
+    side = unet.config.sample_size
+    noise = [torch.randn(3, side, side, generator=torch.Generator().manual_seed(seed * 1000 + i)) for i in range(len(wanted))]
+    latents = torch.stack(noise) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        told, untold = unet(torch.cat([scaled, scaled]), timestep, words, return_dict=False)[0].chunk(2)
+        latents = scheduler.step(untold + guidance * (told - untold), timestep, latents, return_dict=False)[0]
+    return latents.clamp(-1.0, 1.0).numpy()
+
+
+def to_grid(pictures: npt.NDArray[np.float32], columns: int = 8, scale: int = 4) -> Image.Image:
+    """One RGB image of pictures [N, 3, H, W] in [-1, 1], row by row, each enlarged `scale` times, 1 pixel apart."""
+    count, _, height, width = pictures.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 24, dtype=np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
+        pixels = np.clip((picture.transpose(1, 2, 0) + 1.0) * 127.5, 0.0, 255.0).round().astype(np.uint8)
+        sheet[top : top + height, left : left + width] = pixels
+    image = Image.fromarray(sheet)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="+", help="for example 'red circle left'")
+    parser.add_argument("--out", type=Path, default=Path("shapes.png"))
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        pictures = sample(load_unet(), arguments.prompt, arguments.steps, arguments.guidance, arguments.seed)
+    except prompts.PromptError as error:
+        sys.exit(f"sample: {error}")
+    to_grid(pictures, columns=min(8, len(pictures))).save(arguments.out)
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
