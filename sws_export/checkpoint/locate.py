@@ -1,0 +1,215 @@
+"""From the path a user names to the weight files and the configurations around them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sws_export.checkpoint.config import UNET_CLASS, read_json
+from sws_export.errors import CheckpointError
+
+_STEM = "diffusion_pytorch_model"
+_SUFFIX = ".safetensors"
+_INDEX = ".safetensors.index.json"
+_PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+
+
+@dataclass(frozen=True)
+class Location:
+    """Files that belong to one UNet.
+
+    `weights` are in the order of their names; `index` is the shard index, `config` a config.json beside the
+    weights, `pipeline` the directory of the pipeline the UNet is part of. Each of these may be None.
+    """
+
+    weights: tuple[Path, ...]
+    index: Path | None
+    config: Path | None
+    pipeline: Path | None
+    remarks: tuple[str, ...] = ()
+
+
+def locate(path: Path, variant: str | None = None) -> Location:
+    """Find the weights that `path` means: a file, a shard index, a UNet directory or a pipeline directory.
+
+    `variant` chooses among `diffusion_pytorch_model.<variant>.safetensors` files, as in diffusers; without
+    it the file without a variant is taken, or the only one there is.
+
+    Raises:
+        CheckpointError: There is no such file, no UNet in the directory, several to choose from, or a file
+            of a kind that is not read.
+    """
+    if path.is_dir():
+        return _locate_in_directory(path, variant)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; name a .safetensors file or a diffusers directory")
+    if path.suffix.lower() in _PICKLES:
+        raise CheckpointError(_pickle_message(path))
+    if path.name.endswith(".index.json") or (_SUFFIX + ".index.") in path.name:
+        return _with_index(path, path.parent, ())
+    if path.suffix.lower() != _SUFFIX:
+        raise CheckpointError(
+            f"{path}: files of type '{path.suffix or path.name}' are not read; "
+            "name a .safetensors file, a shard index (.safetensors.index.json) or a diffusers directory"
+        )
+    return Location((path,), None, _existing(path.parent / "config.json"), _pipeline_of(path.parent))
+
+
+def _locate_in_directory(directory: Path, variant: str | None) -> Location:
+    for candidate in (directory / "unet", directory):
+        if candidate.is_dir():
+            found = _choose(candidate, variant)
+            if found is not None:
+                return found
+    raise CheckpointError(_no_unet_message(directory, variant))
+
+
+def _choose(directory: Path, variant: str | None) -> Location | None:
+    """The weights in `directory`, or None if there are none that could be meant."""
+    names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    by_variant: dict[str, str] = {}
+    for name in names:
+        found = _variant_of(name)
+        # A single file wins over an index beside it.
+        if found is not None and (found not in by_variant or name.endswith(_SUFFIX)):
+            by_variant[found] = name
+    if variant is not None:
+        if variant not in by_variant:
+            return None
+        return _chosen(directory, by_variant[variant], ())
+    if "" in by_variant:
+        others = ", ".join(sorted(set(by_variant) - {""}))
+        remark = (
+            (f"{directory}: took {by_variant['']}; variants beside it: {others} (--variant)",)
+            if others
+            else ()
+        )
+        return _chosen(directory, by_variant[""], remark)
+    if len(by_variant) == 1:
+        ((found, name),) = by_variant.items()
+        return _chosen(directory, name, (f"{directory}: took the only weights there, variant '{found}'",))
+    if by_variant:
+        raise CheckpointError(
+            f"{directory} holds several variants: {', '.join(by_variant)}; choose one with --variant"
+        )
+    other = [name for name in names if name.endswith(_SUFFIX)]
+    if len(other) == 1:
+        return _chosen(directory, other[0], ())
+    if other:
+        raise CheckpointError(
+            f"{directory} holds several models: {', '.join(other)}; name one of these files"
+        )
+    return None
+
+
+def _variant_of(name: str) -> str | None:
+    """Variant in the name of a weight file or shard index, "" for none, None for other files and shards."""
+    if not name.startswith(_STEM + "."):
+        return None
+    rest = name.removeprefix(_STEM)
+    if rest.endswith(".json") and (_SUFFIX + ".index.") in rest:
+        # Both `.safetensors.index.fp16.json` (diffusers writes it) and `.fp16.safetensors.index.json` exist.
+        before, _, after = rest.partition(_SUFFIX + ".index.")
+        return before.removeprefix(".") or after.removesuffix("json").removesuffix(".")
+    if rest.endswith(_SUFFIX):
+        found = rest.removesuffix(_SUFFIX).removeprefix(".")
+        return None if "-of-" in found else found
+    return None
+
+
+def _chosen(directory: Path, name: str, remarks: tuple[str, ...]) -> Location:
+    if name.endswith(".json"):
+        return _with_index(directory / name, directory, remarks)
+    config = _existing(directory / "config.json")
+    return Location((directory / name,), None, config, _pipeline_of(directory), remarks)
+
+
+def _with_index(index: Path, directory: Path, remarks: tuple[str, ...]) -> Location:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is no shard index: it has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(_SUFFIX):
+            raise CheckpointError(
+                f"{index} names '{name}'; expected .safetensors files in the same directory"
+            )
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is not there ({len(names)} shards); fetch it")
+    config = _existing(directory / "config.json")
+    shards = tuple(directory / name for name in names)
+    return Location(shards, index, config, _pipeline_of(directory), remarks)
+
+
+def _existing(file: Path) -> Path | None:
+    return file if file.is_file() else None
+
+
+def _pipeline_of(directory: Path) -> Path | None:
+    """The pipeline a `unet/` directory is part of."""
+    parent = directory.resolve().parent
+    return parent if (parent / "model_index.json").is_file() else None
+
+
+def _no_unet_message(directory: Path, variant: str | None) -> str:
+    wanted = f"{_STEM}{'.' + variant if variant else ''}{_SUFFIX}"
+    message = f"{directory} holds no UNet: looked for unet/{wanted}, {wanted} and their .index.json"
+    index = directory / "model_index.json"
+    if index.is_file():
+        parts = read_json(index)
+        for part in ("transformer", "prior", "decoder"):
+            if isinstance(parts.get(part), list):
+                kind = parts[part][-1]
+                pipeline = parts.get("_class_name")
+                return f"{message}; this is a {pipeline}, which works with a {kind}, not a {UNET_CLASS}"
+    pickles = [
+        file
+        for place in (directory / "unet", directory)
+        if place.is_dir()
+        for file in sorted(place.iterdir())
+    ]
+    for file in pickles:
+        if file.suffix.lower() in _PICKLES:
+            return f"{message}; found {file.name}. {_pickle_message(file)}"
+    return message
+
+
+def _pickle_message(file: Path) -> str:
+    if file.suffix.lower() == ".bin":
+        convert = (
+            'python -c "from diffusers import UNet2DConditionModel as M; '
+            f"M.from_pretrained('{file.parent}', use_safetensors=False).save_pretrained('OUT')\""
+        )
+    else:
+        convert = (
+            'python -c "import torch; from safetensors.torch import save_file; '
+            f"d = torch.load('{file}', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
+            "save_file({k: v.clone().contiguous() for k, v in d.items() if isinstance(v, torch.Tensor)}, "
+            f"'{file.with_suffix('.safetensors').name}')\""
+        )
+    return (
+        f"{file} is a pickle, and loading a pickle executes whatever code is in it, so it is not read; "
+        f"if you trust it, convert it: {convert}"
+    )
+
+
+def pipeline_facts(location: Location) -> tuple[int | None, str | None]:
+    """What the other parts of the pipeline say: pixels a latent value covers, and the prediction type."""
+    if location.pipeline is None:
+        return None, None
+    return _vae_scale(location.pipeline / "vae"), _prediction_type(location.pipeline / "scheduler")
+
+
+def _vae_scale(directory: Path) -> int | None:
+    file = _existing(directory / "config.json")
+    if file is None:
+        return None
+    channels: Any = read_json(file).get("block_out_channels")
+    return int(2 ** (len(channels) - 1)) if isinstance(channels, list) and channels else None
+
+
+def _prediction_type(directory: Path) -> str | None:
+    file = _existing(directory / "scheduler_config.json")
+    if file is None:
+        return None
+    # Every scheduler of diffusers that has this option takes epsilon where it is left out.
+    return str(read_json(file).get("prediction_type", "epsilon"))
