@@ -1,0 +1,120 @@
+"""The process that builds one engine: `python -m sws_export.engines.child EVENT_DESCRIPTOR < spec.json`.
+
+TensorRT may take all memory or abort, and neither can be caught; in a process of its own it takes nothing
+else down. `build.py` starts it and tells users what became of it.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sws_export.engines import network as steps
+from sws_export.engines.backend import BuildOptions
+from sws_export.engines.choice import named_backend
+from sws_export.engines.events import EventWriter
+from sws_export.engines.graph_check import check_standard_operators
+from sws_export.engines.memory import peak_memory
+from sws_export.engines.monitor import make_logger, make_monitor
+from sws_export.errors import EngineError, SwsExportError
+from sws_export.profile import Shapes
+
+_PR_SET_PDEATHSIG = 1
+OUT_OF_MEMORY = (
+    "the engine build ran out of memory; close other programs, add swap, or build on a larger machine"
+)
+
+
+def main() -> int:
+    """Build the engine of the specification on standard input; 0 when the plan is complete."""
+    spec = json.load(sys.stdin)
+    _die_with_parent(spec["parent"])
+    events = EventWriter(int(sys.argv[1]))
+    try:
+        _build(spec, events)
+    except SwsExportError as error:
+        events.send("failed", error=type(error).__name__, message=str(error))
+        return 1
+    except MemoryError:
+        events.send("failed", error="EngineError", message=OUT_OF_MEMORY)
+        return 1
+    except OSError as error:
+        if error.errno is None:
+            raise
+        events.send("not_written", errno=error.errno)
+        return 1
+    return 0
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel end this process when its parent ends, however that happens (Linux only)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the parent process is gone")
+
+
+def _build(spec: dict[str, Any], events: EventWriter) -> None:
+    values = spec["options"]
+    options = BuildOptions(
+        **values
+        | {
+            "backend": named_backend(values["backend"]),
+            "compute_capabilities": tuple(values["compute_capabilities"]),
+            "timing_cache": Path(values["timing_cache"]) if values["timing_cache"] else None,
+            "plugins": tuple(map(Path, values["plugins"])),
+        }
+    )
+    shapes: Shapes = {name: (tuple(a), tuple(b), tuple(c)) for name, (a, b, c) in spec["shapes"].items()}
+    onnx_path, out_path = Path(spec["onnx"]), Path(spec["out"])
+
+    events.send("phase", text="checking operators")
+    if not options.plugins:
+        check_standard_operators(onnx_path)
+    trt = options.backend.load()
+    logger = make_logger(trt, events)
+    builder = trt.Builder(logger)
+    for library in options.plugins:
+        if not builder.get_plugin_registry().load_library(str(library)):
+            raise EngineError(f"{trt.__name__} {trt.__version__} cannot load the plugin library {library}")
+
+    events.send("phase", text="parsing the graph")
+    started = time.monotonic()
+    network = steps.parse(trt, builder, logger, onnx_path, options)
+    steps.check_inputs(network, shapes)
+    decomposed = steps.allow_decomposition(trt, network, options.backend.fused_head_sizes)
+    config = steps.configure(trt, builder, options, shapes, make_monitor(trt, events))
+    if options.timing_cache:
+        steps.load_timing_cache(config, options.timing_cache)
+    parsed = time.monotonic()
+
+    with out_path.open("wb") as file:
+        writer = steps.stream_writer(trt, file.write)
+        good = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.error is not None:
+        raise writer.error
+    if not good:
+        raise EngineError(
+            f"{trt.__name__} {trt.__version__} cannot build an engine from {onnx_path}: "
+            f"{logger.first_error or 'no reason given'}"
+        )
+    if options.timing_cache:
+        steps.save_timing_cache(config, options.timing_cache)
+    events.send(
+        "built",
+        library_version=trt.__version__,
+        layers=network.num_layers,
+        decomposed_attentions=decomposed,
+        parse_seconds=parsed - started,
+        build_seconds=time.monotonic() - parsed,
+        peak_memory=peak_memory(os.getpid()),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""What the build process tells the process that started it: one JSON object a line, on a pipe of its own.
+
+{"event": "phase", "text": ...}                     what is being done, for people
+{"event": "log", "severity": "warning", "text": ...}  a warning or error of the library
+{"event": "failed", "error": ..., "message": ...}   an error class of `sws_export.errors` and its message
+{"event": "not_written", "errno": ...}              the plan could not be written
+{"event": "built", "layers": ..., ...}              the plan is complete
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+
+class EventWriter:
+    """The child's end of the pipe."""
+
+    def __init__(self, descriptor: int) -> None:
+        # A process that the library might start must not keep the pipe open.
+        os.set_inheritable(descriptor, False)
+        self._file = os.fdopen(descriptor, "w", encoding="utf-8")
+
+    def send(self, event: str, **values: Any) -> None:
+        """Send one event now; a parent that is gone is no error, the child is about to be ended with it."""
+        try:
+            self._file.write(json.dumps({"event": event, **values}) + "\n")
+            self._file.flush()
+        except BrokenPipeError:
+            pass
+
+
+class EventReader:
+    """The parent's end of the pipe; not blocking beyond `timeout`."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._rest = b""
+
+    def read(self) -> Iterator[dict[str, Any]] | None:
+        """Events that have arrived, or None at the end of the pipe. Call it when the pipe is readable."""
+        data = os.read(self.descriptor, 1 << 16)
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return map(json.loads, lines)

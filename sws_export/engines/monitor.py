@@ -1,0 +1,59 @@
+"""TensorRT's progress and log, turned into events.
+
+TensorRT calls these objects from C++, also from other threads, and an exception there would end the process.
+"""
+
+import time
+from typing import Any
+
+from sws_export.engines.events import EventWriter
+
+_STEP_INTERVAL = 0.1
+"""Seconds between two events about steps: small graphs have thousands of steps in a moment."""
+
+
+def make_logger(trt: Any, events: EventWriter) -> Any:
+    """An `ILogger` that forwards warnings and errors and keeps the first error in `first_error`."""
+    severities = trt.ILogger.Severity
+
+    class EventLogger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.first_error: str | None = None
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity > severities.WARNING:
+                return
+            text = " ".join(message.split())
+            is_error = severity < severities.WARNING
+            if is_error and self.first_error is None:
+                self.first_error = text
+            events.send("log", severity="error" if is_error else "warning", text=text)
+
+    return EventLogger()
+
+
+def make_monitor(trt: Any, events: EventWriter) -> Any:
+    """An `IProgressMonitor` that forwards the phase at work and how far it is."""
+
+    class EventMonitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+            self._last = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
+            self._steps[phase_name] = num_steps
+            events.send("phase", text=phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            now = time.monotonic()
+            if now - self._last >= _STEP_INTERVAL:
+                self._last = now
+                events.send("phase", text=f"{phase_name} {step + 1}/{self._steps.get(phase_name, 0)}")
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return EventMonitor()
