@@ -8,6 +8,8 @@ from sws_export.errors import CheckpointError
 
 _SHOWN = 3
 
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
 
 def check_tensors(checkpoint: Checkpoint) -> int:
     """Compare names and shapes with a UNet2DConditionModel built from the configuration, without memory.
@@ -37,6 +39,12 @@ def check_tensors(checkpoint: Checkpoint) -> int:
             f"{checkpoint.path} does not fit its configuration ({checkpoint.config_source}): "
             f"{len(wrong)} tensors have another shape: {_some(wrong)}. "
             "Use the configuration that belongs to the weights (--config FILE)"
+        )
+    odd = [f"'{name}' {found[name].dtype}" for name in expected if found[name].dtype not in FLOAT_DTYPES]
+    if odd:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(odd)} tensors are no floating-point numbers ({_some(odd)}): "
+            "the model is quantised; use the fp16 model"
         )
     return len(checkpoint.stored) - len(expected)
 

@@ -38,6 +38,13 @@ def locate(path: Path, variant: str | None = None) -> Location:
         CheckpointError: There is no such file, no UNet in the directory, several to choose from, or a file
             of a kind that is not read.
     """
+    try:
+        return _locate(path, variant)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _locate(path: Path, variant: str | None) -> Location:
     if path.is_dir():
         return _locate_in_directory(path, variant)
     if not path.exists():
@@ -145,9 +152,11 @@ def _existing(file: Path) -> Path | None:
 
 
 def _pipeline_of(directory: Path) -> Path | None:
-    """The pipeline a `unet/` directory is part of."""
-    parent = directory.resolve().parent
-    return parent if (parent / "model_index.json").is_file() else None
+    """The pipeline that `directory` is the UNet of."""
+    directory = directory.resolve()
+    if directory.name == "unet" or (directory.parent / "model_index.json").is_file():
+        return directory.parent
+    return None
 
 
 def _no_unet_message(directory: Path, variant: str | None) -> str:

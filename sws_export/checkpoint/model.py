@@ -5,12 +5,11 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sws_export.checkpoint.header import StoredTensor
+from sws_export.checkpoint.layouts import Layout
 from sws_export.checkpoint.ldm import diffusers_names
-
-Layout = Literal["diffusers", "ldm"]
 
 
 @dataclass(frozen=True)

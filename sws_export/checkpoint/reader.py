@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from sws_export.checkpoint.config import read_unet_config
-from sws_export.checkpoint.header import StoredTensor, read_header
+from sws_export.checkpoint.architecture import Architecture, read_architecture
+from sws_export.checkpoint.config import UNET_CLASS, read_json
+from sws_export.checkpoint.header import Header, StoredTensor, read_header
+from sws_export.checkpoint.layouts import find_unet
 from sws_export.checkpoint.locate import Location, locate, pipeline_facts
 from sws_export.checkpoint.model import Checkpoint
 from sws_export.errors import CheckpointError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def open_checkpoint(
@@ -16,48 +20,96 @@ def open_checkpoint(
     *,
     ema: bool = False,
     variant: str | None = None,
+    attention_head_dim: tuple[int, ...] | None = None,
+    prediction_type: str | None = None,
 ) -> Checkpoint:
-    """Find out what UNet `path` holds. Reads headers only.
+    """Find out what UNet `path` holds, from headers alone: in milliseconds, without torch or diffusers.
+
+    Args:
+        path: A .safetensors file in diffusers' or the original layout, a shard index, a UNet directory or a
+            pipeline directory.
+        config: A UNet2DConditionModel's config.json, for a UNet of no known family.
+        ema: Take the exponential moving averages, where an original checkpoint holds both.
+        variant: Which of the variants in a directory: "fp16" is diffusion_pytorch_model.fp16.safetensors.
+        attention_head_dim: Heads of all levels (one number) or of each, for a UNet of no known family.
+        prediction_type: One of `PREDICTION_TYPES`, where the checkpoint does not say or is wrong.
 
     Raises:
         CheckpointError: No UNet2DConditionModel can be read from `path`; the message says why.
     """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise CheckpointError(
+            f"--prediction-type: expected one of {', '.join(PREDICTION_TYPES)}, found '{prediction_type}'"
+        )
     location = locate(path, variant)
-    if ema:
-        raise CheckpointError(f"{path}: no EMA weights (keys under model_ema.) to take with --ema")
-    stored = _read_headers(location)
-    values, source = _configuration(location, config)
-    vae_scale, prediction_type = pipeline_facts(location)
-    if vae_scale is None and values["in_channels"] == 3:
-        vae_scale = 1
+    header = _read_headers(location)
+    unet = find_unet(path, header.tensors, ema)
+    file, beside = (config, ()) if config is not None else _config_beside(location)
+    architecture = read_architecture(
+        path, unet.layout, unet.stored, file, config is not None, attention_head_dim
+    )
+    vae_scale, scheduler_says = pipeline_facts(location)
     return Checkpoint(
         path=path,
         files=location.weights,
-        config=values,
-        config_source=source,
-        family=None,
-        layout="diffusers",
-        stored=stored,
-        ignored={},
-        vae_scale=vae_scale,
-        prediction_type=prediction_type,
-        remarks=location.remarks,
+        config=architecture.config,
+        config_source=architecture.source,
+        family=architecture.family.name if architecture.family is not None else None,
+        layout=unet.layout,
+        stored=unet.stored,
+        ignored=unet.ignored,
+        vae_scale=vae_scale if vae_scale is not None else _vae_scale(architecture),
+        prediction_type=prediction_type or scheduler_says or _prediction_type(header),
+        remarks=(*location.remarks, *beside, *architecture.remarks),
     )
 
 
-def _read_headers(location: Location) -> dict[str, StoredTensor]:
+def _read_headers(location: Location) -> Header:
     tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
     for file in location.weights:
-        for name, tensor in read_header(file).tensors.items():
+        header = read_header(file)
+        metadata |= header.metadata
+        for name, tensor in header.tensors.items():
             if name in tensors:
                 raise CheckpointError(f"tensor '{name}' is in both {tensors[name].file} and {file}")
             tensors[name] = tensor
-    return tensors
+    if location.index is not None:
+        _check_index(location.index, tensors)
+    return Header(tensors, metadata)
 
 
-def _configuration(location: Location, config: Path | None) -> tuple[dict[str, Any], str]:
-    if config is not None:
-        return read_unet_config(config), f"--config {config}"
-    if location.config is not None:
-        return read_unet_config(location.config), "config.json beside the file"
-    raise CheckpointError(f"{location.weights[0].parent} has no config.json; give one with --config FILE")
+def _check_index(index: Path, tensors: dict[str, StoredTensor]) -> None:
+    for name, file in read_json(index)["weight_map"].items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError(
+                f"{index} says that tensor '{name}' is in {file}, which it is not; fetch both again"
+            )
+
+
+def _config_beside(location: Location) -> tuple[Path | None, tuple[str, ...]]:
+    """The config.json beside the weights if it is a UNet's; a folder of models may hold any other."""
+    if location.config is None:
+        return None, ()
+    content: dict[str, Any] = read_json(location.config)
+    if content.get("_class_name") == UNET_CLASS or "block_out_channels" in content:
+        return location.config, ()
+    found = content.get("_class_name") or content.get("model_type") or "something else"
+    return None, (f"{location.config} configures {found}, not a {UNET_CLASS}: left aside",)
+
+
+def _vae_scale(architecture: Architecture) -> int | None:
+    if architecture.config["in_channels"] == 3:
+        return 1
+    return architecture.family.vae_scale if architecture.family is not None else None
+
+
+def _prediction_type(header: Header) -> str | None:
+    """What the file itself says: by the marker of v-prediction models, or in its metadata.
+
+    The metadata's standard is https://github.com/Stability-AI/ModelSpec.
+    """
+    if "v_pred" in header.tensors:
+        return "v_prediction"
+    said = header.metadata.get("modelspec.prediction_type")
+    return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(said or "")
