@@ -1,0 +1,164 @@
+"""Find the attention sites of a UNet graph and tell which of them SWS can take."""
+
+import dataclasses
+import math
+import re
+
+import onnx_ir as ir
+
+_HEAD_SPLIT = (0, 2, 1, 3)
+_SITE_NAME = re.compile(r"(?:down_blocks|up_blocks|mid_block)[\w.]*\.attn\d+")
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One self-attention site on an image grid.
+
+    Attributes:
+        name: Path of the attention module, such as `mid_block.attentions.0.transformer_blocks.0.attn1`.
+        node: The `Attention` node.
+        q: Query [B, T, C], before the heads are split. `k` and `v` likewise.
+        y: The value [B, T, C] that the site's result replaces, after the heads are joined.
+        heads: Number of heads.
+        scale: Factor of the logits.
+        factor: Downsampling of the grid against the latent.
+    """
+
+    name: str
+    node: ir.Node
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    y: ir.Value
+    heads: int
+    scale: float
+    factor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedSite:
+    """An attention node left as it is, and why."""
+
+    name: str
+    reason: str
+
+
+class _NotASite(Exception):  # noqa: N818  (control flow inside this module, never an error)
+    pass
+
+
+def find_sites(model: ir.Model) -> tuple[list[Site], list[SkippedSite]]:
+    """All `Attention` nodes in graph order: those that SWS can take, and the others with a reason.
+
+    A site qualifies when queries, keys and values are projections of one tensor (self-attention), nothing
+    masks it, its shape is known, and its name tells the grid it lives on.
+    """
+    levels = _count_levels(model)
+    sites: list[Site] = []
+    skipped: list[SkippedSite] = []
+    for node in model.graph:
+        if node.op_type != "Attention" or node.domain != "":
+            continue
+        found = _SITE_NAME.search(_dotted_name(node))
+        name = found.group() if found else ""
+        try:
+            sites.append(_read_site(node, name, levels))
+        except _NotASite as reason:
+            skipped.append(SkippedSite(name or node.name or "unnamed", str(reason)))
+    return sites, skipped
+
+
+def _dotted_name(node: ir.Node) -> str:
+    """The node's name as a module path; other exporters separate modules by slashes."""
+    return (node.name or "").strip("/").replace("/", ".")
+
+
+def _count_levels(model: ir.Model) -> int:
+    """Resolutions of the UNet: one more than the highest index of its blocks."""
+    indices = [int(index) for node in model.graph for _, index in _BLOCK.findall(_dotted_name(node))]
+    return max(indices, default=0) + 1
+
+
+def _read_site(node: ir.Node, name: str, levels: int) -> Site:
+    if len([value for value in node.inputs if value is not None]) != 3:
+        raise _NotASite("it has a mask or a key cache")
+    if node.attributes.get_int("is_causal", 0) or node.attributes.get_float("softcap"):
+        raise _NotASite("it is causal or caps its logits")
+    heads, head_size = _head_shape(node)
+    q, k, v = (_before_head_split(value) for value in node.inputs)
+    sources = {_projection_source(value) for value in (q, k, v)}
+    if None in sources:
+        raise _NotASite("its queries, keys or values are not plain projections")
+    if len(sources) != 1:
+        raise _NotASite("cross-attention: keys and values come from another tensor than queries")
+    if not name:
+        raise _NotASite("its name does not tell which block of the UNet it belongs to")
+    return Site(
+        name=name,
+        node=node,
+        q=q,
+        k=k,
+        v=v,
+        y=_after_head_join(node.outputs[0]),
+        heads=heads,
+        scale=node.attributes.get_float("scale") or 1.0 / math.sqrt(head_size),
+        factor=_downsampling(name, levels),
+    )
+
+
+def _head_shape(node: ir.Node) -> tuple[int, int]:
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if shape is None:
+        raise _NotASite("its shape is not known")
+    if len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int):
+        return shape[1], shape[3]
+    raise _NotASite(f"expected queries of shape [batch, heads, tokens, head size], found {shape}")
+
+
+def _before_head_split(value: ir.Value | None) -> ir.Value:
+    """The [B, T, C] behind Transpose(Reshape(.))."""
+    transpose = value.producer() if value is not None else None
+    if transpose is None or transpose.op_type != "Transpose":
+        raise _NotASite("its heads are not split by Reshape and Transpose")
+    if tuple(transpose.attributes.get_ints("perm", [])) != _HEAD_SPLIT:
+        raise _NotASite("its heads are transposed in an unknown way")
+    reshape = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
+    if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
+        raise _NotASite("its heads are not split by Reshape and Transpose")
+    return reshape.inputs[0]
+
+
+def _after_head_join(value: ir.Value) -> ir.Value:
+    """The [B, T, C] that Reshape(Transpose(value)) makes."""
+    transpose = _only_consumer(value, "Transpose")
+    if tuple(transpose.attributes.get_ints("perm", [])) != _HEAD_SPLIT:
+        raise _NotASite("its heads are joined in an unknown way")
+    return _only_consumer(transpose.outputs[0], "Reshape").outputs[0]
+
+
+def _only_consumer(value: ir.Value, op_type: str) -> ir.Node:
+    consumers = value.consumers()
+    if len(consumers) != 1 or consumers[0].op_type != op_type:
+        raise _NotASite("its heads are not joined by Transpose and Reshape")
+    return consumers[0]
+
+
+def _projection_source(value: ir.Value) -> ir.Value | None:
+    """The tensor that a linear layer, with or without bias, projects to `value`."""
+    node = value.producer()
+    if node is not None and node.op_type == "Add":
+        producers = [operand.producer() for operand in node.inputs if operand is not None]
+        node = next((producer for producer in producers if producer and producer.op_type == "MatMul"), None)
+    if node is None or node.op_type != "MatMul":
+        return None
+    return node.inputs[0]
+
+
+def _downsampling(name: str, levels: int) -> int:
+    """Every down block but the last halves the grid; up blocks go back in reverse order."""
+    if name.startswith("mid_block"):
+        return int(2 ** (levels - 1))
+    side, index = _BLOCK.findall(name)[0]
+    level = int(index) if side == "down" else levels - 1 - int(index)
+    return int(2**level)

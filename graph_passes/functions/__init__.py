@@ -1,0 +1,31 @@
+"""The SWS operators as model-local ONNX functions of domain `sws`.
+
+Each function is built once for given parameters and a model dtype; iteration counts are unrolled while it
+is built, so that no function holds a Loop or an If. B is the batch, T = H * W the tokens of a grid, C the
+heads times the head size.
+"""
+
+import onnx_ir as ir
+
+from graph_passes.functions.attention import build_attention
+from graph_passes.functions.banded_transport import build_banded_transport
+from graph_passes.functions.key_guard import build_key_guard
+from graph_passes.functions.schedule import build_schedule
+from graph_passes.functions.transport import build_transport
+from graph_passes.parameters import SwsParameters
+
+__all__ = ["DOMAIN", "build_functions"]
+
+DOMAIN = "sws"
+
+
+def build_functions(parameters: SwsParameters, dtype: ir.DataType) -> dict[str, ir.Function]:
+    """All functions of domain `sws` by name, for a model whose activations have `dtype`."""
+    functions = [
+        build_schedule(parameters),
+        build_transport(parameters),
+        build_banded_transport(dtype),
+        build_key_guard(parameters, dtype),
+        build_attention(dtype),
+    ]
+    return {function.name: function for function in functions}

@@ -1,0 +1,116 @@
+"""`sws.Transport`: the banded optimal-transport operator of one grid, with its momentum.
+
+A band [B, 145, H, W] is read along and across with one constant: a 17 x 17 kernel an offset that is 1 at
+that offset. Convolving with it gathers a map at every target of the band; convolving transposed scatters
+the band onto its targets and adds up. Both are exact, and borders come out as zeros.
+
+One scale needs no band at all before the end: Sinkhorn keeps the form diag(r) K diag(c), and K x is a
+convolution with the kernel's diamond. Row and column sums of this form stay near 1, so the floor of 1e-8
+that the definition puts under sums acts on the momentum only.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graph_passes.functions.building import Op, define_function
+from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
+
+FLOAT = ir.DataType.FLOAT
+_SUM_FLOOR = 1e-8
+_WINDOW = 2 * STATE_RADIUS + 1
+_PADS = [STATE_RADIUS] * 4
+
+
+def build_transport(parameters: SwsParameters) -> ir.Function:
+    """`Transport(state [B, 145, H, W], blend [B, 3]) -> transport [B, 145, H, W]`, float32.
+
+    `state` is the transport of the previous step, or zeros for none; `blend` weighs the scales.
+    """
+    diamonds = np.stack([_diamond(scale, parameters.tau) for scale in parameters.scales])
+    offsets = diamond_offsets(STATE_RADIUS)
+    selector = np.zeros((len(offsets), 1, _WINDOW, _WINDOW), np.float32)
+    for j, (dy, dx) in enumerate(offsets):
+        selector[j, 0, dy + STATE_RADIUS, dx + STATE_RADIUS] = 1.0
+    kernels = np.stack(
+        [[diamond[dy + STATE_RADIUS, dx + STATE_RADIUS] for dy, dx in offsets] for diamond in diamonds]
+    )
+
+    def body(op: Op, state: Any, blend: Any) -> Any:
+        diamond_weight = op.Constant(value=ir.tensor(diamonds[:, None], name="diamonds"))
+        selector_weight = op.Constant(value=ir.tensor(selector, name="selector"))
+
+        def diffuse(maps: Any) -> Any:
+            return op.Conv(maps, diamond_weight, pads=_PADS, group=3)
+
+        def gather(maps: Any) -> Any:
+            return op.Conv(maps, selector_weight, pads=_PADS)
+
+        def scatter(band: Any) -> Any:
+            return op.ConvTranspose(band, selector_weight, pads=_PADS)
+
+        size = op.Shape(state, start=2, end=4)
+        row, column = _sinkhorn(op, diffuse, size, parameters.sinkhorn_iters)
+        row_factor, column_factor = _rebalance_blend(
+            op, diffuse, row, column, op.Unsqueeze(blend, [2, 3]), parameters.rebalance_iters
+        )
+        scales = _scale_bands(op, gather, row, column, kernels)
+        band_shape = op.Concat([-1, len(offsets)], size, axis=0)
+        blended = op.Reshape(op.MatMul(blend, op.Reshape(scales, [3, -1])), band_shape)
+        current = op.Mul(op.Mul(blended, row_factor), gather(column_factor))
+
+        momentum = op.Add(op.Mul(state, parameters.beta), op.Mul(current, 1.0 - parameters.beta))
+        return _rebalance_band(op, gather, scatter, momentum, parameters.rebalance_iters)
+
+    return define_function("Transport", body, {"state": FLOAT, "blend": FLOAT}, ["transport"])
+
+
+def _diamond(scale: int, tau: float) -> npt.NDArray[np.float32]:
+    """Kernel exp(-cost / tau) over a 17 x 17 window, cost = L1 / scale inside the diamond of that radius."""
+    reach = np.abs(np.arange(-STATE_RADIUS, STATE_RADIUS + 1))
+    distance = reach[:, None] + reach[None, :]
+    kernel = np.where(distance <= scale, np.exp(-distance / scale / tau), 0.0)
+    return kernel.astype(np.float32)
+
+
+def _sinkhorn(op: Op, diffuse: Any, size: Any, iterations: int) -> tuple[Any, Any]:
+    """Row and column factors of the three scales, [1, 3, H, W] each."""
+    column = op.Expand(1.0, op.Concat([1, 3], size, axis=0))
+    for _ in range(iterations):
+        row = op.Reciprocal(diffuse(column))
+        column = op.Reciprocal(diffuse(row))
+    return row, column
+
+
+def _rebalance_blend(
+    op: Op, diffuse: Any, row: Any, column: Any, blend: Any, iterations: int
+) -> tuple[Any, Any]:
+    """Row and column factors [B, 1, H, W] that balance the blended scales; `blend` is [B, 3, 1, 1]."""
+    weighted_row = op.Mul(row, blend)
+    spread = diffuse(column)
+    column_factor = None
+    for _ in range(iterations):
+        if column_factor is not None:
+            spread = diffuse(op.Mul(column, column_factor))
+        row_factor = op.Reciprocal(op.ReduceSum(op.Mul(weighted_row, spread), [1], keepdims=1))
+        arriving = op.Mul(column, diffuse(op.Mul(weighted_row, row_factor)))
+        column_factor = op.Reciprocal(op.ReduceSum(arriving, [1], keepdims=1))
+    return row_factor, column_factor
+
+
+def _scale_bands(op: Op, gather: Any, row: Any, column: Any, kernels: npt.NDArray[np.float32]) -> Any:
+    """The bands [3, 145, H, W] of the three scales, before blending."""
+    targets = gather(op.Transpose(column, perm=[1, 0, 2, 3]))
+    weight = op.Constant(value=ir.tensor(kernels[:, :, None, None], name="kernels"))
+    return op.Mul(op.Mul(targets, weight), op.Transpose(row, perm=[1, 0, 2, 3]))
+
+
+def _rebalance_band(op: Op, gather: Any, scatter: Any, band: Any, iterations: int) -> Any:
+    for _ in range(iterations):
+        rows = op.ReduceSum(band, [1], keepdims=1)
+        band = op.Div(band, op.Max(rows, _SUM_FLOOR))
+        columns = scatter(band)
+        band = op.Mul(band, gather(op.Reciprocal(op.Max(columns, _SUM_FLOOR))))
+    return band

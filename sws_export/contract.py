@@ -1,0 +1,114 @@
+"""Inputs and outputs of an exported graph: names, dtypes and symbolic shapes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from sws_export.errors import ExportError
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# Width of the pooled text embedding that every SDXL model takes beside its time ids.
+_POOLED_TEXT_WIDTH = 1280
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One input or output.
+
+    Attributes:
+        name: Name in the graph, as diffusers calls it.
+        dtype: `float32`, `float16`, `bfloat16` or `int64`.
+        shape: An int for a fixed dimension; else `batch`, `height`, `width` (latent), `tokens`, or an exact
+            division such as `height/2`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+def unet_inputs(config: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
+    """Inputs of the UNet that a diffusers `UNet2DConditionModel` config describes.
+
+    Args:
+        config: The model's configuration.
+        dtype: Precision of the exported model.
+
+    Raises:
+        ExportError: The architecture takes an input that the exported graph does not offer.
+    """
+    inputs = [
+        TensorSpec("sample", dtype, ("batch", config["in_channels"], "height", "width")),
+        TensorSpec("timestep", "float32", ("batch",)),
+        TensorSpec("encoder_hidden_states", dtype, ("batch", "tokens", _text_width(config))),
+    ]
+    if config.get("time_cond_proj_dim") is not None:
+        inputs.append(TensorSpec("timestep_cond", dtype, ("batch", config["time_cond_proj_dim"])))
+    inputs += _class_inputs(config, dtype)
+    inputs += _added_condition_inputs(config, dtype)
+    return tuple(inputs)
+
+
+def unet_output(config: Mapping[str, Any], dtype: str) -> TensorSpec:
+    """The prediction, of the shape of the latent that is denoised."""
+    return TensorSpec("out_sample", dtype, ("batch", config["out_channels"], "height", "width"))
+
+
+def size_multiple(config: Mapping[str, Any]) -> int:
+    """What height and width of the latent must be multiples of: one halving a level but the last."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def _text_width(config: Mapping[str, Any]) -> int:
+    if config.get("encoder_hid_dim_type") is not None:
+        raise ExportError(
+            f"the UNet projects its text input (encoder_hid_dim_type = {config['encoder_hid_dim_type']!r}), "
+            "which is not supported; export a Stable Diffusion UNet that takes text embeddings directly"
+        )
+    width = config["cross_attention_dim"]
+    if not isinstance(width, int):
+        if len(set(width)) != 1:
+            raise ExportError(
+                f"the UNet's cross_attention_dim differs between blocks ({width}); expected one text width"
+            )
+        width = width[0]
+    return int(width)
+
+
+def _class_inputs(config: Mapping[str, Any], dtype: str) -> list[TensorSpec]:
+    kind = config.get("class_embed_type")
+    if kind is None and config.get("num_class_embeds") is None:
+        return []
+    if kind is None:
+        return [TensorSpec("class_labels", "int64", ("batch",))]
+    if kind == "timestep":
+        return [TensorSpec("class_labels", "float32", ("batch",))]
+    if kind in ("projection", "simple_projection"):
+        width = config["projection_class_embeddings_input_dim"]
+        return [TensorSpec("class_labels", dtype, ("batch", width))]
+    raise ExportError(f"class_embed_type {kind!r} is not supported; known are timestep, projection")
+
+
+def _added_condition_inputs(config: Mapping[str, Any], dtype: str) -> list[TensorSpec]:
+    kind = config.get("addition_embed_type")
+    if kind is None:
+        return []
+    if kind != "text_time":
+        raise ExportError(
+            f"addition_embed_type {kind!r} is not supported; Stable Diffusion XL has 'text_time'"
+        )
+    remaining = config["projection_class_embeddings_input_dim"] - _POOLED_TEXT_WIDTH
+    time_ids, rest = divmod(remaining, config["addition_time_embed_dim"])
+    if rest or time_ids < 1:
+        raise ExportError(
+            f"projection_class_embeddings_input_dim {config['projection_class_embeddings_input_dim']} is not "
+            f"{_POOLED_TEXT_WIDTH} pooled text features and a multiple of addition_time_embed_dim "
+            f"({config['addition_time_embed_dim']})"
+        )
+    return [
+        TensorSpec("text_embeds", dtype, ("batch", _POOLED_TEXT_WIDTH)),
+        TensorSpec("time_ids", dtype, ("batch", time_ids)),
+    ]

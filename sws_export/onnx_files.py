@@ -1,0 +1,44 @@
+"""ONNX models on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from sws_export.progress import Progress
+
+EMBED_LIMIT = 256 * 2**20
+"""Weights up to this many bytes are stored inside the ONNX file, larger ones in a file beside it."""
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def data_file(path: Path) -> Path:
+    """Where the weights of `path` lie when they are too large for the file itself."""
+    return path.with_name(path.name + ".data")
+
+
+def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ...]:
+    """Write `model`, one tensor at a time; returns the files written, the model first.
+
+    The bytes depend on the model alone. Raises OSError where the disk refuses; the caller stages.
+    """
+    total = weight_bytes(model)
+    if total <= EMBED_LIMIT:
+        embedded = ir.external_data.load_to_model(model)
+        ir.save(embedded, path)
+        return (path,)
+    with progress.stage("save", total=total) as stage:
+
+        def written(tensor: ir.TensorProtocol, _: Any) -> None:
+            stage.advance(tensor.nbytes)
+
+        ir.save(model, path, external_data=data_file(path).name, callback=written)
+    return (path, data_file(path))
