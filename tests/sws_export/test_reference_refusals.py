@@ -62,7 +62,7 @@ def test_sites_that_do_not_exist_are_refused(
         ),
         (
             lambda state: state.update(sws_state_d2=torch.zeros(1, 145, 3, 2)),
-            r"state sws_state_d2: expected shape \[2, 145, 3, 2\], found \[1, 145, 3, 2\]",
+            r"state sws_state_d2: expected shape \[2, 145, 3, 3\], found \[1, 145, 3, 2\]",
         ),
     ],
 )
