@@ -20,7 +20,7 @@ from sws_export import errors
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.events import EventReader
 from sws_export.engines.header import plan_header
-from sws_export.engines.memory import peak_memory
+from sws_export.engines.memory import WHAT_TO_DO, peak_memory, tells_of_lack
 from sws_export.errors import EngineError
 from sws_export.profile import Shapes
 from sws_export.progress import Progress, Silent, Stage
@@ -50,17 +50,17 @@ class EngineReport:
     decomposed_attentions: int
     """Attention layers that TensorRT may build of several kernels, having none for them."""
     warnings: dict[str, int]
-    """Each warning of the library and how often it came."""
+    """Each warning of the library, and error that did not stop it, and how often it came."""
 
 
 @dataclass
-class _Outcome:
+class Outcome:
     """What has been heard from the child so far."""
 
     built: dict[str, Any] | None = None
     failure: Exception | None = None
-    errors: list[str] = field(default_factory=list)
-    warnings: dict[str, int] = field(default_factory=dict)
+    first_error: str = ""
+    complaints: dict[str, int] = field(default_factory=dict)
     phase: str = "starting"
     peak_memory: int = 0
 
@@ -99,7 +99,7 @@ def build_engine(
         "options": options.to_json(),
     }
     started = time.monotonic()
-    outcome = _Outcome()
+    outcome = Outcome()
     complete = False
     try:
         with progress.stage(f"engine ({options.backend.name})") as stage, tempfile.TemporaryFile() as output:
@@ -107,7 +107,7 @@ def build_engine(
                 _listen(child, reader, outcome, stage)
             output.seek(0)
             printed = output.read().decode(errors="replace")
-        _raise_failure(child.returncode, outcome, printed, options)
+        raise_failure(child.returncode, outcome, printed, options)
         report = _report(outcome, out_path, options, time.monotonic() - started)
         complete = True
     finally:
@@ -125,7 +125,8 @@ def _child(spec: dict[str, Any], output: IO[bytes]) -> Iterator[tuple[subprocess
         child = subprocess.Popen(
             # -P and the path of this process: the child imports what this process would, wherever it runs.
             [sys.executable, "-P", "-m", "sws_export.engines.child", str(writing)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)},
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -150,7 +151,7 @@ def _child(spec: dict[str, Any], output: IO[bytes]) -> Iterator[tuple[subprocess
         os.close(reading)
 
 
-def _listen(child: subprocess.Popen[bytes], reader: EventReader, outcome: _Outcome, stage: Stage) -> None:
+def _listen(child: subprocess.Popen[bytes], reader: EventReader, outcome: Outcome, stage: Stage) -> None:
     """Take in what the child tells until it has ended."""
     while True:
         readable, _, _ = select.select([reader.descriptor], [], [], _POLL_SECONDS)
@@ -165,24 +166,33 @@ def _listen(child: subprocess.Popen[bytes], reader: EventReader, outcome: _Outco
     child.wait()
 
 
-def _take(event: dict[str, Any], outcome: _Outcome) -> None:
+def _take(event: dict[str, Any], outcome: Outcome) -> None:
     match event["event"]:
         case "phase":
             outcome.phase = event["text"]
-        case "log" if event["severity"] == "error":
-            outcome.errors.append(event["text"])
         case "log":
-            outcome.warnings[event["text"]] = outcome.warnings.get(event["text"], 0) + 1
+            text = event["text"]
+            outcome.complaints[text] = outcome.complaints.get(text, 0) + 1
+            if event["severity"] == "error":
+                outcome.first_error = outcome.first_error or text
         case "failed":
             outcome.failure = getattr(errors, event["error"])(event["message"])
         case "not_written":
-            outcome.failure = OSError(event["errno"], os.strerror(event["errno"]))
+            outcome.failure = OSError(event["errno"], os.strerror(event["errno"]), event["path"])
         case "built":
             outcome.built = event
             outcome.peak_memory = max(outcome.peak_memory, event["peak_memory"])
 
 
-def _raise_failure(code: int, outcome: _Outcome, printed: str, options: BuildOptions) -> None:
+def raise_failure(code: int, outcome: Outcome, printed: str, options: BuildOptions) -> None:
+    """Raise what the end of the child means, from its exit status, events and other output.
+
+    Raises:
+        EngineError: It was killed or died, or told so.
+        OptionError: It told so.
+        OSError: It could not write the plan.
+        RuntimeError: It has a bug.
+    """
     if code == 0 and outcome.built is not None:
         return
     if outcome.failure is not None:
@@ -193,23 +203,20 @@ def _raise_failure(code: int, outcome: _Outcome, printed: str, options: BuildOpt
     raise RuntimeError(f"the engine build process ended with status {code}:\n{printed}")
 
 
-def _death(number: int, outcome: _Outcome, printed: str, options: BuildOptions) -> str:
+def _death(number: int, outcome: Outcome, printed: str, options: BuildOptions) -> str:
     name = signal.Signals(number).name
     total = psutil.virtual_memory().total
     memory = f"at {outcome.peak_memory / 1e9:.1f} of {total / 1e9:.1f} GB of memory"
-    said = outcome.errors[0] if outcome.errors else (printed.strip().splitlines() or [""])[-1]
+    said = outcome.first_error or (printed.strip().splitlines() or [""])[-1].strip()
     said = f"; its last words: {said}" if said else ""
     process = f"the {options.backend.name} build process"
     what = f"{process} was ended by {name} in phase {outcome.phase!r}, {memory}{said}"
-    if number == signal.SIGKILL:
-        return (
-            f"{what}; most likely the system ran out of memory: close other programs, add swap, "
-            "or build on a larger machine"
-        )
+    if number == signal.SIGKILL or tells_of_lack(said):
+        return f"{what}; most likely memory ran out: {WHAT_TO_DO}"
     return f"{what}; this is a fault of the library: try another version of it, or report the graph to NVIDIA"
 
 
-def _report(outcome: _Outcome, out_path: Path, options: BuildOptions, seconds: float) -> EngineReport:
+def _report(outcome: Outcome, out_path: Path, options: BuildOptions, seconds: float) -> EngineReport:
     built = outcome.built
     assert built is not None
     header = plan_header(out_path)
@@ -224,7 +231,7 @@ def _report(outcome: _Outcome, out_path: Path, options: BuildOptions, seconds: f
         peak_memory=outcome.peak_memory,
         layers=built["layers"],
         decomposed_attentions=built["decomposed_attentions"],
-        warnings=outcome.warnings,
+        warnings=outcome.complaints,
     )
 
 

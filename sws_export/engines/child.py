@@ -17,16 +17,13 @@ from sws_export.engines import network as steps
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import named_backend
 from sws_export.engines.events import EventWriter
-from sws_export.engines.graph_check import check_standard_operators
-from sws_export.engines.memory import peak_memory
+from sws_export.engines.graph_check import check_graph
+from sws_export.engines.memory import WHAT_TO_DO, peak_memory, tells_of_lack
 from sws_export.engines.monitor import make_logger, make_monitor
 from sws_export.errors import EngineError, SwsExportError
 from sws_export.profile import Shapes
 
 _PR_SET_PDEATHSIG = 1
-OUT_OF_MEMORY = (
-    "the engine build ran out of memory; close other programs, add swap, or build on a larger machine"
-)
 
 
 def main() -> int:
@@ -40,12 +37,14 @@ def main() -> int:
         events.send("failed", error=type(error).__name__, message=str(error))
         return 1
     except MemoryError:
-        events.send("failed", error="EngineError", message=OUT_OF_MEMORY)
+        events.send(
+            "failed", error="EngineError", message=f"the engine build ran out of memory; {WHAT_TO_DO}"
+        )
         return 1
     except OSError as error:
         if error.errno is None:
             raise
-        events.send("not_written", errno=error.errno)
+        events.send("not_written", errno=error.errno, path=spec["out"])
         return 1
     return 0
 
@@ -73,9 +72,8 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
     shapes: Shapes = {name: (tuple(a), tuple(b), tuple(c)) for name, (a, b, c) in spec["shapes"].items()}
     onnx_path, out_path = Path(spec["onnx"]), Path(spec["out"])
 
-    events.send("phase", text="checking operators")
-    if not options.plugins:
-        check_standard_operators(onnx_path)
+    events.send("phase", text="checking the graph")
+    check_graph(onnx_path, foreign_operators=bool(options.plugins))
     trt = options.backend.load()
     logger = make_logger(trt, events)
     builder = trt.Builder(logger)
@@ -99,9 +97,10 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
     if writer.error is not None:
         raise writer.error
     if not good:
+        reason = logger.first_error or "no reason given"
+        advice = f"; the build ran out of memory: {WHAT_TO_DO}" if tells_of_lack(reason) else ""
         raise EngineError(
-            f"{trt.__name__} {trt.__version__} cannot build an engine from {onnx_path}: "
-            f"{logger.first_error or 'no reason given'}"
+            f"{trt.__name__} {trt.__version__} cannot build an engine from {onnx_path}: {reason}{advice}"
         )
     if options.timing_cache:
         steps.save_timing_cache(config, options.timing_cache)

@@ -1,10 +1,10 @@
 """What the build process tells the process that started it: one JSON object a line, on a pipe of its own.
 
-{"event": "phase", "text": ...}                     what is being done, for people
-{"event": "log", "severity": "warning", "text": ...}  a warning or error of the library
-{"event": "failed", "error": ..., "message": ...}   an error class of `sws_export.errors` and its message
-{"event": "not_written", "errno": ...}              the plan could not be written
-{"event": "built", "layers": ..., ...}              the plan is complete
+{"event": "phase", "text": ...}                        what is being done, for people
+{"event": "log", "severity": "warning", "text": ...}   a warning or error of the library
+{"event": "failed", "error": ..., "message": ...}      an error class of `sws_export.errors`
+{"event": "not_written", "errno": ..., "path": ...}    the plan could not be written
+{"event": "built", "layers": ..., ...}                 the plan is complete
 """
 
 import json

@@ -14,14 +14,44 @@ from sws_export.errors import EngineError
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
-def check_standard_operators(path: Path) -> None:
-    """Read the structure of the model at `path`, not its weights, and refuse foreign operators.
+def check_graph(path: Path, *, foreign_operators: bool) -> None:
+    """Read the structure of the model at `path`, not its weights, and refuse what the parser cannot take.
+
+    Args:
+        path: The ONNX file.
+        foreign_operators: Whether plugins are there for operators that are not ONNX's.
 
     Raises:
-        EngineError: The file is missing or not an ONNX model, or has nodes that are neither standard
-            operators nor calls of functions of the model.
+        EngineError: The file is missing or not an ONNX model, its external data is missing or cut short, or a
+            node is neither a standard operator nor a call of a function of the model.
     """
     model = _read_structure(path)
+    _check_external_data(model, path)
+    if not foreign_operators:
+        _check_operators(model, path)
+
+
+def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
+    ends: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+            ends[entries["location"]] = max(end, ends.get(entries["location"], 0))
+    for location, end in ends.items():
+        data = path.parent / location
+        if not data.is_file():
+            raise EngineError(
+                f"the weights of {path} are missing: there is no {data}; keep both files together"
+            )
+        if data.stat().st_size < end:
+            raise EngineError(
+                f"the weights of {path} are cut short: {data} has {data.stat().st_size} bytes, "
+                f"expected {end}; copy or export it again"
+            )
+
+
+def _check_operators(model: onnx.ModelProto, path: Path) -> None:
     functions = {(function.domain, function.name) for function in model.functions}
     bodies: list[Iterable[onnx.NodeProto]] = [
         model.graph.node,

@@ -1,6 +1,14 @@
-"""Memory of a process."""
+"""Memory of a process, and the lack of it."""
 
 from pathlib import Path
+
+WHAT_TO_DO = "close other programs, add swap, or build on a machine with more memory"
+_SIGNS = ("bad_alloc", "out of memory", "OutOfMemory", "Cannot allocate memory")
+
+
+def tells_of_lack(text: str) -> bool:
+    """Whether a message of the library means that memory ran out."""
+    return any(sign in text for sign in _SIGNS)
 
 
 def peak_memory(pid: int) -> int:

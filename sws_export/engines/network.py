@@ -45,7 +45,8 @@ def check_inputs(network: Any, shapes: Shapes) -> None:
     """Refuse shapes that do not fit the inputs of the network.
 
     Raises:
-        OptionError: A dynamic input has no shapes, an input is unknown, or a dimension contradicts the graph.
+        OptionError: A dynamic input has no shapes, an input is unknown, a dimension contradicts the graph, or
+            the sizes of a dimension do not ascend.
     """
     inputs = {
         tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))
@@ -60,6 +61,8 @@ def check_inputs(network: Any, shapes: Shapes) -> None:
             if -1 in declared:
                 raise OptionError(f"the profile has no shapes for input {name} {list(declared)}")
             continue
+        if any(not low <= best <= high for low, best, high in zip(*shapes[name], strict=False)):
+            raise OptionError(f"the profile of input {name} must ascend, found {shapes[name]}")
         for shape in shapes[name]:
             fits = len(shape) == len(declared) and all(
                 there in (-1, here) for there, here in zip(declared, shape, strict=True)
@@ -140,7 +143,7 @@ def _add_profile(builder: Any, config: Any, shapes: Shapes) -> None:
     for name, (minimum, optimum, maximum) in shapes.items():
         profile.set_shape(name, minimum, optimum, maximum)
     if config.add_optimization_profile(profile) < 0:
-        raise OptionError(f"TensorRT does not take the profile {dict(shapes)}; check the order of its sizes")
+        raise OptionError(f"TensorRT does not take the profile {dict(shapes)}")
 
 
 def load_timing_cache(config: Any, path: Path) -> Any:

@@ -23,7 +23,7 @@ BACKEND = Backend(
         "strip_weights": _NEEDS_GPU,
         "version_compatible": "TensorRT-RTX has no lean runtime; use --backend tensorrt",
         "hardware_compatible": "name the GPUs with --compute-capability, for example 8.6,8.9,12.0",
-        "timing_cache": "TensorRT-RTX times kernels where the engine runs, not where it is built",
+        "timing_cache": "TensorRT-RTX times no kernels at build time; they are chosen where the engine runs",
         "plugins": "TensorRT-RTX runs no plugins; the graph must be lowered to standard operators",
     },
 )

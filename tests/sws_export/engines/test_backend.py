@@ -1,0 +1,125 @@
+import importlib.util
+import sys
+
+import pytest
+
+from sws_export.engines import (
+    BuildOptions,
+    choice,
+    choose_backend,
+    engine_memory_estimate,
+    parse_capabilities,
+)
+from sws_export.engines.choice import named_backend
+from sws_export.errors import EngineError, OptionError
+
+RTX = named_backend("tensorrt-rtx")
+TENSORRT = named_backend("tensorrt")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with so many GPUs and these packages."""
+
+    def pretend(gpus, *packages):
+        monkeypatch.setattr(choice, "gpu_count", lambda: gpus)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
+        for package in ("tensorrt", "tensorrt_rtx"):
+            # The real module of the other library stands in for one that is not installed here.
+            stand_in = importlib.import_module("tensorrt_rtx") if package in packages else None
+            monkeypatch.setitem(sys.modules, package, stand_in)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("gpus", "packages", "expected"),
+    [
+        (0, ["tensorrt_rtx"], "tensorrt-rtx"),
+        (0, ["tensorrt", "tensorrt_rtx"], "tensorrt-rtx"),
+        (1, ["tensorrt_rtx"], "tensorrt-rtx"),
+        (1, ["tensorrt", "tensorrt_rtx"], "tensorrt"),
+    ],
+)
+def test_the_default_is_tensorrt_where_it_can_run(machine, gpus, packages, expected):
+    machine(gpus, *packages)
+    assert choose_backend().name == expected
+
+
+@pytest.mark.parametrize(("name", "extra"), [("tensorrt", "gpu"), ("tensorrt-rtx", "rtx")])
+def test_a_missing_package_is_named_with_its_extra(machine, name, extra):
+    machine(1)
+    with pytest.raises(EngineError, match=rf"backend {name} needs .*pip install 'sws-export\[{extra}\]'"):
+        choose_backend(name)
+
+
+def test_tensorrt_without_a_gpu_is_refused_with_the_other_backend(machine):
+    machine(0, "tensorrt")
+    with pytest.raises(EngineError, match=r"needs an NVIDIA GPU .* --backend tensorrt-rtx"):
+        choose_backend("tensorrt")
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    with pytest.raises(OptionError, match="--backend openvino is unknown; choose tensorrt-rtx or tensorrt"):
+        choose_backend("openvino")
+
+
+def test_a_package_that_cannot_be_loaded_is_not_called_missing(monkeypatch, tmp_path):
+    (tmp_path / "tensorrt.py").write_text(
+        "raise ImportError('libnvinfer.so.10: cannot open shared object file')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(EngineError, match=r"tensorrt cannot be loaded \(libnvinfer"):
+        TENSORRT.load()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("refit", True, "--refit is not possible with --backend tensorrt-rtx: without a GPU"),
+        ("strip_weights", True, "--strip-weights is not possible"),
+        ("version_compatible", True, "--version-compatible is not possible"),
+        ("hardware_compatible", True, "--hardware-compatible .*--compute-capability"),
+        ("timing_cache", "file", "--timing-cache .* chosen where the engine runs"),
+        ("plugins", ("x.so",), "runs no plugins"),
+    ],
+)
+def test_what_rtx_cannot_do_is_refused_with_the_reason(option, value, text):
+    with pytest.raises(OptionError, match=text):
+        BuildOptions(RTX, **{option: value})
+
+
+def test_tensorrt_builds_for_its_own_gpu_only():
+    with pytest.raises(OptionError, match=r"--compute-capability is not possible .*GPU of this machine"):
+        BuildOptions(TENSORRT, compute_capabilities=("8.9",))
+
+
+def test_a_capability_the_library_does_not_know_is_refused_with_the_known_ones():
+    with pytest.raises(OptionError, match=r"--compute-capability 9\.0: .* 7\.5, 8\.0, 8\.6, 8\.9, 12\.0"):
+        BuildOptions(RTX, compute_capabilities=("8.9", "9.0"))
+
+
+def test_capabilities_are_split_and_not_repeated():
+    assert parse_capabilities("8.9, 12.0,8.9") == ("8.9", "12.0")
+
+
+@pytest.mark.parametrize("text", ["", "89", "8.9;12.0", "current", "8.9,", "sm89"])
+def test_a_malformed_capability_is_refused(text):
+    with pytest.raises(OptionError, match=r"--compute-capability .*expected MAJOR\.MINOR"):
+        parse_capabilities(text)
+
+
+def test_rtx_builds_for_ampere_and_later_by_default():
+    assert BuildOptions(RTX).targets == ("8.0", "8.6", "8.9", "12.0")
+
+
+@pytest.mark.parametrize("level", [-1, 6])
+def test_an_optimization_level_out_of_range_is_refused(level):
+    with pytest.raises(OptionError, match=f"--builder-optimization-level must be 0 to 5, found {level}"):
+        BuildOptions(RTX, optimization_level=level)
+
+
+def test_the_memory_estimate_covers_what_was_measured():
+    assert engine_memory_estimate(1_720_000_000, RTX) >= 5_800_000_000
+    assert engine_memory_estimate(5_140_000_000, RTX) >= 16_000_000_000

@@ -1,0 +1,232 @@
+"""Real builds with TensorRT for RTX in its child process, and every way in which one can end."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import onnx
+import psutil
+import pytest
+
+from sws_export.engines import BuildOptions, build, build_engine, plan_header
+from sws_export.engines.choice import named_backend
+from sws_export.errors import EngineError, OptionError
+
+OPTIONS = BuildOptions(named_backend("tensorrt-rtx"), compute_capabilities=("8.9",))
+TREE = Path(__file__).parents[3]
+
+
+def build_processes(process=None):
+    found = (process or psutil.Process()).children(recursive=True)
+    return [child for child in found if "sws_export.engines.child" in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Where the plan goes; no build process may outlive the test."""
+    yield tmp_path / "out" / "engine.plan"
+    assert not build_processes()
+
+
+@pytest.fixture(autouse=True)
+def _out(tmp_path):
+    (tmp_path / "out").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "decomposed"),
+    [("float16", 64, 0), ("bfloat16", 40, 0), ("float32", 64, 1), ("float16", 8, 1)],
+)
+def test_an_engine_is_built_and_measured(tmp_path, plan, small, shapes, dtype, head_size, decomposed):
+    onnx.save(small(dtype, head_size), tmp_path / "m.onnx")
+    options = BuildOptions(OPTIONS.backend, compute_capabilities=("8.9", "12.0"))
+    report = build_engine(tmp_path / "m.onnx", plan, shapes, options)
+    assert report.size == plan.stat().st_size == plan_header(plan).size
+    assert report.compute_capabilities == ("8.9", "12.0")
+    assert report.decomposed_attentions == decomposed
+    assert report.layers > 10
+    assert 100e6 < report.peak_memory < 2e9
+    assert 0 < report.build_seconds < report.seconds
+
+
+def test_weights_may_lie_in_a_file_of_their_own(tmp_path, plan, small, shapes):
+    onnx.save(small(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    assert build_engine(tmp_path / "m.onnx", plan, shapes, OPTIONS).size > 0
+
+
+def test_weight_streaming_and_level_are_taken(graph, plan, shapes):
+    options = BuildOptions(OPTIONS.backend, ("8.9",), optimization_level=0, weight_streaming=True)
+    assert build_engine(graph, plan, shapes, options).size > 0
+
+
+def test_relative_paths_are_those_of_the_caller(graph, plan, shapes, monkeypatch):
+    monkeypatch.chdir(plan.parent)
+    build_engine(Path("..") / graph.name, Path(plan.name), shapes, OPTIONS)
+    assert plan.exists()
+
+
+def test_progress_hears_of_the_phases_and_the_memory(long_graph, plan, long_shapes, recorder):
+    progress = recorder()
+    build_engine(long_graph, plan, long_shapes, OPTIONS, progress)
+    assert progress.stages == ["engine (tensorrt-rtx)"]
+    phases = {text.rpartition(",")[0] for text in progress.described}
+    assert {"parsing the graph", "Building engine from subgraph"} <= phases
+    assert all(text.endswith(" GB") for text in progress.described)
+
+
+def test_a_custom_operator_never_reaches_the_parser(tmp_path, plan, small, shapes):
+    model = small()
+    model.graph.node[4].domain = "sws"
+    model.opset_import.append(onnx.helper.make_opsetid("sws", 1))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(EngineError, match="no standard ONNX runtime knows: sws::Attention"):
+        build_engine(tmp_path / "m.onnx", plan, shapes, OPTIONS)
+
+
+def test_a_graph_the_parser_refuses_leaves_no_file(tmp_path, plan, small, shapes):
+    model = small()
+    model.graph.node[4].input[0] = "x"
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(EngineError, match=r"cannot parse .* at node 'site' \(Attention\)"):
+        build_engine(tmp_path / "m.onnx", plan, shapes, OPTIONS)
+    assert list(plan.parent.iterdir()) == []
+
+
+def test_a_graph_the_builder_refuses_is_told_in_the_words_of_the_library(graph, plan, shapes):
+    # Both inputs have the graph's symbol for the height, so their ranges must meet.
+    apart = dict(shapes) | {"sws_state_d1": ((1, 145, 17, 16), (2, 145, 17, 16), (4, 145, 18, 32))}
+    apart["sample"] = ((1, 4, 8, 16), (2, 4, 8, 16), (4, 4, 16, 32))
+    with pytest.raises(
+        EngineError, match=r"tensorrt_rtx .* cannot build an engine from .*height: .* contradictory"
+    ):
+        build_engine(graph, plan, apart, OPTIONS)
+    assert list(plan.parent.iterdir()) == []
+
+
+def test_shapes_that_do_not_fit_are_an_option_error(graph, plan, shapes):
+    with pytest.raises(OptionError, match="no shapes for input sample"):
+        build_engine(graph, plan, {"sws_state_d1": shapes["sws_state_d1"]}, OPTIONS)
+
+
+def test_a_place_that_cannot_be_written_is_an_os_error_with_its_path(graph, tmp_path, shapes):
+    out = tmp_path / "missing" / "engine.plan"
+    with pytest.raises(FileNotFoundError, match=str(out)):
+        build_engine(graph, out, shapes, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (signal.SIGKILL, r"ended by SIGKILL in phase .* of .* GB of memory; most likely memory ran out"),
+        (signal.SIGABRT, r"ended by SIGABRT in phase .*; this is a fault of the library"),
+    ],
+)
+def test_the_death_of_the_build_process_is_an_error(long_graph, plan, long_shapes, recorder, number, text):
+    def end_it(described):
+        if described.startswith("Building engine"):
+            for child in build_processes():
+                child.send_signal(number)
+
+    with pytest.raises(EngineError, match=text):
+        build_engine(long_graph, plan, long_shapes, OPTIONS, recorder(end_it))
+    assert list(plan.parent.iterdir()) == []
+
+
+def test_an_interrupt_ends_the_build_process(long_graph, plan, long_shapes, recorder):
+    seen = []
+
+    def interrupt(described):
+        if described.startswith("Building engine") and not seen:
+            seen.extend(build_processes())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(long_graph, plan, long_shapes, OPTIONS, recorder(interrupt))
+    assert len(seen) == 1
+    assert not seen[0].is_running()
+    assert list(plan.parent.iterdir()) == []
+
+
+PROGRAM = """
+    import contextlib, sys
+    from pathlib import Path
+    from sws_export.engines import BuildOptions, build_engine
+    from sws_export.engines.choice import named_backend
+
+    class Printer:
+        @contextlib.contextmanager
+        def stage(self, name, total=None):
+            yield self
+        def describe(self, text):
+            print(text, flush=True)
+        def warn(self, text):
+            pass
+
+    build_engine(
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        {shapes},
+        BuildOptions(named_backend("tensorrt-rtx"), ("8.9",)),
+        Printer(),
+    )
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_build_process_does_not_outlive_its_parent(long_graph, plan, long_shapes, number):
+    program = textwrap.dedent(PROGRAM).replace("{shapes}", repr(long_shapes))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(long_graph), str(plan)],
+        cwd=TREE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        while not parent.stdout.readline().startswith("Building engine"):
+            assert parent.poll() is None
+        (child,) = build_processes(psutil.Process(parent.pid))
+        parent.send_signal(number)
+        _, said = parent.communicate()
+    assert parent.returncode == -number
+    assert ("KeyboardInterrupt" in said) == (number == signal.SIGINT)
+    deadline = time.monotonic() + 10
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    if number == signal.SIGINT:
+        assert list(plan.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "printed", "text"),
+    [
+        (
+            signal.SIGABRT,
+            "terminate called\n  what():  std::bad_alloc\n",
+            "most likely memory ran out: close",
+        ),
+        (
+            signal.SIGABRT,
+            "free(): invalid pointer\n",
+            r"its last words: free\(\): invalid pointer; this is a fault",
+        ),
+        (
+            signal.SIGSEGV,
+            "",
+            "ended by SIGSEGV in phase 'starting', at 0.0 of .*; this is a fault of the library",
+        ),
+    ],
+)
+def test_last_words_tell_what_the_death_was_of(number, printed, text):
+    with pytest.raises(EngineError, match=text):
+        build.raise_failure(-number, build.Outcome(), printed, OPTIONS)
+
+
+def test_a_bug_in_the_build_process_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match=r"ended with status 1:\nTraceback .*KeyError"):
+        build.raise_failure(1, build.Outcome(), "Traceback ... KeyError", OPTIONS)
