@@ -54,7 +54,7 @@ def find_sites(model: ir.Model) -> tuple[list[Site], list[SkippedSite]]:
     A site qualifies when queries, keys and values are projections of one tensor (self-attention), nothing
     masks it, its shape is known, and its name tells the grid it lives on.
     """
-    levels = _count_levels(model)
+    levels = count_levels(model)
     sites: list[Site] = []
     skipped: list[SkippedSite] = []
     for node in model.graph:
@@ -74,7 +74,7 @@ def _dotted_name(node: ir.Node) -> str:
     return (node.name or "").strip("/").replace("/", ".")
 
 
-def _count_levels(model: ir.Model) -> int:
+def count_levels(model: ir.Model) -> int:
     """Resolutions of the UNet: one more than the highest index of its blocks."""
     indices = [int(index) for node in model.graph for _, index in _BLOCK.findall(_dotted_name(node))]
     return max(indices, default=0) + 1

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sws_export.errors import OutputError
 
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
 
 @contextlib.contextmanager
 def staged_directory(out: Path) -> Iterator[Path]:
@@ -24,8 +26,10 @@ def staged_directory(out: Path) -> Iterator[Path]:
     with output_errors(out):
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        with output_errors(out):
-            yield scratch
+        yield scratch
+    except OSError as error:
+        _raise_if_full(out, error)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -53,14 +57,19 @@ def output_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(out.parent).free
+        _raise_if_full(out, error)
+        if error.errno in _REFUSALS:
             raise OutputError(
-                f"cannot write {out}: the disk is full ({free / 1e9:.2f} GB free in {out.parent}); "
-                "free some space or choose another --out"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-            raise OutputError(
-                f"cannot write {out}: {error.strerror}; choose an --out in a directory that exists and is writable"
+                f"cannot write {out}: {error.strerror}; choose an --out in a directory that exists and is "
+                "writable"
             ) from error
         raise
+
+
+def _raise_if_full(out: Path, error: OSError) -> None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(out.parent).free
+        raise OutputError(
+            f"cannot write {out}: the disk is full ({free / 1e9:.2f} GB free in {out.parent}); "
+            "free some space or choose another --out"
+        ) from error

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from sws_export.checkpoint import Checkpoint, read_tensor
 from sws_export.contract import DTYPE_NAMES, Precision
+from sws_export.errors import CheckpointError
 
 _ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
@@ -24,6 +26,23 @@ def build_unet(config: Mapping[str, Any], precision: Precision) -> UNet2DConditi
         torch.set_default_dtype(default)
 
 
+def load_unet(checkpoint: Checkpoint, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The UNet with its weights in memory, converted tensor by tensor to `dtype`.
+
+    Raises:
+        CheckpointError: A tensor is missing or cannot be read.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(checkpoint.config)).eval()
+    weights = {}
+    for name in unet.state_dict():
+        if name not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
+        weights[name] = read_tensor(checkpoint.tensors[name]).to(dtype)
+    unet.load_state_dict(weights, assign=True)
+    return unet
+
+
 class UNetStep(torch.nn.Module):
     """One denoising step with positional inputs, in the order of the contract."""
 
@@ -38,16 +57,25 @@ class UNetStep(torch.nn.Module):
 
 
 def call_unet(unet: UNet2DConditionModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The prediction of `unet` for inputs named as in the contract.
+    """The prediction of `unet` for inputs named as in the contract."""
+    (prediction,) = unet(**unet_arguments(inputs), return_dict=False)
+    return torch.as_tensor(prediction)
 
-    Pooled text embeddings are widened to float32: diffusers concatenates them with float32 time
-    embeddings, which torch promotes by itself and the ONNX exporter does not.
+
+def unet_arguments(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Inputs of the contract as arguments of diffusers' `forward`.
+
+    Pooled text embeddings and time ids are widened to float32 at least: diffusers concatenates them with
+    float32 time embeddings, which torch promotes by itself and the ONNX exporter does not.
     """
     arguments: dict[str, Any] = {
         name: value for name, value in inputs.items() if name not in _ADDED_CONDITIONS
     }
-    added = {name: inputs[name].float() for name in _ADDED_CONDITIONS if name in inputs}
+    added = {
+        name: inputs[name].to(torch.promote_types(inputs[name].dtype, torch.float32))
+        for name in _ADDED_CONDITIONS
+        if name in inputs
+    }
     if added:
         arguments["added_cond_kwargs"] = added
-    (prediction,) = unet(**arguments, return_dict=False)
-    return torch.as_tensor(prediction)
+    return arguments

@@ -1,0 +1,107 @@
+"""What a file is: checkpoint, ONNX graph, manifest or engine, from its header alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sws_export import manifest
+from sws_export.errors import CheckpointError
+
+_MANIFEST_FACTS = ("precision", "states", "sites", "sws", "profile", "validation", "source", "versions")
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """Describe `path` as plain values.
+
+    Raises:
+        CheckpointError: It is none of the kinds known, or is damaged.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if path.suffix == ".onnx":
+        return _inspect_graph(path)
+    if path.suffix in (".plan", ".engine"):
+        return _inspect_engine(path)
+    if path.suffix == ".json" and _is_manifest(path):
+        return {"kind": "manifest"} | _read_manifest(path)
+    return _inspect_checkpoint(path)
+
+
+def _is_manifest(path: Path) -> bool:
+    try:
+        return "artefact" in json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a manifest: {error}") from error
+
+
+def _inspect_graph(path: Path) -> dict[str, Any]:
+    import onnx_ir as ir
+
+    from graph_passes.find_sites import find_sites
+    from sws_export.rewrite import graph_specs
+
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's errors share no base class
+        raise CheckpointError(f"{path} is not an ONNX model or is damaged: {error}") from error
+    described = manifest.embedded(model)
+    facts: dict[str, Any] = {
+        "kind": "onnx",
+        "opset": model.graph.opset_imports.get("", 0),
+        "nodes": len(model.graph),
+        "producer": f"{model.producer_name} {model.producer_version or ''}".strip(),
+        "inputs": [
+            f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in graph_specs(model.graph.inputs)
+        ],
+        "outputs": [
+            f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in graph_specs(model.graph.outputs)
+        ],
+    }
+    if described is not None:
+        return facts | {name: described[name] for name in _MANIFEST_FACTS if name in described}
+    sites, skipped = find_sites(model)
+    return facts | {
+        "sites": [site.name for site in sites],
+        "skipped_sites": [f"{site.name}: {site.reason}" for site in skipped],
+    }
+
+
+def _inspect_engine(path: Path) -> dict[str, Any]:
+    import dataclasses
+
+    from sws_export.engines import plan_header
+
+    facts = {"kind": "engine"} | dataclasses.asdict(plan_header(path))
+    beside = manifest.manifest_path(path)
+    if not beside.is_file():
+        return facts | {"manifest": f"{beside.name} is missing: the contract of this engine is not known"}
+    described = _read_manifest(beside)
+    return facts | {name: described[name] for name in _MANIFEST_FACTS if name in described}
+
+
+def _inspect_checkpoint(path: Path) -> dict[str, Any]:
+    from sws_export.checkpoint import open_checkpoint
+
+    found = open_checkpoint(path)
+    return {
+        "kind": "checkpoint",
+        "family": found.family,
+        "layout": found.layout,
+        "files": [str(file) for file in found.files],
+        "parameters": found.parameters,
+        "bytes": found.nbytes,
+        "dtypes": found.dtypes,
+        "configuration": found.config_source,
+        "prediction_type": found.prediction_type,
+        "vae_scale": found.vae_scale,
+        "ignored": found.ignored,
+        "remarks": list(found.remarks),
+        "config": found.config,
+    }

@@ -1,0 +1,138 @@
+"""What a deployer needs to drive an artefact, as JSON beside it and inside the ONNX file."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graph_passes.insert_sws import StatePair
+from graph_passes.parameters import SwsParameters
+from sws_export.contract import Precision, TensorSpec
+from sws_export.engines import EngineReport
+from sws_export.profile import Shapes
+from sws_export.rewrite import RewriteReport
+from sws_export.stages import StageFigures
+from sws_export.validation import ValidationReport
+
+METADATA_KEY = "sws_export.manifest"
+FORMAT_VERSION = 1
+_LIBRARIES = ("sws-export", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
+
+
+def manifest_path(out: Path) -> Path:
+    """`<out>.json`, beside the artefact."""
+    return out.with_name(out.name + ".json")
+
+
+def describe_graph(
+    *,
+    source: dict[str, Any],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    parameters: SwsParameters | None,
+    rewrite: RewriteReport | None,
+    precision: Precision,
+    opset: int,
+) -> dict[str, Any]:
+    """The part of the manifest that the graph alone decides; the same input gives the same text.
+
+    Args:
+        source: Architecture, layout and sha256 of what was exported.
+        inputs: All inputs of the graph, states included.
+        outputs: All outputs.
+        parameters: Constants of SWS; None for a plain export.
+        rewrite: Sites and states; None for a plain export.
+        precision: Precision of the UNet.
+        opset: Opset of the graph.
+    """
+    return {
+        "format": FORMAT_VERSION,
+        "precision": precision,
+        "opset": opset,
+        "inputs": [_spec(spec) for spec in inputs],
+        "outputs": [_spec(spec) for spec in outputs],
+        "states": [_state(pair) for pair in rewrite.states] if rewrite else [],
+        "sws": dataclasses.asdict(parameters) if parameters else None,
+        "sites": {f"d{factor}": list(names) for factor, names in rewrite.sites.items()} if rewrite else {},
+        "skipped_sites": [dataclasses.asdict(site) for site in rewrite.skipped] if rewrite else [],
+        "source": source,
+        "versions": library_versions(),
+    }
+
+
+def _spec(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def _state(pair: StatePair) -> dict[str, Any]:
+    return {
+        "input": pair.input,
+        "output": pair.output,
+        "downsampling": pair.factor,
+        "initial": "zeros",
+        "reset": "feed zeros at the first step of every image",
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shape the graph."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def describe_profile(shapes: Shapes) -> dict[str, dict[str, list[int]]]:
+    """The engine's profile: smallest, best and largest shape of each input."""
+    return {
+        name: {"min": list(low), "opt": list(best), "max": list(high)}
+        for name, (low, best, high) in shapes.items()
+    }
+
+
+def complete(
+    description: dict[str, Any],
+    out: Path,
+    validation: ValidationReport | None,
+    engine: EngineReport | None,
+    profile: dict[str, Any] | None,
+    stages: Sequence[StageFigures],
+) -> dict[str, Any]:
+    """The manifest of an artefact: the graph's description and how this file came about."""
+    return description | {
+        "artefact": out.name,
+        "validation": validation.as_dict()
+        if validation
+        else {"passed": None, "reason": "skipped by --no-validate"},
+        "engine": dataclasses.asdict(engine) if engine else None,
+        "profile": profile,
+        "stages": [dataclasses.asdict(figures) for figures in stages],
+    }
+
+
+def embed(model: ir.Model, description: dict[str, Any]) -> None:
+    """Store the description inside the ONNX model."""
+    model.metadata_props[METADATA_KEY] = json.dumps(description, sort_keys=True)
+
+
+def embedded(model: ir.Model) -> dict[str, Any] | None:
+    """The description inside an ONNX model; None where sws-export did not write it."""
+    text = model.metadata_props.get(METADATA_KEY)
+    return dict(json.loads(text)) if text else None
+
+
+def write_manifest(manifest: dict[str, Any], path: Path) -> None:
+    """Write a manifest; the caller stages it."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())

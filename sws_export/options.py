@@ -1,0 +1,144 @@
+"""What an export is asked to do."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from sws_export.contract import Precision, TensorSpec
+from sws_export.errors import OptionError
+from sws_export.parameters import SwsParameters
+from sws_export.profile import Range, Sizes, resolve_sizes
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+ENGINE_SUFFIXES = (".plan", ".engine")
+
+# Batch of one prompt with and without its negative; CLIP's text length.
+_DEFAULT_BATCH = "1:2:2"
+_DEFAULT_TOKENS = "77"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of `sws_export.export`, as on the command line.
+
+    Attributes:
+        precision: Precision of the UNet; None for that of the checkpoint.
+        parameters: Constants of SWS.
+        sites: Shell patterns of attention sites; empty for all self-attention.
+        plain: Export without SWS.
+        config: A diffusers config.json, where none lies beside the checkpoint.
+        ema: Take the EMA weights of a checkpoint that holds both.
+        variant: Variant of the files in a directory, such as `fp16`.
+        attention_head_dim: Heads a level, for a UNet of no known family.
+        prediction_type: What the UNet predicts, where the checkpoint does not say.
+        batch: MIN:OPT:MAX or one number, for the engine; `tokens` likewise.
+        height: MIN:OPT:MAX or one number, pixels; None for the size that the UNet was trained on.
+        width: As `height`.
+        vae_scale: Pixels a latent value covers; None for what the checkpoint says.
+        backend: `tensorrt-rtx` or `tensorrt`; None for what suits the machine.
+        compute_capabilities: Targets of the engine, such as `8.9`.
+        optimization_level: 0 to 5; None for the backend's default.
+        validate: Compare the graph with the reference before anything is written.
+        keep_onnx: Keep the ONNX graph beside an engine.
+        dry_run: Stop after the preflight.
+    """
+
+    precision: Precision | None = None
+    parameters: SwsParameters = dataclasses.field(default_factory=SwsParameters)
+    sites: tuple[str, ...] = ()
+    plain: bool = False
+    config: Path | None = None
+    ema: bool = False
+    variant: str | None = None
+    attention_head_dim: tuple[int, ...] | None = None
+    prediction_type: str | None = None
+    batch: str = _DEFAULT_BATCH
+    height: str | None = None
+    width: str | None = None
+    tokens: str = _DEFAULT_TOKENS
+    vae_scale: int | None = None
+    backend: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    optimization_level: int | None = None
+    validate: bool = True
+    keep_onnx: bool = False
+    dry_run: bool = False
+
+    def for_precision(self, precision: Precision) -> "ExportOptions":
+        """The same options with another precision."""
+        return dataclasses.replace(self, precision=precision)
+
+
+Kind = Literal["onnx", "engine"]
+
+
+def artefact_kind(out: Path) -> Kind:
+    """What is to be written, by the suffix of `--out`.
+
+    Raises:
+        OptionError: The suffix names neither an ONNX graph nor an engine.
+    """
+    if out.suffix == ".onnx":
+        return "onnx"
+    if out.suffix in ENGINE_SUFFIXES:
+        return "engine"
+    raise OptionError(
+        f"--out {out}: expected a name ending in .onnx, .plan or .engine, found '{out.suffix or out.name}'"
+    )
+
+
+def engine_sizes(
+    options: ExportOptions, config: Mapping[str, Any] | None, multiple: int, vae_scale: int | None
+) -> Sizes:
+    """The sizes that the engine is built for, in units of the latent.
+
+    Args:
+        options: Sizes as given.
+        config: The UNet's configuration, for the size it was trained on; None where it is not known.
+        multiple: What height and width of the latent must be multiples of.
+        vae_scale: What the checkpoint says.
+
+    Raises:
+        OptionError: A size is malformed, not a multiple of what the UNet needs, or must be given.
+    """
+    scale = options.vae_scale or vae_scale
+    if scale is None:
+        raise OptionError(
+            "how many pixels a latent value covers is not known for this model; "
+            "add --vae-scale 8 (Stable Diffusion) or --vae-scale 1 (pixel space)"
+        )
+    trained = config.get("sample_size") if config else None
+    sides = trained if isinstance(trained, (list, tuple)) else (trained, trained)
+    return resolve_sizes(
+        batch=options.batch,
+        height=options.height or _trained_pixels("--height", sides[0], scale),
+        width=options.width or _trained_pixels("--width", sides[1], scale),
+        tokens=options.tokens,
+        vae_scale=scale,
+        multiple=multiple,
+    )
+
+
+def _trained_pixels(option: str, side: int | None, scale: int) -> str:
+    if side is None:
+        raise OptionError(f"the model does not say what size it was trained on; add {option} MIN:OPT:MAX")
+    return str(side * scale)
+
+
+def check_static_dimensions(inputs: tuple[TensorSpec, ...], sizes: Sizes) -> None:
+    """Refuse sizes that contradict a dimension which the graph fixes.
+
+    Raises:
+        OptionError: Names the dimension, the size of the graph and the size asked for.
+    """
+    positions = {"batch": ("sample", 0), "height": ("sample", 2), "width": ("sample", 3)}
+    by_name = {spec.name: spec for spec in inputs}
+    for name, (input_name, axis) in positions.items():
+        dimension = by_name[input_name].shape[axis]
+        asked: Range = getattr(sizes, name)
+        if isinstance(dimension, int) and asked != Range(dimension, dimension, dimension):
+            raise OptionError(
+                f"the graph has a fixed {name} of {dimension}; found {asked} in the profile. "
+                "Export the UNet with dynamic sizes or ask for this one"
+            )

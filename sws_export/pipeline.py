@@ -1,0 +1,198 @@
+"""The road: checkpoint or plain ONNX in; SWS graph, validation, engine and manifest out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graph_passes.clean_graph import CleanGraph
+from sws_export import manifest as manifests
+from sws_export.artefact import output_errors, publish, staged_directory
+from sws_export.engines import BuildOptions, EngineReport, build_engine, choose_backend
+from sws_export.errors import OutputError, ValidationError
+from sws_export.onnx_export import OPSET
+from sws_export.onnx_files import data_file, save_onnx
+from sws_export.options import ExportOptions, artefact_kind, check_static_dimensions, engine_sizes
+from sws_export.preflight import Preflight, preflight
+from sws_export.profile import Sizes, shapes_for
+from sws_export.progress import Progress, Silent
+from sws_export.rewrite import RewriteReport, graph_specs, rewrite
+from sws_export.sources import Source, open_source
+from sws_export.stages import StageFigures, StageLog
+from sws_export.validation import ValidationReport
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What an export made.
+
+    Attributes:
+        files: Artefacts written, the one asked for first; empty after a dry run.
+        manifest: What was written to `<out>.json`; empty after a dry run.
+        preflight: What was expected to be needed.
+        validation: None where it was skipped.
+        engine: None for an ONNX graph.
+        stages: Wall time and peak memory.
+    """
+
+    files: tuple[Path, ...]
+    manifest: dict[str, Any]
+    preflight: Preflight
+    validation: ValidationReport | None
+    engine: EngineReport | None
+    stages: tuple[StageFigures, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _EnginePlan:
+    """What the engine will be, decided before any long work."""
+
+    sizes: Sizes
+    options: BuildOptions
+
+
+def export(
+    model: Path | str,
+    out: Path | str,
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Turn a Stable-Diffusion-family UNet into an SWS graph or engine.
+
+    Args:
+        model: A diffusers directory, a .safetensors file, or a plain .onnx graph.
+        out: `.onnx` for the graph, `.plan` or `.engine` for an engine.
+        options: What to do; the defaults of the command line where None.
+        progress: Hears of stages, remarks and warnings; silent where None.
+
+    Returns:
+        What was written and measured.
+
+    Raises:
+        SwsExportError: Something about the model, the options or the machine; nothing is left behind.
+    """
+    model, out = Path(model), Path(out)
+    options, progress = options or ExportOptions(), progress or Silent()
+    kind = artefact_kind(out)
+    _check_destination(out)
+    log = StageLog()
+    source = open_source(model, options, progress)
+    for line in source.describe():
+        progress.log(line)
+    engine_plan = _plan_engine(source, options) if kind == "engine" else None
+    needs = preflight(source, engine_plan.options.backend if engine_plan else None, options, out)
+    for line in needs.describe():
+        progress.log(line)
+    for shortage in needs.shortages():
+        progress.warn(shortage)
+    if options.dry_run:
+        return ExportReport((), {}, needs, None, None, ())
+
+    with staged_directory(out) as scratch:
+        with log.measure("check"):
+            description = source.verify(progress)
+        graph_path = scratch / (out.name if kind == "onnx" else out.with_suffix(".onnx").name)
+        graph, rewritten = _make_graph(source, description, options, graph_path, log, progress)
+        validation = None
+        if options.validate:
+            with log.measure("validate"):
+                sites = rewritten.site_names if rewritten else ()
+                validation = source.validate(graph_path, options.parameters, sites, scratch, progress)
+            _check_validation(validation)
+        engine, profile = None, None
+        if engine_plan is not None:
+            shapes = shapes_for(graph_specs(graph.graph.inputs), engine_plan.sizes)
+            profile = manifests.describe_profile(shapes)
+            with log.measure("build") as figures, output_errors(out):
+                engine = build_engine(graph_path, scratch / out.name, shapes, engine_plan.options, progress)
+                figures.peak_memory = engine.peak_memory
+        document = manifests.complete(
+            manifests.embedded(graph) or {}, out, validation, engine, profile, log.stages
+        )
+        files = _publish(scratch, graph_path, out, document, keep_onnx=options.keep_onnx)
+    return ExportReport(files, document, needs, validation, engine, tuple(log.stages))
+
+
+def _check_destination(out: Path) -> None:
+    """Refuse a destination that cannot be written before any long work is done."""
+    if out.is_dir():
+        raise OutputError(f"cannot write {out}: it is a directory; give --out a file name")
+    with staged_directory(out):
+        pass
+
+
+def _plan_engine(source: Source, options: ExportOptions) -> _EnginePlan:
+    sizes = engine_sizes(options, source.config, source.multiple, source.vae_scale)
+    check_static_dimensions(source.inputs, sizes)
+    build = BuildOptions(
+        backend=choose_backend(options.backend),
+        compute_capabilities=options.compute_capabilities,
+        optimization_level=options.optimization_level,
+    )
+    build.backend.load()
+    return _EnginePlan(sizes, build)
+
+
+def _make_graph(
+    source: Source,
+    description: dict[str, Any],
+    options: ExportOptions,
+    path: Path,
+    log: StageLog,
+    progress: Progress,
+) -> tuple[ir.Model, RewriteReport | None]:
+    """Export, rewrite, describe and save the graph; returns it with what the rewrite did."""
+    with log.measure("export"):
+        model = source.plain_model(progress)
+    rewritten = None
+    with log.measure("rewrite"):
+        if options.plain:
+            CleanGraph()(model)
+        else:
+            rewritten = rewrite(model, options.parameters, options.sites, "tensorrt-rtx", progress)
+    model.producer_name, model.producer_version = "sws-export", manifests.library_versions()["sws-export"]
+    manifests.embed(
+        model,
+        manifests.describe_graph(
+            source=description,
+            inputs=graph_specs(model.graph.inputs),
+            outputs=graph_specs(model.graph.outputs),
+            parameters=options.parameters if rewritten else None,
+            rewrite=rewritten,
+            precision=source.precision,
+            opset=OPSET,
+        ),
+    )
+    with log.measure("save"), output_errors(path):
+        save_onnx(model, path, progress)
+    return model, rewritten
+
+
+def _check_validation(report: ValidationReport) -> None:
+    failed = [output for output in report.outputs if not output.passed]
+    if failed:
+        worst = max(failed, key=lambda output: output.maximum / output.tolerance)
+        raise ValidationError(
+            f"the graph differs from the {report.reference}: {worst.name} by {worst.maximum:.2g} of its "
+            f"largest value, allowed is {worst.tolerance:.0e}; nothing was written. "
+            "--no-validate skips the comparison"
+        )
+
+
+def _publish(
+    scratch: Path, graph_path: Path, out: Path, document: dict[str, Any], *, keep_onnx: bool
+) -> tuple[Path, ...]:
+    """Move the artefacts to their places, the manifest last."""
+    staged = [scratch / out.name]
+    if keep_onnx or graph_path.name == out.name:
+        # Weights first: an ONNX file must never lie there without them.
+        parts = [data_file(graph_path), graph_path]
+        staged = [*(part for part in parts if part.exists()), *(s for s in staged if s != graph_path)]
+    manifest_name = manifests.manifest_path(out).name
+    manifests.write_manifest(document, scratch / manifest_name)
+    staged.append(scratch / manifest_name)
+    for file in staged:
+        publish(file, out.parent / file.name)
+    written = [out.parent / file.name for file in staged]
+    return tuple(sorted(written, key=lambda file: file.name != out.name))

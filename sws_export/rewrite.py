@@ -1,0 +1,169 @@
+"""Plain ONNX to SWS ONNX: which sites, which passes, what the result's contract is."""
+
+import collections
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import onnx_ir as ir
+
+from graph_passes.clean_graph import CleanGraph
+from graph_passes.errors import GraphError
+from graph_passes.find_sites import Site, SkippedSite, find_sites
+from graph_passes.insert_sws import InsertSws, StatePair, state_pair
+from graph_passes.lower_functions import PLUGIN_OPERATORS, LowerFunctions
+from graph_passes.parameters import SwsParameters
+from sws_export.contract import TensorSpec
+from sws_export.errors import ExportError, OptionError
+from sws_export.progress import Progress
+
+Target = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+
+_KEPT_OPERATORS: dict[Target, frozenset[str]] = {
+    "onnxruntime": frozenset(),
+    "tensorrt-rtx": frozenset(),
+    "tensorrt": PLUGIN_OPERATORS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RewriteReport:
+    """What a rewrite did.
+
+    Attributes:
+        sites: Names of the sites with SWS by the downsampling factor of their grid.
+        skipped: Attention nodes left as they were, with the reason.
+        states: State pairs, finest grid first.
+        nodes: Nodes of the result.
+    """
+
+    sites: dict[int, tuple[str, ...]]
+    skipped: tuple[SkippedSite, ...]
+    states: tuple[StatePair, ...]
+    nodes: int
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """All sites with SWS."""
+        return tuple(name for names in self.sites.values() for name in names)
+
+
+def rewrite(
+    model: ir.Model,
+    parameters: SwsParameters,
+    patterns: Sequence[str],
+    target: Target,
+    progress: Progress,
+) -> RewriteReport:
+    """Put SWS into `model`, in place, and lower it for `target`.
+
+    Args:
+        model: A plain export.
+        parameters: Constants of the method.
+        patterns: Shell patterns of site names; empty for all.
+        target: Runtime that the graph is for.
+        progress: Hears which sites are taken and which are not.
+
+    Raises:
+        ExportError: The graph has no site that SWS can take, or is not a plain export.
+        OptionError: A pattern matches no site.
+    """
+    with progress.stage("rewrite") as stage:
+        stage.describe("finding attention sites")
+        found, skipped = find_sites(model)
+        if not found:
+            raise ExportError(_no_sites(skipped))
+        sites, deselected = _select(found, patterns)
+        skipped += deselected
+        try:
+            stage.describe("inserting SWS")
+            InsertSws(sites, parameters)(model)
+            stage.describe("lowering")
+            LowerFunctions(_KEPT_OPERATORS[target])(model)
+            CleanGraph()(model)
+        except GraphError as error:
+            raise ExportError(str(error)) from error
+    report = _report(model, sites, skipped)
+    for line in describe_sites(report):
+        progress.log(line)
+    return report
+
+
+def _no_sites(skipped: list[SkippedSite]) -> str:
+    if not skipped:
+        return (
+            "the graph has no Attention node: expected an export with opset 23 or later, in which each "
+            "attention is one node; export the checkpoint with sws-export instead"
+        )
+    reasons = collections.Counter(site.reason for site in skipped).most_common()
+    return "the graph has no attention site that SWS can take: " + "; ".join(
+        f"{count} × {reason}" for reason, count in reasons
+    )
+
+
+def _select(sites: list[Site], patterns: Sequence[str]) -> tuple[list[Site], list[SkippedSite]]:
+    if not patterns:
+        return sites, []
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
+            raise OptionError(
+                f"--sites '{pattern}' matches no attention site; "
+                f"there are {_abbreviate(site.name for site in sites)}"
+            )
+    chosen = [site for site in sites if any(fnmatch.fnmatchcase(site.name, p) for p in patterns)]
+    names = {site.name for site in chosen}
+    return chosen, [
+        SkippedSite(site.name, "not selected by --sites") for site in sites if site.name not in names
+    ]
+
+
+def _report(model: ir.Model, sites: Iterable[Site], skipped: Iterable[SkippedSite]) -> RewriteReport:
+    by_grid: dict[int, list[str]] = collections.defaultdict(list)
+    for site in sites:
+        by_grid[site.factor].append(site.name)
+    return RewriteReport(
+        sites={factor: tuple(by_grid[factor]) for factor in sorted(by_grid)},
+        skipped=tuple(skipped),
+        states=tuple(state_pair(factor) for factor in sorted(by_grid)),
+        nodes=len(model.graph),
+    )
+
+
+def describe_sites(report: RewriteReport) -> list[str]:
+    """One line a grid, and one for each reason to skip."""
+    lines = [
+        f"SWS at {len(names)} sites, latent/{factor}: {_abbreviate(names)}"
+        for factor, names in report.sites.items()
+    ]
+    reasons: dict[str, list[str]] = collections.defaultdict(list)
+    for site in report.skipped:
+        reasons[site.reason].append(site.name)
+    lines += [f"skipped {len(names)}, {reason}: {_abbreviate(names)}" for reason, names in reasons.items()]
+    return lines
+
+
+def _abbreviate(names: Iterable[str]) -> str:
+    """Names with the blocks of one transformer drawn together: `mid_block.attentions.0.*.attn1 ×10`."""
+    short = collections.Counter(re.sub(r"transformer_blocks\.\d+", "*", name) for name in names)
+    return ", ".join(name if count == 1 else f"{name} ×{count}" for name, count in short.items())
+
+
+def graph_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    """The contract of a graph's inputs or outputs, as the graph declares them.
+
+    Raises:
+        ExportError: A dtype or shape is not declared.
+    """
+    specs = []
+    for value in values:
+        if value.dtype is None or value.shape is None or value.name is None:
+            raise ExportError(f"input or output {value.name} of the graph has no declared type and shape")
+        dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        specs.append(TensorSpec(value.name, _dtype_name(value.dtype), dims))
+    return tuple(specs)
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    return {"float": "float32"}.get(dtype.name.lower(), dtype.name.lower())

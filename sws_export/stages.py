@@ -1,0 +1,50 @@
+"""Wall time and peak memory of the stages of a run."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+
+@dataclasses.dataclass
+class StageFigures:
+    """What one stage cost: seconds of wall time, and the process's largest resident memory in bytes."""
+
+    name: str
+    seconds: float
+    peak_memory: int
+
+
+class StageLog:
+    """Collects the figures of each stage of a run, in order."""
+
+    def __init__(self) -> None:
+        self.stages: list[StageFigures] = []
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[StageFigures]:
+        """Measure the block; what it sets in the figures itself (those of a child process) stays."""
+        _reset_peak()
+        figures = StageFigures(name, 0.0, 0)
+        start = time.monotonic()
+        yield figures
+        figures.seconds = time.monotonic() - start
+        figures.peak_memory = max(figures.peak_memory, _peak())
+        self.stages.append(figures)
+
+
+def _reset_peak() -> None:
+    """Forget the largest resident memory so far, where the kernel allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))

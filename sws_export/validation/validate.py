@@ -1,0 +1,279 @@
+"""Run a graph in ONNX Runtime beside its reference and report how far they are apart."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graph_passes.parameters import SwsParameters
+from sws_export.checkpoint import Checkpoint
+from sws_export.contract import Precision, TensorSpec, size_multiple
+from sws_export.errors import ExportError
+from sws_export.progress import Progress
+from sws_export.validation.compare import OutputDifference, compare_outputs, worst
+from sws_export.validation.trajectory import Array, Trajectory
+
+STEPS = 5
+TOKENS = 7
+# The reference runs in float64 up to this many parameters; beyond, float32 keeps it within minutes.
+_FLOAT64_PARAMETERS = 200_000_000
+
+# Largest difference of the prediction, relative to its largest value.
+_PREDICTION_TOLERANCE: dict[Precision, float] = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 5e-2}
+# A bisection that binds may fall on the other side of one of its steps by rounding alone.
+_BINDING_TOLERANCE = 5e-4
+_STATE_TOLERANCE = 1e-5
+_BYPASS_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-5}
+
+Outputs = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationReport:
+    """What a validation compared and what it found.
+
+    Attributes:
+        reference: What the graph was compared with, in words.
+        remarks: What the comparison does not show.
+        steps: Steps with the state fed back.
+        sizes: batch, height, width (latent) and tokens.
+        outputs: One entry an output, states included.
+        seconds: Wall time.
+    """
+
+    reference: str
+    remarks: tuple[str, ...]
+    steps: int
+    sizes: Mapping[str, int]
+    outputs: tuple[OutputDifference, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is within its tolerance."""
+        return all(output.passed for output in self.outputs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return {
+            "passed": self.passed,
+            "reference": self.reference,
+            "remarks": list(self.remarks),
+            "steps": self.steps,
+            "sizes": dict(self.sizes),
+            "outputs": [dataclasses.asdict(output) | {"passed": output.passed} for output in self.outputs],
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def validation_sizes(config: Mapping[str, Any], parameters: int) -> dict[str, int]:
+    """A non-square grid, small enough that a UNet of billions of parameters still answers in minutes."""
+    multiple = size_multiple(config)
+    rows, columns = (4, 3) if parameters <= _FLOAT64_PARAMETERS else (3, 2)
+    return {"batch": 2, "height": rows * multiple, "width": columns * multiple, "tokens": TOKENS}
+
+
+def validate_against_reference(
+    onnx_path: Path,
+    checkpoint: Checkpoint,
+    inputs: Sequence[TensorSpec],
+    parameters: SwsParameters,
+    sites: Sequence[str],
+    precision: Precision,
+    progress: Progress,
+) -> ValidationReport:
+    """Compare an SWS graph with the eager reference over a sampling run.
+
+    Args:
+        onnx_path: A graph that ONNX Runtime can run; of a bfloat16 export its float32 twin.
+        checkpoint: The weights that the graph was made from.
+        inputs: The UNet's inputs.
+        parameters: What SWS was exported with.
+        sites: Attention modules with SWS; none for a plain graph.
+        precision: Precision of the export.
+        progress: Receives the stage.
+    """
+    start = time.monotonic()
+    double = checkpoint.parameters <= _FLOAT64_PARAMETERS
+    sizes = validation_sizes(checkpoint.config, checkpoint.parameters)
+    trajectory = Trajectory(inputs, sizes, STEPS)
+    found, expected = [], []
+    with progress.stage("validate", total=2 * STEPS) as stage:
+        stage.describe("loading the reference")
+        reference = _Reference(checkpoint, parameters, sites, double, trajectory.intensity)
+        fed: list[Outputs] = []
+        for step in trajectory.steps():
+            stage.describe("running the reference")
+            step_inputs = trajectory.inputs(step)
+            fed.append(step_inputs | {"sigma": step.sigma, "intensity": trajectory.intensity})
+            expected.append(reference.step(step_inputs, step.sigma))
+            trajectory.advance(step, expected[-1]["out_sample"].astype(np.float64))
+            stage.advance()
+        # Both in memory at once would decide how large a model can be validated.
+        del reference
+        stage.describe("loading ONNX Runtime")
+        runner = OnnxRunner(onnx_path)
+        for step_inputs in fed:
+            stage.describe("running ONNX Runtime")
+            found.append(runner.step(step_inputs))
+            stage.advance()
+    output_tolerance = _PREDICTION_TOLERANCE[precision]
+    if precision == "fp32" and parameters.kl_floor + parameters.kl_slope < 1e-3:
+        output_tolerance = _BINDING_TOLERANCE
+    tolerances = {
+        name: output_tolerance if name == "out_sample" else _STATE_TOLERANCE for name in expected[0]
+    }
+    remarks = []
+    if precision == "bf16":
+        remarks.append("ONNX Runtime has no bfloat16: the graph's float32 twin was compared")
+    return ValidationReport(
+        reference=f"eager reference in {'float64' if double else 'float32'}",
+        remarks=tuple(remarks),
+        steps=STEPS,
+        sizes=sizes,
+        outputs=worst([compare_outputs(f, e, tolerances) for f, e in zip(found, expected, strict=True)]),
+        seconds=time.monotonic() - start,
+    )
+
+
+def validate_against_plain(
+    onnx_path: Path,
+    plain_path: Path,
+    inputs: Sequence[TensorSpec],
+    sizes: Mapping[str, int],
+    precision: Precision,
+    progress: Progress,
+) -> ValidationReport:
+    """Compare an SWS graph at intensity 0 with the plain graph that it was made from.
+
+    For graphs whose checkpoint is not at hand. Shows that the rewrite left the UNet intact; what SWS
+    itself computes is not compared.
+    """
+    start = time.monotonic()
+    trajectory = Trajectory(inputs, sizes, STEPS)
+    bypass = np.zeros(sizes["batch"])
+    differences = []
+    with progress.stage("validate", total=STEPS) as stage:
+        stage.describe("loading ONNX Runtime")
+        plain, graph = OnnxRunner(plain_path), OnnxRunner(onnx_path)
+        for step in trajectory.steps():
+            stage.describe("running both graphs")
+            step_inputs = trajectory.inputs(step)
+            expected = plain.step(step_inputs)
+            found = graph.step(step_inputs | {"sigma": step.sigma, "intensity": bypass})
+            tolerance = {"out_sample": _BYPASS_TOLERANCE[precision]}
+            differences.append(compare_outputs({"out_sample": found["out_sample"]}, expected, tolerance))
+            trajectory.advance(step, expected["out_sample"].astype(np.float64))
+            stage.advance()
+    return ValidationReport(
+        reference="the plain graph, at intensity 0",
+        remarks=("what SWS computes was not compared: that needs the checkpoint (sws-export validate)",),
+        steps=STEPS,
+        sizes=sizes,
+        outputs=worst(differences),
+        seconds=time.monotonic() - start,
+    )
+
+
+class OnnxRunner:
+    """An exported graph in ONNX Runtime on the CPU, its state fed back from step to step."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise ExportError(
+                "validation needs ONNX Runtime; install it with: pip install 'sws-export[cpu]', "
+                "or skip it with --no-validate"
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._dtypes = {node.name: _numpy_dtype(node.type) for node in self._session.get_inputs()}
+        self._state: Outputs | None = None
+
+    def step(self, inputs: Mapping[str, Array]) -> Outputs:
+        """One step; inputs that the graph does not take are left out."""
+        feed = {
+            name: np.asarray(values, self._dtypes[name])
+            for name, values in inputs.items()
+            if name in self._dtypes
+        }
+        feed |= self._state if self._state is not None else self._zero_state(inputs["sample"])
+        outputs = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
+        self._state = {
+            name.removesuffix("_out"): value for name, value in outputs.items() if name != "out_sample"
+        }
+        return outputs
+
+    def _zero_state(self, sample: Array) -> Outputs:
+        sides = {"batch": sample.shape[0], "height": sample.shape[2], "width": sample.shape[3]}
+        return {
+            node.name: np.zeros([_size(dim, sides) for dim in node.shape], np.float32)
+            for node in self._session.get_inputs()
+            if node.name.startswith("sws_state_")
+        }
+
+
+def _size(dimension: int | str, sides: Mapping[str, int]) -> int:
+    if isinstance(dimension, int):
+        return dimension
+    name, _, divisor = dimension.partition("/")
+    return sides[name] // int(divisor or 1)
+
+
+def _numpy_dtype(onnx_type: str) -> type[np.generic]:
+    types: dict[str, type[np.generic]] = {
+        "tensor(float)": np.float32,
+        "tensor(float16)": np.float16,
+        "tensor(int64)": np.int64,
+    }
+    return types[onnx_type]
+
+
+class _Reference:
+    """The eager UNet with SWS, fed with arrays."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        parameters: SwsParameters,
+        sites: Sequence[str],
+        double: bool,
+        intensity: Array,
+    ) -> None:
+        import torch
+
+        from sws_export.reference import ReferenceUNet
+        from sws_export.unet import load_unet
+
+        self._dtype = torch.float64 if double else torch.float32
+        self._unet = load_unet(checkpoint, self._dtype)
+        self._shuffled = ReferenceUNet(self._unet, parameters, sites) if sites else None
+        self._intensity = torch.from_numpy(np.asarray(intensity)).to(self._dtype)
+        self._state: dict[str, Any] | None = None
+
+    def step(self, inputs: Mapping[str, Array], sigma: Array) -> Outputs:
+        import torch
+
+        from sws_export.unet import call_unet, unet_arguments
+
+        tensors = {
+            name: torch.from_numpy(values).to(self._dtype if values.dtype.kind == "f" else torch.int64)
+            for name, values in inputs.items()
+        }
+        if self._shuffled is None:
+            with torch.no_grad():
+                return {"out_sample": call_unet(self._unet, tensors).numpy()}
+        out, self._state = self._shuffled.step(
+            **unet_arguments(tensors),
+            sigma=torch.from_numpy(sigma).to(self._dtype),
+            intensity=self._intensity,
+            state=self._state,
+        )
+        outputs = {f"{name}_out": value.numpy() for name, value in self._state.items()}
+        return {"out_sample": out.numpy(), **outputs}
