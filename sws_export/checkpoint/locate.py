@@ -1,5 +1,6 @@
 """From the path a user names to the weight files and the configurations around them."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from sws_export.errors import CheckpointError
 _STEM = "diffusion_pytorch_model"
 _SUFFIX = ".safetensors"
 _INDEX = ".safetensors.index.json"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 
 
@@ -57,6 +59,10 @@ def _locate(path: Path, variant: str | None) -> Location:
         raise CheckpointError(
             f"{path}: files of type '{path.suffix or path.name}' are not read; "
             "name a .safetensors file, a shard index (.safetensors.index.json) or a diffusers directory"
+        )
+    if _SHARD.search(path.name):
+        raise CheckpointError(
+            f"{path} is one shard of a model; name its index (.safetensors.index.json) or its directory"
         )
     return Location((path,), None, _existing(path.parent / "config.json"), _pipeline_of(path.parent))
 
@@ -117,9 +123,8 @@ def _variant_of(name: str) -> str | None:
         # Both `.safetensors.index.fp16.json` (diffusers writes it) and `.fp16.safetensors.index.json` exist.
         before, _, after = rest.partition(_SUFFIX + ".index.")
         return before.removeprefix(".") or after.removesuffix("json").removesuffix(".")
-    if rest.endswith(_SUFFIX):
-        found = rest.removesuffix(_SUFFIX).removeprefix(".")
-        return None if "-of-" in found else found
+    if rest.endswith(_SUFFIX) and not _SHARD.search(rest):
+        return rest.removesuffix(_SUFFIX).removeprefix(".")
     return None
 
 

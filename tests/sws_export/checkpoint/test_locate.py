@@ -50,6 +50,12 @@ def test_shards(
         assert set(checkpoint.tensors) == set(shapes)
 
 
+def test_one_shard_alone(tmp_path: Path, tiny_unet: Path, shapes: dict[str, Any], write_sparse: Any) -> None:
+    index = write_shards(tmp_path / "sharded", tiny_unet, shapes, write_sparse)
+    with pytest.raises(CheckpointError, match="is one shard of a model; name its index"):
+        open_checkpoint(index.parent / f"{STEM}-00001-of-00002.safetensors")
+
+
 def test_missing_shard(tmp_path: Path, tiny_unet: Path, shapes: dict[str, Any], write_sparse: Any) -> None:
     index = write_shards(tmp_path / "sharded", tiny_unet, shapes, write_sparse)
     (index.parent / f"{STEM}-00002-of-00002.safetensors").unlink()
