@@ -1,0 +1,84 @@
+#include "banded_transport/kernel.h"
+#include "banded_transport/scalar.h"
+#include "banded_transport/tensor_core.h"
+#include "common/device.h"
+
+namespace sws {
+namespace {
+
+template <typename Element, int kReach>
+__global__ void __launch_bounds__(kTransportThreads, 2) tensor_core_kernel(TransportProblem problem, int parts) {
+  Block<kTransportThreads> block;
+  transport_tensor_core<Element, kReach>(block, problem, parts);
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kScalarThreads) scalar_kernel(TransportProblem problem, int parts) {
+  Block<kScalarThreads> block;
+  transport_scalar<Element>(block, problem, parts);
+}
+
+using TransportKernel = void (*)(TransportProblem, int);
+
+struct Launch {
+  TransportKernel kernel;
+  int threads;
+  int shared_bytes;
+  int chunk_channels;
+};
+
+template <typename Element>
+Launch tensor_core_launch(int radius) {
+  if (radius <= 4) {
+    return {tensor_core_kernel<Element, 4>, kTransportThreads, BandGeometry<4>::kSharedBytes, kChunkChannels};
+  }
+  return {tensor_core_kernel<Element, 8>, kTransportThreads, BandGeometry<8>::kSharedBytes, kChunkChannels};
+}
+
+template <typename Element>
+Launch scalar_launch(int radius) {
+  return {scalar_kernel<Element>, kScalarThreads, scalar_transport_bytes(radius), kScalarChannels};
+}
+
+Launch choose_launch(TransportProblem const& problem) {
+  const bool whole_vectors = problem.channels % 8 == 0;
+  switch (problem.format) {
+    case NumberFormat::kFloat16:
+      return whole_vectors ? tensor_core_launch<Float16>(problem.radius) : scalar_launch<Float16>(problem.radius);
+    case NumberFormat::kBFloat16:
+      return whole_vectors ? tensor_core_launch<BFloat16>(problem.radius) : scalar_launch<BFloat16>(problem.radius);
+    case NumberFormat::kFloat32:
+      break;
+  }
+  return scalar_launch<float>(problem.radius);
+}
+
+bool is_valid(TransportProblem const& problem) {
+  return problem.tensors >= 1 && problem.tensors <= kMaxTransportTensors && problem.radius >= 1 &&
+         problem.radius <= kMaxTransportRadius && problem.batch >= 1 && problem.batch <= kMaxGridZ &&
+         problem.height >= 1 && problem.width >= 1 && problem.channels >= 1;
+}
+
+}  // namespace
+
+cudaError_t launch_banded_transport(TransportProblem const& problem, cudaStream_t stream) {
+  if (!is_valid(problem)) return cudaErrorInvalidValue;
+  const Launch launch = choose_launch(problem);
+  int processors = 0;
+  if (cudaError_t error = processor_count(&processors); error != cudaSuccess) return error;
+  if (cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(launch.kernel), launch.shared_bytes);
+      error != cudaSuccess) {
+    return error;
+  }
+  // Deal the channels out to enough blocks for two on each processor; more would gather the band more often.
+  const int tiles = tile_rows(problem) * tile_columns(problem);
+  const int chunks = channel_chunks(problem, launch.chunk_channels).total;
+  const int wanted = (2 * processors) / (tiles * problem.batch);
+  const int parts = wanted < 1 ? 1 : (wanted > chunks ? chunks : wanted);
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(parts), static_cast<unsigned>(problem.batch));
+  launch.kernel<<<grid, static_cast<unsigned>(launch.threads), static_cast<size_t>(launch.shared_bytes), stream>>>(
+      problem, parts);
+  return cudaGetLastError();
+}
+
+}  // namespace sws

@@ -1,0 +1,14 @@
+// Launches the banded transport. No TensorRT here: the plugin and the GPU benchmark both call this.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "banded_transport/tile.h"
+
+namespace sws {
+
+// Enqueues the transport on `stream`: no allocation, no synchronisation, so it can be captured in a CUDA graph.
+// Pointers must be aligned to 16 bytes. Returns the first CUDA error, cudaErrorInvalidValue for a shape out of range.
+cudaError_t launch_banded_transport(TransportProblem const& problem, cudaStream_t stream);
+
+}  // namespace sws

@@ -1,0 +1,120 @@
+// What both transport kernels share: the problem, the 8 x 8 token tile and its weights in shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "banded_transport/offsets.h"
+#include "common/block.h"
+#include "common/number_formats.h"
+
+namespace sws {
+
+constexpr int kMaxTransportRadius = 8;
+constexpr int kMaxTransportTensors = 2;
+
+// y_n[b, i, c] = sum over j of weights[b, j, i] * x_n[b, i + offset_j, c] for n < tensors; i = y * width + x.
+// weights is [batch, K(radius), height, width] float32; x_n and y_n are [batch, height * width, channels].
+struct TransportProblem {
+  const float* weights;
+  const void* inputs[kMaxTransportTensors];
+  void* outputs[kMaxTransportTensors];
+  int tensors;
+  int batch;
+  int height;
+  int width;
+  int channels;
+  int radius;
+  NumberFormat format;
+};
+
+constexpr int kTileSide = 8;
+constexpr int kTileTokens = kTileSide * kTileSide;
+// Words between the weights of one offset and the next: 4 modulo 32, so that the skewed reads of the tensor-core
+// kernel fall into 32 different banks.
+constexpr int kWeightStride = kTileTokens + 4;
+// The tile is surrounded by this many columns on either side whatever the radius.
+constexpr int kHaloColumns = kTileSide + 2 * kMaxTransportRadius;
+
+struct GridPosition {
+  int y;
+  int x;
+};
+
+SWS_HD bool in_grid(TransportProblem const& problem, GridPosition position) {
+  return position.y >= 0 && position.y < problem.height && position.x >= 0 && position.x < problem.width;
+}
+
+SWS_HD int tile_columns(TransportProblem const& problem) { return (problem.width + kTileSide - 1) / kTileSide; }
+
+SWS_HD int tile_rows(TransportProblem const& problem) { return (problem.height + kTileSide - 1) / kTileSide; }
+
+// Upper left token of a tile.
+SWS_HD GridPosition tile_origin(TransportProblem const& problem, int tile) {
+  const int columns = tile_columns(problem);
+  return GridPosition{(tile / columns) * kTileSide, (tile % columns) * kTileSide};
+}
+
+SWS_HD int64_t token_start(TransportProblem const& problem, int sample, GridPosition position) {
+  const int64_t token = static_cast<int64_t>(position.y) * problem.width + position.x;
+  return (static_cast<int64_t>(sample) * problem.height * problem.width + token) * problem.channels;
+}
+
+SWS_HD constexpr int transport_weight_bytes(int radius) {
+  return offset_count(radius) * kWeightStride * static_cast<int>(sizeof(float));
+}
+
+// Weights of the tile as [offset][token of the tile]. A weight whose neighbour (or whose token) lies outside the
+// grid becomes zero, whatever the tensor holds there.
+template <typename BlockType>
+SWS_KERNEL_BODY void stage_weights(BlockType& block, TransportProblem const& problem, int sample, GridPosition origin,
+                                   Shared<float> weights) {
+  const int count = offset_count(problem.radius) * kTileTokens;
+  const int64_t plane = static_cast<int64_t>(problem.height) * problem.width;
+  block.each_thread([&](int thread) {
+    for (int i = thread; i < count; i += BlockType::kThreads) {
+      const int index = i / kTileTokens;
+      const int token = i % kTileTokens;
+      const GridPosition at{origin.y + token / kTileSide, origin.x + token % kTileSide};
+      const GridOffset offset = offset_at(problem.radius, index);
+      const bool inside = in_grid(problem, at) && in_grid(problem, GridPosition{at.y + offset.dy, at.x + offset.dx});
+      const int64_t source = (static_cast<int64_t>(sample) * offset_count(problem.radius) + index) * plane +
+                             static_cast<int64_t>(at.y) * problem.width + at.x;
+      weights.store(index * kWeightStride + token, inside ? problem.weights[source] : 0.0f, thread);
+    }
+  });
+}
+
+// A choice rather than an index: indexing kernel parameters at run time would copy them to local memory.
+SWS_HD const void* input_of(TransportProblem const& problem, int tensor) {
+  return tensor == 0 ? problem.inputs[0] : problem.inputs[1];
+}
+
+SWS_HD void* output_of(TransportProblem const& problem, int tensor) {
+  return tensor == 0 ? problem.outputs[0] : problem.outputs[1];
+}
+
+// The channels of all tensors, cut into chunks of `size`; a chunk never spans two tensors.
+struct ChannelChunks {
+  int per_tensor;
+  int total;
+};
+
+SWS_HD ChannelChunks channel_chunks(TransportProblem const& problem, int size) {
+  const int per_tensor = (problem.channels + size - 1) / size;
+  return ChannelChunks{per_tensor, per_tensor * problem.tensors};
+}
+
+// Chunks [first, last) of one block when the chunks are dealt out to `blocks` blocks.
+struct ChunkRange {
+  int first;
+  int last;
+};
+
+SWS_HD ChunkRange chunk_range(int total, int block, int blocks) {
+  const int each = (total + blocks - 1) / blocks;
+  const int first = block * each;
+  const int last = first + each;
+  return ChunkRange{first < total ? first : total, last < total ? last : total};
+}
+
+}  // namespace sws

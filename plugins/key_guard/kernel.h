@@ -1,0 +1,17 @@
+// Launches the key guard. No TensorRT here: the plugin and the GPU benchmark both call this.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "key_guard/problem.h"
+
+namespace sws {
+
+constexpr int kMaxBisectionSteps = 16;
+
+// Enqueues the guard's launches on `stream`: no allocation, no synchronisation, so it can be captured in a CUDA graph.
+// `workspace` has guard_workspace_bytes(...) bytes, need not be initialised, and tensors are aligned to 16 bytes.
+// Returns the first CUDA error, cudaErrorInvalidValue for a shape or parameter out of range.
+cudaError_t launch_key_guard(GuardProblem const& problem, void* workspace, cudaStream_t stream);
+
+}  // namespace sws

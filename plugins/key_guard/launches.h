@@ -1,0 +1,57 @@
+// The bodies of the guard's kernels: a survey, a candidate or search round, each over tensor cores or not.
+#pragma once
+
+#include "key_guard/scalar.h"
+#include "key_guard/tensor_core.h"
+
+namespace sws {
+
+SWS_HD AlphaNodes survey_nodes(SampleLimits limits) {
+  const float half = 0.5f * survey_limit(limits);
+  return AlphaNodes{half, half};
+}
+
+SWS_HD int guard_row_tiles(GuardProblem const& problem, int rows) {
+  return problem.heads * ((problem.tokens + rows - 1) / rows);
+}
+
+// Row tiles of each round, given whether survey and candidate run on tensor cores.
+SWS_HD RoundTiles round_tiles(GuardProblem const& problem, bool tensor_cores) {
+  const int scalar = guard_row_tiles(problem, kScalarRows);
+  const int fast = tensor_cores ? guard_row_tiles(problem, kGuardRows) : scalar;
+  return RoundTiles{fast, fast, scalar};
+}
+
+template <typename Element, typename BlockType>
+SWS_KERNEL_BODY void survey_tensor_core(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
+                                        int stages) {
+  const SampleLimits limits = limits_of(problem, block.z());
+  if (!(limits.amplitude > 0.0f)) return;
+  measure_tensor_core<Element, SurveyPass>(block, problem, workspace, stages, kSurveyRound, survey_nodes(limits));
+}
+
+template <typename Element, typename BlockType>
+SWS_KERNEL_BODY void survey_scalar(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace) {
+  const SampleLimits limits = limits_of(problem, block.z());
+  if (!(limits.amplitude > 0.0f)) return;
+  measure_scalar<Element, SurveyPass>(block, problem, workspace, kSurveyRound, survey_nodes(limits));
+}
+
+template <typename Element, typename BlockType>
+SWS_KERNEL_BODY void candidate_tensor_core(BlockType& block, GuardProblem const& problem,
+                                           GuardWorkspace const& workspace, RoundTiles tiles, int stages) {
+  const SearchState state = begin_round(block, problem, workspace, tiles, kCandidateRound, block.z());
+  if (!measures(state, kCandidateRound, workspace.candidate_probes)) return;
+  measure_tensor_core<Element, CandidatePass>(block, problem, workspace, stages, kCandidateRound,
+                                              probe_nodes(state, problem.bisection_steps));
+}
+
+template <typename Element, typename BlockType>
+SWS_KERNEL_BODY void search_scalar(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
+                                   RoundTiles tiles, int round) {
+  const SearchState state = begin_round(block, problem, workspace, tiles, round, block.z());
+  if (!measures(state, round, workspace.candidate_probes)) return;
+  measure_scalar<Element, SearchPass>(block, problem, workspace, round, probe_nodes(state, problem.bisection_steps));
+}
+
+}  // namespace sws

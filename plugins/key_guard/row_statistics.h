@@ -1,0 +1,249 @@
+// What one row of logits contributes, gathered in a single pass over the keys. Logits are in units of log 2.
+//
+// A row meets pairs (x0, x1): the logit under k and under P k; x(alpha) = x0 + alpha (x1 - x0). Sums of exp2(x) are
+// kept relative to running maxima ("peaks") and rescaled when one rises, so nothing overflows.
+#pragma once
+
+#include <cmath>
+
+#include "common/platform.h"
+
+#ifndef __CUDA_ARCH__
+#include "common/number_formats.h"
+#endif
+
+namespace sws {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// A padded key's logit, and the peak of a row that has seen no key: finite, so that no difference is a NaN, and so far
+// apart that a padded key weighs nothing even then.
+constexpr float kPaddedLogit = -1e30f;
+constexpr float kNoPeak = -1e28f;
+
+// 2^x within 2^-22. The hardware instruction on the device; on a CPU the exact value, off by as much in either
+// direction.
+SWS_HD float fast_exp2(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  const float exact = exp2f(x);
+  if (x == floorf(x)) return exact < 0x1p-126f ? 0.0f : exact;
+  const float error = (bits_of(x) * 2654435761u) >> 31 != 0 ? 0x1p-22f : -0x1p-22f;
+  return exact < 0x1p-126f ? 0.0f : exact * (1.0f + error);
+#endif
+}
+
+// The alphas measured: base, base + stride, ...
+struct AlphaNodes {
+  float base;
+  float stride;
+
+  SWS_HD float at(int node) const { return base + static_cast<float>(node) * stride; }
+};
+
+// Row sums at alpha = 0 and at kNodes alphas, all relative to the two peaks max x0 and max x1. Cheap: one exponential
+// for the first node and one for the step to the next. Fails, and says so, where the peaks of x0 and x1 lie so far
+// apart that no key is near (1 - alpha) max x0 + alpha max x1.
+template <int kNodeCount>
+struct SharedPeakRow {
+  static constexpr int kNodes = kNodeCount;
+  static constexpr int kFields = 5 + 2 * kNodes;
+  static constexpr int kPeak0 = 0;
+  static constexpr int kPeak1 = 1;
+  static constexpr int kMass = 2;                // sum of e, e = exp2(x0 - peak0)
+  static constexpr int kLevel = 3;               // sum of e (x0 - peak0)
+  static constexpr int kDrift = 4;               // sum of e d, d = (x1 - peak1) - (x0 - peak0)
+  static constexpr int kNodeMass = 5;            // sum of w = exp2((x0 - peak0) + alpha d)
+  static constexpr int kNodeDrift = 5 + kNodes;  // sum of w d
+
+  float field[kFields];
+};
+
+template <int kNodes>
+SWS_HD void clear_row(SharedPeakRow<kNodes>& row) {
+  using Row = SharedPeakRow<kNodes>;
+  SWS_UNROLL
+  for (int i = 0; i < Row::kFields; ++i) row.field[i] = 0.0f;
+  row.field[Row::kPeak0] = kNoPeak;
+  row.field[Row::kPeak1] = kNoPeak;
+}
+
+// Expresses the sums relative to other (not lower) peaks.
+template <int kNodes>
+SWS_HD void rebase(SharedPeakRow<kNodes>& row, float peak0, float peak1, AlphaNodes nodes) {
+  using Row = SharedPeakRow<kNodes>;
+  const float fall = row.field[Row::kPeak0] - peak0;
+  const float shift = (row.field[Row::kPeak1] - peak1) - fall;
+  const float factor = fast_exp2(fall);
+  const float mass = row.field[Row::kMass];
+  row.field[Row::kLevel] = factor * (row.field[Row::kLevel] + mass * fall);
+  row.field[Row::kDrift] = factor * (row.field[Row::kDrift] + mass * shift);
+  row.field[Row::kMass] = factor * mass;
+  SWS_UNROLL
+  for (int i = 0; i < kNodes; ++i) {
+    const float node_factor = fast_exp2(fall + nodes.at(i) * shift);
+    const float node_mass = row.field[Row::kNodeMass + i];
+    row.field[Row::kNodeDrift + i] = node_factor * (row.field[Row::kNodeDrift + i] + node_mass * shift);
+    row.field[Row::kNodeMass + i] = node_factor * node_mass;
+  }
+  row.field[Row::kPeak0] = peak0;
+  row.field[Row::kPeak1] = peak1;
+}
+
+// 2^64 cuts off no weight: a pair that steep has x0 - peak0 < -64 / stride, hence weight 0 at every alpha <= 1/2.
+constexpr float kLargestStepLog2 = 64.0f;
+
+template <int kNodes, int kCount>
+SWS_HD void absorb(SharedPeakRow<kNodes>& row, const float (&x0)[kCount], const float (&x1)[kCount], AlphaNodes nodes) {
+  using Row = SharedPeakRow<kNodes>;
+  float peak0 = row.field[Row::kPeak0];
+  float peak1 = row.field[Row::kPeak1];
+  SWS_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    peak0 = fmaxf(peak0, x0[i]);
+    peak1 = fmaxf(peak1, x1[i]);
+  }
+  if (peak0 > row.field[Row::kPeak0] || peak1 > row.field[Row::kPeak1]) rebase(row, peak0, peak1, nodes);
+  SWS_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    const float level = x0[i] - peak0;
+    const float d = (x1[i] - peak1) - level;
+    const float e = fast_exp2(level);
+    row.field[Row::kMass] += e;
+    row.field[Row::kLevel] += e * level;
+    row.field[Row::kDrift] += e * d;
+    const float step = fast_exp2(fminf(nodes.stride * d, kLargestStepLog2));
+    float weight = nodes.base == nodes.stride ? e * step : fast_exp2(level + nodes.base * d);
+    SWS_UNROLL
+    for (int n = 0; n < kNodes; ++n) {
+      if (n > 0) weight *= step;
+      row.field[Row::kNodeMass + n] += weight;
+      row.field[Row::kNodeDrift + n] += weight * d;
+    }
+  }
+}
+
+template <int kNodes>
+SWS_HD void merge(SharedPeakRow<kNodes>& row, SharedPeakRow<kNodes> other, AlphaNodes nodes) {
+  using Row = SharedPeakRow<kNodes>;
+  const float peak0 = fmaxf(row.field[Row::kPeak0], other.field[Row::kPeak0]);
+  const float peak1 = fmaxf(row.field[Row::kPeak1], other.field[Row::kPeak1]);
+  rebase(row, peak0, peak1, nodes);
+  rebase(other, peak0, peak1, nodes);
+  SWS_UNROLL
+  for (int i = Row::kMass; i < Row::kFields; ++i) row.field[i] += other.field[i];
+}
+
+// Entropy of the row at alpha = 0, in nats: log Z - E[x0].
+template <int kNodes>
+SWS_HD float row_entropy(SharedPeakRow<kNodes> const& row) {
+  using Row = SharedPeakRow<kNodes>;
+  const float mass = row.field[Row::kMass];
+  return kLn2 * (log2f(mass) - row.field[Row::kLevel] / mass);
+}
+
+// log E_0[exp(alpha Delta)] - alpha E_0[Delta] in nats; the peaks cancel.
+template <int kNodes>
+SWS_HD float row_growth(SharedPeakRow<kNodes> const& row, int node, float alpha) {
+  using Row = SharedPeakRow<kNodes>;
+  const float mass = row.field[Row::kMass];
+  return kLn2 * (log2f(row.field[Row::kNodeMass + node] / mass) - alpha * (row.field[Row::kDrift] / mass));
+}
+
+// E_alpha[Delta] - E_0[Delta] in nats: the derivative of row_growth.
+template <int kNodes>
+SWS_HD float row_slope(SharedPeakRow<kNodes> const& row, int node) {
+  using Row = SharedPeakRow<kNodes>;
+  return kLn2 * (row.field[Row::kNodeDrift + node] / row.field[Row::kNodeMass + node] -
+                 row.field[Row::kDrift] / row.field[Row::kMass]);
+}
+
+// False where a node may have lost weights that matter. exp2(x0 - peak0) is zero below 2^-126; the pair's weight at
+// alpha may then still be 2^(-126 (1 - alpha)). 2^14 keys lose less than 2^-24 of the sum if it is 2^38 times that.
+template <int kNodes>
+SWS_HD bool is_reliable(SharedPeakRow<kNodes> const& row, AlphaNodes nodes) {
+  const float least = fast_exp2(38.0f - 126.0f * (1.0f - nodes.at(kNodes - 1)));
+  bool reliable = true;
+  SWS_UNROLL
+  for (int i = 0; i < kNodes; ++i) reliable = reliable && row.field[SharedPeakRow<kNodes>::kNodeMass + i] >= least;
+  return reliable;
+}
+
+// Row sums at alpha = 0 and at kNodes alphas, each relative to its own peak: holds for any logits and any alpha in
+// [0, 1], at one exponential for each pair and node.
+template <int kNodeCount>
+struct OwnPeakRow {
+  static constexpr int kNodes = kNodeCount;
+  static constexpr int kSums = kNodes + 1;  // node 0 is alpha = 0
+  static constexpr int kFields = 3 * kSums;
+  static constexpr int kPeak = 0;
+  static constexpr int kMass = kSums;
+  static constexpr int kDrift = 2 * kSums;  // sum of weight times x1 - x0
+
+  float field[kFields];
+};
+
+template <int kNodes>
+SWS_HD void clear_row(OwnPeakRow<kNodes>& row) {
+  using Row = OwnPeakRow<kNodes>;
+  SWS_UNROLL
+  for (int i = 0; i < Row::kFields; ++i) row.field[i] = i < Row::kMass ? kNoPeak : 0.0f;
+}
+
+template <int kNodes>
+SWS_HD void raise_peak(OwnPeakRow<kNodes>& row, int sum, float peak) {
+  using Row = OwnPeakRow<kNodes>;
+  const float factor = fast_exp2(row.field[Row::kPeak + sum] - peak);
+  row.field[Row::kMass + sum] *= factor;
+  row.field[Row::kDrift + sum] *= factor;
+  row.field[Row::kPeak + sum] = peak;
+}
+
+template <int kNodes, int kCount>
+SWS_HD void absorb(OwnPeakRow<kNodes>& row, const float (&x0)[kCount], const float (&x1)[kCount], AlphaNodes nodes) {
+  using Row = OwnPeakRow<kNodes>;
+  SWS_UNROLL
+  for (int sum = 0; sum < Row::kSums; ++sum) {
+    const float alpha = sum == 0 ? 0.0f : nodes.at(sum - 1);
+    float peak = row.field[Row::kPeak + sum];
+    SWS_UNROLL
+    for (int i = 0; i < kCount; ++i) peak = fmaxf(peak, x0[i] + alpha * (x1[i] - x0[i]));
+    if (peak > row.field[Row::kPeak + sum]) raise_peak(row, sum, peak);
+    SWS_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      const float delta = x1[i] - x0[i];
+      const float weight = fast_exp2((x0[i] + alpha * delta) - peak);
+      row.field[Row::kMass + sum] += weight;
+      row.field[Row::kDrift + sum] += weight * delta;
+    }
+  }
+}
+
+template <int kNodes>
+SWS_HD void merge(OwnPeakRow<kNodes>& row, OwnPeakRow<kNodes> other, AlphaNodes /*nodes*/) {
+  using Row = OwnPeakRow<kNodes>;
+  SWS_UNROLL
+  for (int sum = 0; sum < Row::kSums; ++sum) {
+    const float peak = fmaxf(row.field[Row::kPeak + sum], other.field[Row::kPeak + sum]);
+    raise_peak(row, sum, peak);
+    raise_peak(other, sum, peak);
+    row.field[Row::kMass + sum] += other.field[Row::kMass + sum];
+    row.field[Row::kDrift + sum] += other.field[Row::kDrift + sum];
+  }
+}
+
+// KL(softmax(x(alpha)) || softmax(x0)) in nats: alpha E_alpha[Delta] - (log Z_alpha - log Z_0).
+template <int kNodes>
+SWS_HD float row_kl(OwnPeakRow<kNodes> const& row, int node, float alpha) {
+  using Row = OwnPeakRow<kNodes>;
+  const int sum = node + 1;
+  const float rise = (row.field[Row::kPeak + sum] - row.field[Row::kPeak]) +
+                     log2f(row.field[Row::kMass + sum] / row.field[Row::kMass]);
+  return kLn2 * (alpha * (row.field[Row::kDrift + sum] / row.field[Row::kMass + sum]) - rise);
+}
+
+}  // namespace sws

@@ -1,0 +1,17 @@
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.cases import Harness
+from tests.plugins.toolchain import build_harness
+
+
+@pytest.fixture(scope="session")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    return Harness(build_harness(sanitized=False), Path(tmp_path_factory.mktemp("harness")))
+
+
+@pytest.fixture(scope="session")
+def sanitized_harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    """The same program under the address and undefined-behaviour sanitizers."""
+    return Harness(build_harness(sanitized=True), Path(tmp_path_factory.mktemp("sanitized")))
