@@ -132,6 +132,9 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         help="heads of each level, for a UNet of no known family",
     )
     group.add_argument("--prediction-type", metavar="TYPE", help="epsilon, v_prediction or sample")
+    group.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA; repeatable"
+    )
     group.add_argument("--vae-scale", type=int, metavar="N", help="pixels a latent value covers")
 
 
@@ -178,6 +181,7 @@ def _options(parsed: argparse.Namespace) -> "ExportOptions":
         width=parsed.width,
         tokens=parsed.tokens,
         vae_scale=parsed.vae_scale,
+        loras=tuple(parsed.lora),
         backend=parsed.backend,
         compute_capabilities=parse_capabilities(capabilities) if capabilities else (),
         optimization_level=parsed.builder_optimization_level,
@@ -234,6 +238,7 @@ def _checkpoint_options(parsed: argparse.Namespace) -> "ExportOptions":
         ema=parsed.ema,
         variant=parsed.variant,
         attention_head_dim=parsed.attention_head_dim,
+        loras=tuple(parsed.lora),
     )
 
 

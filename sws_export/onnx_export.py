@@ -5,16 +5,17 @@ initializer then points at its bytes in the checkpoint and is converted, where i
 """
 
 import contextlib
+import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from graph_passes.name_nodes import NameNodes
-from sws_export.checkpoint import Checkpoint, StoredTensor, read_tensor
+from sws_export.checkpoint import Checkpoint, FusedWeights, StoredTensor, read_tensor
 from sws_export.contract import DTYPE_NAMES, Precision, TensorSpec, size_multiple, unet_inputs, unet_output
 from sws_export.errors import ExportError
 from sws_export.progress import Progress, Silent
@@ -35,7 +36,10 @@ _MAX_BATCH = 63
 
 
 def export_plain(
-    checkpoint: Checkpoint, precision: Precision = "fp32", progress: Progress | None = None
+    checkpoint: Checkpoint,
+    precision: Precision = "fp32",
+    progress: Progress | None = None,
+    fused: FusedWeights | None = None,
 ) -> ir.Model:
     """The UNet of `checkpoint` as an ONNX model with dynamic batch, height, width and tokens.
 
@@ -43,6 +47,7 @@ def export_plain(
         checkpoint: An opened checkpoint; its weights stay on disk.
         precision: Precision of weights and activations.
         progress: Receives the stages.
+        fused: Weights that take the place of stored ones, such as those with LoRAs.
 
     Returns:
         A model of opset 23 with one `Attention` node a site. Its initializers are named as in the
@@ -62,7 +67,7 @@ def export_plain(
         _name_interface(model, inputs, unet_output(checkpoint.config, DTYPE_NAMES[precision]))
         weights = _detach_weights(model)
         _fold(model)
-        _attach_weights(model, weights, checkpoint, precision)
+        _attach_weights(model, weights, checkpoint, precision, fused or {})
         NameNodes()(model)
     return model
 
@@ -172,7 +177,11 @@ def _fold(model: ir.Model) -> None:
 
 
 def _attach_weights(
-    model: ir.Model, weights: list[ir.Value], checkpoint: Checkpoint, precision: Precision
+    model: ir.Model,
+    weights: list[ir.Value],
+    checkpoint: Checkpoint,
+    precision: Precision,
+    fused: FusedWeights,
 ) -> None:
     """Make the weights initializers again, now backed by the checkpoint's files."""
     detached = {value.name for value in weights}
@@ -186,14 +195,16 @@ def _attach_weights(
         stored = checkpoint.tensors.get(value.name)
         if stored is None:
             raise ExportError(f"{checkpoint.path}: tensor {value.name} is missing")
-        value.const_value = stored_weight(value.name, stored, precision)
+        value.const_value = _weight(value.name, stored, precision, fused.get(value.name))
         model.graph.register_initializer(value)
 
 
-def stored_weight(name: str, stored: StoredTensor, precision: Precision) -> ir.TensorProtocol:
-    """A tensor that reads, and converts where it must, its bytes from the checkpoint when asked to."""
+def _weight(
+    name: str, stored: StoredTensor, precision: Precision, fused: "Callable[[], torch.Tensor] | None"
+) -> ir.TensorProtocol:
+    """A tensor that reads its bytes from the checkpoint when asked to, and converts where it must."""
     target = IR_DTYPES[precision]
-    if _STORED_DTYPES.get(stored.dtype) == precision:
+    if fused is None and _STORED_DTYPES.get(stored.dtype) == precision:
         return ir.ExternalTensor(
             stored.file.name,
             stored.offset,
@@ -204,8 +215,10 @@ def stored_weight(name: str, stored: StoredTensor, precision: Precision) -> ir.T
             base_dir=stored.file.parent,
         )
 
+    read = fused or functools.partial(read_tensor, stored)
+
     def convert() -> ir.TensorProtocol:
-        return ir.tensor_adapters.TorchTensor(_cast(name, read_tensor(stored), precision), name=name)
+        return ir.tensor_adapters.TorchTensor(_cast(name, read(), precision), name=name)
 
     return ir.LazyTensor(convert, dtype=target, shape=ir.Shape(stored.shape), name=name)
 

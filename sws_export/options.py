@@ -32,6 +32,7 @@ class ExportOptions:
         variant: Variant of the files in a directory, such as `fp16`.
         attention_head_dim: Heads a level, for a UNet of no known family.
         prediction_type: What the UNet predicts, where the checkpoint does not say.
+        loras: FILE or FILE:SCALE of each LoRA to fuse.
         batch: MIN:OPT:MAX or one number, for the engine; `tokens` likewise.
         height: MIN:OPT:MAX or one number, pixels; None for the size that the UNet was trained on.
         width: As `height`.
@@ -53,6 +54,7 @@ class ExportOptions:
     variant: str | None = None
     attention_head_dim: tuple[int, ...] | None = None
     prediction_type: str | None = None
+    loras: tuple[str, ...] = ()
     batch: str = _DEFAULT_BATCH
     height: str | None = None
     width: str | None = None

@@ -11,6 +11,7 @@ from graph_passes.widen_bfloat16 import WidenBfloat16
 from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, verify_weights
 from sws_export.contract import DTYPE_NAMES, Precision, TensorSpec, size_multiple, unet_inputs
 from sws_export.errors import CheckpointError, OptionError
+from sws_export.lora import Lora, fuse, open_lora, parse_lora
 from sws_export.onnx_export import export_plain
 from sws_export.onnx_files import save_onnx
 from sws_export.options import ExportOptions
@@ -20,6 +21,7 @@ from sws_export.progress import Progress, Silent
 from sws_export.validation import ValidationReport, validate_against_plain, validate_against_reference
 from sws_export.validation.validate import TOKENS
 
+_SHOWN = 3
 _STORED_PRECISIONS: dict[str, Precision] = {"F32": "fp32", "F64": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
@@ -82,10 +84,10 @@ def open_source(model: Path, options: ExportOptions, progress: Progress) -> Sour
         OptionError: An option does not fit this kind of source.
     """
     if model.suffix == ".onnx":
-        if options.precision is not None or options.config is not None or options.plain:
+        if options.precision is not None or options.config is not None or options.plain or options.loras:
             raise OptionError(
-                f"{model} is a graph already: its precision and architecture are fixed; "
-                "leave out --precision, --config and --plain, or export the checkpoint"
+                f"{model} is a graph already: its precision, architecture and weights are fixed; "
+                "leave out --precision, --config, --plain and --lora, or export the checkpoint"
             )
         return GraphSource(open_graph(model))
     with progress.stage("open") as stage:
@@ -98,7 +100,15 @@ def open_source(model: Path, options: ExportOptions, progress: Progress) -> Sour
             attention_head_dim=options.attention_head_dim,
             prediction_type=options.prediction_type,
         )
-    return CheckpointSource(checkpoint, options.precision or _stored_precision(checkpoint))
+    loras = tuple(open_lora(file, checkpoint, scale) for file, scale in map(parse_lora, options.loras))
+    for lora in loras:
+        if lora.unmatched:
+            shown = ", ".join(lora.unmatched[:_SHOWN]) + (", …" if len(lora.unmatched) > _SHOWN else "")
+            progress.warn(
+                f"{lora.path}: {len(lora.unmatched)} keys have no counterpart in this UNet and are left out: "
+                f"{shown}"
+            )
+    return CheckpointSource(checkpoint, options.precision or _stored_precision(checkpoint), loras)
 
 
 def _stored_precision(checkpoint: Checkpoint) -> Precision:
@@ -112,10 +122,11 @@ def _stored_precision(checkpoint: Checkpoint) -> Precision:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSource:
-    """A checkpoint, exported in `precision`."""
+    """A checkpoint, exported in `precision` with `loras` fused into its weights."""
 
     checkpoint: Checkpoint
     precision: Precision
+    loras: tuple[Lora, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -155,6 +166,7 @@ class CheckpointSource:
             f"{found.family or 'UNet2DConditionModel'}, {found.layout} layout, "
             f"{found.parameters / 1e6:.1f} M parameters, {'/'.join(found.dtypes)} -> {self.precision}",
             f"configuration: {found.config_source}",
+            *(f"LoRA {lora.path.name} at {lora.scale:g}: {len(lora.changes)} weights" for lora in self.loras),
             *ignored,
             *found.remarks,
         ]
@@ -181,11 +193,14 @@ class CheckpointSource:
             "prediction_type": found.prediction_type,
             "vae_scale": found.vae_scale,
             "config": found.config,
+            "loras": [
+                {"file": lora.path.name, "scale": lora.scale, "sha256": lora.sha256()} for lora in self.loras
+            ],
         }
 
     def plain_model(self, progress: Progress) -> ir.Model:
         """Traced and translated; the weights stay on disk."""
-        return export_plain(self.checkpoint, self.precision, progress)
+        return export_plain(self.checkpoint, self.precision, progress, fuse(self.checkpoint, self.loras))
 
     def validate(
         self,
@@ -200,7 +215,14 @@ class CheckpointSource:
         if self.precision == "bf16":
             graph = _float32_twin(onnx_path, scratch)
         return validate_against_reference(
-            graph, self.checkpoint, self.inputs, sws, sites, self.precision, progress
+            graph,
+            self.checkpoint,
+            self.inputs,
+            sws,
+            sites,
+            self.precision,
+            progress,
+            fuse(self.checkpoint, self.loras),
         )
 
 

@@ -1,12 +1,13 @@
 """The UNet as a torch module: built from a config, called with the contract's inputs."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from sws_export.checkpoint import Checkpoint, read_tensor
+from sws_export.checkpoint import Checkpoint, FusedWeights, read_tensor
 from sws_export.contract import DTYPE_NAMES, Precision
 from sws_export.errors import CheckpointError
 
@@ -26,8 +27,12 @@ def build_unet(config: Mapping[str, Any], precision: Precision) -> UNet2DConditi
         torch.set_default_dtype(default)
 
 
-def load_unet(checkpoint: Checkpoint, dtype: torch.dtype) -> UNet2DConditionModel:
+def load_unet(
+    checkpoint: Checkpoint, dtype: torch.dtype, fused: FusedWeights | None = None
+) -> UNet2DConditionModel:
     """The UNet with its weights in memory, converted tensor by tensor to `dtype`.
+
+    Weights in `fused` take the place of stored ones.
 
     Raises:
         CheckpointError: A tensor is missing or cannot be read.
@@ -38,7 +43,8 @@ def load_unet(checkpoint: Checkpoint, dtype: torch.dtype) -> UNet2DConditionMode
     for name in unet.state_dict():
         if name not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
-        weights[name] = read_tensor(checkpoint.tensors[name]).to(dtype)
+        read = (fused or {}).get(name) or functools.partial(read_tensor, checkpoint.tensors[name])
+        weights[name] = read().to(dtype)
     unet.load_state_dict(weights, assign=True)
     return unet
 

@@ -1,7 +1,7 @@
 """The bytes of a checkpoint: read one tensor, or look at all of them once."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -15,6 +15,9 @@ from sws_export.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+
+FusedWeights = Mapping[str, "Callable[[], torch.Tensor]"]
+"""By parameter name, functions that make a weight which is not stored as it is."""
 
 # Small enough that hashing and checking find it in the processor's cache.
 _PIECE_BYTES = 4 << 20

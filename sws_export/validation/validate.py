@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from graph_passes.parameters import SwsParameters
-from sws_export.checkpoint import Checkpoint
+from sws_export.checkpoint import Checkpoint, FusedWeights
 from sws_export.contract import Precision, TensorSpec, size_multiple
 from sws_export.errors import ExportError
 from sws_export.progress import Progress
@@ -84,6 +84,7 @@ def validate_against_reference(
     sites: Sequence[str],
     precision: Precision,
     progress: Progress,
+    fused: FusedWeights | None = None,
 ) -> ValidationReport:
     """Compare an SWS graph with the eager reference over a sampling run.
 
@@ -95,6 +96,7 @@ def validate_against_reference(
         sites: Attention modules with SWS; none for a plain graph.
         precision: Precision of the export.
         progress: Receives the stage.
+        fused: Weights that take the place of the checkpoint's, such as those with LoRAs.
     """
     start = time.monotonic()
     double = checkpoint.parameters <= _FLOAT64_PARAMETERS
@@ -103,7 +105,7 @@ def validate_against_reference(
     found, expected = [], []
     with progress.stage("validate", total=2 * STEPS) as stage:
         stage.describe("loading the reference")
-        reference = _Reference(checkpoint, parameters, sites, double, trajectory.intensity)
+        reference = _Reference(checkpoint, fused, parameters, sites, double, trajectory.intensity)
         fed: list[Outputs] = []
         for step in trajectory.steps():
             stage.describe("running the reference")
@@ -241,6 +243,7 @@ class _Reference:
     def __init__(
         self,
         checkpoint: Checkpoint,
+        fused: FusedWeights | None,
         parameters: SwsParameters,
         sites: Sequence[str],
         double: bool,
@@ -252,7 +255,7 @@ class _Reference:
         from sws_export.unet import load_unet
 
         self._dtype = torch.float64 if double else torch.float32
-        self._unet = load_unet(checkpoint, self._dtype)
+        self._unet = load_unet(checkpoint, self._dtype, fused)
         self._shuffled = ReferenceUNet(self._unet, parameters, sites) if sites else None
         self._intensity = torch.from_numpy(np.asarray(intensity)).to(self._dtype)
         self._state: dict[str, Any] | None = None
