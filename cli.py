@@ -135,6 +135,9 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="fuse a LoRA; repeatable"
     )
+    group.add_argument(
+        "--controlnet", action="store_true", help="add inputs for the residuals of a ControlNet"
+    )
     group.add_argument("--vae-scale", type=int, metavar="N", help="pixels a latent value covers")
 
 
@@ -182,6 +185,7 @@ def _options(parsed: argparse.Namespace) -> "ExportOptions":
         tokens=parsed.tokens,
         vae_scale=parsed.vae_scale,
         loras=tuple(parsed.lora),
+        controlnet=parsed.controlnet,
         backend=parsed.backend,
         compute_capabilities=parse_capabilities(capabilities) if capabilities else (),
         optimization_level=parsed.builder_optimization_level,

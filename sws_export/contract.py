@@ -10,6 +10,10 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
+DOWN_RESIDUAL = "down_block_additional_residual_"
+"""Prefix of the ControlNet residuals of the down blocks, followed by their number from 0."""
+MID_RESIDUAL = "mid_block_additional_residual"
+
 # Width of the pooled text embedding that every SDXL model takes beside its time ids.
 _POOLED_TEXT_WIDTH = 1280
 
@@ -30,12 +34,13 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
-def unet_inputs(config: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
+def unet_inputs(config: Mapping[str, Any], dtype: str, *, controlnet: bool = False) -> tuple[TensorSpec, ...]:
     """Inputs of the UNet that a diffusers `UNet2DConditionModel` config describes.
 
     Args:
         config: The model's configuration.
         dtype: Precision of the exported model.
+        controlnet: Whether the graph takes the residuals of a ControlNet.
 
     Raises:
         ExportError: The architecture takes an input that the exported graph does not offer.
@@ -49,7 +54,28 @@ def unet_inputs(config: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]
         inputs.append(TensorSpec("timestep_cond", dtype, ("batch", config["time_cond_proj_dim"])))
     inputs += _class_inputs(config, dtype)
     inputs += _added_condition_inputs(config, dtype)
+    if controlnet:
+        inputs += _residual_inputs(config, dtype)
     return tuple(inputs)
+
+
+def _residual_inputs(config: Mapping[str, Any], dtype: str) -> list[TensorSpec]:
+    """One residual a skip connection, in the order of diffusers' ControlNet, and one for the middle."""
+    channels = config["block_out_channels"]
+    layers = config["layers_per_block"]
+    per_level = [layers] * len(channels) if isinstance(layers, int) else list(layers)
+    shapes = [_residual_shape(channels[0], 0)]
+    for level, width in enumerate(channels):
+        shapes += [_residual_shape(width, level)] * per_level[level]
+        if level < len(channels) - 1:
+            shapes.append(_residual_shape(width, level + 1))
+    residuals = [TensorSpec(f"{DOWN_RESIDUAL}{index}", dtype, shape) for index, shape in enumerate(shapes)]
+    return [*residuals, TensorSpec(MID_RESIDUAL, dtype, shapes[-1])]
+
+
+def _residual_shape(width: int, level: int) -> tuple[int | str, ...]:
+    sides = [side if level == 0 else f"{side}/{2**level}" for side in ("height", "width")]
+    return ("batch", width, *sides)
 
 
 def unet_output(config: Mapping[str, Any], dtype: str) -> TensorSpec:

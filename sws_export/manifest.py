@@ -1,6 +1,7 @@
 """What a deployer needs to drive an artefact, as JSON beside it and inside the ONNX file."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -101,6 +102,7 @@ def describe_profile(shapes: Shapes) -> dict[str, dict[str, list[int]]]:
 def complete(
     description: dict[str, Any],
     out: Path,
+    files: Sequence[Path],
     validation: ValidationReport | None,
     engine: EngineReport | None,
     profile: dict[str, Any] | None,
@@ -109,6 +111,7 @@ def complete(
     """The manifest of an artefact: the graph's description and how this file came about."""
     return description | {
         "artefact": out.name,
+        "files": [_describe_file(file) for file in files],
         "validation": validation.as_dict()
         if validation
         else {"passed": None, "reason": "skipped by --no-validate"},
@@ -116,6 +119,12 @@ def complete(
         "profile": profile,
         "stages": [dataclasses.asdict(figures) for figures in stages],
     }
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def embed(model: ir.Model, description: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from graph_passes.name_nodes import NameNodes
 from sws_export.checkpoint import Checkpoint, FusedWeights, StoredTensor, read_tensor
 from sws_export.contract import DTYPE_NAMES, Precision, TensorSpec, size_multiple, unet_inputs, unet_output
 from sws_export.errors import ExportError
+from sws_export.profile import concrete_shape
 from sws_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ def export_plain(
     precision: Precision = "fp32",
     progress: Progress | None = None,
     fused: FusedWeights | None = None,
+    *,
+    controlnet: bool = False,
 ) -> ir.Model:
     """The UNet of `checkpoint` as an ONNX model with dynamic batch, height, width and tokens.
 
@@ -48,6 +51,7 @@ def export_plain(
         precision: Precision of weights and activations.
         progress: Receives the stages.
         fused: Weights that take the place of stored ones, such as those with LoRAs.
+        controlnet: Take the residuals of a ControlNet as inputs.
 
     Returns:
         A model of opset 23 with one `Attention` node a site. Its initializers are named as in the
@@ -57,7 +61,7 @@ def export_plain(
         ExportError: The architecture takes inputs that are not supported.
     """
     progress = progress or Silent()
-    inputs = unet_inputs(checkpoint.config, DTYPE_NAMES[precision])
+    inputs = unet_inputs(checkpoint.config, DTYPE_NAMES[precision], controlnet=controlnet)
     with progress.stage("export") as stage, _quiet_exporter():
         stage.describe("tracing the UNet")
         program = _trace(checkpoint.config, inputs, precision)
@@ -95,26 +99,26 @@ def _trace(
     from sws_export.unet import UNetStep, build_unet
 
     multiple = size_multiple(config)
-    dimensions = {
-        "batch": torch.export.Dim("batch", min=1, max=_MAX_BATCH),
-        "tokens": torch.export.Dim("tokens", min=1, max=4096),
-        "height": multiple * torch.export.Dim("rows", min=1, max=1024),
-        "width": multiple * torch.export.Dim("columns", min=1, max=1024),
-    }
+    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    tokens = torch.export.Dim("tokens", min=1, max=4096)
+    rows = torch.export.Dim("rows", min=1, max=1024)
+    columns = torch.export.Dim("columns", min=1, max=1024)
+
+    def dimension(name: str) -> "torch.export.Dim":
+        side, _, divisor = name.partition("/")
+        factor = multiple // int(divisor or 1)
+        return {"batch": batch, "tokens": tokens, "height": factor * rows, "width": factor * columns}[side]
+
     # Sizes that differ from each other and from every width, so that no two are taken for one.
     example = {"batch": 2, "tokens": 7, "height": 3 * multiple, "width": 5 * multiple}
     dynamic_shapes = tuple(
-        {axis: dimensions[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+        {axis: dimension(dim) for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
         for spec in inputs
     )
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         step = UNetStep(build_unet(config, precision), [spec.name for spec in inputs])
         arguments = tuple(
-            torch.zeros(
-                [dim if isinstance(dim, int) else example[dim] for dim in spec.shape],
-                dtype=getattr(torch, spec.dtype),
-            )
-            for spec in inputs
+            torch.zeros(concrete_shape(spec, example), dtype=getattr(torch, spec.dtype)) for spec in inputs
         )
         return torch.export.export(step, arguments, dynamic_shapes={"inputs": dynamic_shapes}, strict=False)
 

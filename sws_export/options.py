@@ -33,6 +33,7 @@ class ExportOptions:
         attention_head_dim: Heads a level, for a UNet of no known family.
         prediction_type: What the UNet predicts, where the checkpoint does not say.
         loras: FILE or FILE:SCALE of each LoRA to fuse.
+        controlnet: Give the graph inputs for the residuals of a ControlNet.
         batch: MIN:OPT:MAX or one number, for the engine; `tokens` likewise.
         height: MIN:OPT:MAX or one number, pixels; None for the size that the UNet was trained on.
         width: As `height`.
@@ -55,6 +56,7 @@ class ExportOptions:
     attention_head_dim: tuple[int, ...] | None = None
     prediction_type: str | None = None
     loras: tuple[str, ...] = ()
+    controlnet: bool = False
     batch: str = _DEFAULT_BATCH
     height: str | None = None
     width: str | None = None
@@ -66,10 +68,6 @@ class ExportOptions:
     validate: bool = True
     keep_onnx: bool = False
     dry_run: bool = False
-
-    def for_precision(self, precision: Precision) -> "ExportOptions":
-        """The same options with another precision."""
-        return dataclasses.replace(self, precision=precision)
 
 
 Kind = Literal["onnx", "engine"]

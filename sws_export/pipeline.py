@@ -107,10 +107,12 @@ def export(
             with log.measure("build") as figures, output_errors(out):
                 engine = build_engine(graph_path, scratch / out.name, shapes, engine_plan.options, progress)
                 figures.peak_memory = engine.peak_memory
-        document = manifests.complete(
-            manifests.embedded(graph) or {}, out, validation, engine, profile, log.stages
-        )
-        files = _publish(scratch, graph_path, out, document, keep_onnx=options.keep_onnx)
+        staged = _artefacts(scratch, graph_path, out, keep_onnx=options.keep_onnx)
+        with log.measure("hash"), progress.stage("hash"):
+            document = manifests.complete(
+                manifests.embedded(graph) or {}, out, staged, validation, engine, profile, log.stages
+            )
+        files = _publish(staged, scratch, out, document)
     return ExportReport(files, document, needs, validation, engine, tuple(log.stages))
 
 
@@ -180,19 +182,21 @@ def _check_validation(report: ValidationReport) -> None:
         )
 
 
-def _publish(
-    scratch: Path, graph_path: Path, out: Path, document: dict[str, Any], *, keep_onnx: bool
-) -> tuple[Path, ...]:
-    """Move the artefacts to their places, the manifest last."""
+def _artefacts(scratch: Path, graph_path: Path, out: Path, *, keep_onnx: bool) -> list[Path]:
+    """The staged files that are to be kept, in the order in which they may appear."""
     staged = [scratch / out.name]
-    if keep_onnx or graph_path.name == out.name:
-        # Weights first: an ONNX file must never lie there without them.
-        parts = [data_file(graph_path), graph_path]
-        staged = [*(part for part in parts if part.exists()), *(s for s in staged if s != graph_path)]
-    manifest_name = manifests.manifest_path(out).name
-    manifests.write_manifest(document, scratch / manifest_name)
-    staged.append(scratch / manifest_name)
-    for file in staged:
+    if keep_onnx and graph_path.name != out.name:
+        staged.insert(0, graph_path)
+    # Weights first: an ONNX file must never lie there without them.
+    weights = [data_file(file) for file in staged if data_file(file).exists()]
+    return [*weights, *staged]
+
+
+def _publish(staged: list[Path], scratch: Path, out: Path, document: dict[str, Any]) -> tuple[Path, ...]:
+    """Move the artefacts to their places, the manifest last; returns them, the one asked for first."""
+    manifest = scratch / manifests.manifest_path(out).name
+    manifests.write_manifest(document, manifest)
+    for file in (*staged, manifest):
         publish(file, out.parent / file.name)
-    written = [out.parent / file.name for file in staged]
+    written = [out.parent / file.name for file in (*staged, manifest)]
     return tuple(sorted(written, key=lambda file: file.name != out.name))

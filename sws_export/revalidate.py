@@ -1,5 +1,6 @@
 """Compare a graph exported earlier with its checkpoint again."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sws_export import manifest
+from sws_export.contract import MID_RESIDUAL
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.options import ExportOptions
 from sws_export.parameters import SwsParameters
@@ -36,7 +38,9 @@ def validate(
     graph, model = Path(graph), Path(model)
     options, progress = options or ExportOptions(), progress or Silent()
     described = _description(graph)
-    source = open_source(model, options.for_precision(described["precision"]), progress)
+    residuals = any(spec["name"] == MID_RESIDUAL for spec in described["inputs"])
+    as_exported = dataclasses.replace(options, precision=described["precision"], controlnet=residuals)
+    source = open_source(model, as_exported, progress)
     found = source.verify(progress)
     if found["sha256"] != described["source"]["sha256"]:
         raise ValidationError(

@@ -108,7 +108,9 @@ def open_source(model: Path, options: ExportOptions, progress: Progress) -> Sour
                 f"{lora.path}: {len(lora.unmatched)} keys have no counterpart in this UNet and are left out: "
                 f"{shown}"
             )
-    return CheckpointSource(checkpoint, options.precision or _stored_precision(checkpoint), loras)
+    return CheckpointSource(
+        checkpoint, options.precision or _stored_precision(checkpoint), loras, options.controlnet
+    )
 
 
 def _stored_precision(checkpoint: Checkpoint) -> Precision:
@@ -122,11 +124,12 @@ def _stored_precision(checkpoint: Checkpoint) -> Precision:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSource:
-    """A checkpoint, exported in `precision` with `loras` fused into its weights."""
+    """A checkpoint, exported in `precision` with `loras` fused, and inputs for a ControlNet if asked for."""
 
     checkpoint: Checkpoint
     precision: Precision
     loras: tuple[Lora, ...] = ()
+    controlnet: bool = False
 
     @property
     def path(self) -> Path:
@@ -136,7 +139,7 @@ class CheckpointSource:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The UNet's inputs, from its configuration."""
-        return unet_inputs(self.checkpoint.config, DTYPE_NAMES[self.precision])
+        return unet_inputs(self.checkpoint.config, DTYPE_NAMES[self.precision], controlnet=self.controlnet)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -200,7 +203,8 @@ class CheckpointSource:
 
     def plain_model(self, progress: Progress) -> ir.Model:
         """Traced and translated; the weights stay on disk."""
-        return export_plain(self.checkpoint, self.precision, progress, fuse(self.checkpoint, self.loras))
+        fused = fuse(self.checkpoint, self.loras)
+        return export_plain(self.checkpoint, self.precision, progress, fused, controlnet=self.controlnet)
 
     def validate(
         self,

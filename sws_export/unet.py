@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sws_export.checkpoint import Checkpoint, FusedWeights, read_tensor
-from sws_export.contract import DTYPE_NAMES, Precision
+from sws_export.contract import DOWN_RESIDUAL, DTYPE_NAMES, Precision
 from sws_export.errors import CheckpointError
 
 _ADDED_CONDITIONS = ("text_embeds", "time_ids")
@@ -74,9 +74,14 @@ def unet_arguments(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     Pooled text embeddings and time ids are widened to float32 at least: diffusers concatenates them with
     float32 time embeddings, which torch promotes by itself and the ONNX exporter does not.
     """
+    residuals = [inputs[name] for name in sorted(inputs, key=_residual_number) if _is_residual(name)]
     arguments: dict[str, Any] = {
-        name: value for name, value in inputs.items() if name not in _ADDED_CONDITIONS
+        name: value
+        for name, value in inputs.items()
+        if name not in _ADDED_CONDITIONS and not _is_residual(name)
     }
+    if residuals:
+        arguments["down_block_additional_residuals"] = tuple(residuals)
     added = {
         name: inputs[name].to(torch.promote_types(inputs[name].dtype, torch.float32))
         for name in _ADDED_CONDITIONS
@@ -85,3 +90,11 @@ def unet_arguments(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     if added:
         arguments["added_cond_kwargs"] = added
     return arguments
+
+
+def _is_residual(name: str) -> bool:
+    return name.startswith(DOWN_RESIDUAL)
+
+
+def _residual_number(name: str) -> int:
+    return int(name.removeprefix(DOWN_RESIDUAL)) if _is_residual(name) else -1
