@@ -1,6 +1,7 @@
 """The road: checkpoint or plain ONNX in; SWS graph, validation, engine and manifest out."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +174,18 @@ def _make_graph(
 
 def _check_validation(report: ValidationReport) -> None:
     failed = [output for output in report.outputs if not output.passed]
-    if failed:
-        worst = max(failed, key=lambda output: output.maximum / output.tolerance)
+    if not failed:
+        return
+    worst = max(failed, key=lambda output: output.maximum / output.tolerance)
+    if math.isinf(worst.maximum):
         raise ValidationError(
-            f"the graph differs from the {report.reference}: {worst.name} by {worst.maximum:.2g} of its "
-            f"largest value, allowed is {worst.tolerance:.0e}; nothing was written. "
-            "--no-validate skips the comparison"
+            f"{worst.name} of the graph holds NaN or Inf where the {report.reference} does not: the precision is "
+            "too small for this model; nothing was written. Export with --precision bf16 or fp32"
         )
+    raise ValidationError(
+        f"the graph differs from the {report.reference}: {worst.name} by {worst.maximum:.2g} of its largest "
+        f"value, allowed is {worst.tolerance:.0e}; nothing was written. --no-validate skips the comparison"
+    )
 
 
 def _artefacts(scratch: Path, graph_path: Path, out: Path, *, keep_onnx: bool) -> list[Path]:

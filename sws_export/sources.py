@@ -1,28 +1,20 @@
 """Where an export starts: a checkpoint, or a plain ONNX graph. Both offer the same steps."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from graph_passes.widen_bfloat16 import WidenBfloat16
-from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, verify_weights
-from sws_export.contract import DTYPE_NAMES, Precision, TensorSpec, size_multiple, unet_inputs
-from sws_export.errors import CheckpointError, OptionError
-from sws_export.lora import Lora, fuse, open_lora, parse_lora
-from sws_export.onnx_export import export_plain
-from sws_export.onnx_files import save_onnx
+from sws_export.checkpoint_source import open_checkpoint_source
+from sws_export.contract import Precision, TensorSpec
+from sws_export.errors import OptionError
+from sws_export.graph_source import GraphSource
 from sws_export.options import ExportOptions
 from sws_export.parameters import SwsParameters
-from sws_export.plain_graph import PlainGraph, open_graph
-from sws_export.progress import Progress, Silent
-from sws_export.validation import ValidationReport, validate_against_plain, validate_against_reference
-from sws_export.validation.validate import TOKENS
-
-_SHOWN = 3
-_STORED_PRECISIONS: dict[str, Precision] = {"F32": "fp32", "F64": "fp32", "F16": "fp16", "BF16": "bf16"}
+from sws_export.plain_graph import open_graph
+from sws_export.progress import Progress
+from sws_export.validation import ValidationReport
 
 
 class Source(Protocol):
@@ -90,221 +82,4 @@ def open_source(model: Path, options: ExportOptions, progress: Progress) -> Sour
                 "leave out --precision, --config, --plain and --lora, or export the checkpoint"
             )
         return GraphSource(open_graph(model))
-    with progress.stage("open") as stage:
-        stage.describe("reading headers")
-        checkpoint = open_checkpoint(
-            model,
-            options.config,
-            ema=options.ema,
-            variant=options.variant,
-            attention_head_dim=options.attention_head_dim,
-            prediction_type=options.prediction_type,
-        )
-    loras = tuple(open_lora(file, checkpoint, scale) for file, scale in map(parse_lora, options.loras))
-    for lora in loras:
-        if lora.unmatched:
-            shown = ", ".join(lora.unmatched[:_SHOWN]) + (", …" if len(lora.unmatched) > _SHOWN else "")
-            progress.warn(
-                f"{lora.path}: {len(lora.unmatched)} keys have no counterpart in this UNet and are left out: "
-                f"{shown}"
-            )
-    return CheckpointSource(
-        checkpoint, options.precision or _stored_precision(checkpoint), loras, options.controlnet
-    )
-
-
-def _stored_precision(checkpoint: Checkpoint) -> Precision:
-    stored = next(iter(checkpoint.dtypes))
-    if stored not in _STORED_PRECISIONS:
-        raise CheckpointError(
-            f"{checkpoint.path} holds {stored} weights; choose --precision fp32, fp16 or bf16"
-        )
-    return _STORED_PRECISIONS[stored]
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointSource:
-    """A checkpoint, exported in `precision` with `loras` fused, and inputs for a ControlNet if asked for."""
-
-    checkpoint: Checkpoint
-    precision: Precision
-    loras: tuple[Lora, ...] = ()
-    controlnet: bool = False
-
-    @property
-    def path(self) -> Path:
-        """What the user named."""
-        return self.checkpoint.path
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """The UNet's inputs, from its configuration."""
-        return unet_inputs(self.checkpoint.config, DTYPE_NAMES[self.precision], controlnet=self.controlnet)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The UNet's configuration."""
-        return self.checkpoint.config
-
-    @property
-    def multiple(self) -> int:
-        """One halving a level but the last."""
-        return size_multiple(self.checkpoint.config)
-
-    @property
-    def vae_scale(self) -> int | None:
-        """As the checkpoint or its family says."""
-        return self.checkpoint.vae_scale
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters of the UNet."""
-        return self.checkpoint.parameters
-
-    def describe(self) -> list[str]:
-        """Family, layout, size, and where the configuration comes from."""
-        found = self.checkpoint
-        ignored = [f"ignored {count} tensors: {reason}" for reason, count in found.ignored.items()]
-        return [
-            f"{found.family or 'UNet2DConditionModel'}, {found.layout} layout, "
-            f"{found.parameters / 1e6:.1f} M parameters, {'/'.join(found.dtypes)} -> {self.precision}",
-            f"configuration: {found.config_source}",
-            *(f"LoRA {lora.path.name} at {lora.scale:g}: {len(lora.changes)} weights" for lora in self.loras),
-            *ignored,
-            *found.remarks,
-        ]
-
-    def verify(self, progress: Progress) -> dict[str, Any]:
-        """Names, shapes, and every byte of the weights.
-
-        Raises:
-            CheckpointError: A tensor is missing, misshapen, or holds NaN or Inf.
-        """
-        with progress.stage("check tensors") as stage:
-            stage.describe("comparing names and shapes with the architecture")
-            unused = check_tensors(self.checkpoint)
-        if unused:
-            progress.warn(f"{unused} tensors of the checkpoint have no place in this UNet and are ignored")
-        found = self.checkpoint
-        return {
-            "kind": "checkpoint",
-            "file": found.path.name,
-            "sha256": verify_weights(found, progress),
-            "layout": found.layout,
-            "family": found.family,
-            "parameters": found.parameters,
-            "prediction_type": found.prediction_type,
-            "vae_scale": found.vae_scale,
-            "config": found.config,
-            "loras": [
-                {"file": lora.path.name, "scale": lora.scale, "sha256": lora.sha256()} for lora in self.loras
-            ],
-        }
-
-    def plain_model(self, progress: Progress) -> ir.Model:
-        """Traced and translated; the weights stay on disk."""
-        fused = fuse(self.checkpoint, self.loras)
-        return export_plain(self.checkpoint, self.precision, progress, fused, controlnet=self.controlnet)
-
-    def validate(
-        self,
-        onnx_path: Path,
-        sws: SwsParameters,
-        sites: Sequence[str],
-        scratch: Path,
-        progress: Progress,
-    ) -> ValidationReport:
-        """Against the eager reference with the checkpoint's weights."""
-        graph = onnx_path
-        if self.precision == "bf16":
-            graph = _float32_twin(onnx_path, scratch)
-        return validate_against_reference(
-            graph,
-            self.checkpoint,
-            self.inputs,
-            sws,
-            sites,
-            self.precision,
-            progress,
-            fuse(self.checkpoint, self.loras),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphSource:
-    """A plain ONNX graph exported earlier."""
-
-    graph: PlainGraph
-
-    @property
-    def path(self) -> Path:
-        """What the user named."""
-        return self.graph.path
-
-    @property
-    def precision(self) -> Precision:
-        """That of the graph."""
-        return self.graph.precision
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """As the graph declares them."""
-        return self.graph.inputs
-
-    @property
-    def config(self) -> None:
-        """Unknown."""
-
-    @property
-    def multiple(self) -> int:
-        """One halving a level but the last, counted from the names of the blocks."""
-        return self.graph.multiple
-
-    @property
-    def vae_scale(self) -> int | None:
-        """As the export of the graph recorded it; else unknown."""
-        return self.graph.vae_scale
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all initializers."""
-        return self.graph.parameters
-
-    def describe(self) -> list[str]:
-        """Size and precision."""
-        return [f"plain ONNX graph, {self.parameters / 1e6:.1f} M parameters, {self.precision}"]
-
-    def verify(self, progress: Progress) -> dict[str, Any]:
-        """Hash the files."""
-        return {"kind": "onnx", "file": self.path.name, "sha256": self.graph.digest(progress)}
-
-    def plain_model(self, progress: Progress) -> ir.Model:  # noqa: ARG002  (nothing to wait for)
-        """The graph as it was read."""
-        return self.graph.model
-
-    def validate(
-        self,
-        onnx_path: Path,
-        sws: SwsParameters,  # noqa: ARG002  (of no influence at intensity 0)
-        sites: Sequence[str],  # noqa: ARG002
-        scratch: Path,
-        progress: Progress,
-    ) -> ValidationReport:
-        """Against the plain graph at intensity 0."""
-        sizes = {"batch": 2, "height": 4 * self.multiple, "width": 3 * self.multiple, "tokens": TOKENS}
-        for spec in self.inputs:
-            for axis, name in enumerate(("batch", "", "height", "width")):
-                if spec.name == "sample" and name and isinstance(spec.shape[axis], int):
-                    sizes[name] = int(spec.shape[axis])
-        plain, graph = self.path, onnx_path
-        if self.precision == "bf16":
-            plain, graph = _float32_twin(plain, scratch), _float32_twin(onnx_path, scratch)
-        return validate_against_plain(graph, plain, self.inputs, sizes, self.precision, progress)
-
-
-def _float32_twin(onnx_path: Path, scratch: Path) -> Path:
-    model = ir.load(onnx_path)
-    WidenBfloat16()(model)
-    twin = scratch / f"{onnx_path.stem}.float32.onnx"
-    save_onnx(model, twin, Silent())
-    return twin
+    return open_checkpoint_source(model, options, progress)

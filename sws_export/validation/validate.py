@@ -11,9 +11,10 @@ import numpy as np
 from graph_passes.parameters import SwsParameters
 from sws_export.checkpoint import Checkpoint, FusedWeights
 from sws_export.contract import Precision, TensorSpec, size_multiple
-from sws_export.errors import ExportError
 from sws_export.progress import Progress
 from sws_export.validation.compare import OutputDifference, compare_outputs, worst
+from sws_export.validation.onnx_runner import OnnxRunner
+from sws_export.validation.reference_runner import ReferenceRunner
 from sws_export.validation.trajectory import Array, Trajectory
 
 STEPS = 5
@@ -105,7 +106,7 @@ def validate_against_reference(
     found, expected = [], []
     with progress.stage("validate", total=2 * STEPS) as stage:
         stage.describe("loading the reference")
-        reference = _Reference(checkpoint, fused, parameters, sites, double, trajectory.intensity)
+        reference = ReferenceRunner(checkpoint, fused, parameters, sites, double, trajectory.intensity)
         fed: list[Outputs] = []
         for step in trajectory.steps():
             stage.describe("running the reference")
@@ -178,105 +179,3 @@ def validate_against_plain(
         outputs=worst(differences),
         seconds=time.monotonic() - start,
     )
-
-
-class OnnxRunner:
-    """An exported graph in ONNX Runtime on the CPU, its state fed back from step to step."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import onnxruntime
-        except ModuleNotFoundError as error:
-            raise ExportError(
-                "validation needs ONNX Runtime; install it with: pip install 'sws-export[cpu]', "
-                "or skip it with --no-validate"
-            ) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self._dtypes = {node.name: _numpy_dtype(node.type) for node in self._session.get_inputs()}
-        self._state: Outputs | None = None
-
-    def step(self, inputs: Mapping[str, Array]) -> Outputs:
-        """One step; inputs that the graph does not take are left out."""
-        feed = {
-            name: np.asarray(values, self._dtypes[name])
-            for name, values in inputs.items()
-            if name in self._dtypes
-        }
-        feed |= self._state if self._state is not None else self._zero_state(inputs["sample"])
-        outputs = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
-        self._state = {
-            name.removesuffix("_out"): value for name, value in outputs.items() if name != "out_sample"
-        }
-        return outputs
-
-    def _zero_state(self, sample: Array) -> Outputs:
-        sides = {"batch": sample.shape[0], "height": sample.shape[2], "width": sample.shape[3]}
-        return {
-            node.name: np.zeros([_size(dim, sides) for dim in node.shape], np.float32)
-            for node in self._session.get_inputs()
-            if node.name.startswith("sws_state_")
-        }
-
-
-def _size(dimension: int | str, sides: Mapping[str, int]) -> int:
-    if isinstance(dimension, int):
-        return dimension
-    name, _, divisor = dimension.partition("/")
-    return sides[name] // int(divisor or 1)
-
-
-def _numpy_dtype(onnx_type: str) -> type[np.generic]:
-    types: dict[str, type[np.generic]] = {
-        "tensor(float)": np.float32,
-        "tensor(float16)": np.float16,
-        "tensor(int64)": np.int64,
-    }
-    return types[onnx_type]
-
-
-class _Reference:
-    """The eager UNet with SWS, fed with arrays."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        fused: FusedWeights | None,
-        parameters: SwsParameters,
-        sites: Sequence[str],
-        double: bool,
-        intensity: Array,
-    ) -> None:
-        import torch
-
-        from sws_export.reference import ReferenceUNet
-        from sws_export.unet import load_unet
-
-        self._dtype = torch.float64 if double else torch.float32
-        self._unet = load_unet(checkpoint, self._dtype, fused)
-        self._shuffled = ReferenceUNet(self._unet, parameters, sites) if sites else None
-        self._intensity = torch.from_numpy(np.asarray(intensity)).to(self._dtype)
-        self._state: dict[str, Any] | None = None
-
-    def step(self, inputs: Mapping[str, Array], sigma: Array) -> Outputs:
-        import torch
-
-        from sws_export.unet import call_unet, unet_arguments
-
-        tensors = {
-            name: torch.from_numpy(values).to(self._dtype if values.dtype.kind == "f" else torch.int64)
-            for name, values in inputs.items()
-        }
-        if self._shuffled is None:
-            with torch.no_grad():
-                return {"out_sample": call_unet(self._unet, tensors).numpy()}
-        out, self._state = self._shuffled.step(
-            **unet_arguments(tensors),
-            sigma=torch.from_numpy(sigma).to(self._dtype),
-            intensity=self._intensity,
-            state=self._state,
-        )
-        outputs = {f"{name}_out": value.numpy() for name, value in self._state.items()}
-        return {"out_sample": out.numpy(), **outputs}

@@ -1,0 +1,88 @@
+"""A plain ONNX graph as the start of an export."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from sws_export.contract import Precision, TensorSpec
+from sws_export.float32_twin import save_float32_twin
+from sws_export.parameters import SwsParameters
+from sws_export.plain_graph import PlainGraph
+from sws_export.progress import Progress
+from sws_export.validation import ValidationReport, validate_against_plain
+from sws_export.validation.validate import TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSource:
+    """A plain ONNX graph exported earlier."""
+
+    graph: PlainGraph
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        return self.graph.path
+
+    @property
+    def precision(self) -> Precision:
+        """That of the graph."""
+        return self.graph.precision
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """As the graph declares them."""
+        return self.graph.inputs
+
+    @property
+    def config(self) -> None:
+        """Unknown."""
+
+    @property
+    def multiple(self) -> int:
+        """One halving a level but the last, counted from the names of the blocks."""
+        return self.graph.multiple
+
+    @property
+    def vae_scale(self) -> int | None:
+        """As the export of the graph recorded it; else unknown."""
+        return self.graph.vae_scale
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all initializers."""
+        return self.graph.parameters
+
+    def describe(self) -> list[str]:
+        """Size and precision."""
+        return [f"plain ONNX graph, {self.parameters / 1e6:.1f} M parameters, {self.precision}"]
+
+    def verify(self, progress: Progress) -> dict[str, Any]:
+        """Hash the files."""
+        return {"kind": "onnx", "file": self.path.name, "sha256": self.graph.digest(progress)}
+
+    def plain_model(self, progress: Progress) -> ir.Model:  # noqa: ARG002  (nothing to wait for)
+        """The graph as it was read."""
+        return self.graph.model
+
+    def validate(
+        self,
+        onnx_path: Path,
+        sws: SwsParameters,  # noqa: ARG002  (of no influence at intensity 0)
+        sites: Sequence[str],  # noqa: ARG002
+        scratch: Path,
+        progress: Progress,
+    ) -> ValidationReport:
+        """Against the plain graph at intensity 0."""
+        sizes = {"batch": 2, "height": 4 * self.multiple, "width": 3 * self.multiple, "tokens": TOKENS}
+        for spec in self.inputs:
+            for axis, name in enumerate(("batch", "", "height", "width")):
+                if spec.name == "sample" and name and isinstance(spec.shape[axis], int):
+                    sizes[name] = int(spec.shape[axis])
+        plain, graph = self.path, onnx_path
+        if self.precision == "bf16":
+            plain, graph = save_float32_twin(plain, scratch), save_float32_twin(onnx_path, scratch)
+        return validate_against_plain(graph, plain, self.inputs, sizes, self.precision, progress)

@@ -1,0 +1,56 @@
+"""The eager reference, fed with arrays."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from graph_passes.parameters import SwsParameters
+from sws_export.checkpoint import Checkpoint, FusedWeights
+from sws_export.validation.trajectory import Array
+
+
+class ReferenceRunner:
+    """The eager UNet with SWS, fed with arrays."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        fused: FusedWeights | None,
+        parameters: SwsParameters,
+        sites: Sequence[str],
+        double: bool,
+        intensity: Array,
+    ) -> None:
+        import torch
+
+        from sws_export.reference import ReferenceUNet
+        from sws_export.unet import load_unet
+
+        self._dtype = torch.float64 if double else torch.float32
+        self._unet = load_unet(checkpoint, self._dtype, fused)
+        self._shuffled = ReferenceUNet(self._unet, parameters, sites) if sites else None
+        self._intensity = torch.from_numpy(np.asarray(intensity)).to(self._dtype)
+        self._state: dict[str, Any] | None = None
+
+    def step(self, inputs: Mapping[str, Array], sigma: Array) -> dict[str, Array]:
+        """One step; the state is fed back, and returned under the names of the graph's outputs."""
+        import torch
+
+        from sws_export.unet import call_unet, unet_arguments
+
+        tensors = {
+            name: torch.from_numpy(values).to(self._dtype if values.dtype.kind == "f" else torch.int64)
+            for name, values in inputs.items()
+        }
+        if self._shuffled is None:
+            with torch.no_grad():
+                return {"out_sample": call_unet(self._unet, tensors).numpy()}
+        out, self._state = self._shuffled.step(
+            **unet_arguments(tensors),
+            sigma=torch.from_numpy(sigma).to(self._dtype),
+            intensity=self._intensity,
+            state=self._state,
+        )
+        outputs = {f"{name}_out": value.numpy() for name, value in self._state.items()}
+        return {"out_sample": out.numpy(), **outputs}
