@@ -85,7 +85,9 @@ def _read_site(node: ir.Node, name: str, levels: int) -> Site:
         raise _NotASite("it has a mask or a key cache")
     if node.attributes.get_int("is_causal", 0) or node.attributes.get_float("softcap"):
         raise _NotASite("it is causal or caps its logits")
-    heads, head_size = _head_shape(node)
+    heads, head_size = _head_shape(node.inputs[0])
+    if any(_head_shape(value) != (heads, head_size) for value in node.inputs[1:3]):
+        raise _NotASite("its keys or values have other heads than its queries")
     q, k, v = (_before_head_split(value) for value in node.inputs)
     sources = {_projection_source(value) for value in (q, k, v)}
     if None in sources:
@@ -107,13 +109,13 @@ def _read_site(node: ir.Node, name: str, levels: int) -> Site:
     )
 
 
-def _head_shape(node: ir.Node) -> tuple[int, int]:
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+def _head_shape(value: ir.Value | None) -> tuple[int, int]:
+    shape = value.shape if value is not None else None
     if shape is None:
         raise _NotASite("its shape is not known")
     if len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int):
         return shape[1], shape[3]
-    raise _NotASite(f"expected queries of shape [batch, heads, tokens, head size], found {shape}")
+    raise _NotASite(f"expected inputs of shape [batch, heads, tokens, head size], found {shape}")
 
 
 def _before_head_split(value: ir.Value | None) -> ir.Value:

@@ -1,0 +1,130 @@
+"""Which attention nodes SWS can take, on which grid, and why it leaves the others."""
+
+import math
+from typing import Any
+
+import pytest
+
+from graph_passes.find_sites import find_sites
+from tests.conftest import ShapesModel
+from tests.graph_passes.small_models import (
+    CHANNELS,
+    HEADS,
+    SiteSpec,
+    build_model,
+    graph_bytes,
+    site_name,
+)
+
+
+def test_a_self_attention_site_is_read_completely() -> None:
+    model = build_model([SiteSpec(attributes=(("scale", 0.25),))])
+    (site,), skipped = find_sites(model)
+    assert skipped == []
+    assert site.name == "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    assert (site.heads, site.scale, site.factor) == (HEADS, 0.25, 1)
+    assert [value.producer().name.split(".")[-1] for value in (site.q, site.k, site.v)] == [
+        "to_q/MatMul",
+        "to_k/MatMul",
+        "to_v/MatMul",
+    ]
+    assert site.y.producer().op_type == "Reshape"
+    assert site.y.consumers()[0].name.endswith("to_out.0/MatMul")
+
+
+def test_scale_defaults_to_the_root_of_the_head_size() -> None:
+    (site,), _ = find_sites(build_model([SiteSpec()]))
+    assert site.scale == 1 / math.sqrt(CHANNELS // HEADS)
+
+
+def test_projections_with_bias_are_projections() -> None:
+    (site,), _ = find_sites(build_model([SiteSpec(bias=True)]))
+    assert site.q.producer().op_type == "Add"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"masked": True}, "it has a mask or a key cache"),
+        ({"attributes": (("is_causal", 1),)}, "it is causal or caps its logits"),
+        ({"attributes": (("softcap", 5.0),)}, "it is causal or caps its logits"),
+        ({"context": True}, "cross-attention: keys and values come from another tensor than queries"),
+        ({"projected": False}, "its queries, keys or values are not plain projections"),
+        ({"split": (0, 2, 3, 1)}, "its heads are transposed in an unknown way"),
+        ({"join": (0, 1, 2, 3)}, "its heads are joined in an unknown way"),
+        ({"watched": True}, "its heads are not joined by Transpose and Reshape"),
+        ({"typed": False}, "its shape is not known"),
+        (
+            {"kv_heads": 1},
+            "its keys or values have other heads than its queries",
+        ),
+    ],
+)
+def test_a_near_miss_is_skipped_with_its_reason(change: dict[str, Any], reason: str) -> None:
+    model = build_model([SiteSpec(**change), SiteSpec(name=site_name("mid_block"))])
+    before = graph_bytes(model)
+    sites, (skipped,) = find_sites(model)
+    assert [site.name for site in sites] == [site_name("mid_block")]
+    assert (skipped.name, skipped.reason) == (site_name("down_blocks.0"), reason)
+    assert graph_bytes(model) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["node_42", "text_model.encoder.layers.0.attn1", "down_blocks.0.attentions.0"]
+)
+def test_an_attention_of_unknown_place_is_skipped_under_its_node_name(name: str) -> None:
+    sites, (skipped,) = find_sites(build_model([SiteSpec(name=name)]))
+    assert sites == []
+    assert skipped.name == f"{name}/Attention"
+    assert skipped.reason == "its name does not tell which block of the UNet it belongs to"
+
+
+def test_an_attention_of_another_domain_is_none_of_ours() -> None:
+    model = build_model([SiteSpec()])
+    next(node for node in model.graph if node.op_type == "Attention").domain = "com.microsoft"
+    assert find_sites(model) == ([], [])
+
+
+def test_names_with_slashes_are_module_paths_too() -> None:
+    slashed = "/unet/" + site_name("up_blocks.1").replace(".", "/").replace("/0", ".0").replace("/1", ".1")
+    assert slashed == "/unet/up_blocks.1/attentions.0/transformer_blocks.0/attn1"
+    (site,), _ = find_sites(build_model([SiteSpec(name=slashed)], levels=3))
+    assert (site.name, site.factor) == (site_name("up_blocks.1"), 2)
+
+
+# Blocks with attention, and the factor of their grid, of the UNets that people use.
+SD15 = {"down_blocks.0": 1, "down_blocks.1": 2, "down_blocks.2": 4, "mid_block": 8} | {
+    "up_blocks.1": 4,
+    "up_blocks.2": 2,
+    "up_blocks.3": 1,
+}
+SDXL = {"down_blocks.1": 2, "down_blocks.2": 4, "mid_block": 4, "up_blocks.0": 4, "up_blocks.1": 2}
+REFINER = {"down_blocks.1": 2, "down_blocks.2": 4, "mid_block": 8, "up_blocks.1": 4, "up_blocks.2": 2}
+
+
+@pytest.mark.parametrize(
+    ("levels", "factors"), [(4, SD15), (3, SDXL), (4, REFINER)], ids=["sd15", "sdxl", "refiner"]
+)
+def test_a_block_tells_the_grid(levels: int, factors: dict[str, int]) -> None:
+    specs = [SiteSpec(name=site_name(block), factor=factor) for block, factor in factors.items()]
+    sites, skipped = find_sites(build_model(specs, levels))
+    assert skipped == []
+    assert {site.name: site.factor for site in sites} == {
+        site_name(block): factor for block, factor in factors.items()
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_example_has_its_self_attention_found(shapes_model: ShapesModel, precision: str) -> None:
+    sites, skipped = find_sites(shapes_model(precision))
+    assert {site.name: (site.factor, site.heads) for site in sites} == {
+        site_name("down_blocks.1"): (2, 2),
+        site_name("down_blocks.2"): (4, 3),
+        site_name("mid_block"): (4, 3),
+        site_name("up_blocks.0"): (4, 3),
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn1": (4, 3),
+        site_name("up_blocks.1"): (2, 2),
+        "up_blocks.1.attentions.1.transformer_blocks.0.attn1": (2, 2),
+    }
+    assert [skip.name for skip in skipped] == [site.name.replace("attn1", "attn2") for site in sites]
+    assert {skip.reason.partition(":")[0] for skip in skipped} == {"cross-attention"}

@@ -1,0 +1,118 @@
+"""SWS functions are inlined for a target, except those it has plugins for."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graph_passes.errors import GraphError
+from graph_passes.lower_functions import PLUGIN_OPERATORS, LowerFunctions, check_lowered
+from tests.conftest import RunOnnx, ShapesModel
+from tests.graph_passes.small_models import SiteSpec, build_model, feeds, graph_bytes, op_counts
+from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
+
+
+def _with_node(op_type: str, domain: str = "") -> ir.Model:
+    model = build_model([SiteSpec()])
+    node = ir.node(op_type, [model.graph.inputs[0]], domain=domain, name="the_node")
+    model.graph.append(node)
+    return model
+
+
+def test_nothing_of_the_domain_is_left() -> None:
+    model = inserted(two_grids())
+    assert LowerFunctions()(model).modified
+    assert {node.domain for node in model.graph} == {""}
+    assert len(model.functions) == 0
+    assert model.graph.opset_imports == {"": 23}
+    counts = op_counts(model)
+    # Four of the plain graph and one each in the three sites with SWS.
+    assert counts["Attention"] == 7
+    assert {"Loop", "If", "Scan"}.isdisjoint(counts)
+
+
+def test_kept_operators_stay_with_their_definitions() -> None:
+    model = inserted(two_grids())
+    LowerFunctions(PLUGIN_OPERATORS)(model)
+    counts = op_counts(model)
+    assert {name: counts[name] for name in counts if name.startswith("sws.")} == {
+        "sws.BandedTransport": 3,
+        "sws.KeyGuard": 3,
+    }
+    assert {name for _, name, _ in model.functions} == PLUGIN_OPERATORS
+    assert model.graph.opset_imports == {"": 23, "sws": 1}
+
+
+@pytest.mark.parametrize("kept", [frozenset[str](), PLUGIN_OPERATORS], ids=["all", "plugins"])
+def test_the_numbers_stay_the_same(run_onnx: RunOnnx, kept: frozenset[str]) -> None:
+    model = inserted(two_grids())
+    values = sws_feeds(model)
+    expected = run_onnx(model, values)
+    LowerFunctions(kept)(model)
+    found = run_onnx(model, values)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 1e-6 * np.abs(value).max(), name
+
+
+def test_functions_of_another_domain_are_left_alone(run_onnx: RunOnnx) -> None:
+    model = build_model([SiteSpec()])
+    x = ir.Value(name="x")
+    double = ir.node("Add", [x, x])
+    function_graph = ir.Graph([x], double.outputs, nodes=[double], opset_imports={"": 23})
+    function = ir.Function("mine", "Double", graph=function_graph, attributes=[])
+    model.functions[function.identifier()] = function
+    model.graph.opset_imports["mine"] = 1
+    call = ir.node("Double", [model.graph.outputs[0]], domain="mine", name="call")
+    call.outputs[0].name, call.outputs[0].type = "doubled", ir.TensorType(ir.DataType.FLOAT)
+    model.graph.append(call)
+    model.graph.outputs.append(call.outputs[0])
+
+    assert not LowerFunctions()(model).modified
+    assert op_counts(model)["mine.Double"] == 1
+    results = run_onnx(model, feeds())
+    assert (results["doubled"] == 2 * results["out_sample"]).all()
+
+
+@pytest.mark.parametrize("kept", [frozenset[str](), PLUGIN_OPERATORS], ids=["all", "plugins"])
+def test_a_second_run_changes_nothing(kept: frozenset[str]) -> None:
+    model = inserted(two_grids())
+    LowerFunctions(kept)(model)
+    before = graph_bytes(model)
+    assert not LowerFunctions(kept)(model).modified
+    assert graph_bytes(model) == before
+
+
+@pytest.mark.parametrize("op_type", ["Loop", "If", "Scan"])
+def test_control_flow_is_refused_by_name(op_type: str) -> None:
+    with pytest.raises(GraphError, match=f"node the_node: {op_type}"):
+        check_lowered(_with_node(op_type))
+
+
+def test_a_node_of_the_domain_is_refused_unless_it_is_kept() -> None:
+    model = _with_node("KeyGuard", "sws")
+    check_lowered(model, PLUGIN_OPERATORS)
+    with pytest.raises(GraphError, match=r"node the_node: sws\.KeyGuard is left after lowering"):
+        check_lowered(model)
+
+
+def test_control_flow_below_the_graph_is_refused_too() -> None:
+    outer = ir.node("SequenceMap", [], name="outer")
+    inner = ir.Graph([], [], nodes=[ir.node("Loop", [], name="hidden")])
+    outer.attributes["body"] = ir.AttrGraph("body", inner)
+    model = build_model([SiteSpec()])
+    model.graph.append(outer)
+    with pytest.raises(GraphError, match="node hidden: Loop"):
+        check_lowered(model)
+
+
+def test_operators_of_other_domains_pass() -> None:
+    check_lowered(_with_node("Loop", "somebody.else"))
+    check_lowered(_with_node("Relu"))
+
+
+def test_the_example_is_lowered_to_standard_operators(shapes_model: ShapesModel) -> None:
+    model = inserted(shapes_model("fp32"))
+    LowerFunctions()(model)
+    assert {node.domain for node in model.graph} == {""}
+    # 14 of the plain export, 7 of which a clean-up removes, and those of the 7 sites with SWS.
+    assert op_counts(model)["Attention"] == 21
