@@ -4,8 +4,10 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sws_export.errors import OutputError
@@ -40,15 +42,50 @@ def publish(staged: Path, out: Path) -> None:
     Raises:
         OutputError: The move is refused or the disk is full.
     """
-    with output_errors(out):
-        with staged.open("rb") as file:
-            os.fsync(file.fileno())
-        staged.replace(out)
-        directory = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+    publish_together({staged: out})
+
+
+def publish_together(places: Mapping[Path, Path]) -> None:
+    """Move staged files to their places in one directory, in the order given, replacing what was there.
+
+    What takes long or may fail comes first; an interrupt then waits until the last file has moved, so that
+    no artefact appears without those that belong to it.
+
+    Raises:
+        OutputError: A move is refused or the disk is full.
+    """
+    last = list(places.values())[-1]
+    with output_errors(last):
+        for staged in places:
+            _flush(staged)
+        with _uninterrupted():
+            for staged, place in places.items():
+                staged.replace(place)
+        _flush(last.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C and the request to end for the moment it takes to move files."""
+    if threading.current_thread() is not threading.main_thread():
+        # Signals are for the main thread alone.
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -72,4 +109,9 @@ def _raise_if_full(out: Path, error: OSError) -> None:
         raise OutputError(
             f"cannot write {out}: the disk is full ({free / 1e9:.2f} GB free in {out.parent}); "
             "free some space or choose another --out"
+        ) from error
+    if error.errno == errno.EFBIG:
+        raise OutputError(
+            f"cannot write {out}: the file is larger than the filesystem of {out.parent} (4 GB on FAT32) or "
+            "the limit of this shell (ulimit -f) allows; choose another --out"
         ) from error

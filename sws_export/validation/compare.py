@@ -37,13 +37,13 @@ def compare_outputs(
     found: dict[str, Array], expected: dict[str, Array], tolerances: dict[str, float]
 ) -> list[OutputDifference]:
     """Compare the outputs of one step; NaN or Inf in `found` differs without bound."""
-    from polygraphy.comparator import CompareFunc, IterationResult
+    from polygraphy.comparator import IterationResult, SimpleCompareFunc
     from polygraphy.logger import G_LOGGER
 
     scale = {name: float(np.abs(values).max()) or 1.0 for name, values in expected.items()}
     ours = {name: np.asarray(found[name], np.float64) / scale[name] for name in expected}
     theirs = {name: np.asarray(values, np.float64) / scale[name] for name, values in expected.items()}
-    compare = CompareFunc.simple(atol=tolerances, rtol=0.0, check_error_stat="max")
+    compare = SimpleCompareFunc(atol=tolerances, rtol=0.0, check_error_stat="max")
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
         results = compare(IterationResult(ours), IterationResult(theirs))
     return [
