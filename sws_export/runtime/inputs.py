@@ -1,0 +1,152 @@
+"""From what a caller has, numpy arrays, torch tensors or numbers, to the arrays a graph takes."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+
+from sws_export.contract import TensorSpec
+from sws_export.errors import OptionError
+from sws_export.profile import Shapes, concrete_shape
+from sws_export.runtime.contract import Contract
+from sws_export.runtime.errors import StepError
+
+Array = npt.NDArray[Any]
+
+_DIMENSIONS = ("batch", "height", "width", "tokens")
+_RANGES = {"sigma": (np.finfo(np.float32).tiny, np.finfo(np.float32).max), "intensity": (0.0, 1.0)}
+
+
+def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, int]]:
+    """The inputs of one step as contiguous arrays of the graph's dtypes, and the sizes they imply.
+
+    Numbers, and arrays without dimensions, stand for the same value in every sample of the batch.
+
+    Args:
+        contract: What the artefact takes.
+        given: Inputs by name; None counts as not given.
+
+    Returns:
+        The arrays, and `batch`, `height`, `width` and `tokens` as far as the inputs have them.
+
+    Raises:
+        StepError: An input is missing, unknown, of a wrong shape, out of range, or outside the profile.
+    """
+    present = {name: value for name, value in given.items() if value is not None}
+    _check_names(contract, present)
+    arrays: dict[str, Array] = {}
+    sizes: dict[str, int] = {}
+    # The sample first: it tells the batch that numbers are repeated for.
+    for spec in sorted(contract.inputs, key=lambda spec: spec.name != "sample"):
+        value = to_numpy(present[spec.name])
+        if value.ndim == 0 and spec.shape == ("batch",):
+            value = np.full(sizes["batch"], value)
+        _take_sizes(spec, value, sizes)
+        arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
+        _check_range(spec, arrays[spec.name])
+    if contract.profile is not None:
+        for name, array in arrays.items():
+            _check_profile(name, array.shape, contract.profile)
+    return arrays, sizes
+
+
+def state_shapes(contract: Contract, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shape of each state for inputs of the sizes given.
+
+    Raises:
+        StepError: Height or width is not a multiple of what the UNet halves them to.
+    """
+    try:
+        return {pair.spec.name: concrete_shape(pair.spec, sizes) for pair in contract.states}
+    except OptionError as error:
+        raise StepError(f"sample: {error}") from error
+
+
+def is_tensor(value: object) -> TypeGuard[Any]:
+    """Whether `value` is a torch tensor; torch is not imported for it."""
+    return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach")
+
+
+def to_numpy(value: Any) -> Array:
+    """`value` in host memory; bfloat16 tensors become float32, which holds each of their values."""
+    if not is_tensor(value):
+        return np.asarray(value)
+    value = value.detach()
+    if str(value.dtype) == "torch.bfloat16":
+        value = value.float()
+    return np.asarray(value.cpu().numpy())
+
+
+def like(array: Array, example: Any) -> Any:
+    """`array` as `example` is: a torch tensor of its device and dtype, or a numpy array."""
+    if not is_tensor(example):
+        return array
+    import torch
+
+    host = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    return torch.from_numpy(host).to(example.device, example.dtype)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype called `name` in a manifest."""
+    if name == "bfloat16":
+        # Importing it teaches numpy the name.
+        importlib.import_module("ml_dtypes")
+    return np.dtype(name)
+
+
+def _check_names(contract: Contract, present: Mapping[str, Any]) -> None:
+    known = [spec.name for spec in contract.inputs]
+    if missing := [name for name in known if name not in present]:
+        raise StepError(
+            f"{contract.path.name} needs the input {', '.join(missing)}; it takes {', '.join(known)}"
+        )
+    if unknown := [name for name in present if name not in known]:
+        raise StepError(
+            f"{contract.path.name} has no input {', '.join(unknown)}; it takes {', '.join(known)}"
+        )
+
+
+def _take_sizes(spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
+    """Check the shape of `value` and note the sizes that it is the first to tell."""
+    if value.ndim != len(spec.shape):
+        raise StepError(
+            f"input {spec.name}: expected {_shape_text(spec)}, found an array of shape {list(value.shape)}"
+        )
+    for axis, (expected, found) in enumerate(zip(spec.shape, value.shape, strict=True)):
+        if isinstance(expected, str) and expected in _DIMENSIONS:
+            wanted = sizes.setdefault(expected, found)
+            reason = f" ({expected}, as in the inputs before it)"
+        else:
+            wanted, reason = expected, ""  # type: ignore[assignment]
+        if found != wanted:
+            raise StepError(
+                f"input {spec.name}: dimension {axis} is {found}, expected {wanted}{reason}; "
+                f"the input is {_shape_text(spec)}"
+            )
+
+
+def _shape_text(spec: TensorSpec) -> str:
+    return f"[{', '.join(str(size) for size in spec.shape)}]"
+
+
+def _check_range(spec: TensorSpec, array: Array) -> None:
+    low, high = _RANGES.get(spec.name, (None, None))
+    if low is None or high is None:
+        return
+    wrong = array[~((array >= low) & (array <= high))]
+    if wrong.size:
+        allowed = "a finite number above 0" if spec.name == "sigma" else f"{low:g} to {high:g}"
+        raise StepError(f"input {spec.name}: expected {allowed}, found {wrong[0]:g}")
+
+
+def _check_profile(name: str, shape: tuple[int, ...], profile: Shapes) -> None:
+    smallest, _, largest = profile[name]
+    for axis, (low, found, high) in enumerate(zip(smallest, shape, largest, strict=True)):
+        if not low <= found <= high:
+            raise StepError(
+                f"input {name}: dimension {axis} is {found}, the engine was built for {low} to {high}; build "
+                "one for this size with --batch, --height, --width or --tokens MIN:OPT:MAX"
+            )

@@ -1,0 +1,128 @@
+"""Graphs in ONNX Runtime: on the CPU, or on a GPU where the CUDA provider is installed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sws_export.errors import EngineError
+from sws_export.manifest import METADATA_KEY
+from sws_export.runtime.backend import Shapes
+from sws_export.runtime.contract import PREDICTION, Contract, check_embedded
+from sws_export.runtime.inputs import Array
+
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeBackend:
+    """A graph loaded in ONNX Runtime."""
+
+    def __init__(self, contract: Contract, device: str | None, threads: int | None) -> None:
+        """Load the graph.
+
+        Args:
+            contract: What the manifest says of it.
+            device: `cpu` or `cuda`; None takes the GPU where ONNX Runtime can.
+            threads: Threads of one operator on the CPU; None leaves the number to ONNX Runtime.
+
+        Raises:
+            EngineError: ONNX Runtime is not installed, has no CUDA provider, or refuses the graph.
+        """
+        runtime = _import_onnxruntime()
+        self.device = device or ("cuda" if _CUDA in runtime.get_available_providers() else "cpu")
+        if self.device == "cuda" and _CUDA not in runtime.get_available_providers():
+            raise EngineError(
+                "ONNX Runtime has no CUDA provider here; install it with: pip install 'sws-export[gpu]', "
+                "or load with device='cpu'"
+            )
+        options = runtime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        providers = [_CUDA, _CPU] if self.device == "cuda" else [_CPU]
+        try:
+            self._session = runtime.InferenceSession(contract.path, options, providers=providers)
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class
+            raise EngineError(_refusal(contract, error)) from error
+        if self.device not in self._session.get_providers()[0].lower():
+            if device == "cuda":
+                raise EngineError(
+                    "ONNX Runtime could not start its CUDA provider and fell back to the CPU; check the "
+                    "driver with nvidia-smi, or load with device='cpu'"
+                )
+            self.device = "cpu"
+        check_embedded(contract, self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
+        self._contract = contract
+
+    def loop(self, states: Shapes) -> "OnnxRuntimeLoop":
+        """Buffers for one stream, all zero."""
+        return OnnxRuntimeLoop(self._session, self._contract, self.device, states)
+
+
+class OnnxRuntimeLoop:
+    """Two bindings over two sets of buffers: one reads A and writes B, the other reads B and writes A."""
+
+    def __init__(self, session: Any, contract: Contract, device: str, states: Shapes) -> None:
+        from onnxruntime import OrtValue
+
+        self._session = session
+        self._sets = tuple(
+            {
+                name: OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), device, 0)
+                for name, shape in states.items()
+            }
+            for _ in range(2)
+        )
+        self._current = 0
+        outputs = {pair.spec.name: pair.output for pair in contract.states}
+        self._bindings = [self._bind(self._sets[i], self._sets[1 - i], outputs) for i in range(2)]
+
+    def _bind(self, read: Mapping[str, Any], written: Mapping[str, Any], outputs: Mapping[str, str]) -> Any:
+        binding = self._session.io_binding()
+        for name, value in read.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in written.items():
+            binding.bind_ortvalue_output(outputs[name], value)
+        return binding
+
+    def run(self, inputs: Mapping[str, Array], prediction: Array) -> None:
+        """Run one step; see `Loop`."""
+        binding = self._bindings[self._current]
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_output(PREDICTION, "cpu", 0, prediction.dtype, prediction.shape, prediction.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class
+            raise EngineError(f"ONNX Runtime failed in this step; the state is unchanged: {error}") from error
+        self._current = 1 - self._current
+
+    def read(self, name: str) -> Array:
+        """A copy of a state; see `Loop`."""
+        return np.array(self._sets[self._current][name].numpy(), copy=True)
+
+    def write(self, name: str, values: Array) -> None:
+        """Replace a state; see `Loop`."""
+        self._sets[self._current][name].update_inplace(np.ascontiguousarray(values, np.float32))
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            "an .onnx graph runs in ONNX Runtime, which is not installed; install it with: "
+            "pip install 'sws-export[cpu]'"
+        ) from error
+    return onnxruntime
+
+
+def _refusal(contract: Contract, error: Exception) -> str:
+    if contract.manifest["precision"] == "bf16":
+        return (
+            f"ONNX Runtime cannot run {contract.path}: it has no bfloat16 kernels for this graph; "
+            f"export with --precision fp16 or fp32, or build an engine ({error})"
+        )
+    return f"ONNX Runtime refuses {contract.path}: {error}; export it again"

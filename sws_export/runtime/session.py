@@ -1,0 +1,206 @@
+"""Sessions: an exported graph or engine and the state that it hands from step to step."""
+
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from sws_export.errors import OptionError
+from sws_export.runtime.backend import Backend, Loop
+from sws_export.runtime.contract import Contract, read_contract
+from sws_export.runtime.errors import StepError
+from sws_export.runtime.inputs import Array, like, numpy_dtype, prepare, state_shapes
+
+RECOMMENDED_INTENSITY = 0.5
+
+Snapshot = dict[str, Array]
+"""State inputs by name, float32, [B, 145, h, w]; empty before the first step."""
+
+
+class Stream:
+    """One trajectory, or a batch of them, with a state of its own; made by `Session.stream`.
+
+    Safe to use from several threads: calls on one stream are done one after the other.
+    """
+
+    def __init__(self, contract: Contract, backend: Backend) -> None:
+        self._contract = contract
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._loop: Loop | None = None
+        self._shapes: Mapping[str, tuple[int, ...]] = {}
+
+    def step(
+        self,
+        sample: Any,
+        timestep: Any,
+        encoder_hidden_states: Any = None,
+        *,
+        sigma: Any = None,
+        intensity: Any = RECOMMENDED_INTENSITY,
+        **conditions: Any,
+    ) -> Any:
+        """Run the UNet once and keep the new state for the next step.
+
+        A batch, height or width other than the step before's starts from an empty state.
+
+        Args:
+            sample: Latent, already scaled as the scheduler asks, [B, C, H, W], numpy or torch.
+            timestep: [B] or one number, in the scheduler's own units.
+            encoder_hidden_states: Text embeddings, [B, L, X].
+            sigma: Noise level, > 0, [B] or one number; a plain graph takes none.
+            intensity: Strength of SWS in [0, 1], [B] or one number; 0 is the UNet without SWS.
+            conditions: Whatever else the manifest names, such as `text_embeds` and `time_ids`.
+
+        Returns:
+            The prediction [B, C, H, W]: torch, with the device and dtype of `sample`, where that is torch,
+            else numpy in the graph's precision.
+
+        Raises:
+            StepError: An input is missing, unknown, of a wrong shape or value, or outside the profile.
+            EngineError: The library failed; the state is as it was.
+        """
+        given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        if self._contract.takes_intensity:
+            given |= {"sigma": sigma, "intensity": intensity}
+        arrays, sizes = prepare(self._contract, given | conditions)
+        shapes = state_shapes(self._contract, sizes)
+        spec = self._contract.prediction
+        shape = (sizes["batch"], spec.shape[1], *arrays["sample"].shape[2:])
+        prediction = np.empty(shape, numpy_dtype(spec.dtype))
+        with self._lock:
+            self._loop_for(shapes).run(arrays, prediction)
+        return like(prediction, sample)
+
+    def reset(self, samples: Iterable[int] | None = None) -> None:
+        """Forget the history: of every sample of the batch, or of those with the indices `samples`.
+
+        Raises:
+            StepError: An index is outside the batch.
+        """
+        with self._lock:
+            if samples is None:
+                self._fill({name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()})
+                return
+            rows = list(samples)
+            kept = self._snapshot()
+            for name, values in kept.items():
+                if wrong := [row for row in rows if not 0 <= row < len(values)]:
+                    raise StepError(f"reset: sample {wrong[0]} is outside the batch of {len(values)}")
+                kept[name][rows] = 0.0
+            self._fill(kept)
+
+    def state(self) -> Snapshot:
+        """A copy of the state in host memory; `restore` takes it back."""
+        with self._lock:
+            return self._snapshot()
+
+    def restore(self, snapshot: Mapping[str, Array]) -> None:
+        """Go back to a state that `state` gave, of this stream or another of the same artefact.
+
+        Raises:
+            StepError: The snapshot has other states than this artefact, or other shapes.
+        """
+        if not snapshot:
+            self.reset()
+            return
+        names = [pair.spec.name for pair in self._contract.states]
+        if sorted(snapshot) != sorted(names):
+            raise StepError(
+                f"restore: {self._contract.path.name} has the states {', '.join(names)}, found "
+                f"{', '.join(snapshot)}"
+            )
+        values = {name: np.asarray(snapshot[name]) for name in names}
+        for pair in self._contract.states:
+            found = values[pair.spec.name].shape
+            if len(found) != len(pair.spec.shape) or found[1] != pair.spec.shape[1]:
+                raise StepError(
+                    f"restore: state {pair.spec.name} has shape {list(found)}, expected "
+                    f"[{', '.join(map(str, pair.spec.shape))}]"
+                )
+        with self._lock:
+            self._loop_for({name: array.shape for name, array in values.items()})
+            self._fill(values)
+
+    def _loop_for(self, shapes: Mapping[str, tuple[int, ...]]) -> Loop:
+        if self._loop is None or shapes != self._shapes:
+            # Free the old buffers first: both at once may not fit.
+            self._loop = None
+            self._loop = self._backend.loop(shapes)
+            self._shapes = dict(shapes)
+        return self._loop
+
+    def _snapshot(self) -> Snapshot:
+        loop = self._loop
+        return {name: loop.read(name) for name in self._shapes} if loop is not None else {}
+
+    def _fill(self, values: Mapping[str, Array]) -> None:
+        if self._loop is not None:
+            for name, array in values.items():
+                self._loop.write(name, array)
+
+
+class Session(Stream):
+    """A loaded artefact, which is itself its first stream; `stream` makes further ones.
+
+    Threads: any thread may use any stream. Streams run beside each other; calls on one stream are done one
+    after the other, in the order in which they come. The weights are in memory once.
+    """
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> Self:
+        """Load what `sws-export` wrote.
+
+        Args:
+            path: `.onnx`, run by ONNX Runtime, or `.plan`/`.engine`, run by the library that built it.
+            device: `cpu` or `cuda`; None takes a GPU where the library finds one. Engines need `cuda`.
+            threads: Threads of one operator in ONNX Runtime; None leaves the number to it.
+            verify: Check the sha256 of the files, which takes about a second a gigabyte.
+
+        Raises:
+            OptionError: An unknown device, or one that the artefact cannot run on.
+            EngineError: The artefact or its manifest is missing, damaged, not of each other, or made for
+                another library version or GPU; or the library or driver is not installed.
+        """
+        if device not in (None, "cpu", "cuda"):
+            raise OptionError(f"device '{device}' is unknown; use 'cpu' or 'cuda'")
+        contract = read_contract(Path(path), verify=verify)
+        return cls(contract, _open_backend(contract, device, threads))
+
+    @property
+    def contract(self) -> Contract:
+        """Inputs, outputs, states, profile and manifest."""
+        return self._contract
+
+    @property
+    def device(self) -> str:
+        """Where it runs: `cpu` or `cuda`."""
+        return self._backend.device
+
+    def stream(self) -> Stream:
+        """A further stream over the same weights, with an empty state of its own."""
+        return Stream(self._contract, self._backend)
+
+
+def _open_backend(contract: Contract, device: str | None, threads: int | None) -> Backend:
+    if contract.backend == "onnxruntime":
+        from sws_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(contract, device, threads)
+    if device == "cpu":
+        raise OptionError(
+            f"{contract.path} is an engine, which runs on a GPU only; on the CPU load the .onnx graph, which "
+            "--keep-onnx leaves beside it"
+        )
+    from sws_export.runtime.tensorrt_backend import TensorRtBackend
+
+    return TensorRtBackend(contract)
