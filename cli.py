@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sws_export.errors import SwsExportError
+from sws_export.errors import SwsExportError, ValidationError
 
 if TYPE_CHECKING:
     from sws_export.options import ExportOptions
@@ -26,6 +26,7 @@ examples:
 other commands:
   sws-export inspect FILE              what an engine, ONNX graph, manifest or checkpoint is
   sws-export validate MODEL.onnx MODEL compare an exported graph with its checkpoint again
+  sws-export plugins build|info        the library of TensorRT plugins
 
 Exit codes: 0 done, 1 something about the input or the machine, 2 wrong usage.
 """
@@ -34,7 +35,11 @@ Exit codes: 0 done, 1 something about the input or the machine, 2 wrong usage.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str]], int]] = {"inspect": _inspect, "validate": _validate}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "inspect": _inspect,
+        "validate": _validate,
+        "plugins": _plugins,
+    }
     # As Ctrl-C: leave through the clean-up of every stage.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -152,6 +157,12 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", metavar="NAME", help="tensorrt-rtx (default without a GPU) or tensorrt")
     group.add_argument("--compute-capability", metavar="N.N[,N.N…]", help="targets of tensorrt-rtx")
     group.add_argument("--builder-optimization-level", type=int, metavar="0-5", help="effort of the build")
+    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel timings that builds share")
+    group.add_argument("--refit", action="store_true", help="make the weights replaceable")
+    group.add_argument("--strip-weights", action="store_true", help="leave the weights out of the plan")
+    group.add_argument("--version-compatible", action="store_true", help="for later versions of TensorRT")
+    group.add_argument("--hardware-compatible", action="store_true", help="for every GPU from Ampere on")
+    group.add_argument("--weight-streaming", action="store_true", help="allow weights outside GPU memory")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +200,12 @@ def _options(parsed: argparse.Namespace) -> "ExportOptions":
         backend=parsed.backend,
         compute_capabilities=parse_capabilities(capabilities) if capabilities else (),
         optimization_level=parsed.builder_optimization_level,
+        timing_cache=parsed.timing_cache,
+        refit=parsed.refit,
+        strip_weights=parsed.strip_weights,
+        version_compatible=parsed.version_compatible,
+        hardware_compatible=parsed.hardware_compatible,
+        weight_streaming=parsed.weight_streaming,
         validate=not parsed.no_validate,
         keep_onnx=parsed.keep_onnx,
         dry_run=parsed.dry_run,
@@ -231,7 +248,48 @@ def _validate(arguments: list[str]) -> int:
         print_validation(console, report)
     if parsed.json:
         _print_json(report.as_dict())
-    return 0 if report.passed else 1
+    over = [output.name for output in report.outputs if not output.passed]
+    if over:
+        raise ValidationError(
+            f"{parsed.graph} differs from the {report.reference} by more than is allowed: {', '.join(over)}; "
+            "export it again"
+        )
+    return 0
+
+
+def _plugins(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="sws-export plugins", description="Build the library of TensorRT plugins, or say what it holds."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    build = verbs.add_parser("build", help="compile libsws_plugins.so, once for each state of its sources")
+    build.add_argument("--architectures", metavar="N[,N…]", help="such as 89,90; default: all supported")
+    build.add_argument("--output", type=Path, metavar="DIR", help="default: the user's cache")
+    build.add_argument("--force", action="store_true", help="compile even if nothing changed")
+    info = verbs.add_parser("info", help="where the library is, what it holds, for which architectures")
+    info.add_argument("library", type=Path, nargs="?", help="default: the one that would be used")
+    for verb in (build, info):
+        _add_output_options(verb)
+    parsed = parser.parse_args(arguments)
+    from sws_export import plugin_build
+
+    progress, _ = _progress(parsed)
+    if parsed.verb == "build":
+        chosen = parsed.architectures
+        architectures = tuple(chosen.split(",")) if chosen else plugin_build.DEFAULT_ARCHITECTURES
+        found = plugin_build.build_plugins(
+            architectures=architectures, output=parsed.output, force=parsed.force, progress=progress
+        )
+    else:
+        found = plugin_build.plugin_info(parsed.library)
+    facts = dataclasses.asdict(found)
+    if parsed.json:
+        _print_json(facts)
+    elif not parsed.quiet:
+        from sws_export.terminal import print_facts
+
+        print_facts(facts)
+    return 0
 
 
 def _checkpoint_options(parsed: argparse.Namespace) -> "ExportOptions":

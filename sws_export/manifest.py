@@ -16,7 +16,7 @@ from graph_passes.parameters import SwsParameters
 from sws_export.contract import Precision, TensorSpec
 from sws_export.engines import EngineReport
 from sws_export.profile import Shapes
-from sws_export.rewrite import RewriteReport
+from sws_export.rewrite import RewriteReport, Target
 from sws_export.stages import StageFigures
 from sws_export.validation import ValidationReport
 
@@ -38,6 +38,7 @@ def describe_graph(
     parameters: SwsParameters | None,
     rewrite: RewriteReport | None,
     precision: Precision,
+    target: Target,
     opset: int,
 ) -> dict[str, Any]:
     """The part of the manifest that the graph alone decides; the same input gives the same text.
@@ -49,11 +50,13 @@ def describe_graph(
         parameters: Constants of SWS; None for a plain export.
         rewrite: Sites and states; None for a plain export.
         precision: Precision of the UNet.
+        target: Runtime that the graph was lowered for.
         opset: Opset of the graph.
     """
     return {
         "format": FORMAT_VERSION,
         "precision": precision,
+        "target": target,
         "opset": opset,
         "inputs": [_spec(spec) for spec in inputs],
         "outputs": [_spec(spec) for spec in outputs],

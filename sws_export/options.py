@@ -41,6 +41,12 @@ class ExportOptions:
         backend: `tensorrt-rtx` or `tensorrt`; None for what suits the machine.
         compute_capabilities: Targets of the engine, such as `8.9`.
         optimization_level: 0 to 5; None for the backend's default.
+        timing_cache: File of kernel timings that builds share (tensorrt).
+        refit: Make the weights of the engine replaceable (tensorrt).
+        strip_weights: Leave the weights out of the plan, to be refitted (tensorrt).
+        version_compatible: Let later versions of the library load the engine (tensorrt).
+        hardware_compatible: Let every GPU from Ampere on run the engine (tensorrt).
+        weight_streaming: Let the runtime keep part of the weights outside GPU memory.
         validate: Compare the graph with the reference before anything is written.
         keep_onnx: Keep the ONNX graph beside an engine.
         dry_run: Stop after the preflight.
@@ -65,9 +71,19 @@ class ExportOptions:
     backend: str | None = None
     compute_capabilities: tuple[str, ...] = ()
     optimization_level: int | None = None
+    timing_cache: Path | None = None
+    refit: bool = False
+    strip_weights: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    weight_streaming: bool = False
     validate: bool = True
     keep_onnx: bool = False
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.plain and (self.sites or self.parameters != SwsParameters()):
+            raise OptionError("--plain exports the UNet without SWS; leave out --sws and --sites")
 
 
 Kind = Literal["onnx", "engine"]

@@ -9,16 +9,17 @@ import onnx_ir as ir
 
 from graph_passes.clean_graph import CleanGraph
 from sws_export import manifest as manifests
-from sws_export.artefact import output_errors, publish, staged_directory
-from sws_export.engines import BuildOptions, EngineReport, build_engine, choose_backend
+from sws_export.artefact import output_errors, publish_together, staged_directory
+from sws_export.engine_plan import choose_target, plan_engine
+from sws_export.engines import EngineReport, build_engine
 from sws_export.errors import OutputError, ValidationError
 from sws_export.onnx_export import OPSET
 from sws_export.onnx_files import data_file, save_onnx
-from sws_export.options import ExportOptions, artefact_kind, check_static_dimensions, engine_sizes
+from sws_export.options import ExportOptions, artefact_kind
 from sws_export.preflight import Preflight, preflight
-from sws_export.profile import Sizes, shapes_for
+from sws_export.profile import shapes_for
 from sws_export.progress import Progress, Silent
-from sws_export.rewrite import RewriteReport, graph_specs, rewrite
+from sws_export.rewrite import RewriteReport, Target, graph_specs, rewrite
 from sws_export.sources import Source, open_source
 from sws_export.stages import StageFigures, StageLog
 from sws_export.validation import ValidationReport
@@ -45,14 +46,6 @@ class ExportReport:
     stages: tuple[StageFigures, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _EnginePlan:
-    """What the engine will be, decided before any long work."""
-
-    sizes: Sizes
-    options: BuildOptions
-
-
 def export(
     model: Path | str,
     out: Path | str,
@@ -76,13 +69,13 @@ def export(
     model, out = Path(model), Path(out)
     options, progress = options or ExportOptions(), progress or Silent()
     kind = artefact_kind(out)
-    _check_destination(out)
+    _check_destination(model, out, keep_onnx=options.keep_onnx or kind == "onnx")
     log = StageLog()
     source = open_source(model, options, progress)
     for line in source.describe():
         progress.log(line)
-    engine_plan = _plan_engine(source, options) if kind == "engine" else None
-    needs = preflight(source, engine_plan.options.backend if engine_plan else None, options, out)
+    engine_plan = plan_engine(source, options, progress) if kind == "engine" else None
+    needs = preflight(source, engine_plan.build.backend if engine_plan else None, options, out)
     for line in needs.describe():
         progress.log(line)
     for shortage in needs.shortages():
@@ -94,7 +87,9 @@ def export(
         with log.measure("check"):
             description = source.verify(progress)
         graph_path = scratch / (out.name if kind == "onnx" else out.with_suffix(".onnx").name)
-        graph, rewritten = _make_graph(source, description, options, graph_path, log, progress)
+        graph, rewritten = _make_graph(
+            source, description, options, choose_target(options, engine_plan), graph_path, log, progress
+        )
         validation = None
         if options.validate:
             with log.measure("validate"):
@@ -106,7 +101,7 @@ def export(
             shapes = shapes_for(graph_specs(graph.graph.inputs), engine_plan.sizes)
             profile = manifests.describe_profile(shapes)
             with log.measure("build") as figures, output_errors(out):
-                engine = build_engine(graph_path, scratch / out.name, shapes, engine_plan.options, progress)
+                engine = build_engine(graph_path, scratch / out.name, shapes, engine_plan.build, progress)
                 figures.peak_memory = engine.peak_memory
         staged = _artefacts(scratch, graph_path, out, keep_onnx=options.keep_onnx)
         with log.measure("hash"), progress.stage("hash"):
@@ -117,30 +112,24 @@ def export(
     return ExportReport(files, document, needs, validation, engine, tuple(log.stages))
 
 
-def _check_destination(out: Path) -> None:
+def _check_destination(model: Path, out: Path, *, keep_onnx: bool) -> None:
     """Refuse a destination that cannot be written before any long work is done."""
-    if out.is_dir():
-        raise OutputError(f"cannot write {out}: it is a directory; give --out a file name")
+    graph = out.with_suffix(".onnx")
+    files = {out, manifests.manifest_path(out)} | ({graph, data_file(graph)} if keep_onnx else set())
+    for file in sorted(files):
+        if file.is_dir():
+            raise OutputError(f"cannot write {file}: it is a directory; choose another --out")
+        if file.exists() and model.exists() and file.samefile(model):
+            raise OutputError(f"cannot write {file}: that would overwrite the model; choose another --out")
     with staged_directory(out):
         pass
-
-
-def _plan_engine(source: Source, options: ExportOptions) -> _EnginePlan:
-    sizes = engine_sizes(options, source.config, source.multiple, source.vae_scale)
-    check_static_dimensions(source.inputs, sizes)
-    build = BuildOptions(
-        backend=choose_backend(options.backend),
-        compute_capabilities=options.compute_capabilities,
-        optimization_level=options.optimization_level,
-    )
-    build.backend.load()
-    return _EnginePlan(sizes, build)
 
 
 def _make_graph(
     source: Source,
     description: dict[str, Any],
     options: ExportOptions,
+    target: Target,
     path: Path,
     log: StageLog,
     progress: Progress,
@@ -153,7 +142,7 @@ def _make_graph(
         if options.plain:
             CleanGraph()(model)
         else:
-            rewritten = rewrite(model, options.parameters, options.sites, "tensorrt-rtx", progress)
+            rewritten = rewrite(model, options.parameters, options.sites, target, progress)
     model.producer_name, model.producer_version = "sws-export", manifests.library_versions()["sws-export"]
     manifests.embed(
         model,
@@ -164,6 +153,7 @@ def _make_graph(
             parameters=options.parameters if rewritten else None,
             rewrite=rewritten,
             precision=source.precision,
+            target=target,
             opset=OPSET,
         ),
     )
@@ -179,8 +169,8 @@ def _check_validation(report: ValidationReport) -> None:
     worst = max(failed, key=lambda output: output.maximum / output.tolerance)
     if math.isinf(worst.maximum):
         raise ValidationError(
-            f"{worst.name} of the graph holds NaN or Inf where the {report.reference} does not: the precision is "
-            "too small for this model; nothing was written. Export with --precision bf16 or fp32"
+            f"{worst.name} of the graph holds NaN or Inf where the {report.reference} does not: the precision "
+            "is too small for this model; nothing was written. Export with --precision bf16 or fp32"
         )
     raise ValidationError(
         f"the graph differs from the {report.reference}: {worst.name} by {worst.maximum:.2g} of its largest "
@@ -202,7 +192,6 @@ def _publish(staged: list[Path], scratch: Path, out: Path, document: dict[str, A
     """Move the artefacts to their places, the manifest last; returns them, the one asked for first."""
     manifest = scratch / manifests.manifest_path(out).name
     manifests.write_manifest(document, manifest)
-    for file in (*staged, manifest):
-        publish(file, out.parent / file.name)
-    written = [out.parent / file.name for file in (*staged, manifest)]
-    return tuple(sorted(written, key=lambda file: file.name != out.name))
+    places = {file: out.parent / file.name for file in (*staged, manifest)}
+    publish_together(places)
+    return tuple(sorted(places.values(), key=lambda file: file.name != out.name))

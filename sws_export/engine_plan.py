@@ -1,0 +1,62 @@
+"""What engine will be built, decided before any long work."""
+
+import dataclasses
+
+from sws_export.engines import BuildOptions, choose_backend
+from sws_export.options import ExportOptions, check_static_dimensions, engine_sizes
+from sws_export.plugin_build import find_plugin_library
+from sws_export.profile import Sizes
+from sws_export.progress import Progress
+from sws_export.rewrite import Target
+from sws_export.sources import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class EnginePlan:
+    """The sizes of the profile and how the engine is built."""
+
+    sizes: Sizes
+    build: BuildOptions
+
+
+def plan_engine(source: Source, options: ExportOptions, progress: Progress) -> EnginePlan:
+    """Choose backend, sizes and plugins.
+
+    Raises:
+        OptionError: A size or an option does not fit the model or the backend.
+        EngineError: The backend is not installed, or there is no GPU for it.
+    """
+    sizes = engine_sizes(options, source.config, source.multiple, source.vae_scale)
+    check_static_dimensions(source.inputs, sizes)
+    backend = choose_backend(options.backend)
+    library = find_plugin_library() if backend.plugins and not options.plain else None
+    if backend.plugins and not options.plain and library is None:
+        progress.warn(
+            "the plugin library is not built: SWS is lowered to standard operators, which is slower; "
+            "build it with `sws-export plugins build`"
+        )
+    build = BuildOptions(
+        backend=backend,
+        compute_capabilities=options.compute_capabilities,
+        optimization_level=options.optimization_level,
+        timing_cache=options.timing_cache,
+        refit=options.refit,
+        strip_weights=options.strip_weights,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        weight_streaming=options.weight_streaming,
+        plugins=(library,) if library else (),
+    )
+    backend.load()
+    return EnginePlan(sizes, build)
+
+
+def choose_target(options: ExportOptions, engine: EnginePlan | None) -> Target:
+    """The runtime that the graph is lowered for.
+
+    An ONNX graph for `--backend tensorrt` keeps the operators that plugins implement, and their definitions
+    for runtimes without plugins.
+    """
+    if engine is None:
+        return "tensorrt" if options.backend == "tensorrt" else "onnxruntime"
+    return "tensorrt" if engine.build.plugins else "tensorrt-rtx"
