@@ -1,0 +1,132 @@
+"""ONNX models on disk: small ones whole, large ones with their weights beside them."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from sws_export import onnx_files
+from sws_export.onnx_files import data_file, save_onnx, weight_bytes
+from sws_export.progress import Silent, Stage
+from tests.conftest import RunOnnx
+from tests.graph_passes.small_models import SiteSpec, build_model, feeds
+
+
+class _Counting(Silent):
+    """Adds up what is reported as written."""
+
+    def __init__(self) -> None:
+        self.total: float | None = None
+        self.done = 0.0
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: float | None = None) -> Iterator[Stage]:
+        with super().stage(name, total) as stage:
+            self.total = total
+            stage.advance = self._advance  # type: ignore[method-assign]
+            yield stage
+
+    def _advance(self, amount: float = 1.0) -> None:
+        self.done += amount
+
+
+def _external_model(directory: Path) -> ir.Model:
+    """A small model with a further weight, which lies in another file as after an export."""
+    model = build_model([SiteSpec()])
+    array = np.arange(1000, dtype=np.float32)
+    source = directory / "weights.bin"
+    source.write_bytes(b"head" + array.tobytes())
+    shape = ir.Shape(array.shape)
+    tensor = ir.ExternalTensor(
+        source.name, 4, array.nbytes, ir.DataType.FLOAT, shape=shape, name="extra", base_dir=directory
+    )
+    value = ir.Value(name="extra", type=ir.TensorType(ir.DataType.FLOAT), shape=shape, const_value=tensor)
+    model.graph.register_initializer(value)
+    return model
+
+
+def _check_saved(file: Path, run_onnx: RunOnnx) -> None:
+    model = ir.load(file)
+    extra = model.graph.initializers["extra"].const_value
+    assert extra is not None
+    assert extra.numpy().tolist() == list(range(1000))
+    expected = run_onnx(build_model([SiteSpec()]), feeds())["out_sample"]
+    found = run_onnx(ir.external_data.load_to_model(model), feeds())["out_sample"]
+    assert (found == expected).all()
+
+
+def test_weight_bytes_counts_all_initializers() -> None:
+    model = build_model([SiteSpec()])
+    arrays = [value.const_value.numpy() for value in model.graph.initializers.values() if value.const_value]
+    assert weight_bytes(model) == sum(array.nbytes for array in arrays) > 0
+
+
+def test_a_small_model_is_one_file(tmp_path: Path, run_onnx: RunOnnx) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    out = tmp_path / "out" / "m.onnx"
+    out.parent.mkdir()
+    assert save_onnx(_external_model(source), out, Silent()) == (out,)
+    assert list(out.parent.iterdir()) == [out]
+    (source / "weights.bin").unlink()
+    _check_saved(out, run_onnx)
+
+
+def test_a_large_model_has_its_weights_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_onnx: RunOnnx
+) -> None:
+    monkeypatch.setattr(onnx_files, "EMBED_LIMIT", 100)
+    model = _external_model(tmp_path)
+    total = weight_bytes(model)
+    progress = _Counting()
+    out = tmp_path / "out" / "m.onnx"
+    out.parent.mkdir()
+    assert save_onnx(model, out, progress) == (out, data_file(out))
+    assert {file.name for file in out.parent.iterdir()} == {"m.onnx", "m.onnx.data"}
+    assert str(tmp_path).encode() not in out.read_bytes()
+    assert progress.total == total
+    assert 0 < progress.done <= total
+    (tmp_path / "weights.bin").unlink()
+    _check_saved(out.parent.rename(tmp_path / "elsewhere") / "m.onnx", run_onnx)
+
+
+@pytest.mark.parametrize("limit", [0, 2**20], ids=["beside", "inside"])
+def test_the_same_model_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(onnx_files, "EMBED_LIMIT", limit)
+    written = []
+    for name in ("first", "second"):
+        directory = tmp_path / name
+        directory.mkdir()
+        files = save_onnx(_external_model(tmp_path), directory / "m.onnx", Silent())
+        written.append([file.read_bytes() for file in files])
+    assert written[0] == written[1]
+
+
+def test_a_write_that_fails_is_an_oserror(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No such file|not exist"):
+        save_onnx(build_model([SiteSpec()]), tmp_path / "missing" / "m.onnx", Silent())
+
+
+def test_bfloat16_weights_survive(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    array = np.array([1.0, 2.5, -3.0], ml_dtypes.bfloat16)
+    value = ir.Value(
+        name="w",
+        type=ir.TensorType(ir.DataType.BFLOAT16),
+        shape=ir.Shape([3]),
+        const_value=ir.tensor(array, name="w"),
+    )
+    node = ir.node("Identity", [value], name="n")
+    node.outputs[0].name, node.outputs[0].type = "y", value.type
+    graph = ir.Graph([], node.outputs, nodes=[node], initializers=[value], opset_imports={"": 23}, name="g")
+    save_onnx(ir.Model(graph, ir_version=11), tmp_path / "m.onnx", Silent())
+    (loaded,) = ir.load(tmp_path / "m.onnx").graph.initializers.values()
+    assert loaded.dtype == ir.DataType.BFLOAT16
+    assert loaded.const_value is not None
+    assert loaded.const_value.tobytes() == array.tobytes()
