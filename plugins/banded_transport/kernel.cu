@@ -7,13 +7,14 @@ namespace sws {
 namespace {
 
 template <typename Element, int kReach>
-__global__ void __launch_bounds__(kTransportThreads, 2) tensor_core_kernel(TransportProblem problem, int parts) {
+__global__ void __launch_bounds__(kTransportThreads, 2)
+    transport_tensor_core_kernel(TransportProblem problem, int parts) {
   Block<kTransportThreads> block;
   transport_tensor_core<Element, kReach>(block, problem, parts);
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kScalarThreads) scalar_kernel(TransportProblem problem, int parts) {
+__global__ void __launch_bounds__(kScalarThreads) transport_scalar_kernel(TransportProblem problem, int parts) {
   Block<kScalarThreads> block;
   transport_scalar<Element>(block, problem, parts);
 }
@@ -30,14 +31,14 @@ struct Launch {
 template <typename Element>
 Launch tensor_core_launch(int radius) {
   if (radius <= 4) {
-    return {tensor_core_kernel<Element, 4>, kTransportThreads, BandGeometry<4>::kSharedBytes, kChunkChannels};
+    return {transport_tensor_core_kernel<Element, 4>, kTransportThreads, BandGeometry<4>::kSharedBytes, kChunkChannels};
   }
-  return {tensor_core_kernel<Element, 8>, kTransportThreads, BandGeometry<8>::kSharedBytes, kChunkChannels};
+  return {transport_tensor_core_kernel<Element, 8>, kTransportThreads, BandGeometry<8>::kSharedBytes, kChunkChannels};
 }
 
 template <typename Element>
 Launch scalar_launch(int radius) {
-  return {scalar_kernel<Element>, kScalarThreads, scalar_transport_bytes(radius), kScalarChannels};
+  return {transport_scalar_kernel<Element>, kScalarThreads, scalar_transport_bytes(radius), kScalarChannels};
 }
 
 Launch choose_launch(TransportProblem const& problem) {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "banded_transport/tile.h"
+#include "banded_transport/problem.h"
 
 namespace sws {
 

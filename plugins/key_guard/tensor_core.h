@@ -254,8 +254,6 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
     }
   }
   merge_lanes(block, nodes, rows);
-  block.template wait_copies<0>();
-
   Shared<float> results = block.template shared<float>(0, Pass::kResults * kGuardRows);
   Shared<double> parts = block.template shared<double>(kRowResultBytes, kRecordFields * kReductionParts);
   block.each_thread([&](int thread) {

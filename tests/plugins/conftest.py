@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins.cases import Harness
-from tests.plugins.toolchain import build_harness
+from tests.plugins.toolchain import build_contract_program, build_harness, build_library
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +15,15 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
 def sanitized_harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
     """The same program under the address and undefined-behaviour sanitizers."""
     return Harness(build_harness(sanitized=True), Path(tmp_path_factory.mktemp("sanitized")))
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The shared library, for one architecture."""
+    return build_library()
+
+
+@pytest.fixture(scope="session")
+def contract_program() -> Path:
+    """The program that plays TensorRT's part."""
+    return build_contract_program()

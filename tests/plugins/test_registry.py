@@ -1,0 +1,60 @@
+"""A real plugin registry and ONNX parser, those of TensorRT for RTX, load and resolve the library."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+pytest.importorskip("tensorrt_rtx")
+
+SESSION = Path(__file__).with_name("registry_session.py")
+
+
+def session(library: Path, *arguments: str) -> str:
+    command = [sys.executable, str(SESSION), str(library), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert "loaded True" in result.stdout, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_creators_make_plugins(library: Path) -> None:
+    output = session(library, "creators")
+
+    for namespace in ("sws", ""):
+        assert f"creator {namespace}::BandedTransport 1 radius tensors\n" in output
+        assert f"creator {namespace}::KeyGuard 1 num_heads scale key_cap bisection_steps\n" in output
+    assert "plugin sws::BandedTransport 2 True" in output
+    assert "plugin sws::KeyGuard 2 True" in output
+    assert "done" in output
+
+
+def test_wrong_attributes_are_refused_with_a_reason(library: Path) -> None:
+    output = session(library, "refuse")
+
+    assert output.count("refused True") == 2
+    assert "attribute 'radius': expected 1 to 8, found 99" in output
+    assert "attribute 'num_heads' is missing" in output
+
+
+@pytest.mark.parametrize("domain", ["sws", "trt.plugins"])
+def test_the_onnx_parser_resolves_a_node(library: Path, tmp_path: Path, domain: str) -> None:
+    """By the node's domain, or, as ONNX Runtime's TensorRT provider writes it, by the empty namespace."""
+    node = helper.make_node("BandedTransport", ["P", "x"], ["y"], domain=domain, radius=8, tensors=1)
+    graph = helper.make_graph(
+        [node],
+        "transport",
+        [
+            helper.make_tensor_value_info("P", TensorProto.FLOAT, [1, 145, 8, 8]),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1, 64, 16]),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, [1, 64, 16])],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(domain, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets), tmp_path / "transport.onnx")
+
+    output = session(library, "parse", str(tmp_path / "transport.onnx"))
+
+    assert "Successfully created plugin: BandedTransport" in output
