@@ -8,7 +8,8 @@ class CleanGraph(InPlacePass):
     """Share constants and common subexpressions, drop dead nodes and the exporter's notes.
 
     Notes hold stack traces with paths of this machine. Names, shapes and the order of inputs and outputs
-    stay, and so do the properties of the model itself.
+    stay, and so do properties of the model that are not torch's: those list symbols in the order of a set,
+    which differs from run to run.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -20,7 +21,7 @@ class CleanGraph(InPlacePass):
             _DropIdentities(),
             common.RemoveUnusedNodesPass(),
             common.ClearMetadataAndDocStringPass(),
-            _ClearValueNotes(),
+            _ClearNotes(),
             common.TopologicalSortPass(),
             common.NameFixPass(),
         ]
@@ -48,12 +49,15 @@ class _DropIdentities(InPlacePass):
         return PassResult(model, modified=modified)
 
 
-class _ClearValueNotes(InPlacePass):
-    """Clear the notes of inputs, weights and values in between, which onnx_ir's own pass leaves."""
+class _ClearNotes(InPlacePass):
+    """Clear the notes of the model and of its values, which onnx_ir's own pass leaves."""
 
     def call(self, model: ir.Model) -> PassResult:
         modified = bool(model.doc_string)
         model.doc_string = None
+        for key in [key for key in model.metadata_props if key.startswith("pkg.torch.")]:
+            del model.metadata_props[key]
+            modified = True
         values = [*model.graph.inputs, *model.graph.initializers.values()]
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
             values += node.outputs

@@ -73,6 +73,8 @@ def test_notes_of_the_exporter_are_gone() -> None:
     secret = "/home/somebody/unet.py, line 7"
     model.graph.doc_string = model.doc_string = secret
     model.graph.metadata_props["trace"] = secret
+    model.metadata_props["pkg.torch.export.ExportedProgram.range_constraints"] = secret
+    model.metadata_props["mine"] = "stays"
     for node in model.graph:
         node.doc_string = secret
         node.metadata_props["pkg.torch.onnx.stack_trace"] = secret
@@ -83,6 +85,7 @@ def test_notes_of_the_exporter_are_gone() -> None:
     assert secret.encode() in graph_bytes(model)
     CleanGraph()(model)
     assert secret.encode() not in graph_bytes(model)
+    assert model.metadata_props == {"mine": "stays"}
 
 
 def test_equal_outputs_stay_two_outputs(run_onnx: RunOnnx) -> None:
