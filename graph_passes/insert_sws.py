@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
-from graph_passes.functions import DOMAIN, build_functions
+from graph_passes.functions import DOMAIN, Guard, build_functions
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 
 FLOAT = ir.DataType.FLOAT
@@ -37,10 +38,21 @@ class InsertSws(InPlacePass):
     sites that are not given and cross-attention among it, is not touched.
     """
 
-    def __init__(self, sites: Sequence[Site], parameters: SwsParameters) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        parameters: SwsParameters,
+        guard: Guard = "literal",
+        guard_rows: Fraction = Fraction(1),
+        statistics: ir.DataType = FLOAT,
+    ) -> None:
+        """Rewrite `sites`; the form of the guard is that of `build_functions`."""
         super().__init__()
         self.sites = sites
         self.parameters = parameters
+        self.guard: Guard = guard
+        self.guard_rows = guard_rows
+        self.statistics = statistics
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the sites; nothing changes when there are none."""
@@ -51,7 +63,8 @@ class InsertSws(InPlacePass):
         dtype = model.graph.outputs[0].dtype
         if dtype is None:
             raise GraphError("the dtype of the graph's output is unknown")
-        for function in build_functions(self.parameters, dtype).values():
+        functions = build_functions(self.parameters, dtype, self.guard, self.guard_rows, self.statistics)
+        for function in functions.values():
             model.functions[function.identifier()] = function
         model.graph.opset_imports[DOMAIN] = 1
 

@@ -5,27 +5,47 @@ is built, so that no function holds a Loop or an If. B is the batch, T = H * W t
 heads times the head size.
 """
 
+from fractions import Fraction
+
 import onnx_ir as ir
 
 from graph_passes.functions.attention import build_attention
 from graph_passes.functions.banded_transport import build_banded_transport
-from graph_passes.functions.key_guard import build_key_guard
+from graph_passes.functions.key_guard import Guard, build_key_guard
 from graph_passes.functions.schedule import build_schedule
 from graph_passes.functions.transport import build_transport
 from graph_passes.parameters import SwsParameters
 
-__all__ = ["DOMAIN", "build_functions"]
+__all__ = ["DOMAIN", "Guard", "build_functions"]
 
 DOMAIN = "sws"
 
 
-def build_functions(parameters: SwsParameters, dtype: ir.DataType) -> dict[str, ir.Function]:
-    """All functions of domain `sws` by name, for a model whose activations have `dtype`."""
+def build_functions(
+    parameters: SwsParameters,
+    dtype: ir.DataType,
+    guard: Guard = "literal",
+    guard_rows: Fraction = Fraction(1),
+    statistics: ir.DataType = ir.DataType.FLOAT,
+) -> dict[str, ir.Function]:
+    """All functions of domain `sws` by name, for a model whose activations have `dtype`.
+
+    Args:
+        parameters: Constants of the method.
+        dtype: Of the model's activations.
+        guard: Form of `KeyGuard`, see `build_key_guard`.
+        guard_rows: Share of the query rows that the guard sees, see `build_attention`.
+        statistics: Dtype of the fused guard's attention, likewise.
+
+    Raises:
+        GraphError: The parameters are outside the range in which the fused guard is exact, or the share of
+            rows is not supported.
+    """
     functions = [
         build_schedule(parameters),
         build_transport(parameters),
         build_banded_transport(dtype),
-        build_key_guard(parameters, dtype),
-        build_attention(dtype),
+        build_key_guard(parameters, dtype, guard, statistics),
+        build_attention(dtype, guard_rows),
     ]
     return {function.name: function for function in functions}

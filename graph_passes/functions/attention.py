@@ -1,20 +1,45 @@
 """`sws.Attention`: one whole self-attention site with mixed keys and values."""
 
+from fractions import Fraction
 from typing import Any
 
 import onnx_ir as ir
 
+from graph_passes.errors import GraphError
 from graph_passes.functions.building import Op, cast, define_function, per_sample
 
 FLOAT = ir.DataType.FLOAT
 
 
-def build_attention(dtype: ir.DataType) -> ir.Function:
+_STRIDES = {
+    Fraction(1): (1, 1),
+    Fraction(1, 2): (1, 2),
+    Fraction(1, 4): (2, 2),
+    Fraction(1, 8): (4, 2),
+    Fraction(1, 16): (4, 4),
+}
+"""Rows and columns of the grid from one query row that the guard sees to the next."""
+
+
+def build_attention(dtype: ir.DataType, guard_rows: Fraction = Fraction(1)) -> ir.Function:
     """`Attention(q, k, v [B, T, C], transport, tau_q, amplitude, kappa, key_gate, value_gain) -> y`.
 
     q, k, v and y are [B, T, C] of the model's dtype. Attributes `num_heads` and `scale` (of the logits).
     Mixing is written `k + alpha * (k_perm - k)`, so that alpha = 0 gives k itself, bit for bit.
+
+    Args:
+        dtype: Of the model's activations.
+        guard_rows: Share of the query rows that the guard sees: 1, or 1/2 to 1/16 for a lattice over the
+            grid. An approximation. The mean KL divergence survives it; the lowest and the highest entropy
+            are those of the rows seen, so that amplitudes come out a little different.
+
+    Raises:
+        GraphError: Another share.
     """
+    if guard_rows not in _STRIDES:
+        allowed = ", ".join(str(share) for share in _STRIDES)
+        raise GraphError(f"guard rows: {guard_rows} is not supported; use one of {allowed}")
+    strides = _STRIDES[guard_rows]
 
     def body(
         op: Op,
@@ -33,7 +58,7 @@ def build_attention(dtype: ir.DataType) -> ir.Function:
         moved = op.BandedTransport(transport, op.Concat(k, v, axis=2), _domain="sws")
         k_perm, v_perm = op.Split(moved, num_outputs=2, axis=2, _outputs=2)
         alpha_k, a_v = op.KeyGuard(
-            q,
+            q if guard_rows == 1 else _lattice(op, q, transport, strides),
             k,
             k_perm,
             tau_q,
@@ -73,6 +98,14 @@ def build_attention(dtype: ir.DataType) -> ir.Function:
         ["y"],
         [ir.Attr("num_heads", ir.AttributeType.INT, None), ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
+
+
+def _lattice(op: Op, q: Any, transport: Any, strides: tuple[int, int]) -> Any:
+    """Every so many rows and columns of the grid on which q [B, T, C] lies, as [B, T', C]."""
+    size = op.Shape(transport, start=2, end=4)
+    grid = op.Reshape(q, op.Concat([0], size, [-1], axis=0))
+    some = op.Slice(grid, [0, 0], [2**31, 2**31], [1, 2], list(strides))
+    return op.Reshape(some, op.Concat([0, -1], op.Shape(q, start=2, end=3), axis=0))
 
 
 def _mix(op: Op, x: Any, moved: Any, amount: Any, dtype: ir.DataType) -> Any:

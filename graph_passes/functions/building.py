@@ -40,6 +40,9 @@ def define_function(
         value.name = output_name
     for node in list(function):
         node.metadata_props.clear()
+        for value in node.outputs:
+            # Names of unknown dimensions would be taken for equal ones once several functions are inlined.
+            value.shape = None
         literal = node.inputs[0] if node.op_type == "CastLike" else None
         if literal is not None:
             # The builder adds these to literals where it does not know a type. All literals here are

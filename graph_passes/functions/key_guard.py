@@ -1,90 +1,98 @@
 """`sws.KeyGuard`: how far keys and values may be mixed, found under a KL budget."""
 
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
 from graph_passes.functions.building import Op, attribute_int, cast, define_function, per_sample
+from graph_passes.functions.entropy_factor import entropy_factor
+from graph_passes.functions.key_guard_fused import check_fused_guard, fused_guard
 from graph_passes.parameters import SwsParameters
 
 FLOAT = ir.DataType.FLOAT
-_MIN_ENTROPY_RANGE = 1e-6
+Guard = Literal["literal", "fused"]
+_INPUTS = ("tau_q", "amplitude", "kappa", "key_gate", "value_gain")
 
 
-def build_key_guard(parameters: SwsParameters, dtype: ir.DataType) -> ir.Function:
+def build_key_guard(
+    parameters: SwsParameters,
+    dtype: ir.DataType,
+    guard: Guard = "literal",
+    statistics: ir.DataType = FLOAT,
+) -> ir.Function:
     """`KeyGuard(q, k, k_perm, tau_q, amplitude, kappa, key_gate, value_gain) -> alpha_k, a_v`.
 
-    q, k and k_perm are [B, T, C] of the model's dtype; everything else is [B] float32.
-    Attributes `num_heads` and `scale` (of the logits). The literal form: logits are stored, and every
-    bisection step evaluates the mean KL over heads and rows. Statistics are float32 in every precision.
+    k and k_perm are [B, T, C] of the model's dtype, q likewise, or with some of the rows only; everything
+    else is [B] float32. Attributes `num_heads` and `scale` (of the logits). Statistics are float32 in every
+    precision.
+
+    Args:
+        parameters: Constants of the method.
+        dtype: Of the model's activations.
+        guard: `literal` stores the logits and evaluates the mean KL over heads and rows in every step of the
+            bisection. `fused` finds the same step from a few `Attention` nodes and stores none.
+        statistics: Dtype of those nodes. Below float32 the step may be another one, but TensorRT has fused
+            kernels for float16 and bfloat16 only, and stores the logits of others.
+
+    Raises:
+        GraphError: `fused`, and the parameters are outside the range in which it is exact.
     """
+    if guard == "fused":
+        check_fused_guard(parameters)
 
-    def body(
-        op: Op,
-        q: Any,
-        k: Any,
-        k_perm: Any,
-        tau_q: Any,
-        amplitude: Any,
-        kappa: Any,
-        key_gate: Any,
-        value_gain: Any,
-    ) -> tuple[Any, Any]:
-        query = op.Div(_heads(op, q, dtype, [0, 2, 1, 3]), per_sample(op, tau_q, 4))
-        query = op.Mul(
-            query, op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        )
-        logits = op.MatMul(query, _heads(op, k, dtype, [0, 2, 3, 1]))
-        delta = op.Sub(op.MatMul(query, _heads(op, k_perm, dtype, [0, 2, 3, 1])), logits)
-        log_base = op.LogSoftmax(logits, axis=-1)
-
-        spread = _entropy_factor(op, log_base)
-        mix = op.Clip(op.Mul(amplitude, spread), 0.0, 1.0)
-
-        low = op.Mul(mix, 0.0)
-        high = op.Mul(mix, parameters.key_cap)
-        for _ in range(parameters.bisection_steps):
-            middle = op.Mul(op.Add(low, high), 0.5)
-            log_mixed = op.LogSoftmax(op.Add(logits, op.Mul(per_sample(op, middle, 4), delta)), axis=-1)
-            gain = op.Mul(op.Exp(log_mixed), op.Sub(log_mixed, log_base))
-            divergence = op.ReduceMean(op.ReduceSum(gain, [3], keepdims=0), [1, 2], keepdims=0)
-            allowed = op.LessOrEqual(divergence, kappa)
-            low = op.Where(allowed, middle, low)
-            high = op.Where(allowed, high, middle)
-        alpha_k = op.Mul(low, key_gate)
-        a_v = op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
-        return alpha_k, a_v
+    def body(op: Op, q: Any, k: Any, k_perm: Any, *per_batch: Any) -> tuple[Any, Any]:
+        tau_q, amplitude, kappa, key_gate, value_gain = per_batch
+        shared = (q, k, k_perm, tau_q, amplitude, kappa)
+        if guard == "fused":
+            share, mix = fused_guard(op, parameters, dtype, statistics, *shared)
+        else:
+            share, mix = _literal_guard(op, parameters, dtype, *shared)
+        return op.Mul(share, key_gate), op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
 
     return define_function(
         "KeyGuard",
         body,
-        {
-            "q": dtype,
-            "k": dtype,
-            "k_perm": dtype,
-            "tau_q": FLOAT,
-            "amplitude": FLOAT,
-            "kappa": FLOAT,
-            "key_gate": FLOAT,
-            "value_gain": FLOAT,
-        },
+        {"q": dtype, "k": dtype, "k_perm": dtype} | dict.fromkeys(_INPUTS, FLOAT),
         ["alpha_k", "a_v"],
         [ir.Attr("num_heads", ir.AttributeType.INT, None), ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
+
+
+def _literal_guard(
+    op: Op,
+    parameters: SwsParameters,
+    dtype: ir.DataType,
+    q: Any,
+    k: Any,
+    k_perm: Any,
+    tau_q: Any,
+    amplitude: Any,
+    kappa: Any,
+) -> tuple[Any, Any]:
+    """The share of transported keys before its gate, and the amplitude a, [B] float32 each."""
+    query = op.Div(_heads(op, q, dtype, [0, 2, 1, 3]), per_sample(op, tau_q, 4))
+    query = op.Mul(query, op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT)))
+    logits = op.MatMul(query, _heads(op, k, dtype, [0, 2, 3, 1]))
+    delta = op.Sub(op.MatMul(query, _heads(op, k_perm, dtype, [0, 2, 3, 1])), logits)
+    log_base = op.LogSoftmax(logits, axis=-1)
+
+    entropy = op.Neg(op.ReduceSum(op.Mul(op.Exp(log_base), log_base), [3], keepdims=1))
+    mix = op.Clip(op.Mul(amplitude, entropy_factor(op, entropy)), 0.0, 1.0)
+
+    low = op.Mul(mix, 0.0)
+    high = op.Mul(mix, parameters.key_cap)
+    for _ in range(parameters.bisection_steps):
+        middle = op.Mul(op.Add(low, high), 0.5)
+        log_mixed = op.LogSoftmax(op.Add(logits, op.Mul(per_sample(op, middle, 4), delta)), axis=-1)
+        gain = op.Mul(op.Exp(log_mixed), op.Sub(log_mixed, log_base))
+        divergence = op.ReduceMean(op.ReduceSum(gain, [3], keepdims=0), [1, 2], keepdims=0)
+        allowed = op.LessOrEqual(divergence, kappa)
+        low = op.Where(allowed, middle, low)
+        high = op.Where(allowed, high, middle)
+    return low, mix
 
 
 def _heads(op: Op, x: Any, dtype: ir.DataType, perm: list[int]) -> Any:
     """[B, T, C] as float32 [B, T, heads, D], permuted."""
     shape = op.Concat([0, 0], attribute_int(op, "num_heads"), [-1], axis=0)
     return op.Transpose(op.Reshape(cast(op, x, FLOAT, dtype), shape), perm=perm)
-
-
-def _entropy_factor(op: Op, log_probabilities: Any) -> Any:
-    """Mean row entropy of a sample between its smallest (0) and its largest (1), over heads and rows, [B]."""
-    terms = op.Mul(op.Exp(log_probabilities), log_probabilities)
-    entropy = op.Neg(op.ReduceSum(terms, [3], keepdims=0))
-    mean = op.ReduceMean(entropy, [1, 2], keepdims=0)
-    smallest = op.ReduceMin(entropy, [1, 2], keepdims=0)
-    largest = op.ReduceMax(entropy, [1, 2], keepdims=0)
-    width = op.Max(op.Sub(largest, smallest), _MIN_ENTROPY_RANGE)
-    return op.Clip(op.Div(op.Sub(mean, smallest), width), 0.0, 1.0)
