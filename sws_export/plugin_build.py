@@ -109,7 +109,7 @@ def plugin_info(library: Path | None = None) -> PluginInfo:
         operators=tuple(facts["operators"]),
         namespaces=tuple(facts["namespaces"]),
         plugin_version=facts["plugin_version"],
-        architectures=tuple(facts["architectures"].split(";")),
+        architectures=tuple(facts["architectures"].split(",")),
         cuda=facts["cuda"],
         tensorrt_headers=facts["tensorrt_headers"],
         source_hash=facts["source_hash"],
@@ -179,7 +179,7 @@ def _is_built(library: Path, source: Path, architectures: Sequence[str]) -> bool
     except PluginError:
         return False
     built = (facts["source_hash"], facts["architectures"])
-    return built == (source_hash(source), ";".join(architectures))
+    return built == (source_hash(source), ",".join(architectures))
 
 
 def _read_facts(library: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ from sws_export.plugin_build import LIBRARY_NAME, build_plugins, find_plugin_lib
 
 FACTS = (
     r"{\"operators\": [\"BandedTransport\", \"KeyGuard\"], \"namespaces\": [\"sws\", \"\"], "
-    r"\"plugin_version\": \"1\", \"architectures\": \"80;90\", \"source_hash\": \"HASH\", "
+    r"\"plugin_version\": \"1\", \"architectures\": \"80,90\", \"source_hash\": \"HASH\", "
     r"\"cuda\": \"13.0\", \"tensorrt_headers\": \"10.14.1\"}"
 )
 
