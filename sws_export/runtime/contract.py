@@ -143,10 +143,16 @@ def _check_format(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare each file that the manifest has a sha256 of; they lie beside the artefact."""
-    for name, expected in manifest.get("files", {}).items():
-        # A renamed artefact still is the artefact; its weights are found by their name.
-        file = path if name == manifest.get("artefact") else path.with_name(name)
+    """Compare the artefact, and the weights of a graph, with the sha256 that the manifest has of them."""
+    for entry in manifest.get("files", ()):
+        name, expected = entry["name"], entry["sha256"]
+        if name == manifest.get("artefact"):
+            # A renamed artefact still is the artefact; its weights are found by their name.
+            file = path
+        elif path.suffix == ".onnx" and name.endswith(".data"):
+            file = path.with_name(name)
+        else:
+            continue
         if not file.is_file():
             raise EngineError(f"{file} is missing: {path.name} needs it; copy it from where it was made")
         with file.open("rb") as opened:

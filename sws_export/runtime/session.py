@@ -156,6 +156,7 @@ class Session(Stream):
         *,
         device: str | None = None,
         threads: int | None = None,
+        cuda_graphs: bool = False,
         verify: bool = True,
     ) -> Self:
         """Load what `sws-export` wrote.
@@ -164,6 +165,7 @@ class Session(Stream):
             path: `.onnx`, run by ONNX Runtime, or `.plan`/`.engine`, run by the library that built it.
             device: `cpu` or `cuda`; None takes a GPU where the library finds one. Engines need `cuda`.
             threads: Threads of one operator in ONNX Runtime; None leaves the number to it.
+            cuda_graphs: Engines only: record each step as a CUDA graph, one for each direction of the state.
             verify: Check the sha256 of the files, which takes about a second a gigabyte.
 
         Raises:
@@ -174,7 +176,7 @@ class Session(Stream):
         if device not in (None, "cpu", "cuda"):
             raise OptionError(f"device '{device}' is unknown; use 'cpu' or 'cuda'")
         contract = read_contract(Path(path), verify=verify)
-        return cls(contract, _open_backend(contract, device, threads))
+        return cls(contract, _open_backend(contract, device, threads, cuda_graphs))
 
     @property
     def contract(self) -> Contract:
@@ -191,7 +193,7 @@ class Session(Stream):
         return Stream(self._contract, self._backend)
 
 
-def _open_backend(contract: Contract, device: str | None, threads: int | None) -> Backend:
+def _open_backend(contract: Contract, device: str | None, threads: int | None, cuda_graphs: bool) -> Backend:
     if contract.backend == "onnxruntime":
         from sws_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
@@ -201,6 +203,6 @@ def _open_backend(contract: Contract, device: str | None, threads: int | None) -
             f"{contract.path} is an engine, which runs on a GPU only; on the CPU load the .onnx graph, which "
             "--keep-onnx leaves beside it"
         )
-    from sws_export.runtime.tensorrt_backend import TensorRtBackend
+    from sws_export.runtime.tensorrt_backend import open_tensorrt
 
-    return TensorRtBackend(contract)
+    return open_tensorrt(contract, cuda_graphs=cuda_graphs)

@@ -1,0 +1,157 @@
+"""The few calls of NVIDIA's driver that a session needs, without torch or a CUDA toolkit.
+
+Names and meaning are those of the CUDA driver API (docs.nvidia.com/cuda/cuda-driver-api). Not run in this
+project's tests, which have no GPU; they run the sessions above it on a device of host memory.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from sws_export.errors import EngineError
+from sws_export.runtime.inputs import Array
+
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_OUT_OF_MEMORY = 2
+_NON_BLOCKING = 1
+_CAPTURE_THREAD_LOCAL = 1
+
+
+class Memory:
+    """Device memory, given back when this object goes."""
+
+    def __init__(self, address: int, free: Callable[[int], None]) -> None:
+        self.address = address
+        weakref.finalize(self, free, address)
+
+
+class CudaDevice:
+    """The first GPU of this machine, by way of its primary context, which torch and TensorRT share.
+
+    May be used from several threads.
+    """
+
+    def __init__(self) -> None:
+        """Find the GPU.
+
+        Raises:
+            EngineError: There is no driver or no GPU.
+        """
+        try:
+            self._driver = ctypes.CDLL("libcuda.so.1")
+            self._call("cuInit", 0)
+            device = ctypes.c_int()
+            self._call("cuDeviceGet", ctypes.byref(device), 0)
+        except (OSError, EngineError) as error:
+            raise EngineError(
+                f"an engine runs on an NVIDIA GPU with its driver, and none was found ({error}); check with "
+                "nvidia-smi, or load the .onnx graph, which --keep-onnx leaves beside the engine"
+            ) from error
+        major, minor = (self._attribute(device, code) for code in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR))
+        self.capability = f"{major}.{minor}"
+        name = ctypes.create_string_buffer(256)
+        self._call("cuDeviceGetName", name, len(name), device)
+        self.name = name.value.decode()
+        self._context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+
+    def activate(self) -> None:
+        """Make the GPU the current one of the calling thread, as TensorRT expects it."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def stream(self) -> int:
+        """Handle of a new stream; it lives as long as the process."""
+        self.activate()
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        return int(stream.value or 0)
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Uninitialised memory.
+
+        Raises:
+            EngineError: The GPU has none left.
+        """
+        self.activate()
+        address = ctypes.c_uint64()
+        # The driver refuses 0 bytes.
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
+        return Memory(address.value, self._free)
+
+    def zero(self, memory: Memory, nbytes: int, stream: int) -> None:
+        """Set `nbytes` bytes to zero, in the order of `stream`."""
+        self._call(
+            "cuMemsetD8Async",
+            ctypes.c_uint64(memory.address),
+            ctypes.c_ubyte(0),
+            ctypes.c_size_t(nbytes),
+            ctypes.c_void_p(stream),
+        )
+
+    def upload(self, memory: Memory, array: Array, stream: int) -> None:
+        """Copy a contiguous host array to the device, in the order of `stream`."""
+        self._call(
+            "cuMemcpyHtoDAsync_v2",
+            ctypes.c_uint64(memory.address),
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_size_t(array.nbytes),
+            ctypes.c_void_p(stream),
+        )
+
+    def download(self, array: Array, memory: Memory, stream: int) -> None:
+        """Copy device memory into a contiguous host array, in the order of `stream`."""
+        self._call(
+            "cuMemcpyDtoHAsync_v2",
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_uint64(memory.address),
+            ctypes.c_size_t(array.nbytes),
+            ctypes.c_void_p(stream),
+        )
+
+    def synchronize(self, stream: int) -> None:
+        """Wait until everything in `stream` is done."""
+        self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
+
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """Record what `enqueue` puts into `stream` as a CUDA graph; returns what launches it there.
+
+        The graph has the addresses of the recording in it: it must be recorded anew when a buffer moves.
+        """
+        handle, graph, executable = ctypes.c_void_p(stream), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", handle, _CAPTURE_THREAD_LOCAL)
+        try:
+            enqueue()
+        finally:
+            self._call("cuStreamEndCapture", handle, ctypes.byref(graph))
+        self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
+        self._call("cuGraphDestroy", graph)
+
+        def launch() -> None:
+            self._call("cuGraphLaunch", executable, handle)
+
+        weakref.finalize(launch, self._driver.cuGraphExecDestroy, executable)
+        return launch
+
+    def _attribute(self, device: ctypes.c_int, code: int) -> int:
+        value = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(value), code, device)
+        return value.value
+
+    def _free(self, address: int) -> None:
+        # At the end of the process the driver may be gone before the last buffer: nothing is left to free.
+        self._driver.cuCtxSetCurrent(self._context)
+        self._driver.cuMemFree_v2(ctypes.c_uint64(address))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._driver, name)(*arguments)
+        if code == 0:
+            return
+        if code == _OUT_OF_MEMORY:
+            raise EngineError(
+                "the GPU has no memory left; close other programs on it, use fewer streams, or build the "
+                "engine for smaller sizes"
+            )
+        text = ctypes.c_char_p()
+        self._driver.cuGetErrorName(code, ctypes.byref(text))
+        raise EngineError(f"the NVIDIA driver refused {name}: {(text.value or b'unknown error').decode()}")

@@ -1,0 +1,63 @@
+"""One SWS graph with its manifest, and inputs for it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sws_export import ExportOptions, export
+from tests import road
+
+TOKENS = 5
+Inputs = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def sws_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
+    """A small UNet with SWS on one grid, height/2 by width/2; not to be changed."""
+
+    def make(path: Path) -> None:
+        export(traced, path, ExportOptions(validate=False))
+
+    return road.shared(tmp_path_factory, "sws.onnx", make)
+
+
+@pytest.fixture
+def graph_copy(sws_graph: Path, tmp_path: Path) -> Path:
+    """A copy with its manifest, to be damaged."""
+    for file in (sws_graph, sws_graph.with_name(sws_graph.name + ".json")):
+        shutil.copy(file, tmp_path)
+    return tmp_path / sws_graph.name
+
+
+@pytest.fixture
+def edit_manifest(graph_copy: Path) -> Callable[..., Path]:
+    """Replace entries of the manifest of `graph_copy`."""
+
+    def edit(**changes: Any) -> Path:
+        path = graph_copy.with_name(graph_copy.name + ".json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return graph_copy
+
+    return edit
+
+
+@pytest.fixture
+def inputs() -> Callable[..., Inputs]:
+    """Inputs of a step: the same for the same number, batch and size."""
+
+    def make(number: int = 0, batch: int = 2, height: int = 8, width: int = 6) -> Inputs:
+        random = np.random.default_rng((number, batch, height, width))
+        return {
+            "sample": random.standard_normal((batch, 4, height, width), np.float32),
+            "timestep": np.linspace(900.0 - 100 * number, 500.0, batch, dtype=np.float32),
+            "encoder_hidden_states": random.standard_normal((batch, TOKENS, 16), np.float32),
+            "sigma": np.linspace(9.0, 4.0, batch, dtype=np.float32) / (number + 1),
+            "intensity": np.linspace(1.0, 0.6, batch, dtype=np.float32),
+        }
+
+    return make
