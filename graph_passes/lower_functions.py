@@ -14,7 +14,7 @@ class LowerFunctions(InPlacePass):
     """Inline functions of domain `sws`, except those named in `kept`.
 
     Kept functions stay defined in the model beside their calls, so that a runtime without the plugin can
-    still run the graph. Functions of other domains are left alone.
+    still run the graph. Calls of functions of other domains are left alone.
     """
 
     def __init__(self, kept: frozenset[str] = frozenset()) -> None:
