@@ -1,14 +1,14 @@
-"""Prompts of the shapes model: a tiny grammar and a fixed word embedding that takes the place of a text encoder.
+"""Prompts of the shapes model: a tiny grammar and a fixed word embedding in place of a text encoder.
 
     prompt := "" | phrase | phrase "and" phrase        phrase := COLOUR SHAPE POSITION
 
-Nothing here is learned: every word has one seeded random vector, so the same prompt always gives the same numbers.
+Nothing here is learned: every word has one seeded random vector, so a prompt always gives the same numbers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -37,15 +37,16 @@ def parse(prompt: str) -> Scene:
     words = prompt.lower().replace(",", " ").split()
     for word in words:
         if word not in VOCABULARY[2:]:
-            raise PromptError(f"prompt {prompt!r}: unknown word {word!r}; known words: {', '.join(VOCABULARY[2:])}")
+            known = ", ".join(VOCABULARY[2:])
+            raise PromptError(f"prompt {prompt!r}: unknown word {word!r}; known words: {known}")
     if not words:
         return ()
     phrases = [phrase.split() for phrase in re.split(rf"\b{AND}\b", " ".join(words))]
     if len(phrases) > 2:
-        raise PromptError(f"prompt {prompt!r}: {len(phrases)} objects, at most 2 joined by {AND!r} are understood")
+        raise PromptError(f"prompt {prompt!r}: {len(phrases)} objects; ask for at most 2, joined by {AND!r}")
     scene = tuple(_parse_phrase(prompt, phrase) for phrase in phrases)
     if len({thing.position for thing in scene}) < len(scene):
-        raise PromptError(f"prompt {prompt!r}: two objects at position {scene[0].position!r}; give them two positions")
+        raise PromptError(f"prompt {prompt!r}: two objects at {scene[0].position!r}; give them two positions")
     return scene
 
 
@@ -57,9 +58,9 @@ def describe(scene: Scene) -> str:
 def embed(prompt: str) -> npt.NDArray[np.float32]:
     """encoder_hidden_states of one prompt: float32 [TOKENS, WIDTH].
 
-    Token = word vector + sum of the word vectors of its phrase (so that each token knows which object it speaks of,
-    as the output of a real text encoder does) + a sinusoidal code of its place. Unit variance or thereabouts.
-    Raises PromptError as `parse` does.
+    Token = word vector + sum of the word vectors of its phrase (so that each token knows which object it
+    speaks of, as the output of a real text encoder does) + a sinusoidal code of its place.
+    Variance is about 1. Raises PromptError as `parse` does.
     """
     vectors = _word_vectors()
     tokens = np.tile(vectors[PAD], (TOKENS, 1))
@@ -81,13 +82,18 @@ def embed_all(prompts: Sequence[str]) -> npt.NDArray[np.float32]:
 
 
 def _parse_phrase(prompt: str, words: list[str]) -> SceneObject:
-    expected = (("colour", COLOURS), ("shape", SHAPES), ("position", POSITIONS))
+    expected: tuple[tuple[str, Iterable[str]], ...] = (
+        ("colour", COLOURS),
+        ("shape", SHAPES),
+        ("position", POSITIONS),
+    )
     if len(words) != len(expected):
         found = " ".join(words) or "nothing"
         raise PromptError(f"prompt {prompt!r}: expected 'COLOUR SHAPE POSITION', found {found!r}")
     for word, (kind, known) in zip(words, expected, strict=True):
-        if word not in known:
-            raise PromptError(f"prompt {prompt!r}: {word!r} stands where a {kind} is expected: {', '.join(known)}")
+        if word not in tuple(known):
+            expected_here = f"a {kind} is expected ({', '.join(known)})"
+            raise PromptError(f"prompt {prompt!r}: found {word!r} where {expected_here}")
     return SceneObject(*words)
 
 
@@ -100,7 +106,7 @@ def _word_vectors() -> dict[str, npt.NDArray[np.float64]]:
 
 @cache
 def _order_code() -> npt.NDArray[np.float64]:
-    # Sinusoids as in "Attention Is All You Need", section 3.5, with the base lowered from 10000 to 100 for 8 places.
+    # Sinusoids as in "Attention Is All You Need", section 3.5, base 100 instead of 10000 for 8 places.
     rates = 100.0 ** (-np.arange(0, WIDTH, 2) / WIDTH)
     angles = np.arange(TOKENS)[:, None] * rates
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

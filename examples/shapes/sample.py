@@ -1,4 +1,6 @@
-"""Draw pictures from prompts: `python -m examples.shapes.sample "red circle left" "blue cross top and white square right"`.
+"""Draw pictures from prompts, in the repository root:
+
+    python -m examples.shapes.sample "red circle left" "blue cross top and white square right"
 
 A plain sampler in torch and diffusers, to look at the model itself, without anything of SWS in between.
 """
@@ -25,17 +27,23 @@ def load_unet(folder: Path = HERE) -> Any:
     """The trained diffusers UNet2DConditionModel of `folder/unet`, float32, in eval mode."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False).eval()
 
 
 @torch.no_grad()
 def sample(
-    unet: Any, wanted: Sequence[str], steps: int = 25, guidance: float = 3.0, seed: int = 0, folder: Path = HERE
+    unet: Any,
+    wanted: Sequence[str],
+    steps: int = 25,
+    guidance: float = 3.0,
+    seed: int = 0,
+    folder: Path = HERE,
 ) -> npt.NDArray[np.float32]:
     """Pictures of prompts: float32 [len(wanted), 3, 32, 32] in [-1, 1].
 
-    `steps` Euler steps with the scheduler of `folder/scheduler`; `guidance` is the scale of classifier-free guidance
-    (1 is none). The initial noise of prompt i depends on `seed` and i only. Raises PromptError for an unknown prompt.
+    `steps` Euler steps with the scheduler of `folder/scheduler`; `guidance` is the scale of classifier-free
+    guidance (1 is none). The initial noise of prompt i depends on `seed` and i only. Raises PromptError where
+    a prompt is outside the grammar.
     """
     from diffusers import EulerDiscreteScheduler
 
@@ -43,17 +51,19 @@ def sample(
     scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(steps)
     side = unet.config.sample_size
-    noise = [torch.randn(3, side, side, generator=torch.Generator().manual_seed(seed * 1000 + i)) for i in range(len(wanted))]
-    latents = torch.stack(noise) * scheduler.init_noise_sigma
+    draws = [torch.Generator().manual_seed(seed * 1000 + i) for i in range(len(wanted))]
+    noise = torch.stack([torch.randn(3, side, side, generator=draw) for draw in draws])
+    latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
         told, untold = unet(torch.cat([scaled, scaled]), timestep, words, return_dict=False)[0].chunk(2)
         latents = scheduler.step(untold + guidance * (told - untold), timestep, latents, return_dict=False)[0]
-    return latents.clamp(-1.0, 1.0).numpy()
+    pictures: npt.NDArray[np.float32] = latents.clamp(-1.0, 1.0).numpy()
+    return pictures
 
 
 def to_grid(pictures: npt.NDArray[np.float32], columns: int = 8, scale: int = 4) -> Image.Image:
-    """One RGB image of pictures [N, 3, H, W] in [-1, 1], row by row, each enlarged `scale` times, 1 pixel apart."""
+    """One RGB image of pictures [N, 3, H, W] in [-1, 1], row by row, enlarged `scale` times."""
     count, _, height, width = pictures.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 24, dtype=np.uint8)
@@ -66,7 +76,8 @@ def to_grid(pictures: npt.NDArray[np.float32], columns: int = 8, scale: int = 4)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("prompt", nargs="+", help="for example 'red circle left'")
     parser.add_argument("--out", type=Path, default=Path("shapes.png"))
     parser.add_argument("--steps", type=int, default=25)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+Floats = npt.NDArray[np.floating]
+
 SIZE = 32
 RADIUS = 4.8
 JITTER = 0.7
@@ -48,8 +50,8 @@ Scene = tuple[SceneObject, ...]
 def render(scene: Scene, rng: np.random.Generator | None = None) -> npt.NDArray[np.float32]:
     """Picture of a scene: float32 [3, SIZE, SIZE] in [-1, 1].
 
-    Without `rng` every object sits exactly at its position with radius RADIUS; with it, place and radius vary by up to
-    JITTER and RADIUS_JITTER pixels. Later objects are drawn over earlier ones.
+    Without `rng` every object sits exactly at its position with radius RADIUS; with it, place and radius vary
+    by up to JITTER and RADIUS_JITTER pixels. Later objects are drawn over earlier ones.
     """
     picture = np.zeros((3, SIZE, SIZE), dtype=np.float32)
     for thing in scene:
@@ -63,38 +65,41 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> npt.NDArray[
 
 def coverage(shape: str, x: float, y: float, radius: float) -> npt.NDArray[np.float32]:
     """Share of each pixel that a shape covers: float32 [SIZE, SIZE], from the signed distance to its edge."""
-    centres = np.arange(SIZE) + 0.5
+    centres: Floats = np.arange(SIZE, dtype=np.float64) + 0.5
     u, v = centres[None, :] - x, centres[:, None] - y
-    return np.clip(0.5 - _signed_distance(shape, u, v, radius), 0.0, 1.0).astype(np.float32)
+    share: npt.NDArray[np.float32] = np.clip(0.5 - _signed_distance(shape, u, v, radius), 0.0, 1.0).astype(
+        np.float32
+    )
+    return share
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
     """One object (probability 0.6) or two at different positions, all words equally likely."""
     count = 1 if rng.random() < 0.6 else 2
     places = rng.choice(len(POSITIONS), size=count, replace=False)
+    colours, positions = tuple(COLOURS), tuple(POSITIONS)
     return tuple(
-        SceneObject(
-            tuple(COLOURS)[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))], tuple(POSITIONS)[place]
-        )
+        SceneObject(colours[rng.integers(len(colours))], SHAPES[rng.integers(len(SHAPES))], positions[place])
         for place in places
     )
 
 
-def _signed_distance(
-    shape: str, u: npt.NDArray[np.float64], v: npt.NDArray[np.float64], radius: float
-) -> npt.NDArray[np.float64]:
-    """Distance to the edge in pixels, negative inside (exact near the edges, which is all that coverage needs)."""
+def _signed_distance(shape: str, u: Floats, v: Floats, radius: float) -> Floats:
+    """Distance to the edge in pixels, negative inside (exact near edges: all that coverage needs)."""
+    distance: Floats
     if shape == "circle":
-        return np.hypot(u, v) - radius
-    if shape == "square":
-        return np.maximum(np.abs(u), np.abs(v)) - 0.85 * radius
-    if shape == "triangle":
+        distance = np.hypot(u, v) - radius
+    elif shape == "square":
+        distance = np.maximum(np.abs(u), np.abs(v)) - 0.85 * radius
+    elif shape == "triangle":
         # Two sides of slope 2 that meet at (0, -radius) and a base at v = +radius.
         sides = (2.0 * np.abs(u) - (v + radius)) / np.sqrt(5.0)
-        return np.maximum(sides, v - 0.9 * radius)
-    if shape == "cross":
+        distance = np.maximum(sides, v - 0.9 * radius)
+    elif shape == "cross":
         arm = 0.32 * radius
         upright = np.maximum(np.abs(u) - arm, np.abs(v) - radius)
         level = np.maximum(np.abs(u) - radius, np.abs(v) - arm)
-        return np.minimum(upright, level)
-    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+        distance = np.minimum(upright, level)
+    else:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    return distance
