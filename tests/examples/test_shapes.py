@@ -17,6 +17,15 @@ SCENE = (scenes.SceneObject("red", "circle", "left"), scenes.SceneObject("blue",
 EMBEDDED = [1.4217367, 0.7877048, 1.0823854, -0.7941191]
 
 
+# Bit-equal training needs it, and the rest is faster with it on a busy machine: the model is small.
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def unet() -> Any:
     return sample.load_unet()
@@ -187,15 +196,6 @@ def test_grid_shows_each_picture_in_its_cell() -> None:
     assert image.getpixel((int(2 * (34 + x)), int(2 * (1 + y)))) == (25, 51, 242)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_interrupted_training_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
