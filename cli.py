@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return commands[given[0]](given[1:])
         return _export(given)
     except SwsExportError as error:
-        print(f"sws-export: {error}", file=sys.stderr)
+        # Libraries that we quote break their messages into lines.
+        print(f"sws-export: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
         print("sws-export: interrupted; nothing was written", file=sys.stderr)
     except BrokenPipeError:

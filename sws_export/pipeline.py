@@ -157,7 +157,7 @@ def _make_graph(
             opset=OPSET,
         ),
     )
-    with log.measure("save"), output_errors(path):
+    with log.measure("save"):
         save_onnx(model, path, progress)
     return model, rewritten
 
@@ -169,8 +169,8 @@ def _check_validation(report: ValidationReport) -> None:
     worst = max(failed, key=lambda output: output.maximum / output.tolerance)
     if math.isinf(worst.maximum):
         raise ValidationError(
-            f"{worst.name} of the graph holds NaN or Inf where the {report.reference} does not: the precision "
-            "is too small for this model; nothing was written. Export with --precision bf16 or fp32"
+            f"{worst.name} of the graph holds NaN or Inf, the {report.reference} does not: the precision is "
+            "too small for this model; nothing was written. Export with --precision bf16 or fp32"
         )
     raise ValidationError(
         f"the graph differs from the {report.reference}: {worst.name} by {worst.maximum:.2g} of its largest "

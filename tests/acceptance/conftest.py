@@ -1,0 +1,135 @@
+"""The trained example on its whole road, traced once a precision, and a run to compare implementations on."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graph_passes.parameters import SwsParameters
+from sws_export import ExportOptions, export
+from sws_export.reference.attention import SiteResult
+from tests.conftest import ShapesOnnx
+from tests.road import TRAINED, Array, Outputs, Session, make_unet, shared, trace
+
+HEIGHT, WIDTH = 16, 12
+TIGHT = SwsParameters(kl_floor=1e-5, kl_slope=0.0)
+
+ExportTrained = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def export_trained(shapes_onnx: ShapesOnnx, tmp_path_factory: pytest.TempPathFactory) -> ExportTrained:
+    """Export the trained example from its checkpoint; only the trace of the UNet is taken from disk."""
+
+    def run(options: ExportOptions) -> Path:
+        out = tmp_path_factory.mktemp("trained") / "graph.onnx"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "sws_export.checkpoint_source.export_plain",
+                lambda _, precision, *__, **___: ir.load(shapes_onnx(precision)),
+            )
+            export(TRAINED, out, options)
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain(shapes_onnx: ShapesOnnx) -> Session:
+    """The example without SWS."""
+    return Session(shapes_onnx("fp32"))
+
+
+@pytest.fixture(scope="session")
+def graph(export_trained: ExportTrained) -> Path:
+    """The example with SWS in float32."""
+    return export_trained(ExportOptions())
+
+
+@pytest.fixture(scope="session")
+def half_graph(export_trained: ExportTrained) -> Path:
+    """The example with SWS in float16."""
+    return export_trained(ExportOptions(precision="fp16"))
+
+
+@pytest.fixture(scope="session")
+def tight_graph(export_trained: ExportTrained) -> Path:
+    """The example with a KL budget so small that every bisection binds."""
+    return export_trained(ExportOptions(parameters=TIGHT))
+
+
+@pytest.fixture(scope="session")
+def random_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers directory with a UNet of random weights in float32."""
+    return shared(tmp_path_factory, "random_unet", make_unet)
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
+    """The plain graph of `random_unet`."""
+    return shared(tmp_path_factory, "traced.onnx", lambda path: trace(random_unet, path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Five steps from noise to picture; members differ in latent, text, noise level and intensity.
+
+    Attributes:
+        steps: Inputs of each step.
+        expected: Prediction and state of each step by the reference in float64.
+        records: What the reference computed at each site in each step.
+    """
+
+    steps: list[dict[str, Array]]
+    expected: list[tuple[Array, Outputs]]
+    records: list[dict[str, SiteResult]]
+
+
+def inputs_of_steps(
+    batch: int = 2, height: int = HEIGHT, width: int = WIDTH, tokens: int = 7
+) -> list[Outputs]:
+    random = np.random.default_rng(0)
+    text = random.standard_normal((batch, tokens, 64))
+    steps = []
+    for index, sigma in enumerate(np.geomspace(14.0, 0.4, 5)):
+        sigmas = sigma * 0.8 ** np.arange(batch)
+        steps.append(
+            {
+                "sample": random.standard_normal((batch, 3, height, width)),
+                "timestep": np.full(batch, 900.0 - 200.0 * index) - 10.0 * np.arange(batch),
+                "encoder_hidden_states": text,
+                "sigma": sigmas,
+                "intensity": np.linspace(1.0, 0.5, batch),
+            }
+        )
+    return steps
+
+
+@pytest.fixture(scope="session")
+def reference_run() -> Callable[[SwsParameters], Run]:
+    """The run by the reference, in float64, for the parameters asked for."""
+    import torch
+
+    from sws_export.checkpoint import open_checkpoint
+    from sws_export.reference import ReferenceUNet
+    from sws_export.unet import load_unet
+
+    unet = load_unet(open_checkpoint(TRAINED), torch.float64)
+    known: dict[SwsParameters, Run] = {}
+
+    def run(parameters: SwsParameters) -> Run:
+        if parameters not in known:
+            reference = ReferenceUNet(unet, parameters)
+            steps, expected, records, state = inputs_of_steps(), [], [], None
+            for inputs in steps:
+                tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
+                out, state = reference.step(**tensors, state=state)
+                expected.append((out.numpy(), {name: value.numpy() for name, value in state.items()}))
+                records.append(dict(reference.records))
+            known[parameters] = Run(steps, expected, records)
+        return known[parameters]
+
+    return run

@@ -1,0 +1,221 @@
+"""The command as a user runs it: a process of its own, on the trained example and a small random UNet."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import psutil
+import pytest
+
+from tests.road import COMMAND, ROOT, TRAINED, error_line, listing, run_command
+
+SWS_NAMES = {
+    *("sigma_min", "sigma_max", "tau", "sinkhorn_iters", "rebalance_iters", "beta", "bisection_steps"),
+    *("key_cap", "value_cap", "u_stop", "kl_floor", "kl_slope", "theta", "scales", "schedule"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained example as a pipeline directory, in another place than the repository."""
+    directory = tmp_path_factory.mktemp("trained")
+    shutil.copytree(TRAINED, directory / "unet")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The main job on the example: its directory and what `--json` printed."""
+    directory = tmp_path_factory.mktemp("made")
+    done = run_command(
+        trained,
+        *("--out", directory / "shapes.plan", "--tokens", "1:8:8", "--batch", "1:2:4", "--vae-scale", "1"),
+        *("--keep-onnx", "--json", "--compute-capability", "8.9,12.0"),
+    )
+    assert done.returncode == 0, done.stderr
+    return directory, json.loads(done.stdout)
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_the_main_job_writes_engine_graph_and_manifest(made: tuple[Path, dict[str, Any]]) -> None:
+    directory, printed = made
+    assert sorted(listing(directory)) == ["shapes.onnx", "shapes.plan", "shapes.plan.json"]
+    assert printed["files"][0] == str(directory / "shapes.plan")
+    assert sorted(printed["files"]) == sorted(str(directory / name) for name in listing(directory))
+    assert printed["manifest"] == json.loads((directory / "shapes.plan.json").read_text())
+
+
+def test_the_manifest_says_how_to_drive_the_engine(made: tuple[Path, dict[str, Any]]) -> None:
+    _, printed = made
+    manifest = printed["manifest"]
+    shapes = {spec["name"]: (spec["dtype"], spec["shape"]) for spec in manifest["inputs"]}
+    assert shapes == {
+        "sample": ("float32", ["batch", 3, "height", "width"]),
+        "timestep": ("float32", ["batch"]),
+        "encoder_hidden_states": ("float32", ["batch", "tokens", 64]),
+        "sigma": ("float32", ["batch"]),
+        "intensity": ("float32", ["batch"]),
+        "sws_state_d2": ("float32", ["batch", 145, "height/2", "width/2"]),
+        "sws_state_d4": ("float32", ["batch", 145, "height/4", "width/4"]),
+    }
+    assert [spec["name"] for spec in manifest["outputs"]] == [
+        "out_sample",
+        "sws_state_d2_out",
+        "sws_state_d4_out",
+    ]
+    assert [(pair["input"], pair["output"]) for pair in manifest["states"]] == [
+        ("sws_state_d2", "sws_state_d2_out"),
+        ("sws_state_d4", "sws_state_d4_out"),
+    ]
+    assert manifest["profile"]["sample"] == {
+        "min": [1, 3, 32, 32],
+        "opt": [2, 3, 32, 32],
+        "max": [4, 3, 32, 32],
+    }
+    assert manifest["profile"]["encoder_hidden_states"]["min"] == [1, 1, 64]
+    assert manifest["profile"]["sws_state_d4"]["max"] == [4, 145, 8, 8]
+    assert manifest["profile"].keys() == shapes.keys()
+
+
+def test_the_manifest_says_what_it_was_made_of(made: tuple[Path, dict[str, Any]], trained: Path) -> None:
+    _, printed = made
+    manifest = printed["manifest"]
+    assert manifest["sws"].keys() == SWS_NAMES
+    assert {grid: len(names) for grid, names in manifest["sites"].items()} == {"d2": 3, "d4": 4}
+    assert manifest["precision"] == "fp32"
+    assert manifest["opset"] == 23
+    assert {"torch", "onnx", "diffusers", "sws-export"} <= manifest["versions"].keys()
+    assert manifest["source"]["sha256"] == sha256(trained / "unet" / "diffusion_pytorch_model.safetensors")
+    assert manifest["source"]["config"]["block_out_channels"] == [32, 64, 96]
+    assert manifest["engine"]["compute_capabilities"] == ["8.9", "12.0"]
+    validation = manifest["validation"]
+    assert validation["passed"] is True
+    assert validation["steps"] == 5
+    assert validation["sizes"]["height"] != validation["sizes"]["width"]
+    assert [output["name"] for output in validation["outputs"]] == [
+        "out_sample",
+        "sws_state_d2_out",
+        "sws_state_d4_out",
+    ]
+    for output in validation["outputs"]:
+        assert 0 <= output["mean"] <= output["quantile"] <= output["maximum"] <= output["tolerance"]
+
+
+def test_the_graph_has_standard_operators_and_its_own_description(made: tuple[Path, dict[str, Any]]) -> None:
+    directory, printed = made
+    model = ir.load(directory / "shapes.onnx")
+    assert set(model.opset_imports) == {""}
+    assert not model.functions
+    operators = Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph))
+    assert operators.keys().isdisjoint({"Loop", "If", "Scan"})
+    assert operators["Attention"] == 14
+    described = json.loads(model.metadata_props["sws_export.manifest"])
+    assert described == {name: printed["manifest"][name] for name in described}
+    # Nothing of the machine: the same input gives the same bytes.
+    assert str(ROOT).encode() not in (directory / "shapes.onnx").read_bytes()
+
+
+def test_inspect_tells_what_was_made(made: tuple[Path, dict[str, Any]]) -> None:
+    directory, printed = made
+    for name, kind in (("shapes.plan", "engine"), ("shapes.onnx", "onnx"), ("shapes.plan.json", "manifest")):
+        done = run_command("inspect", directory / name, "--json")
+        assert done.returncode == 0, done.stderr
+        facts = json.loads(done.stdout)
+        assert facts["kind"] == kind
+        assert facts["sites"] == printed["manifest"]["sites"]
+        assert facts["states"] == printed["manifest"]["states"]
+
+
+def test_validate_compares_again(made: tuple[Path, dict[str, Any]], trained: Path) -> None:
+    directory, _ = made
+    done = run_command("validate", directory / "shapes.onnx", trained / "unet", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"] is True
+    assert "sws_state_d4_out" in done.stderr
+
+
+def test_the_same_input_gives_the_same_bytes(random_unet: Path, tmp_path: Path) -> None:
+    runs = []
+    for seed in ("1", "2"):
+        directory = tmp_path / seed
+        directory.mkdir()
+        runs.append(
+            subprocess.Popen(
+                [COMMAND, random_unet, "--out", "graph.onnx", "--quiet", "--no-validate"],
+                cwd=directory,
+                env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"},
+            )
+        )
+    assert [run.wait() for run in runs] == [0, 0]
+    assert (tmp_path / "1" / "graph.onnx").read_bytes() == (tmp_path / "2" / "graph.onnx").read_bytes()
+
+
+def interrupt(command: list[Any], when: str, number: int) -> tuple[int, str]:
+    """Start the command, send it a signal once it says `when`, and see that its children end with it."""
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    with process:
+        assert process.stderr is not None
+        while when not in process.stderr.readline():
+            assert process.poll() is None
+        while when == "engine (" and not psutil.Process(process.pid).children():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_during_the_export(random_unet: Path, tmp_path: Path, number: int) -> None:
+    command = [COMMAND, random_unet, "--out", tmp_path / "graph.onnx"]
+    code, said = interrupt(command, "export …", number)
+    assert code == 1
+    assert error_line(said) == "interrupted; nothing was written"
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_during_the_engine_build(traced: Path, tmp_path: Path, number: int) -> None:
+    command = [COMMAND, traced, "--out", tmp_path / "engine.plan", "--no-validate", "--keep-onnx"]
+    command += ["--vae-scale", "1", "--height", "16:32:64", "--width", "16:32:64"]
+    code, said = interrupt(command, "engine (", number)
+    assert code == 1
+    assert error_line(said) == "interrupted; nothing was written"
+    assert listing(tmp_path) == {}
+
+
+def test_quiet_says_nothing_and_json_is_alone_on_stdout(traced: Path, tmp_path: Path) -> None:
+    done = run_command(traced, "--out", tmp_path / "graph.onnx", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run_command(traced, "--out", tmp_path / "graph.onnx", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["manifest"]["artefact"] == "graph.onnx"
+    assert "wrote" in done.stderr
+
+
+def test_help_comes_without_loading_a_library() -> None:
+    program = (
+        "import sys; from sws_export.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'diffusers', 'tensorrt_rtx'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [COMMAND.parent / "python", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "examples:\n  sws-export unet.safetensors --out engine.plan" in done.stdout

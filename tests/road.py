@@ -1,0 +1,127 @@
+"""Means to walk the road in tests: small UNets, graphs traced once a session, the command as a process."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+Array = npt.NDArray[Any]
+Outputs = dict[str, Array]
+
+ROOT = Path(__file__).parents[1]
+TRAINED = ROOT / "examples" / "shapes" / "unet"
+COMMAND = Path(sys.executable).parent / "sws-export"
+
+
+def make_unet(directory: Path, **changes: Any) -> Path:
+    """A UNet of about 1 M random weights with attention on its coarser grid, in pixel space."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        **{
+            "sample_size": 16,
+            "block_out_channels": (32, 64),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+        }
+        | changes
+    )
+    unet.save_pretrained(directory)
+    return directory
+
+
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A path that `make` fills the first time it is asked for in a session, whichever folder asks."""
+    path = factory.getbasetemp() / "shared" / name
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        make(path)
+    return path
+
+
+def trace(model: Path, out: Path) -> None:
+    """Write the plain graph of `model`: the slow part of every export, without its other stages."""
+    from sws_export import ExportOptions, export
+
+    export(model, out, ExportOptions(plain=True, validate=False))
+
+
+def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `sws-export` in a process of its own."""
+    return subprocess.run(
+        [COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=500
+    )
+
+
+def error_line(stderr: str) -> str:
+    """The one line with which the command must end when it refuses, and nothing like a traceback."""
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("sws-export: ")]
+    assert len(lines) == 1, stderr
+    assert stderr.splitlines()[-1] == lines[0]
+    return lines[0].removeprefix("sws-export: ")
+
+
+def listing(directory: Path) -> dict[str, bytes | None]:
+    """Every name below a directory, hidden ones too, with the contents of files."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+class Session:
+    """A graph in ONNX Runtime that is fed by name; the state goes in and out in the open."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        self.inputs = {node.name: types[node.type] for node in self._session.get_inputs()}
+        self.outputs = [node.name for node in self._session.get_outputs()]
+        self._divisors = {
+            name: int(name.removeprefix("sws_state_d"))
+            for name in self.inputs
+            if name.startswith("sws_state_d")
+        }
+
+    def zero_state(self, sample: Array) -> Outputs:
+        """The state with which an image begins."""
+        batch, _, height, width = sample.shape
+        return {
+            name: np.zeros((batch, 145, height // divisor, width // divisor), np.float32)
+            for name, divisor in self._divisors.items()
+        }
+
+    def step(self, inputs: Mapping[str, Array], state: Mapping[str, Array]) -> tuple[Array, Outputs]:
+        """The prediction and the next state."""
+        feed = {name: np.asarray((inputs | state)[name], dtype) for name, dtype in self.inputs.items()}
+        found = dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
+        return found.pop("out_sample"), {name.removesuffix("_out"): value for name, value in found.items()}
+
+    def run(self, steps: Sequence[Mapping[str, Array]]) -> Iterator[tuple[Array, Outputs]]:
+        """Several steps with the state fed back."""
+        state = self.zero_state(steps[0]["sample"])
+        for inputs in steps:
+            out, state = self.step(inputs, state)
+            yield out, state
+
+
+def difference(found: Array, expected: Array) -> float:
+    """Largest difference relative to the largest expected value; NaN is infinitely far."""
+    apart = np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64)).max()
+    return float(apart / np.abs(expected).max()) if np.isfinite(apart) else float("inf")

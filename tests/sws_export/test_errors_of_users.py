@@ -1,0 +1,340 @@
+"""Whatever a user does wrong: one clear line, exit code 1, and no file or scratch directory left behind."""
+
+import errno
+import json
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+from sws_export.cli import main
+
+from tests.road import COMMAND, error_line, listing, make_unet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+pytestmark = pytest.mark.usefixtures("quick_trace")
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(out: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Run the command, expect it to refuse, and give back what it says."""
+
+    def run(model: Path | str, *options: str, name: str = "graph.onnx") -> str:
+        before = listing(out)
+        destination = name if name.startswith("/") else str(out / name)
+        code = main([str(model), "--out", destination, "--quiet", *options])
+        captured = capsys.readouterr()
+        assert code == 1
+        assert captured.out == ""
+        assert listing(out) == before
+        lines = [line for line in captured.err.splitlines() if not line.startswith("warning: ")]
+        assert len(lines) == 1, captured.err
+        return error_line(captured.err)
+
+    return run
+
+
+@pytest.fixture
+def copied(random_unet: Path, tmp_path: Path) -> Path:
+    """A copy of the random UNet to damage."""
+    return Path(shutil.copytree(random_unet, tmp_path / "copied"))
+
+
+def change_weight(directory: Path, value: float) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    tensors["mid_block.resnets.0.conv1.weight"][1, 2, 0, 1] = value
+    save_file(tensors, directory / WEIGHTS)
+
+
+# The model
+
+
+def test_a_missing_file(refuse: Refuse, tmp_path: Path) -> None:
+    said = refuse(tmp_path / "absent.safetensors")
+    assert (
+        said
+        == f"{tmp_path}/absent.safetensors does not exist; name a .safetensors file or a diffusers directory"
+    )
+
+
+def test_a_missing_graph(refuse: Refuse, tmp_path: Path) -> None:
+    assert refuse(tmp_path / "absent.onnx") == f"{tmp_path}/absent.onnx: no such file"
+
+
+def test_a_directory_without_a_unet(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "model" / "vae").mkdir(parents=True)
+    assert f"{tmp_path}/model" in refuse(tmp_path / "model")
+
+
+def test_a_truncated_file(refuse: Refuse, copied: Path) -> None:
+    file = copied / WEIGHTS
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    assert f"{file} is truncated: expected {len(content)} bytes, found {len(content) // 2}" in refuse(copied)
+
+
+def test_a_header_of_2_to_the_63_bytes(refuse: Refuse, copied: Path) -> None:
+    (copied / WEIGHTS).write_bytes(struct.pack("<Q", 2**63) + b"{}")
+    assert f"announce a header of {2**63} bytes" in refuse(copied)
+
+
+def test_another_architecture(refuse: Refuse, copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"_class_name": "FluxTransformer2DModel"}))
+    assert "configures a FluxTransformer2DModel; expected a UNet2DConditionModel" in refuse(copied)
+
+
+def test_a_configuration_of_another_unet(refuse: Refuse, copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 24}))
+    said = refuse(copied)
+    assert "does not fit its configuration" in said
+    assert "--config FILE" in said
+
+
+@pytest.mark.parametrize(("value", "kind"), [(np.nan, "NaN"), (np.inf, "Inf"), (-np.inf, "Inf")])
+def test_weights_that_are_not_finite(refuse: Refuse, copied: Path, value: float, kind: str) -> None:
+    change_weight(copied, value)
+    said = refuse(copied)
+    assert "tensor 'mid_block.resnets.0.conv1.weight'" in said
+    assert f"holds {kind} at [1, 2, 0, 1]" in said
+
+
+def test_a_weight_that_the_precision_cannot_hold(refuse: Refuse, copied: Path) -> None:
+    change_weight(copied, 1e5)
+    said = refuse(copied, "--precision", "fp16")
+    assert "mid_block.resnets.0.conv1.weight: a weight of 1e+05 does not fit fp16" in said
+    assert "--precision bf16" in said
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt"])
+def test_files_that_execute_code(refuse: Refuse, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"model{suffix}"
+    file.write_bytes(b"\x80\x04.")
+    said = refuse(file)
+    assert "code" in said
+    assert "safetensors" in said
+
+
+def test_a_graph_that_is_none(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"<!DOCTYPE html>")
+    assert "model.onnx is not an ONNX model or is damaged" in refuse(tmp_path / "model.onnx")
+
+
+def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path) -> None:
+    model = ir.load(traced)
+    for node in model.graph:
+        if node.op_type == "Attention":
+            node.domain = "elsewhere"
+    ir.save(model, tmp_path / "none.onnx")
+    assert "the graph has no Attention node" in refuse(tmp_path / "none.onnx")
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--sws", "betta=0.5"), "--sws: unknown parameter 'betta'; known are sigma_min, sigma_max, tau"),
+        (("--sws", "beta=1.5"), "--sws beta: 1.5 is out of range; allowed is 0 to 0.999"),
+        (("--sws", "tau=nan"), "--sws tau: nan is out of range"),
+        (("--sws", "tau"), "--sws tau: a value is missing"),
+        (("--sws", "bisection_steps=2.5"), "--sws bisection_steps: expected an integer, found '2.5'"),
+        (("--sws", "sigma_min=30"), "--sws sigma_min: 30 must be below sigma_max (25)"),
+        (("--sws", "schedule=fast"), "--sws schedule: 'fast' is unknown; use progress or noise"),
+        (("--sws", "scales=2,4,9"), "--sws scales: expected three ascending integers from 1 to 8"),
+        (("--sites", "nowhere.*"), "--sites 'nowhere.*' matches no attention site; there are down_blocks.1"),
+        (("--config", "/absent.json"), "cannot read /absent.json: No such file"),
+        (("--variant", "fp17"), "fp17"),
+        (("--ema",), "has no EMA weights"),
+        (("--plain", "--sites", "mid_block.*"), "--plain"),
+        (("--plain", "--sws", "beta=0.5"), "--plain"),
+    ],
+)
+def test_options_of_the_graph(refuse: Refuse, random_unet: Path, option: tuple[str, ...], said: str) -> None:
+    assert said in refuse(random_unet, *option)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--batch", "4:2:8"), "--batch 4:2:8: expected MIN <= OPT <= MAX, found 4, 2, 8"),
+        (("--tokens", "8:4:2"), "--tokens 8:4:2: expected MIN <= OPT <= MAX, found 8, 4, 2"),
+        (("--batch", "0"), "--batch 0: sizes begin at 1, found 0"),
+        (("--batch", "1:2"), "--batch 1:2: expected one number or MIN:OPT:MAX"),
+        (("--height", "15"), "--height 15: 15 is not a multiple of 2"),
+        (("--width", "16:33:64"), "--width 16:33:64: 33 is not a multiple of 2"),
+        (("--compute-capability", "8"), "8"),
+        (("--backend", "openvino"), "--backend openvino is unknown; choose tensorrt-rtx or tensorrt"),
+        (("--backend", "tensorrt"), "tensorrt"),
+        (("--builder-optimization-level", "9"), "9"),
+        (("--vae-scale", "0"), "--vae-scale"),
+    ],
+)
+def test_options_of_the_engine(refuse: Refuse, random_unet: Path, option: tuple[str, ...], said: str) -> None:
+    given = ("--vae-scale", "1") if "--vae-scale" not in option else ()
+    assert said in refuse(random_unet, *given, *option, name="engine.plan")
+
+
+def test_an_unknown_number_of_pixels(refuse: Refuse, random_unet: Path) -> None:
+    assert "add --vae-scale 8" in refuse(random_unet, name="engine.plan")
+
+
+def test_options_that_a_graph_cannot_take(refuse: Refuse, traced: Path) -> None:
+    assert "is a graph already" in refuse(traced, "--precision", "fp16")
+
+
+# The place
+
+
+def test_an_unknown_suffix(refuse: Refuse, random_unet: Path) -> None:
+    said = refuse(random_unet, name="engine.trt")
+    assert "expected a name ending in .onnx, .plan or .engine, found '.trt'" in said
+
+
+@pytest.mark.parametrize("place", ["absent/graph.onnx", "file/graph.onnx"])
+def test_a_directory_that_is_none(refuse: Refuse, random_unet: Path, out: Path, place: str) -> None:
+    (out / "file").write_text("")
+    said = refuse(random_unet, name=place)
+    assert f"cannot write {out / place}: " in said
+    assert "choose an --out" in said
+
+
+def test_a_place_where_nothing_can_be_created(refuse: Refuse, random_unet: Path) -> None:
+    assert "cannot write /proc/graph.onnx" in refuse(random_unet, name="/proc/graph.onnx")
+
+
+def test_a_name_that_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
+    (out / "graph.onnx").mkdir()
+    assert "graph.onnx: it is a directory" in refuse(random_unet)
+
+
+def test_a_manifest_that_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
+    (out / "graph.onnx.json").mkdir()
+    assert "graph.onnx.json: it is a directory" in refuse(random_unet)
+
+
+def test_a_graph_to_keep_that_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
+    (out / "engine.onnx").mkdir()
+    said = refuse(random_unet, "--keep-onnx", "--vae-scale", "1", name="engine.plan")
+    assert "engine.onnx: it is a directory" in said
+
+
+def test_the_model_itself_is_not_overwritten(refuse: Refuse, traced: Path, out: Path) -> None:
+    shutil.copy(traced, out / "graph.onnx")
+    assert "would overwrite the model" in refuse(out / "graph.onnx")
+    assert "would overwrite the model" in refuse(
+        out / "graph.onnx",
+        "--keep-onnx",
+        "--vae-scale",
+        "1",
+        "--height",
+        "16",
+        "--width",
+        "16",
+        name="graph.plan",
+    )
+
+
+# The disk
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "sws_export.pipeline.save_onnx",
+        "sws_export.pipeline.manifests.write_manifest",
+        "sws_export.artefact.os.fsync",
+    ],
+)
+def test_a_full_disk(
+    refuse: Refuse,
+    random_unet: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    number: int,
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(number, "no room")
+
+    monkeypatch.setattr(function, full)
+    said = refuse(random_unet, "--no-validate")
+    assert said.startswith(f"cannot write {out}/graph.onnx: the disk is full (")
+    assert "free some space or choose another --out" in said
+
+
+def test_a_full_disk_in_the_engine_build(
+    refuse: Refuse, random_unet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr("sws_export.pipeline.build_engine", full)
+    said = refuse(random_unet, "--no-validate", "--vae-scale", "1", name="engine.plan")
+    assert "engine.plan: the disk is full (" in said
+
+
+def test_a_limit_on_the_size_of_files(traced: Path, out: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    done = subprocess.run(
+        [COMMAND, traced, "--out", out / "graph.onnx", "--no-validate", "--quiet"],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"cannot write {out}/graph.onnx: " in error_line(done.stderr)
+    assert listing(out) == {}
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
+    reason="no namespaces in which a small disk could be mounted",
+)
+@pytest.mark.parametrize(("name", "megabytes"), [("graph.onnx", 2), ("engine.plan", 12)])
+def test_a_disk_that_is_too_small(traced: Path, out: Path, name: str, megabytes: int) -> None:
+    command = f"""
+        mount -t tmpfs -o size={megabytes}m none {out}
+        {COMMAND} {traced} --out {out}/{name} --no-validate --quiet --vae-scale 1 --height 16 --width 16
+        echo "exit code $?"
+        ls -A {out}
+    """
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "exit code 1\n"
+    assert "the disk is full" in error_line(done.stderr)
+
+
+def test_a_disk_too_small_is_foretold(
+    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(out)
+    monkeypatch.setattr("sws_export.preflight.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert main([str(random_unet), "--out", str(out / "graph.onnx"), "--dry-run", "--quiet"]) == 0
+    assert "GB of disk are needed" in capsys.readouterr().err
+
+
+def test_the_random_unet_is_fine_otherwise(random_unet: Path, out: Path) -> None:
+    """What the tests above refuse is refused for the reason that they give."""
+    assert main([str(random_unet), "--out", str(out / "graph.onnx"), "--quiet"]) == 0
+    assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
+
+
+def test_a_unet_with_an_input_that_is_not_offered(refuse: Refuse, tmp_path: Path) -> None:
+    unet = make_unet(tmp_path / "unet", encoder_hid_dim_type="text_proj", encoder_hid_dim=12)
+    assert "encoder_hid_dim_type = 'text_proj'" in refuse(unet)

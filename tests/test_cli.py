@@ -1,0 +1,203 @@
+"""The command line itself: what reaches the library, where output goes, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sws_export.cli import main
+
+from sws_export import ExportOptions, SwsParameters
+from sws_export.errors import CheckpointError
+from sws_export.pipeline import ExportReport
+from sws_export.preflight import Preflight
+from tests.road import COMMAND, error_line
+
+PREFLIGHT = Preflight(memory={"export": 1}, disk=2, graph_size=2, available_memory=3, free_disk=4)
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """The command sets a handler for SIGTERM, which is not for the other tests."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, Path, ExportOptions]]:
+    """Exports write a byte, and what they were asked for is remembered."""
+    calls: list[tuple[Path, Path, ExportOptions]] = []
+
+    def export(model: Path, out: Path, options: ExportOptions, progress: Any) -> ExportReport:
+        calls.append((model, out, options))
+        progress.log("a remark")
+        progress.warn("a warning")
+        out.write_bytes(b"x")
+        return ExportReport((out,), {"artefact": out.name, "states": []}, PREFLIGHT, None, None, ())
+
+    monkeypatch.setattr("sws_export.pipeline.export", export)
+    return calls
+
+
+def test_options_reach_the_library(asked: list[Any], tmp_path: Path) -> None:
+    arguments = ["unet", "--out", str(tmp_path / "e.plan"), "--precision", "fp16"]
+    arguments += ["--sws", "beta=0.7", "scales=1,2,4", "--sws", "schedule=noise"]
+    arguments += ["--sites", "up_blocks.*", "--sites", "mid*", "--config", "c.json", "--ema"]
+    arguments += ["--variant", "fp16", "--attention-head-dim", "5,10", "--prediction-type", "v_prediction"]
+    arguments += ["--vae-scale", "8", "--batch", "1:2:4", "--height", "256:512:1024", "--width", "512"]
+    arguments += ["--tokens", "77", "--backend", "tensorrt-rtx", "--compute-capability", "8.9,12.0"]
+    arguments += ["--builder-optimization-level", "2", "--no-validate", "--keep-onnx", "--dry-run"]
+    assert main(arguments) == 0
+    assert asked == [
+        (
+            Path("unet"),
+            tmp_path / "e.plan",
+            ExportOptions(
+                precision="fp16",
+                parameters=SwsParameters(beta=0.7, scales=(1, 2, 4), schedule="noise"),
+                sites=("up_blocks.*", "mid*"),
+                config=Path("c.json"),
+                ema=True,
+                variant="fp16",
+                attention_head_dim=(5, 10),
+                prediction_type="v_prediction",
+                vae_scale=8,
+                batch="1:2:4",
+                height="256:512:1024",
+                width="512",
+                tokens="77",
+                backend="tensorrt-rtx",
+                compute_capabilities=("8.9", "12.0"),
+                optimization_level=2,
+                validate=False,
+                keep_onnx=True,
+                dry_run=True,
+            ),
+        )
+    ]
+
+
+def test_defaults_are_those_of_the_library(asked: list[Any], tmp_path: Path) -> None:
+    assert main(["unet", "--out", str(tmp_path / "g.onnx")]) == 0
+    assert asked[0][2] == ExportOptions()
+
+
+@pytest.mark.parametrize(
+    ("options", "remarks", "summary"),
+    [((), True, True), (("--quiet",), False, False), (("--json",), True, True)],
+)
+@pytest.mark.usefixtures("asked")
+def test_where_output_goes(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    remarks: bool,
+    summary: bool,
+) -> None:
+    assert main(["unet", "--out", str(tmp_path / "g.onnx"), *options]) == 0
+    out, err = capsys.readouterr()
+    assert "warning: a warning" in err
+    assert ("a remark" in err) == remarks
+    assert ("wrote" in err) == summary
+    if "--json" in options:
+        printed = json.loads(out)
+        assert printed["files"] == [str(tmp_path / "g.onnx")]
+        assert printed["preflight"]["disk"] == 2
+        assert printed["manifest"]["artefact"] == "g.onnx"
+    else:
+        assert out == ""
+
+
+def test_an_error_is_one_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(*_: Any) -> None:
+        raise CheckpointError("m.safetensors is broken; use another copy")
+
+    monkeypatch.setattr("sws_export.pipeline.export", export)
+    assert main(["m.safetensors", "--out", "g.onnx"]) == 1
+    assert error_line(capsys.readouterr().err) == "m.safetensors is broken; use another copy"
+
+
+def test_a_message_of_several_lines_becomes_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries break their messages into lines, and we quote them."""
+
+    def export(*_: Any) -> None:
+        raise CheckpointError("damaged: line 1\n  ^ here\n")
+
+    monkeypatch.setattr("sws_export.pipeline.export", export)
+    assert main(["m.safetensors", "--out", "g.onnx", "--quiet"]) == 1
+    assert capsys.readouterr().err == "sws-export: damaged: line 1 ^ here\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    monkeypatch.setattr("sws_export.pipeline.export", lambda *_: signal.raise_signal(number))
+    assert main(["unet", "--out", "g.onnx"]) == 1
+    assert error_line(capsys.readouterr().err) == "interrupted; nothing was written"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unet"],
+        ["--out", "g.onnx"],
+        ["unet", "--out", "g.onnx", "--precision", "int8"],
+        ["unet", "--out", "g.onnx", "--no-such-option"],
+        ["unet", "--out", "g.onnx", "--attention-head-dim", "five"],
+        ["inspect"],
+        ["validate", "g.onnx"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: sws-export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["validate"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: {' '.join(['sws-export', *command])}" in capsys.readouterr().out
+
+
+def test_inspect_prints_facts_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = tmp_path / "e.plan.json"
+    manifest.write_text(json.dumps({"artefact": "e.plan", "sites": {"d2": ["a", "b"]}, "precision": "fp16"}))
+    assert main(["inspect", str(manifest)]) == 0
+    said = capsys.readouterr().out
+    assert "kind: manifest\n" in said
+    assert "precision: fp16\n" in said
+    assert main(["inspect", str(manifest), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"] == {"d2": ["a", "b"]}
+
+
+def test_inspect_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / "absent")]) == 1
+    assert error_line(capsys.readouterr().err) == f"{tmp_path}/absent: no such file or directory"
+
+
+def test_a_reader_that_has_enough(tmp_path: Path) -> None:
+    manifest = tmp_path / "e.plan.json"
+    manifest.write_text(json.dumps({"artefact": "e.plan", "sites": {"d2": ["a" * 200] * 5000}}))
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [COMMAND, "inspect", manifest], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 1
