@@ -13,17 +13,42 @@ from sws_export import ExportOptions, export
 from tests import road
 
 TOKENS = 5
+POOLED = 1280
 Inputs = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
 def sws_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """A small UNet with SWS on one grid, height/2 by width/2; not to be changed."""
+    return road.shared(
+        tmp_path_factory, "sws.onnx", lambda path: export(traced, path, ExportOptions(validate=False))
+    )
 
-    def make(path: Path) -> None:
-        export(traced, path, ExportOptions(validate=False))
 
-    return road.shared(tmp_path_factory, "sws.onnx", make)
+@pytest.fixture(scope="session")
+def sdxl_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers directory with a small UNet that takes what SDXL's takes."""
+    return road.shared(
+        tmp_path_factory,
+        "sdxl_unet",
+        lambda path: road.make_unet(
+            path,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=POOLED + 6 * 8,
+            use_linear_projection=True,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def sdxl_graph(tmp_path_factory: pytest.TempPathFactory, sdxl_unet: Path) -> Path:
+    """`sdxl_unet` with SWS."""
+    return road.shared(
+        tmp_path_factory,
+        "sdxl.onnx",
+        lambda path: export(sdxl_unet, path, ExportOptions(validate=False)),
+    )
 
 
 @pytest.fixture
