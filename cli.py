@@ -123,6 +123,15 @@ def _add_sws_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="attention sites by name, as in 'up_blocks.*'; repeatable; default: all self-attention",
     )
+    group.add_argument(
+        "--guard",
+        choices=("fused", "literal"),
+        default="literal",
+        help="how the key mixing is found: without (fused) or with stored logits; default: %(default)s",
+    )
+    group.add_argument(
+        "--guard-rows", default="1", metavar="SHARE", help="query rows the guard looks at, such as 1/8"
+    )
     group.add_argument("--plain", action="store_true", help="export the UNet without SWS")
 
 
@@ -185,6 +194,8 @@ def _options(parsed: argparse.Namespace) -> "ExportOptions":
         precision=parsed.precision,
         parameters=parse_parameters(parsed.sws),
         sites=tuple(parsed.sites),
+        guard=parsed.guard,
+        guard_rows=parsed.guard_rows,
         plain=parsed.plain,
         config=parsed.config,
         ema=parsed.ema,

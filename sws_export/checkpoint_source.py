@@ -1,7 +1,6 @@
 """A checkpoint as the start of an export."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from sws_export.float32_twin import save_float32_twin
 from sws_export.lora import Lora, fuse, open_lora, parse_lora
 from sws_export.onnx_export import export_plain
 from sws_export.options import ExportOptions
-from sws_export.parameters import SwsParameters
 from sws_export.progress import Progress
-from sws_export.validation import ValidationReport, validate_against_reference
+from sws_export.validation import Shuffled, ValidationReport, validate_against_reference
 
 _SHOWN = 3
 _STORED_PRECISIONS: dict[str, Precision] = {"F32": "fp32", "F64": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -109,8 +107,7 @@ class CheckpointSource:
     def validate(
         self,
         onnx_path: Path,
-        sws: SwsParameters,
-        sites: Sequence[str],
+        shuffled: Shuffled,
         scratch: Path,
         progress: Progress,
     ) -> ValidationReport:
@@ -122,8 +119,7 @@ class CheckpointSource:
             graph,
             self.checkpoint,
             self.inputs,
-            sws,
-            sites,
+            shuffled,
             self.precision,
             progress,
             fuse(self.checkpoint, self.loras),

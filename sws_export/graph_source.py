@@ -1,7 +1,6 @@
 """A plain ONNX graph as the start of an export."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,9 @@ import onnx_ir as ir
 
 from sws_export.contract import Precision, TensorSpec
 from sws_export.float32_twin import save_float32_twin
-from sws_export.parameters import SwsParameters
 from sws_export.plain_graph import PlainGraph
 from sws_export.progress import Progress
-from sws_export.validation import ValidationReport, validate_against_plain
+from sws_export.validation import Shuffled, ValidationReport, validate_against_plain
 from sws_export.validation.validate import TOKENS
 
 
@@ -61,7 +59,12 @@ class GraphSource:
         return [f"plain ONNX graph, {self.parameters / 1e6:.1f} M parameters, {self.precision}"]
 
     def verify(self, progress: Progress) -> dict[str, Any]:
-        """Hash the files."""
+        """Look at all weights and hash the files.
+
+        Raises:
+            CheckpointError: A weight holds NaN or Inf.
+        """
+        self.graph.require_finite()
         return {"kind": "onnx", "file": self.path.name, "sha256": self.graph.digest(progress)}
 
     def plain_model(self, progress: Progress) -> ir.Model:  # noqa: ARG002  (nothing to wait for)
@@ -71,8 +74,7 @@ class GraphSource:
     def validate(
         self,
         onnx_path: Path,
-        sws: SwsParameters,  # noqa: ARG002  (of no influence at intensity 0)
-        sites: Sequence[str],  # noqa: ARG002
+        shuffled: Shuffled,  # noqa: ARG002  (of no influence at intensity 0)
         scratch: Path,
         progress: Progress,
     ) -> ValidationReport:

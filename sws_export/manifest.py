@@ -16,7 +16,7 @@ from graph_passes.parameters import SwsParameters
 from sws_export.contract import Precision, TensorSpec
 from sws_export.engines import EngineReport
 from sws_export.profile import Shapes
-from sws_export.rewrite import RewriteReport, Target
+from sws_export.rewrite import GuardOptions, RewriteReport, Target
 from sws_export.stages import StageFigures
 from sws_export.validation import ValidationReport
 
@@ -39,6 +39,7 @@ def describe_graph(
     rewrite: RewriteReport | None,
     precision: Precision,
     target: Target,
+    guard: GuardOptions | None,
     opset: int,
 ) -> dict[str, Any]:
     """The part of the manifest that the graph alone decides; the same input gives the same text.
@@ -51,12 +52,14 @@ def describe_graph(
         rewrite: Sites and states; None for a plain export.
         precision: Precision of the UNet.
         target: Runtime that the graph was lowered for.
+        guard: Form of the key guard; None for a plain export.
         opset: Opset of the graph.
     """
     return {
         "format": FORMAT_VERSION,
         "precision": precision,
         "target": target,
+        "guard": {"form": guard.form, "rows": str(guard.rows)} if guard else None,
         "opset": opset,
         "inputs": [_spec(spec) for spec in inputs],
         "outputs": [_spec(spec) for spec in outputs],

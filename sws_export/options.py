@@ -2,14 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from graph_passes.functions import Guard
 from sws_export.contract import Precision, TensorSpec
 from sws_export.errors import OptionError
 from sws_export.parameters import SwsParameters
 from sws_export.profile import Range, Sizes, resolve_sizes
+from sws_export.rewrite import GuardOptions
 
+GUARDS: tuple[Guard, ...] = ("fused", "literal")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 ENGINE_SUFFIXES = (".plan", ".engine")
 
@@ -26,6 +30,8 @@ class ExportOptions:
         precision: Precision of the UNet; None for that of the checkpoint.
         parameters: Constants of SWS.
         sites: Shell patterns of attention sites; empty for all self-attention.
+        guard: `literal` stores the logits of a site to find the key mixing, `fused` does not.
+        guard_rows: Share of the query rows that the guard looks at, such as 1/8; below 1 an approximation.
         plain: Export without SWS.
         config: A diffusers config.json, where none lies beside the checkpoint.
         ema: Take the EMA weights of a checkpoint that holds both.
@@ -55,6 +61,8 @@ class ExportOptions:
     precision: Precision | None = None
     parameters: SwsParameters = dataclasses.field(default_factory=SwsParameters)
     sites: tuple[str, ...] = ()
+    guard: Guard = "literal"
+    guard_rows: str = "1"
     plain: bool = False
     config: Path | None = None
     ema: bool = False
@@ -84,6 +92,29 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.plain and (self.sites or self.parameters != SwsParameters()):
             raise OptionError("--plain exports the UNet without SWS; leave out --sws and --sites")
+        if self.vae_scale is not None and self.vae_scale < 1:
+            raise OptionError(
+                f"--vae-scale {self.vae_scale}: expected 1 or more, such as 8 (Stable Diffusion)"
+            )
+
+
+def guard_options(options: ExportOptions) -> GuardOptions:
+    """The form of the key guard.
+
+    Raises:
+        OptionError: The form is unknown, or the share of rows is none.
+    """
+    if options.guard not in GUARDS:
+        raise OptionError(f"--guard {options.guard} is unknown; choose {' or '.join(GUARDS)}")
+    try:
+        rows = Fraction(options.guard_rows)
+    except (ValueError, ZeroDivisionError):
+        rows = Fraction(0)
+    if not 0 < rows <= 1:
+        raise OptionError(
+            f"--guard-rows {options.guard_rows}: expected a share of the rows, such as 1/8, or 1 for all"
+        )
+    return GuardOptions(options.guard, rows)
 
 
 Kind = Literal["onnx", "engine"]

@@ -15,14 +15,14 @@ from sws_export.engines import EngineReport, build_engine
 from sws_export.errors import OutputError, ValidationError
 from sws_export.onnx_export import OPSET
 from sws_export.onnx_files import data_file, save_onnx
-from sws_export.options import ExportOptions, artefact_kind
+from sws_export.options import ExportOptions, artefact_kind, guard_options
 from sws_export.preflight import Preflight, preflight
 from sws_export.profile import shapes_for
 from sws_export.progress import Progress, Silent
 from sws_export.rewrite import RewriteReport, Target, graph_specs, rewrite
 from sws_export.sources import Source, open_source
 from sws_export.stages import StageFigures, StageLog
-from sws_export.validation import ValidationReport
+from sws_export.validation import Shuffled, ValidationReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ def export(
     model, out = Path(model), Path(out)
     options, progress = options or ExportOptions(), progress or Silent()
     kind = artefact_kind(out)
+    guard_options(options)
     _check_destination(model, out, keep_onnx=options.keep_onnx or kind == "onnx")
     log = StageLog()
     source = open_source(model, options, progress)
@@ -94,7 +95,8 @@ def export(
         if options.validate:
             with log.measure("validate"):
                 sites = rewritten.site_names if rewritten else ()
-                validation = source.validate(graph_path, options.parameters, sites, scratch, progress)
+                shuffled = Shuffled(options.parameters, sites, guard_options(options).rows)
+                validation = source.validate(graph_path, shuffled, scratch, progress)
             _check_validation(validation)
         engine, profile = None, None
         if engine_plan is not None:
@@ -142,7 +144,9 @@ def _make_graph(
         if options.plain:
             CleanGraph()(model)
         else:
-            rewritten = rewrite(model, options.parameters, options.sites, target, progress)
+            rewritten = rewrite(
+                model, options.parameters, options.sites, guard_options(options), target, progress
+            )
     model.producer_name, model.producer_version = "sws-export", manifests.library_versions()["sws-export"]
     manifests.embed(
         model,
@@ -154,6 +158,7 @@ def _make_graph(
             rewrite=rewritten,
             precision=source.precision,
             target=target,
+            guard=guard_options(options) if rewritten else None,
             opset=OPSET,
         ),
     )

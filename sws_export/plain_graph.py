@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from graph_passes.find_sites import count_levels
@@ -58,6 +59,22 @@ class PlainGraph:
             math.prod(value.shape.numpy()) for value in self.model.graph.initializers.values() if value.shape
         )
 
+    def require_finite(self) -> None:
+        """Look for NaN and Inf among the weights; single numbers are limits, which may be infinite.
+
+        Raises:
+            CheckpointError: Names the first such weight.
+        """
+        for value in self.model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.size <= 1 or not tensor.dtype.is_floating_point():
+                continue
+            if not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all():
+                raise CheckpointError(
+                    f"{self.path}: weight '{value.name}' holds NaN or Inf; the model is broken (often by a "
+                    "conversion to fp16): export it again from another copy"
+                )
+
     def digest(self, progress: Progress) -> str:
         """sha256 of the ONNX file's bytes, external weights after them in the order of their names."""
         external = {
@@ -80,7 +97,7 @@ def open_graph(path: Path) -> PlainGraph:
     """Read a UNet exported to ONNX without SWS.
 
     Raises:
-        CheckpointError: The file is missing or is no ONNX model.
+        CheckpointError: The file or its weights are missing or damaged, or it is no ONNX model.
         ExportError: It is not a UNet with diffusers' input names, has SWS already, or is of an older opset.
     """
     if not path.is_file():
@@ -95,6 +112,7 @@ def open_graph(path: Path) -> PlainGraph:
             f"{path}: expected opset {OPSET} or later, found {opset}; export the checkpoint with sws-export "
             "or with torch.onnx.export(dynamo=True, opset_version=23)"
         )
+    _check_weight_files(path, model)
     _name_dimensions(path, model)
     NameNodes()(model)
     inputs = graph_specs(model.graph.inputs)
@@ -105,6 +123,25 @@ def open_graph(path: Path) -> PlainGraph:
         )
     recorded = manifest.embedded(model) or {}
     return PlainGraph(path, model, inputs, precision, recorded.get("source", {}).get("vae_scale"))
+
+
+def _check_weight_files(path: Path, model: ir.Model) -> None:
+    """Refuse a graph whose external weights are missing or cut short; they are read much later."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file = Path(tensor.path)
+        if not file.is_file():
+            raise CheckpointError(
+                f"{path}: its weights are missing: expected them in {file}; fetch that file too"
+            )
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if file.stat().st_size < end:
+            raise CheckpointError(
+                f"{file} is truncated: expected at least {end} bytes for {value.name}, "
+                f"found {file.stat().st_size}; fetch it again"
+            )
 
 
 def _name_dimensions(path: Path, model: ir.Model) -> None:

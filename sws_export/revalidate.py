@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sws_export.options import ExportOptions
 from sws_export.parameters import SwsParameters
 from sws_export.progress import Progress, Silent
 from sws_export.sources import open_source
-from sws_export.validation import ValidationReport
+from sws_export.validation import Shuffled, ValidationReport
 
 
 def validate(
@@ -48,10 +49,16 @@ def validate(
             f"{described['source']['sha256'][:12]}…, {model} has {found['sha256'][:12]}…; "
             "give the checkpoint that it was exported from"
         )
-    sws = SwsParameters(**described["sws"]) if described["sws"] else SwsParameters()
-    sites = [name for names in described["sites"].values() for name in names]
     with tempfile.TemporaryDirectory() as scratch:
-        return source.validate(graph, sws, sites, Path(scratch), progress)
+        return source.validate(graph, _shuffled(described), Path(scratch), progress)
+
+
+def _shuffled(described: dict[str, Any]) -> Shuffled:
+    if not described["sws"]:
+        return Shuffled(SwsParameters(), ())
+    values = described["sws"] | {"scales": tuple(described["sws"]["scales"])}
+    sites = tuple(name for names in described["sites"].values() for name in names)
+    return Shuffled(SwsParameters(**values), sites, Fraction(described["guard"]["rows"]))
 
 
 def _description(graph: Path) -> dict[str, Any]:
@@ -63,6 +70,4 @@ def _description(graph: Path) -> dict[str, Any]:
         raise CheckpointError(f"{graph} is not an ONNX model or is damaged: {error}") from error
     if described is None:
         raise CheckpointError(f"{graph} was not written by sws-export: it does not say what it was made with")
-    if described["sws"]:
-        described["sws"]["scales"] = tuple(described["sws"]["scales"])
     return described

@@ -5,6 +5,7 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Literal
 
 import onnx_ir as ir
@@ -12,6 +13,7 @@ import onnx_ir as ir
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site, SkippedSite, find_sites
+from graph_passes.functions import Guard
 from graph_passes.insert_sws import InsertSws, StatePair, state_pair
 from graph_passes.lower_functions import PLUGIN_OPERATORS, LowerFunctions
 from graph_passes.parameters import SwsParameters
@@ -26,6 +28,19 @@ _KEPT_OPERATORS: dict[Target, frozenset[str]] = {
     "tensorrt-rtx": frozenset(),
     "tensorrt": PLUGIN_OPERATORS,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardOptions:
+    """How the key guard is computed.
+
+    Attributes:
+        form: `literal` stores the logits of a site, `fused` does not.
+        rows: Share of the query rows that it looks at; below 1 an approximation.
+    """
+
+    form: Guard = "literal"
+    rows: Fraction = Fraction(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +69,7 @@ def rewrite(
     model: ir.Model,
     parameters: SwsParameters,
     patterns: Sequence[str],
+    guard: GuardOptions,
     target: Target,
     progress: Progress,
 ) -> RewriteReport:
@@ -63,6 +79,7 @@ def rewrite(
         model: A plain export.
         parameters: Constants of the method.
         patterns: Shell patterns of site names; empty for all.
+        guard: Form of the key guard.
         target: Runtime that the graph is for.
         progress: Hears which sites are taken and which are not.
 
@@ -79,7 +96,7 @@ def rewrite(
         skipped += deselected
         try:
             stage.describe("inserting SWS")
-            InsertSws(sites, parameters)(model)
+            InsertSws(sites, parameters, guard.form, guard.rows)(model)
             stage.describe("lowering")
             LowerFunctions(_KEPT_OPERATORS[target])(model)
             CleanGraph()(model)

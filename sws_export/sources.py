@@ -1,6 +1,5 @@
 """Where an export starts: a checkpoint, or a plain ONNX graph. Both offer the same steps."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,10 +10,9 @@ from sws_export.contract import Precision, TensorSpec
 from sws_export.errors import OptionError
 from sws_export.graph_source import GraphSource
 from sws_export.options import ExportOptions
-from sws_export.parameters import SwsParameters
 from sws_export.plain_graph import open_graph
 from sws_export.progress import Progress
-from sws_export.validation import ValidationReport
+from sws_export.validation import Shuffled, ValidationReport
 
 
 class Source(Protocol):
@@ -60,8 +58,7 @@ class Source(Protocol):
     def validate(
         self,
         onnx_path: Path,
-        sws: SwsParameters,
-        sites: Sequence[str],
+        shuffled: Shuffled,
         scratch: Path,
         progress: Progress,
     ) -> ValidationReport:

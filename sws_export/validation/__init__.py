@@ -2,9 +2,16 @@
 
 from sws_export.validation.compare import OutputDifference
 from sws_export.validation.validate import (
+    Shuffled,
     ValidationReport,
     validate_against_plain,
     validate_against_reference,
 )
 
-__all__ = ["OutputDifference", "ValidationReport", "validate_against_plain", "validate_against_reference"]
+__all__ = [
+    "OutputDifference",
+    "Shuffled",
+    "ValidationReport",
+    "validate_against_plain",
+    "validate_against_reference",
+]
