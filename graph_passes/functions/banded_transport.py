@@ -9,49 +9,104 @@ from graph_passes.functions.building import Op, cast, define_function
 from graph_passes.parameters import STATE_RADIUS, diamond_offsets
 
 FLOAT = ir.DataType.FLOAT
+TILE = 8
 _WINDOW = 2 * STATE_RADIUS + 1
+_HALO = TILE + 2 * STATE_RADIUS
 
 
 def build_banded_transport(dtype: ir.DataType) -> ir.Function:
     """`BandedTransport(transport [B, 145, H, W] float32, x [B, T, C]) -> [B, T, C]` of `dtype`.
 
-    Row skew: the entries of one row offset dy, laid out as [W, 17] along dx and padded by W on the right,
-    become [W, W + 16] when cut to one element a row less. Row x has then moved right by x, so a product with
-    the padded grid row y + dy sums exactly the band. 17 small products replace one of T x T.
+    The tokens of an 8 x 8 tile are sums over the 24 x 24 tokens around: one product [64, 576] x [576, C] a
+    tile, a seventh of the dense product's work at 64 x 64 tokens. Tokens are gathered into tiles and out of
+    them by indices that depend on the grid alone, so that all sites of a grid share them and the matrices.
+    Entries of `transport` that lead off the grid must be 0.
     """
-    offsets = diamond_offsets(STATE_RADIUS)
-    # Plane of each (dy, dx) of the square window; those outside the diamond name the plane of zeros.
-    planes = np.full((_WINDOW, _WINDOW), len(offsets), np.int64)
-    for j, (dy, dx) in enumerate(offsets):
-        planes[dy + STATE_RADIUS, dx + STATE_RADIUS] = j
 
     def body(op: Op, transport: Any, x: Any) -> Any:
-        size = op.Shape(transport, start=2, end=4)
-        height, width = op.Split(size, num_outputs=2, axis=0, _outputs=2)
-        padded_width = op.Add(width, [2 * STATE_RADIUS])
-        band = cast(op, transport, dtype, FLOAT)
-        skewed = _skew(op, band, planes, width, padded_width)
-
-        grid = op.Reshape(x, op.Concat([0], size, [-1], axis=0))
-        margin = [STATE_RADIUS, STATE_RADIUS]
-        padded = op.Pad(grid, margin + margin, None, [1, 2])
-        total = None
-        for i in range(_WINDOW):
-            rows = op.Slice(padded, [i], op.Add(height, [i]), [1])
-            weights = op.Gather(skewed, i, axis=0)
-            term = op.MatMul(weights, rows)
-            total = term if total is None else op.Add(total, term)
-        return op.Reshape(total, op.Shape(x))
+        grid = _Grid(op, op.Shape(transport, start=2, end=4))
+        matrices = _tile_matrices(op, cast(op, transport, dtype, FLOAT), grid)
+        gathered = op.Gather(x, grid.tokens_around_tiles(), axis=1)
+        tiles = op.MatMul(matrices, gathered)
+        flat = op.Reshape(tiles, op.Concat([0, -1], op.Shape(x, start=2, end=3), axis=0))
+        return op.Gather(flat, grid.places_in_tiles(), axis=1)
 
     return define_function("BandedTransport", body, {"transport": FLOAT, "x": dtype}, ["y"])
 
 
-def _skew(op: Op, band: Any, planes: Any, width: Any, padded_width: Any) -> Any:
-    """The band as [17, B, H, W, W + 16]: for each row offset, a matrix from grid row to grid row."""
-    with_zero = op.Pad(band, [0, 1], None, [1])
-    window = op.Gather(with_zero, op.Constant(value=ir.tensor(planes, name="planes")), axis=1)
-    rows = op.Transpose(window, perm=[1, 0, 3, 4, 2])
-    lengthened = op.Pad(rows, op.Concat([0], width, axis=0), None, [4])
-    flat = op.Reshape(lengthened, [0, 0, 0, -1])
-    cut = op.Slice(flat, [0], op.Mul(width, padded_width), [3])
-    return op.Reshape(cut, op.Concat([0, 0, 0], width, padded_width, axis=0))
+class _Grid:
+    """A grid of H x W tokens under tiles, of which the last of a row or column may reach beyond it."""
+
+    def __init__(self, op: Op, size: Any) -> None:
+        self.op = op
+        self.size = size
+        self.tiles = op.Div(op.Add(size, [TILE - 1]), [TILE])
+        self.covered = op.Mul(self.tiles, [TILE])
+        self.sides = op.Split(size, num_outputs=2, axis=0, _outputs=2)
+        self.tile_sides = op.Split(self.tiles, num_outputs=2, axis=0, _outputs=2)
+
+    def tokens_around_tiles(self) -> Any:
+        """[tiles, 576] int64: tokens of each tile and its halo; beyond the grid the nearest token on it."""
+        op = self.op
+        rows, columns = (
+            self._around(side, tiles) for side, tiles in zip(self.sides, self.tile_sides, strict=True)
+        )
+        starts = op.Unsqueeze(op.Mul(rows, self.sides[1]), [1, 3])
+        return op.Reshape(op.Add(starts, op.Unsqueeze(columns, [0, 2])), [-1, _HALO * _HALO])
+
+    def _around(self, side: Any, tiles: Any) -> Any:
+        """[tiles, 24] int64: rows, or columns, of each tile and its halo."""
+        op = self.op
+        first = op.Unsqueeze(op.Mul(_count(op, tiles), TILE), [1])
+        reach = np.arange(_HALO, dtype=np.int64) - STATE_RADIUS
+        inside = op.Add(first, op.Constant(value=ir.tensor(reach, name="reach")))
+        return op.Max(op.Min(inside, op.Sub(side, [1])), [0])
+
+    def places_in_tiles(self) -> Any:
+        """[T] int64: where each token is when tiles are laid out one after the other."""
+        op = self.op
+        places = _count(op, op.ReduceProd(self.covered, [0]))
+        by_tile = op.Reshape(places, op.Concat(self.tiles, [TILE, TILE], axis=0))
+        by_row = op.Reshape(op.Transpose(by_tile, perm=[0, 2, 1, 3]), self.covered)
+        return op.Reshape(op.Slice(by_row, [0, 0], self.size, [0, 1]), [-1])
+
+
+def _count(op: Op, end: Any) -> Any:
+    """0, 1, ... below `end`, which is [1] int64."""
+    return op.Range(0, op.Squeeze(end, [0]), 1)
+
+
+def _tile_matrices(op: Op, band: Any, grid: _Grid) -> Any:
+    """The band as [B, tiles, 64, 576]: for each tile, a matrix from its surroundings to its tokens."""
+    padding = op.Concat([1], op.Sub(grid.covered, grid.size), axis=0)
+    padded = op.Pad(band, op.Concat([0, 0, 0], padding, axis=0), None, [1, 2, 3])
+    window = op.Gather(padded, op.Constant(value=ir.tensor(_window_planes(), name="planes")), axis=1)
+    rows, columns = grid.tile_sides
+    tiled = op.Reshape(window, op.Concat([0, 0, 0], rows, [TILE], columns, [TILE], axis=0))
+    by_token = op.Transpose(tiled, perm=[0, 3, 5, 4, 1, 6, 2])
+    across = _shift(op, by_token, axis=6, block=1, shape=[0, 0, 0, TILE, _WINDOW, TILE, _HALO])
+    around = _shift(op, across, axis=4, block=TILE * _HALO, shape=[0, 0, 0, TILE, _HALO, TILE, _HALO])
+    by_row = op.Transpose(around, perm=[0, 1, 2, 3, 5, 4, 6])
+    return op.Reshape(by_row, [0, -1, TILE * TILE, _HALO * _HALO])
+
+
+def _window_planes() -> Any:
+    """[17, 17] int64: the plane of the band of each (dy, dx); outside the diamond that of zeros."""
+    offsets = diamond_offsets(STATE_RADIUS)
+    planes = np.full((_WINDOW, _WINDOW), len(offsets), np.int64)
+    for j, (dy, dx) in enumerate(offsets):
+        planes[dy + STATE_RADIUS, dx + STATE_RADIUS] = j
+    return planes
+
+
+def _shift(op: Op, x: Any, axis: int, block: int, shape: list[int]) -> Any:
+    """Move each token of a tile along `axis` by its place in the tile: offsets become places in the halo.
+
+    Offsets lie in rows of 17. Rows padded to 25 and read as rows of 24 begin one later each; `block` is
+    the number of elements behind `axis`, and the tokens lie in the axis before it.
+    """
+    padded = op.Pad(x, [0, TILE], None, [axis])
+    kept = [0] * (axis - 1) + [-1]
+    flat = op.Reshape(padded, kept)
+    cut = op.Slice(flat, [0], [TILE * _HALO * block], [axis - 1])
+    return op.Reshape(cut, shape)
