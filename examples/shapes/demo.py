@@ -14,13 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from examples.shapes import prompts
 from sws_export.errors import SwsExportError
 from sws_export.runtime import Session
-from sws_export.runtime.picture_grid import draw_grid, save_picture, to_image
-from sws_export.runtime.sampling import Effect, Sampled, measure, sample, seeded_noise
+from sws_export.runtime.picture_grid import save_picture
+from sws_export.runtime.pipeline_sampling import comparison_sheet
+from sws_export.runtime.sampling import Effect, Floats, Sampled, measure, sample, seeded_noise
 
 HERE = Path(__file__).resolve().parent
 SIDE = 32
@@ -33,18 +32,19 @@ PROMPTS = (
 SEEDS = (1, 2)
 INTENSITIES = (0.0, 0.5, 1.0)
 SCALE = 3
-LARGEST_SHOWN = 0.8
 
 
 def main() -> None:
     arguments = _parse()
     try:
+        told = prompts.embed_all([prompt for prompt in arguments.prompt for _ in SEEDS])
         session = Session.load(arguments.artefact)
         runs = [
-            _sample(session, arguments.prompt, intensity, arguments.steps, arguments.guidance)
+            _sample(session, told, intensity, arguments.steps, arguments.guidance)
             for intensity in INTENSITIES
         ]
-        _save(runs, arguments.prompt, arguments.steps, arguments.out)
+        sheet = comparison_sheet(runs, arguments.prompt, SEEDS, arguments.steps, SCALE)
+        save_picture(sheet, arguments.out)
     except (SwsExportError, prompts.PromptError) as error:
         sys.exit(f"demo: {error}")
     for line in _table([measure(run, runs[0]) for run in runs]):
@@ -66,16 +66,14 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _sample(
-    session: Session, wanted: Sequence[str], intensity: float, steps: int, guidance: float
-) -> Sampled:
-    """All prompts from all seeds, prompt by prompt, as one batch."""
+def _sample(session: Session, told: Floats, intensity: float, steps: int, guidance: float) -> Sampled:
+    """A picture for each text in `told`, which has every prompt once for each seed, all as one batch."""
     from diffusers import EulerDiscreteScheduler
 
     scheduler = EulerDiscreteScheduler.from_pretrained(HERE, subfolder="scheduler")
     channels = session.contract.prediction.shape[1]
-    noise = seeded_noise([seed for _ in wanted for seed in SEEDS], (int(channels), SIDE, SIDE))
-    told = prompts.embed_all([prompt for prompt in wanted for _ in SEEDS])
+    seeds = SEEDS * (len(told) // len(SEEDS))
+    noise = seeded_noise(seeds, (int(channels), SIDE, SIDE))
     counter = itertools.count(1)
 
     def report() -> None:
@@ -95,22 +93,6 @@ def _sample(
         guidance=guidance,
         on_step=report,
     )
-
-
-def _save(runs: Sequence[Sampled], wanted: Sequence[str], steps: int, out: Path) -> None:
-    """Each row a prompt; each group of columns a seed: the pictures of every run, and last against first."""
-    change = runs[-1].pictures - runs[0].pictures
-    enlarged = max(1, int(LARGEST_SHOWN / max(float(np.quantile(np.abs(change), 0.999)), 1e-6)))
-    shown = [*(run.pictures for run in runs), change * enlarged]
-    rows = []
-    for row, prompt in enumerate(wanted):
-        numbers = [row * len(SEEDS) + number for number in range(len(SEEDS))]
-        pictures = [to_image(column[number], SCALE) for number in numbers for column in shown]
-        rows.append((prompt or "(no prompt)", pictures))
-    columns = ["plain", *(f"SWS {run.intensity:g}" for run in runs[1:]), f"change x {enlarged}"]
-    groups = [f"seed {seed}" for seed in SEEDS]
-    title = f"The same seeds without and with SWS, {steps} Euler steps"
-    save_picture(draw_grid(rows, columns, groups, title), out)
 
 
 def _table(effects: Sequence[Effect]) -> list[str]:

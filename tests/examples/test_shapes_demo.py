@@ -51,9 +51,9 @@ def test_it_draws_and_measures(shapes_sws: Path, tmp_path: Path) -> None:
     assert (sharpness > 0).all()
     assert (change > 0).all()
     # Two seeds, each with three pictures and the change, of 96 by 96 pixels.
-    image = Image.open(out)
-    assert image.width > 8 * 96
-    assert len(image.convert("RGB").getcolors(1 << 20) or []) > 100
+    with Image.open(out) as image:
+        assert image.width > 8 * 96
+        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 100
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")

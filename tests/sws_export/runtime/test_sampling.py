@@ -116,7 +116,8 @@ def test_a_sheet_shows_every_picture_once() -> None:
 def test_a_sheet_is_written_whole_or_not(tmp_path: Path) -> None:
     image = Image.new("RGB", (3, 3), (1, 2, 3))
     save_picture(image, tmp_path / "x.png")
-    assert Image.open(tmp_path / "x.png").getpixel((0, 0)) == (1, 2, 3)
+    with Image.open(tmp_path / "x.png") as written:
+        assert written.getpixel((0, 0)) == (1, 2, 3)
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
     with pytest.raises(OutputError):
         save_picture(image, tmp_path / "missing" / "x.png")

@@ -1,0 +1,176 @@
+"""Sampling a whole diffusers pipeline with its UNet replaced by an artefact, with and without SWS."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sws_export.errors import CheckpointError, OptionError
+from sws_export.progress import Progress, Silent
+from sws_export.runtime.picture_grid import draw_grid, save_picture, to_image
+from sws_export.runtime.sampling import Effect, Floats, Sampled, measure
+
+_LARGEST_SHOWN = 0.8
+_WIDEST = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """What to sample.
+
+    Attributes:
+        prompts: One row of pictures each.
+        seeds: One group of columns each.
+        intensities: One column of each group; the first is what the others are compared with.
+        steps: Steps of the scheduler.
+        guidance: Scale of classifier-free guidance.
+        height: Pixels; None takes the size the UNet was trained on.
+        width: Pixels.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    intensities: tuple[float, ...] = (0.0, 0.5, 1.0)
+    steps: int = 25
+    guidance: float = 5.0
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "seeds", "intensities"):
+            if not getattr(self, name):
+                raise OptionError(f"nothing to sample: give at least one of {name}")
+        for intensity in self.intensities:
+            if not 0.0 <= intensity <= 1.0:
+                raise OptionError(f"intensity {intensity:g} is out of range; allowed is 0 to 1")
+        if self.steps < 1:
+            raise OptionError(f"steps {self.steps} is out of range; at least 1 is needed")
+
+
+def sample_pipeline(
+    artefact: Path, pipeline: Path, out: Path, options: SampleOptions, progress: Progress | None = None
+) -> list[Effect]:
+    """Write one PNG with the pictures of every prompt, seed and intensity, and measure what SWS changes.
+
+    Pictures of one prompt and seed start from the same noise. They are made one at a time.
+
+    Args:
+        artefact: What `sws-export` made of the UNet of `pipeline`.
+        pipeline: A diffusers pipeline directory with its other parts; nothing is fetched from elsewhere.
+        out: The PNG.
+        options: What to sample.
+        progress: Hears of each picture.
+
+    Returns:
+        One entry for each intensity. Pictures are in [-1, 1]; `step_change` is that of the latents.
+
+    Raises:
+        SwsExportError: A file is missing or does not fit the other, or the PNG cannot be written.
+    """
+    from sws_export.runtime.diffusers import SWSUNet
+
+    unet = SWSUNet.load(artefact, config=_unet_config(pipeline))
+    pipe = _load_pipeline(pipeline)
+    unet.attach(pipe)
+    total = len(options.prompts) * len(options.seeds) * len(options.intensities)
+    runs = []
+    with (progress or Silent()).stage("sample", total=total) as stage:
+        for intensity in options.intensities:
+            pictures, changes = [], []
+            for prompt, seed in itertools.product(options.prompts, options.seeds):
+                stage.describe(f"intensity {intensity:g}: {prompt}")
+                picture, moved = _one(pipe, prompt, seed, intensity, options)
+                pictures.append(picture)
+                changes.append(moved)
+                stage.advance()
+            runs.append(Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1)))
+    save_picture(comparison_sheet(runs, options.prompts, options.seeds, options.steps), out)
+    return [measure(run, runs[0]) for run in runs]
+
+
+def comparison_sheet(
+    runs: Sequence[Sampled], prompts: Sequence[str], seeds: Sequence[int], steps: int, scale: int = 1
+) -> Image.Image:
+    """Pictures of `runs` side by side, and enlarged the change from the first run to the last.
+
+    Args:
+        runs: Pictures in [-1, 1], prompt by prompt and within a prompt seed by seed.
+        prompts: One row each.
+        seeds: One group of columns each.
+        steps: Number of steps, for the title.
+        scale: Pixels of the sheet for a pixel of a picture.
+    """
+    change = runs[-1].pictures - runs[0].pictures
+    enlarged = max(1, int(_LARGEST_SHOWN / max(float(np.quantile(np.abs(change), 0.999)), 1e-6)))
+    shown = [*(run.pictures for run in runs), change * enlarged]
+    rows = []
+    for row, prompt in enumerate(prompts):
+        numbers = range(row * len(seeds), (row + 1) * len(seeds))
+        rows.append((prompt or "(no prompt)", [_shown(each[n], scale) for n in numbers for each in shown]))
+    labels = ["plain" if run.intensity == 0 else f"SWS {run.intensity:g}" for run in runs]
+    groups = [f"seed {seed}" for seed in seeds]
+    title = f"The same seeds without and with SWS, {steps} steps"
+    return draw_grid(rows, [*labels, f"change x {enlarged}"], groups, title)
+
+
+def _shown(picture: Floats, scale: int) -> Image.Image:
+    image = to_image(picture, scale)
+    image.thumbnail((_WIDEST, _WIDEST))
+    return image
+
+
+def _unet_config(pipeline: Path) -> dict[str, Any]:
+    from diffusers import UNet2DConditionModel
+
+    if not (pipeline / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{pipeline} is not a diffusers pipeline: model_index.json is missing; give the directory that "
+            "holds text_encoder, vae and scheduler beside the UNet"
+        )
+    try:
+        return dict(UNet2DConditionModel.load_config(pipeline, subfolder="unet", local_files_only=True))
+    except OSError as error:
+        raise CheckpointError(f"{pipeline} has no unet/config.json: {error}") from error
+
+
+def _load_pipeline(pipeline: Path) -> Any:
+    """The pipeline without its UNet, whose weights are not read."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(pipeline, unet=None, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"diffusers cannot load the pipeline {pipeline}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _one(
+    pipe: Any, prompt: str, seed: int, intensity: float, options: SampleOptions
+) -> tuple[Floats, Floats]:
+    """One picture [3, H, W] in [-1, 1], and how far the latents moved at each step but the first."""
+    import torch
+
+    latents: list[Floats] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+        latents.append(tensors["latents"].float().cpu().numpy())
+        return tensors
+
+    (image,) = pipe(
+        prompt,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        height=options.height,
+        width=options.width,
+        generator=torch.Generator().manual_seed(seed),
+        cross_attention_kwargs={"intensity": intensity},
+        callback_on_step_end=keep,
+        output_type="np",
+    ).images
+    moved = [np.sqrt(np.square(after - before).mean()) for before, after in itertools.pairwise(latents)]
+    return np.asarray(image.transpose(2, 0, 1) * 2 - 1, np.float32), np.asarray(moved, np.float32)

@@ -1,0 +1,142 @@
+"""A pipeline directory sampled with and without SWS."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sws_export.errors import CheckpointError, OptionError
+from sws_export.runtime.pipeline_sampling import SampleOptions, comparison_sheet, sample_pipeline
+from sws_export.runtime.sampling import Sampled
+from tests import road
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def text_parts(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """A tokenizer of single letters and a text encoder of random weights."""
+    words = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        words |= {letter: len(words), letter + "</w>": len(words) + 1}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return tokenizer, CLIPTextModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
+    """A Stable Diffusion pipeline directory around `random_unet`."""
+
+    def make(path: Path) -> None:
+        torch.manual_seed(2)
+        tokenizer, encoder = text_parts(path.with_name("words"))
+        StableDiffusionPipeline(
+            vae=AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4),
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            unet=UNet2DConditionModel.from_pretrained(random_unet),
+            scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(path)
+
+    return road.shared(tmp_path_factory, "pipeline", make)
+
+
+OPTIONS = SampleOptions(prompts=("a cat", ""), seeds=(1, 2), steps=3, height=16, width=16)
+
+
+def test_pictures_and_effect(sws_graph: Path, pipeline: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    effects = sample_pipeline(sws_graph, pipeline, out, OPTIONS)
+    assert [effect.intensity for effect in effects] == [0.0, 0.5, 1.0]
+    assert effects[0].difference == 0 < effects[1].difference < effects[2].difference
+    assert all(effect.sharpness > 0 and effect.step_change > 0 for effect in effects)
+    with Image.open(out) as sheet:
+        assert sheet.height > 2 * 16
+
+
+def test_plain_pictures_are_the_pipelines_own(
+    sws_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Sampled] = []
+
+    def note(runs: list[Sampled], *arguments: Any) -> Image.Image:
+        drawn.extend(runs)
+        return comparison_sheet(runs, *arguments)
+
+    monkeypatch.setattr("sws_export.runtime.pipeline_sampling.comparison_sheet", note)
+    sample_pipeline(sws_graph, pipeline, tmp_path / "sheet.png", OPTIONS)
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    expected = [
+        pipe(
+            prompt,
+            num_inference_steps=3,
+            guidance_scale=5.0,
+            height=16,
+            width=16,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+        ).images[0]
+        for prompt in OPTIONS.prompts
+        for seed in OPTIONS.seeds
+    ]
+    np.testing.assert_allclose(
+        drawn[0].pictures.transpose(0, 2, 3, 1) / 2 + 0.5, np.stack(expected), rtol=0, atol=1e-4
+    )
+
+
+def test_the_change_is_enlarged(tmp_path: Path) -> None:
+    grey, brighter = np.zeros((1, 3, 8, 8), np.float32), np.full((1, 3, 8, 8), 0.01, np.float32)
+    runs = [Sampled(0.0, grey, np.zeros((1, 1))), Sampled(1.0, brighter, np.zeros((1, 1)))]  # type: ignore[arg-type]
+    sheet = comparison_sheet(runs, ["x"], [3], steps=2)
+    # 0.01 in [-1, 1], 80 times: 0.8, which is 230 of 255.
+    counts = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
+    assert counts[(230, 230, 230)] == 64
+
+
+def test_what_is_no_pipeline(sws_graph: Path, random_unet: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not a diffusers pipeline: model_index\.json is missing"):
+        sample_pipeline(sws_graph, random_unet, tmp_path / "x.png", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": ()}, "at least one of prompts"),
+        ({"intensities": (0.0, 1.5)}, "intensity 1.5 is out of range"),
+        ({"steps": 0}, "steps 0 is out of range"),
+    ],
+)
+def test_options_that_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        SampleOptions(**({"prompts": ("a",)} | change))
