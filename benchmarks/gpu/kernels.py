@@ -136,7 +136,7 @@ class Kernels:
                 *(_pointer(q), _pointer(k), _pointer(k_perm)),
                 (ctypes.c_void_p * 5)(*(tensor.data_ptr() for tensor in scalars)),
                 (ctypes.c_void_p * 2)(*(tensor.data_ptr() for tensor in results)),
-                *(batch, tokens, heads, head_size),
+                *(batch, tokens, k.shape[1], heads, head_size),
                 ctypes.c_float(1 / math.sqrt(head_size)),
                 ctypes.c_float(key_cap),
                 *(bisection_steps, FORMATS[q.dtype]),

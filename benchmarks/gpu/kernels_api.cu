@@ -27,9 +27,10 @@ int sws_banded_transport(const void *weights, const void *x0, const void *x1,
       sws::launch_banded_transport(problem, static_cast<cudaStream_t>(stream)));
 }
 
-size_t sws_key_guard_workspace(int batch, int tokens, int heads,
+size_t sws_key_guard_workspace(int batch, int query_tokens, int heads,
                                int bisection_steps) {
-  return sws::guard_workspace_bytes(batch, tokens, heads, bisection_steps);
+  return sws::guard_workspace_bytes(batch, query_tokens, heads,
+                                    bisection_steps);
 }
 
 // scalars: tau_q, amplitude, kappa, key_gate, value_gain, each [batch] float32.
@@ -51,6 +52,7 @@ int sws_key_guard(const void *q, const void *k, const void *k_perm,
   problem.key_mix = outputs[0];
   problem.value_mix = outputs[1];
   problem.batch = batch;
+  problem.query_tokens = query_tokens;
   problem.tokens = tokens;
   problem.heads = heads;
   problem.head_size = head_size;

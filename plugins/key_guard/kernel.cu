@@ -40,9 +40,10 @@ __global__ void __launch_bounds__(kGuardThreads)
 }
 
 bool is_valid(GuardProblem const& problem) {
-  return problem.batch >= 1 && problem.batch <= kMaxGridZ && problem.tokens >= 1 && problem.heads >= 1 &&
-         problem.head_size >= 1 && problem.bisection_steps >= 1 && problem.bisection_steps <= kMaxBisectionSteps &&
-         problem.key_cap >= 0.0f && problem.key_cap <= 1.0f && problem.scale > 0.0f;
+  return problem.batch >= 1 && problem.batch <= kMaxGridZ && problem.query_tokens >= 1 && problem.tokens >= 1 &&
+         problem.heads >= 1 && problem.head_size >= 1 && problem.bisection_steps >= 1 &&
+         problem.bisection_steps <= kMaxBisectionSteps && problem.key_cap >= 0.0f && problem.key_cap <= 1.0f &&
+         problem.scale > 0.0f;
 }
 
 // What the launches of one problem share.

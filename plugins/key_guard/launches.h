@@ -12,7 +12,7 @@ SWS_HD AlphaNodes survey_nodes(SampleLimits limits) {
 }
 
 SWS_HD int guard_row_tiles(GuardProblem const& problem, int rows) {
-  return problem.heads * ((problem.tokens + rows - 1) / rows);
+  return problem.heads * ((problem.query_tokens + rows - 1) / rows);
 }
 
 // Row tiles of each round, given whether survey and candidate run on tensor cores.

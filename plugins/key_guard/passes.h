@@ -27,7 +27,7 @@ SWS_HD AlphaNodes probe_nodes(SearchState const& state, int bisection_steps) {
 
 // Entropy, and growth and slope at limit / 2 and limit.
 struct SurveyPass {
-  using Row = SharedPeakRow<2>;
+  using Row = SharedPeakRow<2, true>;
   static constexpr int kResults = 8;
   enum Result { kEntropySum, kEntropyLeast, kEntropyGreatest, kGrowth0, kGrowth1, kSlope0, kSlope1, kReliable };
 
@@ -51,7 +51,7 @@ struct SurveyPass {
 
 // KL at a few neighbouring grid points, by the cheap row sums; the last result says whether they hold.
 struct CandidatePass {
-  using Row = SharedPeakRow<kCandidateProbes>;
+  using Row = SharedPeakRow<kCandidateProbes, false>;
   static constexpr int kResults = kCandidateProbes + 1;
 
   static SWS_HD Combine how(int result) { return result < kCandidateProbes ? Combine::kSum : Combine::kLeast; }

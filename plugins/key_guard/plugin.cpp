@@ -18,7 +18,8 @@ constexpr const char* kBisectionSteps = "bisection_steps";
 constexpr int kMostHeads = 1024;
 constexpr float kLargestScale = 1e4f;
 
-// Inputs. The first three are [B, T, heads * D] of the model's type, the others [B] float32.
+// Inputs. The first three are [B, T, heads * D] of the model's type (q: T rows or some of them), the others [B]
+// float32.
 enum Input : size_t {
   kQueries,
   kKeys,
@@ -84,9 +85,11 @@ void KeyGuardPlugin::check_shapes(TensorShapes const& shapes) const {
   }
   for (size_t input : {kKeys, kMovedKeys}) {
     require_rank(shapes.inputs[input], 3, kInputNames[input]);
-    for (size_t axis : {0, 1, 2}) {
-      require_dimension(shapes.inputs[input], axis, queries.dims[axis], kInputNames[input]);
-    }
+    // The queries may be a sample of the tokens, the permuted keys may not.
+    const int64_t tokens = input == kKeys ? -1 : shapes.inputs[kKeys].dims[1];
+    require_dimension(shapes.inputs[input], 0, queries.dims[0], kInputNames[input]);
+    require_dimension(shapes.inputs[input], 1, tokens, kInputNames[input]);
+    require_dimension(shapes.inputs[input], 2, queries.dims[2], kInputNames[input]);
   }
   for (size_t input = kQueryTemperature; input < kInputs; ++input) {
     require_rank(shapes.inputs[input], 1, kInputNames[input]);
@@ -120,7 +123,8 @@ cudaError_t KeyGuardPlugin::launch(TensorShapes const& shapes, void const* const
   problem.key_mix = static_cast<float*>(outputs[kAlphaK]);
   problem.value_mix = static_cast<float*>(outputs[kAlphaV]);
   problem.batch = static_cast<int>(queries.dims.at(0));
-  problem.tokens = static_cast<int>(queries.dims.at(1));
+  problem.query_tokens = static_cast<int>(queries.dims.at(1));
+  problem.tokens = static_cast<int>(shapes.inputs[kKeys].dims.at(1));
   problem.heads = attributes_.num_heads;
   problem.head_size = static_cast<int>(queries.dims.at(2)) / attributes_.num_heads;
   problem.scale =

@@ -10,7 +10,8 @@
 
 namespace sws {
 
-// Queries, keys and permuted keys are [batch, tokens, heads * head_size]; the scalars are [batch] float32.
+// Keys and permuted keys are [batch, tokens, heads * head_size], queries [batch, query_tokens, heads * head_size]: all
+// rows of the site, or a sample of them. The scalars are [batch] float32.
 struct GuardProblem {
   const void* queries;
   const void* keys;
@@ -23,6 +24,7 @@ struct GuardProblem {
   float* key_mix;    // alpha_k, [batch]
   float* value_mix;  // a_v, [batch]
   int batch;
+  int query_tokens;
   int tokens;
   int heads;
   int head_size;
@@ -54,7 +56,9 @@ struct GuardWorkspace {
 constexpr int kSmallestRowTile = 32;
 
 // Upper bound of row tiles times heads.
-SWS_HD int guard_tiles(int tokens, int heads) { return heads * ((tokens + kSmallestRowTile - 1) / kSmallestRowTile); }
+SWS_HD int guard_tiles(int query_tokens, int heads) {
+  return heads * ((query_tokens + kSmallestRowTile - 1) / kSmallestRowTile);
+}
 
 SWS_HD size_t guard_state_bytes(int batch, int bisection_steps) {
   const size_t bytes =
@@ -62,12 +66,13 @@ SWS_HD size_t guard_state_bytes(int batch, int bisection_steps) {
   return (bytes + 255) / 256 * 256;
 }
 
-SWS_HD size_t guard_record_bytes(int batch, int tokens, int heads) {
-  return static_cast<size_t>(batch) * static_cast<size_t>(guard_tiles(tokens, heads)) * kRecordFields * sizeof(double);
+SWS_HD size_t guard_record_bytes(int batch, int query_tokens, int heads) {
+  const size_t tiles = static_cast<size_t>(guard_tiles(query_tokens, heads));
+  return static_cast<size_t>(batch) * tiles * kRecordFields * sizeof(double);
 }
 
-SWS_HD size_t guard_workspace_bytes(int batch, int tokens, int heads, int bisection_steps) {
-  return guard_state_bytes(batch, bisection_steps) + 2 * guard_record_bytes(batch, tokens, heads);
+SWS_HD size_t guard_workspace_bytes(int batch, int query_tokens, int heads, int bisection_steps) {
+  return guard_state_bytes(batch, bisection_steps) + 2 * guard_record_bytes(batch, query_tokens, heads);
 }
 
 // Lays the workspace out in `memory`, which is aligned to 16 bytes or more.
@@ -77,9 +82,9 @@ SWS_HD GuardWorkspace lay_out_workspace(GuardProblem const& problem, void* memor
   workspace.states = reinterpret_cast<SearchState*>(bytes);
   bytes += guard_state_bytes(problem.batch, problem.bisection_steps);
   workspace.records[0] = reinterpret_cast<double*>(bytes);
-  bytes += guard_record_bytes(problem.batch, problem.tokens, problem.heads);
+  bytes += guard_record_bytes(problem.batch, problem.query_tokens, problem.heads);
   workspace.records[1] = reinterpret_cast<double*>(bytes);
-  workspace.tiles = guard_tiles(problem.tokens, problem.heads);
+  workspace.tiles = guard_tiles(problem.query_tokens, problem.heads);
   workspace.candidate_probes = candidate_probes;
   return workspace;
 }
@@ -103,9 +108,21 @@ SWS_HD float logit_scale(GuardProblem const& problem, int sample) {
   return problem.scale * 1.4426950408889634f / problem.query_temperature[sample];
 }
 
+// A tensor of one row a token: queries, keys or permuted keys.
+struct TokenRows {
+  const void* data;
+  int tokens;
+};
+
+SWS_HD TokenRows query_rows(GuardProblem const& problem) { return TokenRows{problem.queries, problem.query_tokens}; }
+
+SWS_HD TokenRows key_rows(GuardProblem const& problem) { return TokenRows{problem.keys, problem.tokens}; }
+
+SWS_HD TokenRows moved_key_rows(GuardProblem const& problem) { return TokenRows{problem.moved_keys, problem.tokens}; }
+
 // Where token `token` of head `head` starts.
-SWS_HD int64_t head_start(GuardProblem const& problem, int sample, int token, int head) {
-  const int64_t row = static_cast<int64_t>(sample) * problem.tokens + token;
+SWS_HD int64_t head_start(GuardProblem const& problem, TokenRows rows, int sample, int token, int head) {
+  const int64_t row = static_cast<int64_t>(sample) * rows.tokens + token;
   return (row * problem.heads + head) * problem.head_size;
 }
 

@@ -74,7 +74,7 @@ SWS_KERNEL_BODY SearchState digest(BlockType& block, GuardProblem const& problem
   const SampleLimits limits = limits_of(problem, sample);
   if (!(limits.amplitude > 0.0f)) return idle_state();
   const int previous = round - 1;
-  const double rows = static_cast<double>(problem.heads) * problem.tokens;
+  const double rows = static_cast<double>(problem.heads) * problem.query_tokens;
   Shared<double> parts = block.template shared<double>(0, kRecordFields * kReductionParts);
   Shared<double> totals = block.template shared<double>(kPartBytes, kRecordFields);
   Shared<SearchState> decision = block.template shared<SearchState>(kPartBytes + kTotalBytes, 1);

@@ -48,9 +48,11 @@ struct AlphaNodes {
 // Row sums at alpha = 0 and at kNodes alphas, all relative to the two peaks max x0 and max x1. Cheap: one exponential
 // for the first node and one for the step to the next. Fails, and says so, where the peaks of x0 and x1 lie so far
 // apart that no key is near (1 - alpha) max x0 + alpha max x1.
-template <int kNodeCount>
+// kMultiples: the nodes are stride, 2 stride, ..., so that the first weight needs no exponential of its own.
+template <int kNodeCount, bool kMultiplesOfStride>
 struct SharedPeakRow {
   static constexpr int kNodes = kNodeCount;
+  static constexpr bool kMultiples = kMultiplesOfStride;
   static constexpr int kFields = 5 + 2 * kNodes;
   static constexpr int kPeak0 = 0;
   static constexpr int kPeak1 = 1;
@@ -63,9 +65,9 @@ struct SharedPeakRow {
   float field[kFields];
 };
 
-template <int kNodes>
-SWS_HD void clear_row(SharedPeakRow<kNodes>& row) {
-  using Row = SharedPeakRow<kNodes>;
+template <int kNodes, bool kMultiples>
+SWS_HD void clear_row(SharedPeakRow<kNodes, kMultiples>& row) {
+  using Row = SharedPeakRow<kNodes, kMultiples>;
   SWS_UNROLL
   for (int i = 0; i < Row::kFields; ++i) row.field[i] = 0.0f;
   row.field[Row::kPeak0] = kNoPeak;
@@ -73,9 +75,9 @@ SWS_HD void clear_row(SharedPeakRow<kNodes>& row) {
 }
 
 // Expresses the sums relative to other (not lower) peaks.
-template <int kNodes>
-SWS_HD void rebase(SharedPeakRow<kNodes>& row, float peak0, float peak1, AlphaNodes nodes) {
-  using Row = SharedPeakRow<kNodes>;
+template <int kNodes, bool kMultiples>
+SWS_HD void rebase(SharedPeakRow<kNodes, kMultiples>& row, float peak0, float peak1, AlphaNodes nodes) {
+  using Row = SharedPeakRow<kNodes, kMultiples>;
   const float fall = row.field[Row::kPeak0] - peak0;
   const float shift = (row.field[Row::kPeak1] - peak1) - fall;
   const float factor = fast_exp2(fall);
@@ -97,27 +99,31 @@ SWS_HD void rebase(SharedPeakRow<kNodes>& row, float peak0, float peak1, AlphaNo
 // 2^64 cuts off no weight: a pair that steep has x0 - peak0 < -64 / stride, hence weight 0 at every alpha <= 1/2.
 constexpr float kLargestStepLog2 = 64.0f;
 
-template <int kNodes, int kCount>
-SWS_HD void absorb(SharedPeakRow<kNodes>& row, const float (&x0)[kCount], const float (&x1)[kCount], AlphaNodes nodes) {
-  using Row = SharedPeakRow<kNodes>;
-  float peak0 = row.field[Row::kPeak0];
-  float peak1 = row.field[Row::kPeak1];
+// Adds keys whose logits are scale * y0 and scale * y1, scale > 0.
+template <int kNodes, bool kMultiples, int kCount>
+SWS_HD void absorb(SharedPeakRow<kNodes, kMultiples>& row, const float (&y0)[kCount], const float (&y1)[kCount],
+                   float scale, AlphaNodes nodes) {
+  using Row = SharedPeakRow<kNodes, kMultiples>;
+  float greatest0 = y0[0];
+  float greatest1 = y1[0];
   SWS_UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    peak0 = fmaxf(peak0, x0[i]);
-    peak1 = fmaxf(peak1, x1[i]);
+  for (int i = 1; i < kCount; ++i) {
+    greatest0 = fmaxf(greatest0, y0[i]);
+    greatest1 = fmaxf(greatest1, y1[i]);
   }
+  const float peak0 = fmaxf(row.field[Row::kPeak0], scale * greatest0);
+  const float peak1 = fmaxf(row.field[Row::kPeak1], scale * greatest1);
   if (peak0 > row.field[Row::kPeak0] || peak1 > row.field[Row::kPeak1]) rebase(row, peak0, peak1, nodes);
   SWS_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    const float level = x0[i] - peak0;
-    const float d = (x1[i] - peak1) - level;
+    const float level = scale * y0[i] - peak0;
+    const float d = (scale * y1[i] - peak1) - level;
     const float e = fast_exp2(level);
     row.field[Row::kMass] += e;
     row.field[Row::kLevel] += e * level;
     row.field[Row::kDrift] += e * d;
     const float step = fast_exp2(fminf(nodes.stride * d, kLargestStepLog2));
-    float weight = nodes.base == nodes.stride ? e * step : fast_exp2(level + nodes.base * d);
+    float weight = kMultiples ? e * step : fast_exp2(level + nodes.base * d);
     SWS_UNROLL
     for (int n = 0; n < kNodes; ++n) {
       if (n > 0) weight *= step;
@@ -127,9 +133,9 @@ SWS_HD void absorb(SharedPeakRow<kNodes>& row, const float (&x0)[kCount], const 
   }
 }
 
-template <int kNodes>
-SWS_HD void merge(SharedPeakRow<kNodes>& row, SharedPeakRow<kNodes> other, AlphaNodes nodes) {
-  using Row = SharedPeakRow<kNodes>;
+template <int kNodes, bool kMultiples>
+SWS_HD void merge(SharedPeakRow<kNodes, kMultiples>& row, SharedPeakRow<kNodes, kMultiples> other, AlphaNodes nodes) {
+  using Row = SharedPeakRow<kNodes, kMultiples>;
   const float peak0 = fmaxf(row.field[Row::kPeak0], other.field[Row::kPeak0]);
   const float peak1 = fmaxf(row.field[Row::kPeak1], other.field[Row::kPeak1]);
   rebase(row, peak0, peak1, nodes);
@@ -139,37 +145,38 @@ SWS_HD void merge(SharedPeakRow<kNodes>& row, SharedPeakRow<kNodes> other, Alpha
 }
 
 // Entropy of the row at alpha = 0, in nats: log Z - E[x0].
-template <int kNodes>
-SWS_HD float row_entropy(SharedPeakRow<kNodes> const& row) {
-  using Row = SharedPeakRow<kNodes>;
+template <int kNodes, bool kMultiples>
+SWS_HD float row_entropy(SharedPeakRow<kNodes, kMultiples> const& row) {
+  using Row = SharedPeakRow<kNodes, kMultiples>;
   const float mass = row.field[Row::kMass];
   return kLn2 * (log2f(mass) - row.field[Row::kLevel] / mass);
 }
 
 // log E_0[exp(alpha Delta)] - alpha E_0[Delta] in nats; the peaks cancel.
-template <int kNodes>
-SWS_HD float row_growth(SharedPeakRow<kNodes> const& row, int node, float alpha) {
-  using Row = SharedPeakRow<kNodes>;
+template <int kNodes, bool kMultiples>
+SWS_HD float row_growth(SharedPeakRow<kNodes, kMultiples> const& row, int node, float alpha) {
+  using Row = SharedPeakRow<kNodes, kMultiples>;
   const float mass = row.field[Row::kMass];
   return kLn2 * (log2f(row.field[Row::kNodeMass + node] / mass) - alpha * (row.field[Row::kDrift] / mass));
 }
 
 // E_alpha[Delta] - E_0[Delta] in nats: the derivative of row_growth.
-template <int kNodes>
-SWS_HD float row_slope(SharedPeakRow<kNodes> const& row, int node) {
-  using Row = SharedPeakRow<kNodes>;
+template <int kNodes, bool kMultiples>
+SWS_HD float row_slope(SharedPeakRow<kNodes, kMultiples> const& row, int node) {
+  using Row = SharedPeakRow<kNodes, kMultiples>;
   return kLn2 * (row.field[Row::kNodeDrift + node] / row.field[Row::kNodeMass + node] -
                  row.field[Row::kDrift] / row.field[Row::kMass]);
 }
 
 // False where a node may have lost weights that matter. exp2(x0 - peak0) is zero below 2^-126; the pair's weight at
 // alpha may then still be 2^(-126 (1 - alpha)). 2^14 keys lose less than 2^-24 of the sum if it is 2^38 times that.
-template <int kNodes>
-SWS_HD bool is_reliable(SharedPeakRow<kNodes> const& row, AlphaNodes nodes) {
+template <int kNodes, bool kMultiples>
+SWS_HD bool is_reliable(SharedPeakRow<kNodes, kMultiples> const& row, AlphaNodes nodes) {
   const float least = fast_exp2(38.0f - 126.0f * (1.0f - nodes.at(kNodes - 1)));
   bool reliable = true;
   SWS_UNROLL
-  for (int i = 0; i < kNodes; ++i) reliable = reliable && row.field[SharedPeakRow<kNodes>::kNodeMass + i] >= least;
+  for (int i = 0; i < kNodes; ++i)
+    reliable = reliable && row.field[SharedPeakRow<kNodes, kMultiples>::kNodeMass + i] >= least;
   return reliable;
 }
 
@@ -203,22 +210,30 @@ SWS_HD void raise_peak(OwnPeakRow<kNodes>& row, int sum, float peak) {
   row.field[Row::kPeak + sum] = peak;
 }
 
+// Adds keys whose logits are scale * y0 and scale * y1.
 template <int kNodes, int kCount>
-SWS_HD void absorb(OwnPeakRow<kNodes>& row, const float (&x0)[kCount], const float (&x1)[kCount], AlphaNodes nodes) {
+SWS_HD void absorb(OwnPeakRow<kNodes>& row, const float (&y0)[kCount], const float (&y1)[kCount], float scale,
+                   AlphaNodes nodes) {
   using Row = OwnPeakRow<kNodes>;
+  float x0[kCount];
+  float delta[kCount];
+  SWS_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    x0[i] = scale * y0[i];
+    delta[i] = scale * y1[i] - x0[i];
+  }
   SWS_UNROLL
   for (int sum = 0; sum < Row::kSums; ++sum) {
     const float alpha = sum == 0 ? 0.0f : nodes.at(sum - 1);
     float peak = row.field[Row::kPeak + sum];
     SWS_UNROLL
-    for (int i = 0; i < kCount; ++i) peak = fmaxf(peak, x0[i] + alpha * (x1[i] - x0[i]));
+    for (int i = 0; i < kCount; ++i) peak = fmaxf(peak, x0[i] + alpha * delta[i]);
     if (peak > row.field[Row::kPeak + sum]) raise_peak(row, sum, peak);
     SWS_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      const float delta = x1[i] - x0[i];
-      const float weight = fast_exp2((x0[i] + alpha * delta) - peak);
+      const float weight = fast_exp2((x0[i] + alpha * delta[i]) - peak);
       row.field[Row::kMass + sum] += weight;
-      row.field[Row::kDrift + sum] += weight * delta;
+      row.field[Row::kDrift + sum] += weight * delta[i];
     }
   }
 }

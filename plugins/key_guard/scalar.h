@@ -27,16 +27,16 @@ static_assert(kScalarResultBytes + kPartBytes <= kScalarGuardBytes && kDigestByt
 
 // Channels [first_channel, first_channel + 16) of `rows` rows of one head, as float, zero where there is nothing.
 template <typename Element, typename BlockType>
-SWS_KERNEL_BODY void load_rows(BlockType& block, GuardProblem const& problem, int sample, int head, const void* tensor,
+SWS_KERNEL_BODY void load_rows(BlockType& block, GuardProblem const& problem, int sample, int head, TokenRows tensor,
                                int first_token, int first_channel, int rows, Shared<float> to) {
-  const auto* elements = static_cast<const Element*>(tensor);
+  const auto* elements = static_cast<const Element*>(tensor.data);
   block.each_thread([&](int thread) {
     for (int i = thread; i < rows * kScalarDepth; i += kScalarGuardThreads) {
       const int row = i / kScalarDepth;
       const int channel = first_channel + i % kScalarDepth;
       const int token = first_token + row;
-      const bool valid = token < problem.tokens && channel < problem.head_size;
-      const float value = valid ? to_float(elements[head_start(problem, sample, token, head) + channel]) : 0.0f;
+      const bool valid = token < tensor.tokens && channel < problem.head_size;
+      const float value = valid ? to_float(elements[head_start(problem, tensor, sample, token, head) + channel]) : 0.0f;
       to.store(row * kScalarStride + i % kScalarDepth, value, thread);
     }
   });
@@ -76,20 +76,19 @@ struct LaneRowSums {
   Row row[kLaneRows];
 };
 
+// Feeds a thread's logits to its rows; keys from `keys_left` on do not exist and get a logit without weight.
 template <typename Row>
-SWS_KERNEL_BODY void absorb_scalar_logits(ScalarLogits const& logits, float scale, int thread, int keys_left,
+SWS_KERNEL_BODY void absorb_scalar_logits(ScalarLogits& logits, float scale, int thread, int keys_left,
                                           AlphaNodes nodes, LaneRowSums<Row>& rows) {
   SWS_UNROLL
   for (int r = 0; r < kLaneRows; ++r) {
-    float x0[kLaneKeys];
-    float x1[kLaneKeys];
     SWS_UNROLL
     for (int i = 0; i < kLaneKeys; ++i) {
-      const bool padded = thread % kLanes + i * kLanes >= keys_left;
-      x0[i] = padded ? kPaddedLogit : scale * logits.base[r][i];
-      x1[i] = padded ? kPaddedLogit : scale * logits.moved[r][i];
+      if (thread % kLanes + i * kLanes < keys_left) continue;
+      logits.base[r][i] = kPaddedLogit / scale;
+      logits.moved[r][i] = kPaddedLogit / scale;
     }
-    absorb(rows.row[r], x0, x1, nodes);
+    absorb(rows.row[r], logits.base[r], logits.moved[r], scale, nodes);
   }
 }
 
@@ -131,9 +130,9 @@ SWS_KERNEL_BODY void measure_scalar_tile(BlockType& block, GuardProblem const& p
   for (int first_key = 0; first_key < problem.tokens; first_key += kScalarKeys) {
     block.each_thread([&](int thread) { logits[thread] = ScalarLogits{}; });
     for (int depth = 0; depth < problem.head_size; depth += kScalarDepth) {
-      load_rows<Element>(block, problem, sample, head, problem.queries, first_row, depth, kScalarRows, queries);
-      load_rows<Element>(block, problem, sample, head, problem.keys, first_key, depth, kScalarKeys, keys);
-      load_rows<Element>(block, problem, sample, head, problem.moved_keys, first_key, depth, kScalarKeys, moved);
+      load_rows<Element>(block, problem, sample, head, query_rows(problem), first_row, depth, kScalarRows, queries);
+      load_rows<Element>(block, problem, sample, head, key_rows(problem), first_key, depth, kScalarKeys, keys);
+      load_rows<Element>(block, problem, sample, head, moved_key_rows(problem), first_key, depth, kScalarKeys, moved);
       block.sync();
       block.each_thread([&](int thread) { add_products(queries, keys, moved, thread, logits[thread]); });
       block.sync();
@@ -158,14 +157,14 @@ SWS_KERNEL_BODY void measure_scalar_tile(BlockType& block, GuardProblem const& p
       }
     }
   });
-  record_rows<Pass, kScalarRows>(block, results, parts, problem.tokens - first_row, record);
+  record_rows<Pass, kScalarRows>(block, results, parts, problem.query_tokens - first_row, record);
 }
 
 // Grid: x = any number of blocks that deal the row tiles out among themselves, z = sample.
 template <typename Element, typename Pass, typename BlockType>
 SWS_KERNEL_BODY void measure_scalar(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
                                     int round, AlphaNodes nodes) {
-  const int row_tiles = (problem.tokens + kScalarRows - 1) / kScalarRows;
+  const int row_tiles = (problem.query_tokens + kScalarRows - 1) / kScalarRows;
   const int sample = block.z();
   for (int tile = block.x(); tile < row_tiles * problem.heads; tile += block.grid_x()) {
     measure_scalar_tile<Element, Pass>(block, problem, sample, tile / row_tiles, tile % row_tiles * kScalarRows, nodes,

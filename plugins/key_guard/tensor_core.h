@@ -50,8 +50,8 @@ SWS_HD int result_row(int thread, int r) {
 // Starts copying `rows` rows of one head into shared memory; rows past the last token and the padding become zeros.
 template <typename Element, typename BlockType>
 SWS_KERNEL_BODY void start_rows_copy(BlockType& block, GuardProblem const& problem, int sample, int head,
-                                     const void* tensor, int first_token, int rows, Shared<Element> to) {
-  const auto* elements = static_cast<const Element*>(tensor);
+                                     TokenRows tensor, int first_token, int rows, Shared<Element> to) {
+  const auto* elements = static_cast<const Element*>(tensor.data);
   const int vectors = padded_head_size(problem.head_size) / 8;
   const int stride = head_stride(problem.head_size);
   block.each_thread([&](int thread) {
@@ -59,8 +59,8 @@ SWS_KERNEL_BODY void start_rows_copy(BlockType& block, GuardProblem const& probl
       const int row = i / vectors;
       const int column = i % vectors * 8;
       const int token = first_token + row;
-      const bool valid = token < problem.tokens && column < problem.head_size;
-      const Element* from = valid ? elements + head_start(problem, sample, token, head) + column : elements;
+      const bool valid = token < tensor.tokens && column < problem.head_size;
+      const Element* from = valid ? elements + head_start(problem, tensor, sample, token, head) + column : elements;
       block.copy_16_bytes(to, row * stride + column, from, valid, thread);
     }
   });
@@ -72,16 +72,22 @@ struct LogitPairs {
   float moved[kRowTiles][kKeyTiles][4];
 };
 
-struct WarpFragments {
-  uint32_t queries[kRowTiles][4];
-  uint32_t keys[kKeyTiles / 2][4];
-  uint32_t moved[kKeyTiles / 2][4];
+struct QueryFragments {
+  uint32_t tile[kRowTiles][4];
 };
 
+struct KeyFragments {
+  uint32_t base[4];
+  uint32_t moved[4];
+};
+
+// Adds the products over 16 channels from `depth` on, for 32 keys from `first_key` on.
 template <typename Element, typename BlockType>
-SWS_KERNEL_BODY void load_fragments(BlockType& block, int stride, int first_key, int depth, Shared<Element> queries,
+SWS_KERNEL_BODY void multiply_depth(BlockType& block, int stride, int first_key, int depth, Shared<Element> queries,
                                     Shared<Element> keys, Shared<Element> moved,
-                                    PerThread<WarpFragments, kGuardThreads>& fragments) {
+                                    PerThread<LogitPairs, kGuardThreads>& logits) {
+  PerThread<QueryFragments, kGuardThreads> a;
+  PerThread<KeyFragments, kGuardThreads> b;
   SWS_UNROLL
   for (int m = 0; m < kRowTiles; ++m) {
     // Matrices in order: rows 0-7, rows 8-15, then both again 8 columns on: the registers of an A fragment.
@@ -89,32 +95,28 @@ SWS_KERNEL_BODY void load_fragments(BlockType& block, int stride, int first_key,
       const int lane = thread % 32;
       return (thread / 32 * kWarpRows + m * 16 + lane % 16) * stride + depth + lane / 16 * 8;
     };
-    block.template load_matrices<false>(queries, row_index, [&](int t) { return fragments[t].queries[m]; });
+    block.template load_matrices<false>(queries, row_index, [&](int t) { return a[t].tile[m]; });
   }
   SWS_UNROLL
-  for (int n = 0; n < kKeyTiles / 2; ++n) {
+  for (int pair = 0; pair < kKeyTiles / 2; ++pair) {
     // Keys 0-7 at columns 0-7 and 8-15, then keys 8-15: the B fragments of two key tiles.
     auto row_index = [&](int thread) {
       const int lane = thread % 32;
-      return (first_key + n * 16 + lane / 16 * 8 + lane % 8) * stride + depth + lane / 8 % 2 * 8;
+      return (first_key + pair * 16 + lane / 16 * 8 + lane % 8) * stride + depth + lane / 8 % 2 * 8;
     };
-    block.template load_matrices<false>(keys, row_index, [&](int t) { return fragments[t].keys[n]; });
-    block.template load_matrices<false>(moved, row_index, [&](int t) { return fragments[t].moved[n]; });
-  }
-}
-
-template <typename Element, typename BlockType>
-SWS_KERNEL_BODY void multiply_fragments(BlockType& block, PerThread<WarpFragments, kGuardThreads>& fragments,
-                                        PerThread<LogitPairs, kGuardThreads>& logits) {
-  SWS_UNROLL
-  for (int m = 0; m < kRowTiles; ++m) {
+    block.template load_matrices<false>(keys, row_index, [&](int t) { return b[t].base; });
+    block.template load_matrices<false>(moved, row_index, [&](int t) { return b[t].moved; });
     SWS_UNROLL
-    for (int n = 0; n < kKeyTiles; ++n) {
-      auto queries = [&](int t) { return fragments[t].queries[m]; };
-      block.template multiply_add<Element>([&](int t) { return logits[t].base[m][n]; }, queries,
-                                           [&](int t) { return fragments[t].keys[n / 2] + n % 2 * 2; });
-      block.template multiply_add<Element>([&](int t) { return logits[t].moved[m][n]; }, queries,
-                                           [&](int t) { return fragments[t].moved[n / 2] + n % 2 * 2; });
+    for (int m = 0; m < kRowTiles; ++m) {
+      SWS_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int n = 2 * pair + half;
+        auto query_fragment = [&](int t) { return a[t].tile[m]; };
+        block.template multiply_add<Element>([&](int t) { return logits[t].base[m][n]; }, query_fragment,
+                                             [&](int t) { return b[t].base + 2 * half; });
+        block.template multiply_add<Element>([&](int t) { return logits[t].moved[m][n]; }, query_fragment,
+                                             [&](int t) { return b[t].moved + 2 * half; });
+      }
     }
   }
 }
@@ -160,14 +162,14 @@ template <typename Row>
 SWS_KERNEL_BODY void absorb_logits(LogitPairs const& logits, float scale, AlphaNodes nodes, ThreadRows<Row>& rows) {
   SWS_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
-    float x0[kThreadKeys];
-    float x1[kThreadKeys];
+    float base[kThreadKeys];
+    float moved[kThreadKeys];
     SWS_UNROLL
     for (int i = 0; i < kThreadKeys; ++i) {
-      x0[i] = scale * logits.base[r / 2][i / 2][r % 2 * 2 + i % 2];
-      x1[i] = scale * logits.moved[r / 2][i / 2][r % 2 * 2 + i % 2];
+      base[i] = logits.base[r / 2][i / 2][r % 2 * 2 + i % 2];
+      moved[i] = logits.moved[r / 2][i / 2][r % 2 * 2 + i % 2];
     }
-    absorb(rows.row[r], x0, x1, nodes);
+    absorb(rows.row[r], base, moved, scale, nodes);
   }
 }
 
@@ -210,8 +212,8 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
   auto start_tile = [&](int tile) {
     if (tile >= tiles) return;
     const int token = tile * kGuardKeys;
-    start_rows_copy<Element>(block, problem, sample, head, problem.keys, token, kGuardKeys, keys_of(tile));
-    start_rows_copy<Element>(block, problem, sample, head, problem.moved_keys, token, kGuardKeys, moved_of(tile));
+    start_rows_copy<Element>(block, problem, sample, head, key_rows(problem), token, kGuardKeys, keys_of(tile));
+    start_rows_copy<Element>(block, problem, sample, head, moved_key_rows(problem), token, kGuardKeys, moved_of(tile));
   };
 
   PerThread<ThreadRows<Row>, kGuardThreads> rows;
@@ -221,9 +223,8 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
   });
   const float scale = logit_scale(problem, sample);
   PerThread<LogitPairs, kGuardThreads> logits;
-  PerThread<WarpFragments, kGuardThreads> fragments;
 
-  start_rows_copy<Element>(block, problem, sample, head, problem.queries, first_row, kGuardRows, queries);
+  start_rows_copy<Element>(block, problem, sample, head, query_rows(problem), first_row, kGuardRows, queries);
   start_tile(0);
   block.commit_copies();
   for (int tile = 0; tile < tiles; ++tile) {
@@ -238,8 +239,7 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
     for (int step = 0; step < kGuardKeys; step += kStepKeys) {
       block.each_thread([&](int thread) { clear_logits(logits[thread]); });
       for (int depth = 0; depth < padded_head_size(problem.head_size); depth += 16) {
-        load_fragments<Element>(block, stride, step, depth, queries, keys_of(tile), moved_of(tile), fragments);
-        multiply_fragments<Element>(block, fragments, logits);
+        multiply_depth<Element>(block, stride, step, depth, queries, keys_of(tile), moved_of(tile), logits);
       }
       const int keys_left = problem.tokens - tile * kGuardKeys - step;
       if (keys_left < kStepKeys) {
@@ -268,7 +268,7 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
       }
     }
   });
-  record_rows<Pass, kGuardRows>(block, results, parts, problem.tokens - first_row, record);
+  record_rows<Pass, kGuardRows>(block, results, parts, problem.query_tokens - first_row, record);
 }
 
 // Grid: x = any number of blocks that deal the row tiles out among themselves, z = sample. Shared memory:
@@ -276,7 +276,7 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
 template <typename Element, typename Pass, typename BlockType>
 SWS_KERNEL_BODY void measure_tensor_core(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
                                          int stages, int round, AlphaNodes nodes) {
-  const int row_tiles = (problem.tokens + kGuardRows - 1) / kGuardRows;
+  const int row_tiles = (problem.query_tokens + kGuardRows - 1) / kGuardRows;
   const int sample = block.z();
   for (int tile = block.x(); tile < row_tiles * problem.heads; tile += block.grid_x()) {
     measure_row_tile<Element, Pass>(block, problem, sample, tile / row_tiles, tile % row_tiles * kGuardRows, stages,

@@ -62,7 +62,7 @@ void run_candidate(const Run& run) {
 void disturb_survey(const Run& run, double disturbance) {
   for (int sample = 0; sample < run.problem.batch; ++sample) {
     const AlphaNodes nodes = survey_nodes(limits_of(run.problem, sample));
-    const double change = disturbance * run.problem.heads * run.problem.tokens / run.tiles.survey;
+    const double change = disturbance * run.problem.heads * run.problem.query_tokens / run.tiles.survey;
     for (int tile = 0; tile < run.tiles.survey; ++tile) {
       double* record = record_of(run.workspace, kSurveyRound, sample, tile);
       record[SurveyPass::kSlope0] += change;
@@ -102,6 +102,7 @@ void run_guard_case(const Case& test) {
   Run run = {};
   GuardProblem& problem = run.problem;
   problem.batch = test.integer("batch");
+  problem.query_tokens = test.integer("query_tokens");
   problem.tokens = test.integer("tokens");
   problem.heads = test.integer("heads");
   problem.head_size = test.integer("head_size");
@@ -132,7 +133,7 @@ void run_guard_case(const Case& test) {
   problem.value_mix = value_mix.data();
 
   std::vector<unsigned char> memory(
-      guard_workspace_bytes(problem.batch, problem.tokens, problem.heads, problem.bisection_steps),
+      guard_workspace_bytes(problem.batch, problem.query_tokens, problem.heads, problem.bisection_steps),
       static_cast<unsigned char>(0xFF));
   run.workspace = lay_out_workspace(problem, memory.data(), run.tensor_cores ? kCandidateProbes : kSearchProbes);
   run.tiles = round_tiles(problem, run.tensor_cores);

@@ -73,13 +73,14 @@ def run_guard(
     disturbance: float = 0.0,
     reversed_threads: bool = False,
 ) -> Result:
-    batch, tokens, channels = case.q.shape
+    batch, query_tokens, channels = case.q.shape
     folder = harness.run(
         {
             "operator": "key_guard",
             "format": str(case.q.dtype).removeprefix("torch."),
             "batch": batch,
-            "tokens": tokens,
+            "query_tokens": query_tokens,
+            "tokens": case.k.shape[1],
             "heads": case.heads,
             "head_size": channels // case.heads,
             "scale": repr(case.scale),
@@ -152,6 +153,16 @@ def test_shapes_and_formats(
     case = make_case(
         tokens=tokens, heads=heads, head_size=head_size, dtype=FORMATS[name], kappa=5e-4, sharpness=2
     )
+
+    result = run_guard(harness, case, stages=PATHS[path])
+
+    check_against_literal(case, result)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_sample_of_the_query_rows(harness: Harness, path: str) -> None:
+    case = make_case(tokens=150, kappa=1e-3, sharpness=2)
+    case.q = case.q[:, ::8]
 
     result = run_guard(harness, case, stages=PATHS[path])
 
