@@ -29,9 +29,10 @@ def inspect_file(path: Path) -> dict[str, Any]:
 
 def _is_manifest(path: Path) -> bool:
     try:
-        return "artefact" in json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return False
+    return isinstance(found, dict) and "artefact" in found
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

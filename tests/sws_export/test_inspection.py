@@ -1,0 +1,74 @@
+"""What `inspect` says of each kind of file."""
+
+import json
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from sws_export.errors import SwsExportError
+from sws_export.inspection import inspect_file
+
+
+def test_a_checkpoint(random_unet: Path) -> None:
+    for path in (random_unet, random_unet / "diffusion_pytorch_model.safetensors"):
+        facts = inspect_file(path)
+        assert facts["kind"] == "checkpoint"
+        assert facts["layout"] == "diffusers"
+        assert 500_000 < facts["parameters"] < 2_000_000
+        assert facts["config"]["cross_attention_dim"] == 16
+
+
+def test_a_graph_of_ours(traced: Path) -> None:
+    facts = inspect_file(traced)
+    assert facts["kind"] == "onnx"
+    assert facts["opset"] == 23
+    assert facts["producer"].startswith("sws-export ")
+    assert facts["inputs"][0] == "sample float32 ['batch', 4, 'height', 'width']"
+    assert facts["precision"] == "fp32"
+    assert facts["sws"] is None
+
+
+def test_a_graph_from_elsewhere(traced: Path, tmp_path: Path) -> None:
+    model = ir.load(traced)
+    model.metadata_props.clear()
+    ir.save(model, tmp_path / "g.onnx")
+    facts = inspect_file(tmp_path / "g.onnx")
+    assert len(facts["sites"]) == len(facts["skipped_sites"]) == 4
+    assert facts["sites"][0] == "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    assert "attn2: cross-attention" in facts["skipped_sites"][0]
+
+
+def test_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "e.plan.json").write_text(json.dumps({"artefact": "e.plan", "precision": "fp16"}))
+    assert inspect_file(tmp_path / "e.plan.json") == {
+        "kind": "manifest",
+        "artefact": "e.plan",
+        "precision": "fp16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("g.onnx", b"no graph"),
+        ("e.plan", b"no plan"),
+        ("e.engine", b""),
+        ("m.json", b"{}"),
+        ("m.json", b"[1]"),
+        ("m.json", b"12"),
+        ("m.json", b"{"),
+        ("m.json", b"\xff\xfe"),
+        ("m.txt", b"text"),
+        ("m.safetensors", b"123"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SwsExportError, match=str(tmp_path / name)):
+        inspect_file(tmp_path / name)
+
+
+def test_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SwsExportError, match="absent: no such file or directory"):
+        inspect_file(tmp_path / "absent")

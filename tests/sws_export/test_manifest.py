@@ -1,0 +1,98 @@
+"""The manifest as text: stable, complete, readable again."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graph_passes.find_sites import SkippedSite
+from graph_passes.insert_sws import state_pair
+from graph_passes.parameters import SwsParameters
+from sws_export import manifest
+from sws_export.contract import TensorSpec
+from sws_export.rewrite import GuardOptions, RewriteReport
+from sws_export.stages import StageFigures
+
+SAMPLE = TensorSpec("sample", "float16", ("batch", 4, "height", "width"))
+REWRITE = RewriteReport(
+    sites={1: ("a.attn1",), 4: ("b.attn1", "c.attn1")},
+    skipped=(SkippedSite("a.attn2", "cross-attention"),),
+    states=(state_pair(1), state_pair(4)),
+    nodes=10,
+)
+
+
+def described(sws: bool = True) -> dict[str, object]:
+    return manifest.describe_graph(
+        source={"kind": "checkpoint", "sha256": "0" * 64},
+        inputs=[SAMPLE],
+        outputs=[dataclasses.replace(SAMPLE, name="out_sample")],
+        parameters=SwsParameters() if sws else None,
+        rewrite=REWRITE if sws else None,
+        precision="fp16",
+        target="tensorrt-rtx",
+        guard=GuardOptions() if sws else None,
+        opset=23,
+    )
+
+
+def test_what_the_graph_decides() -> None:
+    found = described()
+    assert found["format"] == 1
+    assert found["target"] == "tensorrt-rtx"
+    assert found["inputs"] == [
+        {"name": "sample", "dtype": "float16", "shape": ["batch", 4, "height", "width"]}
+    ]
+    assert found["sites"] == {"d1": ["a.attn1"], "d4": ["b.attn1", "c.attn1"]}
+    assert found["skipped_sites"] == [{"name": "a.attn2", "reason": "cross-attention"}]
+    assert found["states"][1] == {
+        "input": "sws_state_d4",
+        "output": "sws_state_d4_out",
+        "downsampling": 4,
+        "initial": "zeros",
+        "reset": "feed zeros at the first step of every image",
+    }
+    assert found["sws"]["scales"] == (2, 4, 8)
+
+
+def test_a_plain_graph() -> None:
+    found = described(sws=False)
+    assert (found["sws"], found["states"], found["sites"], found["skipped_sites"]) == (None, [], {}, [])
+
+
+def test_the_description_survives_inside_a_graph() -> None:
+    model = ir.Model(ir.Graph([], [], nodes=[], name="empty"), ir_version=10)
+    assert manifest.embedded(model) is None
+    manifest.embed(model, described())
+    assert manifest.embedded(model) == json.loads(json.dumps(described()))
+
+
+def test_versions_are_those_installed() -> None:
+    versions = manifest.library_versions()
+    assert versions["torch"].startswith("2.")
+    assert "not installed" not in versions.values()
+
+
+def test_a_manifest_is_complete(tmp_path: Path) -> None:
+    artefact = tmp_path / "e.plan"
+    artefact.write_bytes(b"plan")
+    profile = manifest.describe_profile({"sample": ((1, 4, 8, 8), (2, 4, 8, 8), (4, 4, 16, 8))})
+    found = manifest.complete(
+        described(), artefact, [artefact], None, None, profile, [StageFigures("export", 1.5, 10**9)]
+    )
+    assert found["artefact"] == "e.plan"
+    assert found["files"] == [
+        {
+            "name": "e.plan",
+            "bytes": 4,
+            "sha256": "64879f7d6b960a01909762d911a32d4582c20010c5641ee90278b644a9e3b525",
+        }
+    ]
+    assert found["profile"]["sample"] == {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [4, 4, 16, 8]}
+    assert found["validation"]["passed"] is None
+    assert found["stages"] == [{"name": "export", "seconds": 1.5, "peak_memory": 10**9}]
+    path = manifest.manifest_path(artefact)
+    manifest.write_manifest(found, path)
+    assert path == tmp_path / "e.plan.json"
+    assert json.loads(path.read_text()) == json.loads(json.dumps(found))
