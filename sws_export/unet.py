@@ -1,7 +1,7 @@
 """The UNet as a torch module: built from a config, called with the contract's inputs."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ _ADDED_CONDITIONS = ("text_embeds", "time_ids")
 def build_unet(config: Mapping[str, Any], precision: Precision) -> UNet2DConditionModel:
     """An untrained UNet in evaluation mode whose parameters have the dtype of `precision`.
 
-    Under `FakeTensorMode` or on the `meta` device this takes no memory for weights.
+    On the `meta` device this takes no memory for weights.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, DTYPE_NAMES[precision]))
@@ -49,23 +49,10 @@ def load_unet(
     return unet
 
 
-class UNetStep(torch.nn.Module):
-    """One denoising step with positional inputs, in the order of the contract."""
-
-    def __init__(self, unet: UNet2DConditionModel, names: Sequence[str]) -> None:
-        super().__init__()
-        self.unet = unet
-        self.names = tuple(names)
-
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The prediction for `inputs`, named by `names`."""
-        return call_unet(self.unet, dict(zip(self.names, inputs, strict=True)))
-
-
 def call_unet(unet: UNet2DConditionModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The prediction of `unet` for inputs named as in the contract."""
-    (prediction,) = unet(**unet_arguments(inputs), return_dict=False)
-    return torch.as_tensor(prediction)
+    prediction: torch.Tensor = unet(**unet_arguments(inputs), return_dict=False)[0]
+    return prediction
 
 
 def unet_arguments(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -1,0 +1,174 @@
+"""Run a module on the meta device and record what it calls."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from sws_export.contract import TensorSpec
+from sws_export.errors import ExportError
+from sws_export.profile import concrete_shape
+from sws_export.tracing.graph import GraphBuilder, graph_text, model_of
+from sws_export.tracing.operators import CONSTANT_FACTORIES, OPERATORS, OUTPUT_OF
+from sws_export.tracing.sizes import PRIMES, Sizes
+
+Call = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+def trace(
+    module: torch.nn.Module, call: Call, inputs: Sequence[TensorSpec], multiple: int, opset: int
+) -> ir.Model:
+    """The ONNX model of `call`, which runs `module`.
+
+    The module runs twice, at sizes that have no factor in common, and both runs must record the same graph:
+    a size that was taken for a constant, or a branch that depends on one, does not pass.
+
+    Args:
+        module: On the meta device; its parameters become initializers without data, named as in its
+            state dict.
+        call: Takes the inputs by name, returns one tensor.
+        inputs: What the graph takes.
+        multiple: What height and width are multiples of.
+        opset: Version of the standard operators, 23 or later for `Attention`.
+
+    Raises:
+        ExportError: The module calls a torch function that is not known here, or depends on sizes in
+            a way that a graph cannot express.
+    """
+    first, second = (_record(module, call, inputs, Sizes(primes, multiple), opset) for primes in PRIMES)
+    for one, other in itertools.zip_longest(graph_text(first), graph_text(second)):
+        if one != other:
+            raise ExportError(
+                f"the UNet computes something from sizes that a graph of dynamic size cannot hold: {one} "
+                f"became {other} at another size"
+            )
+    return model_of(first)
+
+
+def _record(
+    module: torch.nn.Module, call: Call, inputs: Sequence[TensorSpec], sizes: Sizes, opset: int
+) -> ir.Graph:
+    builder = GraphBuilder(sizes)
+    recorder = Recorder(builder, module)
+    feeds = {}
+    for spec in inputs:
+        dtype = getattr(torch, spec.dtype)
+        feeds[spec.name] = torch.empty(concrete_shape(spec, sizes.concrete()), dtype=dtype, device="meta")
+        recorder.bind(feeds[spec.name], builder.add_input(spec.name, feeds[spec.name]))
+    with torch.no_grad(), _scopes(module, builder), recorder:
+        output = call(feeds)
+    return builder.finish(recorder.value(output), opset)
+
+
+@contextlib.contextmanager
+def _scopes(module: torch.nn.Module, builder: GraphBuilder) -> Iterator[None]:
+    """Keep `builder.scope` at the path of the module that runs."""
+    names = {child: name for name, child in module.named_modules()}
+    stack = [""]
+
+    def enter(child: torch.nn.Module, _: Any) -> None:
+        stack.append(names.get(child, stack[-1]))
+        builder.scope = stack[-1]
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+        builder.scope = stack[-1]
+
+    entering, leaving = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+    try:
+        yield
+    finally:
+        entering.remove()
+        leaving.remove()
+
+
+class Recorder(TorchFunctionMode):
+    """Sees every torch function; tensors on the meta device stand for values of the graph.
+
+    Tensors on the CPU are constants: what is computed from them alone is computed at once.
+    """
+
+    def __init__(self, builder: GraphBuilder, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.builder = builder
+        self._weights = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
+        self._values: dict[int, ir.Value] = {}
+        # An id is a tensor's own only while the tensor lives.
+        self._alive: list[torch.Tensor] = []
+
+    def bind(self, tensor: torch.Tensor, value: ir.Value) -> None:
+        """Let `tensor` stand for `value`."""
+        self._values[id(tensor)] = value
+        self._alive.append(tensor)
+
+    def value(self, tensor: torch.Tensor) -> ir.Value:
+        """The value that `tensor` stands for."""
+        if id(tensor) in self._values:
+            return self._values[id(tensor)]
+        if id(tensor) in self._weights:
+            return self.builder.weight(self._weights[id(tensor)], tensor)
+        if tensor.device.type == "meta":
+            raise ExportError(
+                f"{self.builder.scope}: a tensor of shape {list(tensor.shape)} comes from nowhere"
+            )
+        return self.builder.constant(tensor)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in CONSTANT_FACTORIES:
+            return func(*args, **given | {"device": "cpu"})
+        tensors = [tensor for tensor in _flat([*args, *given.values()]) if isinstance(tensor, torch.Tensor)]
+        if all(tensor.device.type != "meta" for tensor in tensors):
+            return func(*args, **given)
+        result = self._run(func, args, given)
+        outputs = [tensor for tensor in _flat([result]) if isinstance(tensor, torch.Tensor)]
+        if not outputs:
+            return result
+        operator = OPERATORS.get(func)
+        if operator is None:
+            raise ExportError(
+                f"{self.builder.scope}: the torch function {_name(func)} has no ONNX form here; "
+                "export a UNet of the Stable Diffusion family"
+            )
+        values = operator(self, outputs, *args, **given)
+        for tensor, value in zip(outputs, values, strict=True):
+            self.bind(tensor, value)
+        return result
+
+    def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What `func` gives on the meta device, constants moved there; shapes and dtypes only."""
+        if func in OUTPUT_OF:
+            return OUTPUT_OF[func](*args, **kwargs)
+        return func(*_on_meta(args), **{name: _on_meta(value) for name, value in kwargs.items()})
+
+
+def _flat(items: Any) -> Iterator[Any]:
+    for item in items:
+        if isinstance(item, list | tuple) and not isinstance(item, torch.Size):
+            yield from _flat(item)
+        else:
+            yield item
+
+
+def _on_meta(item: Any) -> Any:
+    if isinstance(item, torch.Tensor):
+        # A scalar keeps its own rules of promotion on any device.
+        return item if item.device.type == "meta" else item.to("meta")
+    if isinstance(item, list | tuple) and not isinstance(item, torch.Size):
+        return type(item)(_on_meta(part) for part in item)
+    return item
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return str(getattr(func, "__qualname__", func))
