@@ -46,7 +46,7 @@ class TerminalProgress:
             SpinnerColumn(),
             TextColumn("{task.description:<14}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=self.console,
             transient=True,

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from sws_export.validation.trajectory import Array
+from sws_export.validation.trajectory import Array, Floats
 
 _QUANTILE = 0.999
 
@@ -52,11 +52,16 @@ def compare_outputs(
             maximum=_or_infinite(result.max_absdiff),
             mean=_or_infinite(result.mean_absdiff),
             # The comparator has a quantile only where it is the figure that decides.
-            quantile=_or_infinite(float(np.quantile(np.abs(ours[name] - theirs[name]), _QUANTILE))),
+            quantile=_or_infinite(_quantile(ours[name], theirs[name])),
             tolerance=tolerances[name],
         )
         for name, result in results.items()
     ]
+
+
+def _quantile(ours: Floats, theirs: Floats) -> float:
+    with np.errstate(invalid="ignore"):
+        return float(np.quantile(np.abs(ours - theirs), _QUANTILE))
 
 
 def _or_infinite(difference: float) -> float:

@@ -1,0 +1,102 @@
+"""Sizes, tolerances and remarks of a validation; what it needs to run."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from graph_passes.parameters import SwsParameters
+from sws_export import ExportOptions, export
+from sws_export.checkpoint import open_checkpoint
+from sws_export.contract import unet_inputs
+from sws_export.errors import ExportError
+from sws_export.progress import Silent
+from sws_export.validation import OutputDifference, ValidationReport, validate_against_reference
+from sws_export.validation.onnx_runner import OnnxRunner
+from sws_export.validation.validate import Shuffled, validation_sizes
+
+
+def test_sizes_are_not_square_and_fit_the_unet() -> None:
+    for levels in range(1, 5):
+        sizes = validation_sizes({"block_out_channels": [32] * levels}, 10**6)
+        assert sizes["height"] != sizes["width"]
+        assert sizes["height"] % 2 ** (levels - 1) == sizes["width"] % 2 ** (levels - 1) == 0
+        assert sizes["batch"] == 2
+    large = validation_sizes({"block_out_channels": [320] * 4}, 10**9)
+    small = validation_sizes({"block_out_channels": [320] * 4}, 10**8)
+    assert large["height"] * large["width"] < small["height"] * small["width"]
+
+
+def test_the_report_as_plain_values() -> None:
+    outputs = (OutputDifference("a", 0.5, 0.1, 0.2, 1.0), OutputDifference("b", 0.5, 0.1, 0.2, 0.25))
+    report = ValidationReport("x", ("r",), 5, {"batch": 2}, outputs, 1.234)
+    assert not report.passed
+    assert report.as_dict() == {
+        "passed": False,
+        "reference": "x",
+        "remarks": ["r"],
+        "steps": 5,
+        "sizes": {"batch": 2},
+        "outputs": [
+            {"name": "a", "maximum": 0.5, "mean": 0.1, "quantile": 0.2, "tolerance": 1.0, "passed": True},
+            {"name": "b", "maximum": 0.5, "mean": 0.1, "quantile": 0.2, "tolerance": 0.25, "passed": False},
+        ],
+        "seconds": 1.23,
+    }
+
+
+@pytest.fixture(scope="module")
+def graph(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("graph") / "graph.onnx"
+    export(random_unet, out, ExportOptions(validate=False))
+    return out
+
+
+def validated(graph: Path, random_unet: Path, parameters: SwsParameters) -> dict[str, OutputDifference]:
+    from sws_export.reference import self_attention_sites
+    from sws_export.unet import build_unet
+
+    checkpoint = open_checkpoint(random_unet)
+    sites = tuple(site.path for site in self_attention_sites(build_unet(checkpoint.config, "fp32")))
+    inputs = unet_inputs(checkpoint.config, "float32")
+    report = validate_against_reference(
+        graph, checkpoint, inputs, Shuffled(parameters, sites), "fp32", Silent()
+    )
+    return {output.name: output for output in report.outputs}
+
+
+def test_the_graph_passes_with_its_own_parameters_only(graph: Path, random_unet: Path) -> None:
+    right = validated(graph, random_unet, SwsParameters())
+    assert all(output.passed for output in right.values())
+    assert (right["out_sample"].tolerance, right["sws_state_d2_out"].tolerance) == (2e-4, 1e-5)
+    wrong = validated(graph, random_unet, SwsParameters(tau=0.4))
+    assert not wrong["sws_state_d2_out"].passed
+
+
+def test_bisections_that_bind_have_a_tolerance_of_their_own(graph: Path, random_unet: Path) -> None:
+    found = validated(graph, random_unet, SwsParameters(kl_floor=1e-5, kl_slope=0.0))
+    assert found["out_sample"].tolerance == 5e-4
+
+
+def test_validation_needs_onnx_runtime(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ExportError, match=r"pip install 'sws-export\[cpu\]', or skip it with --no-validate"):
+        OnnxRunner(graph)
+
+
+def test_the_runner_feeds_the_state_back(graph: Path) -> None:
+    inputs = {
+        "sample": np.ones((1, 4, 8, 8)),
+        "timestep": np.ones(1),
+        "encoder_hidden_states": np.ones((1, 3, 16)),
+        "sigma": np.ones(1),
+        "intensity": np.ones(1),
+        "unknown": np.ones(1),
+    }
+    runner = OnnxRunner(graph)
+    first = runner.step(inputs)
+    second = runner.step(inputs | {"sigma": np.full(1, 10.0)})
+    again = OnnxRunner(graph).step(inputs | {"sigma": np.full(1, 10.0)})
+    assert first["sws_state_d2_out"].shape == (1, 145, 4, 4)
+    assert not np.allclose(second["sws_state_d2_out"], again["sws_state_d2_out"], atol=1e-4)

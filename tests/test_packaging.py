@@ -1,0 +1,72 @@
+"""The wheel as a user installs it: what is in it, and a command that runs."""
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: object) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the tracked files alone, as in a fresh clone."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    tracked = run("git", "-C", ROOT, "ls-files", "-z", "--", ".", ":!examples", ":!tests", ":!benchmarks")
+    for name in filter(None, tracked.split("\0")):
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel and nothing else."""
+    directory = tmp_path_factory.mktemp("environment")
+    venv.create(directory, with_pip=False)
+    run(
+        *(sys.executable, "-m", "pip", "--python", directory / "bin" / "python"),
+        *("install", "--quiet", "--no-deps", "--no-index", wheel),
+    )
+    return directory
+
+
+def test_the_wheel_is_for_every_machine(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_its_top_level_names_are_two_packages(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert top == {"sws_export", "graph_passes"}
+    assert {"sws_export/cli.py", "sws_export/__init__.py", "graph_passes/__init__.py"} <= set(names)
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".so", ".cu"))]
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_every_module_is_in_the_wheel(wheel: Path) -> None:
+    tracked = run("git", "-C", ROOT, "ls-files", "--", "sws_export/**.py", "graph_passes/**.py").split()
+    assert set(tracked) <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_command_runs_in_a_clean_environment(environment: Path) -> None:
+    assert "usage: sws-export" in run(environment / "bin" / "sws-export", "--help")
+
+
+def test_the_package_imports_without_its_dependencies(environment: Path) -> None:
+    program = "import sws_export, sws_export.cli; print(sws_export.cli.__file__)"
+    said = run(environment / "bin" / "python", "-I", "-c", program)
+    assert Path(said.strip()).parent.name == "sws_export"
+    assert environment in Path(said.strip()).parents
