@@ -131,7 +131,7 @@ def find_plugin_library() -> Path | None:
 def find_sources() -> Path | None:
     """The folder of the plugins' CMakeLists.txt: in a checkout, or installed with the package."""
     package = Path(__file__).resolve().parent
-    for folder in (package.parent / "plugins", package / "_plugin_sources"):
+    for folder in (package.parent / "plugins", package / "plugins"):
         if (folder / "CMakeLists.txt").is_file() and (folder / "registry.cpp").is_file():
             return folder
     return None
