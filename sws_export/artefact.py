@@ -33,7 +33,9 @@ def staged_directory(out: Path) -> Iterator[Path]:
         _raise_if_full(out, error)
         raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        # Whoever presses Ctrl-C twice wants no remains either.
+        with _uninterrupted():
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def publish(staged: Path, out: Path) -> None:
@@ -74,7 +76,7 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C and the request to end for the moment it takes to move files."""
+    """Ignore Ctrl-C and the request to end for the moment it takes to move or remove files."""
     if threading.current_thread() is not threading.main_thread():
         # Signals are for the main thread alone.
         yield

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -278,6 +279,23 @@ def test_an_interrupt_while_files_move_comes_too_late(
     export(random_unet, out / "e.plan", dataclasses.replace(FAST, keep_onnx=True, vae_scale=1))
     assert sorted(listing(out)) == ["e.onnx", "e.plan", "e.plan.json"]
     assert signal.getsignal(number) is handler
+
+
+@pytest.mark.usefixtures("quick_trace")
+def test_a_second_interrupt_leaves_nothing_either(
+    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def interrupted(directory: Path, **options: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        remove(directory, **options)
+
+    monkeypatch.setattr("sws_export.artefact.shutil.rmtree", interrupted)
+    monkeypatch.setattr(pipeline, "rewrite", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        export(random_unet, out / "graph.onnx")
+    assert listing(out) == {}
 
 
 @pytest.mark.usefixtures("quick_trace")
