@@ -1,0 +1,227 @@
+"""A model repository for NVIDIA's Triton Inference Server, written from an artefact and its manifest."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from sws_export.artefact import output_errors, staged_directory
+from sws_export.errors import EngineError, OptionError, OutputError
+from sws_export.manifest import manifest_path
+from sws_export.onnx_files import data_file
+from sws_export.profile import concrete_shape
+from sws_export.runtime.contract import Contract, StatePair, read_contract
+from sws_export.triton_config import EnumName, batched_tensor, data_type, to_text, whole_tensor
+
+Variant = Literal["native", "python"]
+
+_MICROSECONDS = 1_000_000
+_MODEL_PY = '''"""Runs the model of this folder; the code is in sws-export, which Triton's Python needs."""
+
+from sws_export.triton_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonOptions:
+    """How a model is served.
+
+    Attributes:
+        name: Name of the model; None takes that of the artefact.
+        variant: `native` runs in Triton's own backend for ONNX Runtime or TensorRT, with implicit state and
+            one sample a request, batched by Triton over sequences. `python` runs in a `Session`, with any
+            batch and size in a request.
+        height: Height of the latent, `native` only; None takes the best size of an engine's profile.
+        width: Width of the latent.
+        max_batch: Sequences in one batch, `native` only; None takes the largest of an engine's profile, or 8.
+        max_sequences: Sequences that may be open at once.
+        idle_seconds: How long a sequence may rest before it is dropped.
+        queue_microseconds: How long a request waits for others to share its batch, `native` only.
+    """
+
+    name: str | None = None
+    variant: Variant = "native"
+    height: int | None = None
+    width: int | None = None
+    max_batch: int | None = None
+    max_sequences: int = 64
+    idle_seconds: int = 60
+    queue_microseconds: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("native", "python"):
+            raise OptionError(f"variant '{self.variant}' is unknown; use native or python")
+        if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
+            raise OptionError(f"name '{self.name}': expected letters, digits, '.', '_' and '-' only")
+        for option in ("height", "width", "max_batch", "max_sequences", "idle_seconds"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise OptionError(f"{option} {value} is out of range; at least 1 is needed")
+
+
+def write_repository(
+    artefact: Path, repository: Path, options: TritonOptions | None = None
+) -> tuple[Path, ...]:
+    """Add the artefact to a model repository, as `<repository>/<name>/1` with its `config.pbtxt`.
+
+    Args:
+        artefact: `.onnx`, `.plan` or `.engine`, with its manifest.
+        repository: The directory that Triton is started with; made where it is missing.
+        options: How the model is served.
+
+    Returns:
+        The files written, the configuration first.
+
+    Raises:
+        EngineError: The artefact cannot be read, or Triton has no backend for it.
+        OptionError: A size is missing or outside the engine's profile.
+        OutputError: The model is there already, or cannot be written.
+    """
+    options = options or TritonOptions()
+    contract = read_contract(artefact)
+    name = options.name or artefact.stem
+    configure = _native_config if options.variant == "native" else _python_config
+    config = configure(contract, name, options)
+    with output_errors(repository):
+        repository.mkdir(exist_ok=True)
+    target = repository / name
+    if target.exists():
+        raise OutputError(f"{target} is there already; remove it, or choose another name")
+    with staged_directory(target) as scratch:
+        version = scratch / "1"
+        version.mkdir()
+        # Triton refuses a model with an unreadable folder; the scratch directory is its owner's alone.
+        scratch.chmod(0o755)
+        (scratch / "config.pbtxt").write_text(to_text(config), "utf-8")
+        _copy_artefact(contract, version)
+        if options.variant == "python":
+            (version / "model.py").write_text(_MODEL_PY, "utf-8")
+        files = sorted(file.relative_to(scratch) for file in scratch.rglob("*") if file.is_file())
+        with output_errors(target):
+            scratch.rename(target)
+    return tuple(sorted((target / file for file in files), key=lambda file: file.name != "config.pbtxt"))
+
+
+def model_file(contract: Contract) -> str:
+    """Name of the artefact inside a model's version folder, which Triton's backends expect."""
+    return "model.onnx" if contract.backend == "onnxruntime" else "model.plan"
+
+
+def _copy_artefact(contract: Contract, version: Path) -> None:
+    target = version / model_file(contract)
+    shutil.copyfile(contract.path, target)
+    beside = manifest_path(contract.path)
+    if beside.is_file():
+        shutil.copyfile(beside, manifest_path(target))
+    weights = data_file(contract.path)
+    if contract.backend == "onnxruntime" and weights.is_file():
+        # The graph names the file of its weights, so that name stays.
+        shutil.copyfile(weights, version / weights.name)
+
+
+def _native_config(contract: Contract, name: str, options: TritonOptions) -> dict[str, Any]:
+    """Implicit state: Triton feeds each sequence its own state, zeros at its start."""
+    if contract.backend == "tensorrt-rtx":
+        raise EngineError(
+            f"Triton's TensorRT backend does not run {contract.path.name}, an engine of TensorRT for RTX; "
+            "use the variant 'python', or an .onnx graph"
+        )
+    sizes = _sizes(contract, options)
+    batch = _max_batch(contract, options)
+    batching: dict[str, Any] = {
+        "max_sequence_idle_microseconds": options.idle_seconds * _MICROSECONDS,
+        "oldest": {
+            "max_candidate_sequences": options.max_sequences,
+            "preferred_batch_size": [batch],
+            "max_queue_delay_microseconds": options.queue_microseconds,
+        },
+        "state": [_state(pair, sizes) for pair in contract.states],
+    }
+    return {
+        "name": name,
+        "backend": contract.backend,
+        "max_batch_size": batch,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "input": [batched_tensor(spec, sizes) for spec in contract.inputs],
+        "output": [batched_tensor(contract.prediction, sizes)],
+        **(
+            {"sequence_batching": batching}
+            if contract.states
+            else {"dynamic_batching": {"max_queue_delay_microseconds": options.queue_microseconds}}
+        ),
+        "instance_group": [{"count": 1, "kind": _instance_kind(contract)}],
+    }
+
+
+def _instance_kind(contract: Contract) -> EnumName:
+    return EnumName("KIND_GPU" if contract.backend == "tensorrt" else "KIND_AUTO")
+
+
+def _state(pair: StatePair, sizes: dict[str, int]) -> dict[str, Any]:
+    dims = list(concrete_shape(pair.spec, sizes)[1:])
+    kind = data_type(pair.spec.dtype)
+    return {
+        "input_name": pair.spec.name,
+        "output_name": pair.output,
+        "data_type": kind,
+        "dims": dims,
+        # Without it Triton starts a sequence from uninitialised memory.
+        "initial_state": {"name": "empty", "data_type": kind, "dims": dims, "zero_data": True},
+    }
+
+
+def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
+    """The one size of the latent that a native model is served at: its empty state has a fixed shape."""
+    best = contract.profile["sample"][1] if contract.profile else (None, None, None, None)
+    height, width = options.height or best[2], options.width or best[3]
+    if height is None or width is None:
+        raise OptionError(
+            f"{contract.path.name} takes any size, and Triton needs one for its state: give height and width "
+            "(of the latent), or use the variant 'python'"
+        )
+    if contract.profile:
+        smallest, _, largest = contract.profile["sample"]
+        for axis, (option, size) in enumerate((("height", height), ("width", width)), start=2):
+            if not smallest[axis] <= size <= largest[axis]:
+                raise OptionError(
+                    f"{option} {size} is outside the engine's profile, {smallest[axis]} to {largest[axis]}"
+                )
+    return {"batch": 1, "height": height, "width": width}
+
+
+def _max_batch(contract: Contract, options: TritonOptions) -> int:
+    largest = contract.profile["sample"][2][0] if contract.profile else None
+    batch = options.max_batch or largest or 8
+    if largest is not None and batch > largest:
+        raise OptionError(f"max_batch {batch} is outside the engine's profile, which ends at {largest}")
+    return batch
+
+
+def _python_config(contract: Contract, name: str, options: TritonOptions) -> dict[str, Any]:
+    """Explicit state: the model is told which sequence a request is of, and keeps a stream for each."""
+    controls: dict[str, dict[str, Any]] = {
+        "START": {"kind": EnumName("CONTROL_SEQUENCE_START"), "fp32_false_true": [0, 1]},
+        "END": {"kind": EnumName("CONTROL_SEQUENCE_END"), "fp32_false_true": [0, 1]},
+        "CORRID": {"kind": EnumName("CONTROL_SEQUENCE_CORRID"), "data_type": EnumName("TYPE_UINT64")},
+    }
+    return {
+        "name": name,
+        "backend": "python",
+        "max_batch_size": 0,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "input": [whole_tensor(spec) for spec in contract.inputs],
+        "output": [whole_tensor(contract.prediction)],
+        "sequence_batching": {
+            "max_sequence_idle_microseconds": options.idle_seconds * _MICROSECONDS,
+            "oldest": {"max_candidate_sequences": options.max_sequences},
+            "control_input": [{"name": n, "control": [control]} for n, control in controls.items()],
+        },
+        "instance_group": [{"count": 1, "kind": EnumName("KIND_CPU")}],
+        "parameters": [
+            {"key": "file", "value": {"string_value": model_file(contract)}},
+            {"key": "max_sequences", "value": {"string_value": str(options.max_sequences)}},
+        ],
+    }

@@ -1,0 +1,61 @@
+"""The model that Triton's Python backend runs: one stream of a `Session` for each open sequence."""
+
+import importlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sws_export.errors import SwsExportError
+from sws_export.runtime import Session, Stream
+from sws_export.runtime.contract import PREDICTION
+
+
+class TritonPythonModel:
+    """Loaded by Triton; see python_backend's README for what it calls and when."""
+
+    def initialize(self, arguments: dict[str, str]) -> None:
+        """Load the artefact that lies beside `model.py`.
+
+        Args:
+            arguments: Triton's own, the model's configuration among them.
+        """
+        parameters = json.loads(arguments["model_config"])["parameters"]
+        folder = Path(arguments["model_repository"]) / arguments["model_version"]
+        self._session = Session.load(folder / parameters["file"]["string_value"])
+        # Triton opens no more sequences at once, so that a stream beyond this number is of one that ended
+        # without saying so.
+        self._limit = int(parameters["max_sequences"]["string_value"])
+        self._streams: OrderedDict[int, Stream] = OrderedDict()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer each request: one step of the sequence it belongs to."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        # A module that exists inside Triton alone.
+        triton = importlib.import_module("triton_python_backend_utils")
+        # By DLPack in both directions: a Triton built for numpy 1 reads and writes numpy 2 arrays wrongly.
+        given = {tensor.name(): np.from_dlpack(tensor) for tensor in request.inputs()}
+        start, end = (bool(given.pop(name).item()) for name in ("START", "END"))
+        sequence = int(given.pop("CORRID").item())
+        try:
+            prediction = self._stream(sequence, start).step(**given)
+        except SwsExportError as error:
+            return triton.InferenceResponse(output_tensors=[], error=triton.TritonError(str(error)))
+        finally:
+            if end:
+                self._streams.pop(sequence, None)
+        output = triton.Tensor.from_dlpack(PREDICTION, prediction)
+        return triton.InferenceResponse(output_tensors=[output])
+
+    def _stream(self, sequence: int, start: bool) -> Stream:
+        if start or sequence not in self._streams:
+            self._streams[sequence] = self._session.stream()
+        self._streams.move_to_end(sequence)
+        while len(self._streams) > self._limit:
+            self._streams.popitem(last=False)
+        return self._streams[sequence]
