@@ -46,6 +46,6 @@ def build_functions(
         build_transport(parameters),
         build_banded_transport(dtype),
         build_key_guard(parameters, dtype, guard, statistics),
-        build_attention(dtype, guard_rows),
+        build_attention(parameters, dtype, guard_rows),
     ]
     return {function.name: function for function in functions}

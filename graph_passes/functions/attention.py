@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from graph_passes.errors import GraphError
 from graph_passes.functions.building import Op, cast, define_function, per_sample
+from graph_passes.parameters import STATE_RADIUS, SwsParameters
 
 FLOAT = ir.DataType.FLOAT
 
@@ -21,13 +22,16 @@ _STRIDES = {
 """Rows and columns of the grid from one query row that the guard sees to the next."""
 
 
-def build_attention(dtype: ir.DataType, guard_rows: Fraction = Fraction(1)) -> ir.Function:
+def build_attention(
+    parameters: SwsParameters, dtype: ir.DataType, guard_rows: Fraction = Fraction(1)
+) -> ir.Function:
     """`Attention(q, k, v [B, T, C], transport, tau_q, amplitude, kappa, key_gate, value_gain) -> y`.
 
     q, k, v and y are [B, T, C] of the model's dtype. Attributes `num_heads` and `scale` (of the logits).
     Mixing is written `k + alpha * (k_perm - k)`, so that alpha = 0 gives k itself, bit for bit.
 
     Args:
+        parameters: Constants of the method; `KeyGuard` carries those that its plugin needs.
         dtype: Of the model's activations.
         guard_rows: Share of the query rows that the guard sees: 1, or 1/2 to 1/16 for a lattice over the
             grid. An approximation. The mean KL divergence survives it; the lowest and the highest entropy
@@ -55,7 +59,7 @@ def build_attention(dtype: ir.DataType, guard_rows: Fraction = Fraction(1)) -> i
     ) -> Any:
         num_heads = ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT)
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
-        moved = op.BandedTransport(transport, op.Concat(k, v, axis=2), _domain="sws")
+        moved = op.BandedTransport(transport, op.Concat(k, v, axis=2), radius=STATE_RADIUS, _domain="sws")
         k_perm, v_perm = op.Split(moved, num_outputs=2, axis=2, _outputs=2)
         alpha_k, a_v = op.KeyGuard(
             q if guard_rows == 1 else _lattice(op, q, transport, strides),
@@ -68,6 +72,8 @@ def build_attention(dtype: ir.DataType, guard_rows: Fraction = Fraction(1)) -> i
             value_gain,
             num_heads=num_heads,
             scale=scale,
+            key_cap=parameters.key_cap,
+            bisection_steps=parameters.bisection_steps,
             _domain="sws",
             _outputs=2,
         )

@@ -31,7 +31,9 @@ def build_banded_transport(dtype: ir.DataType) -> ir.Function:
         flat = op.Reshape(tiles, op.Concat([0, -1], op.Shape(x, start=2, end=3), axis=0))
         return op.Gather(flat, grid.places_in_tiles(), axis=1)
 
-    return define_function("BandedTransport", body, {"transport": FLOAT, "x": dtype}, ["y"])
+    # Built into the body; a plugin that takes its place reads it.
+    radius = ir.Attr("radius", ir.AttributeType.INT, None)
+    return define_function("BandedTransport", body, {"transport": FLOAT, "x": dtype}, ["y"], [radius])
 
 
 class _Grid:

@@ -23,8 +23,8 @@ def build_key_guard(
     """`KeyGuard(q, k, k_perm, tau_q, amplitude, kappa, key_gate, value_gain) -> alpha_k, a_v`.
 
     k and k_perm are [B, T, C] of the model's dtype, q likewise, or with some of the rows only; everything
-    else is [B] float32. Attributes `num_heads` and `scale` (of the logits). Statistics are float32 in every
-    precision.
+    else is [B] float32. Attributes `num_heads`, `scale` (of the logits), `key_cap` and `bisection_steps`.
+    Statistics are float32 in every precision.
 
     Args:
         parameters: Constants of the method.
@@ -54,7 +54,13 @@ def build_key_guard(
         body,
         {"q": dtype, "k": dtype, "k_perm": dtype} | dict.fromkeys(_INPUTS, FLOAT),
         ["alpha_k", "a_v"],
-        [ir.Attr("num_heads", ir.AttributeType.INT, None), ir.Attr("scale", ir.AttributeType.FLOAT, None)],
+        [
+            ir.Attr("num_heads", ir.AttributeType.INT, None),
+            ir.Attr("scale", ir.AttributeType.FLOAT, None),
+            # Built into the body; a plugin that takes its place reads them.
+            ir.Attr("key_cap", ir.AttributeType.FLOAT, None),
+            ir.Attr("bisection_steps", ir.AttributeType.INT, None),
+        ],
     )
 
 

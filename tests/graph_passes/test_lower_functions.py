@@ -5,7 +5,10 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.errors import GraphError
+from graph_passes.find_sites import find_sites
+from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import PLUGIN_OPERATORS, LowerFunctions, check_lowered
+from graph_passes.parameters import SwsParameters
 from tests.conftest import RunOnnx, ShapesModel
 from tests.graph_passes.small_models import SiteSpec, build_model, feeds, graph_bytes, op_counts
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
@@ -40,6 +43,20 @@ def test_kept_operators_stay_with_their_definitions() -> None:
     }
     assert {name for _, name, _ in model.functions} == PLUGIN_OPERATORS
     assert model.graph.opset_imports == {"": 23, "sws": 1}
+
+
+def test_kept_operators_carry_what_their_plugins_need() -> None:
+    """A plugin does not see the body, where these constants are built in."""
+    model = two_grids()
+    sites, _ = find_sites(model)
+    InsertSws(sites, SwsParameters(key_cap=0.25, bisection_steps=5))(model)
+    LowerFunctions(PLUGIN_OPERATORS)(model)
+    guards = [node for node in model.graph if node.op_type == "KeyGuard"]
+    transports = [node for node in model.graph if node.op_type == "BandedTransport"]
+    assert len(guards) == len(transports) == 3
+    assert {node.attributes.get_float("key_cap") for node in guards} == {0.25}
+    assert {node.attributes.get_int("bisection_steps") for node in guards} == {5}
+    assert {node.attributes.get_int("radius") for node in transports} == {8}
 
 
 @pytest.mark.parametrize("kept", [frozenset[str](), PLUGIN_OPERATORS], ids=["all", "plugins"])
