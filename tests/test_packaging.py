@@ -52,7 +52,8 @@ def test_its_top_level_names_are_two_packages(wheel: Path) -> None:
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"sws_export", "graph_passes"}
     assert {"sws_export/cli.py", "sws_export/__init__.py", "graph_passes/__init__.py"} <= set(names)
-    assert not [name for name in names if "__pycache__" in name or name.endswith((".so", ".cu"))]
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".so")]
+    assert "sws_export/plugins/CMakeLists.txt" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
