@@ -59,6 +59,8 @@ def write_graphs(model_path: Path, folder: Path, precision: str, forms: list[str
 
     checkpoint = open_checkpoint(model_path)
     for form in forms:
+        if graph_path(folder, form).exists():
+            continue
         model = export_plain(checkpoint, precision)
         if GRAPHS[form] is not None:
             guard, rows = GRAPHS[form]
@@ -95,14 +97,18 @@ def _side(dim: str, size: int) -> int:
 
 
 def measure(step: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Seconds of the fastest of `repeats` steps after one to warm up, and the peak memory so far in bytes."""
-    times = []
+    """The fastest of `repeats` steps after one to warm up, and the peak memory so far.
+
+    CPU seconds are those of all threads: other work on the machine disturbs them less than the wall time.
+    """
+    wall, cpu = [], []
     for _ in range(1 + repeats):
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         step()
-        times.append(time.perf_counter() - begin)
+        wall.append(time.perf_counter() - begin)
+        cpu.append(time.process_time() - cpu_begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": min(times[1:] or times), "peak_bytes": peak}
+    return {"seconds": min(wall[1:]), "cpu_seconds": min(cpu[1:]), "peak_bytes": peak}
 
 
 def run_graph(path: Path, batch: int, size: int, repeats: int, threads: int) -> dict[str, Any]:
@@ -111,6 +117,8 @@ def run_graph(path: Path, batch: int, size: int, repeats: int, threads: int) -> 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Threads that wait in a loop would count as work.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     begin = time.perf_counter()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     load = time.perf_counter() - begin
@@ -247,9 +255,10 @@ def print_row(row: dict[str, Any], plain: dict[str, Any]) -> None:
         return
     ratios = ""
     if "seconds" in plain:
-        times, memory = row["seconds"] / plain["seconds"], row["peak_bytes"] / plain["peak_bytes"]
-        ratios = f"  {times:6.2f} x time  {memory:5.2f} x memory"
-    print(f"{label}  {row['seconds']:8.3f} s  {row['peak_bytes'] / 1e9:6.2f} GB{ratios}", flush=True)
+        wall, cpu, memory = (row[key] / plain[key] for key in ("seconds", "cpu_seconds", "peak_bytes"))
+        ratios = f"  x {wall:.2f} wall  x {cpu:.2f} CPU  x {memory:.2f} memory"
+    figures = f"{row['seconds']:8.3f} s  {row['cpu_seconds']:8.3f} CPU s  {row['peak_bytes'] / 1e9:6.2f} GB"
+    print(f"{label}  {figures}{ratios}", flush=True)
 
 
 def main() -> None:
@@ -262,7 +271,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rtx", action="store_true", help="build TensorRT-RTX engines too")
-    parser.add_argument("--work", type=Path, help="folder for the graphs; default: a temporary one")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the graphs, which are made once; default: a temporary one"
+    )
     parser.add_argument("--out", type=Path, help="JSON file with the results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
