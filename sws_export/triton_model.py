@@ -39,7 +39,7 @@ class TritonPythonModel:
         # A module that exists inside Triton alone.
         triton = importlib.import_module("triton_python_backend_utils")
         # By DLPack in both directions: a Triton built for numpy 1 reads and writes numpy 2 arrays wrongly.
-        given = {tensor.name(): np.from_dlpack(tensor) for tensor in request.inputs()}
+        given: dict[str, Any] = {tensor.name(): np.from_dlpack(tensor) for tensor in request.inputs()}
         start, end = (bool(given.pop(name).item()) for name in ("START", "END"))
         sequence = int(given.pop("CORRID").item())
         try:
