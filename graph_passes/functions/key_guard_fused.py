@@ -88,12 +88,14 @@ def fused_guard(
         op.Add(log_sum, _ABOVE_LOG_SUM if statistics == FLOAT else _ABOVE_LOG_SUM_16_BIT)
     )
     growth = op.Sub(shift, log_sum)
-    values = _with_sentinel(op, moved, statistics)
+    values = cast(op, _with_sentinel(op, moved), statistics, FLOAT)
+    base = _with_sentinel(op, keys)
+    change = op.Pad(moved, [0, 0, 1, 1], None, [2, 3])
 
     def divergence(step: Any) -> Any:
         share = op.Mul(unit, step)
-        mixed = op.Add(keys, op.Mul(per_sample(op, share, 4), moved))
-        rest, mean = query.attend(shifted, _with_sentinel(op, mixed, statistics), values)
+        mixed = op.Add(base, op.Mul(per_sample(op, share, 4), change))
+        rest, mean = query.attend(shifted, cast(op, mixed, statistics, FLOAT), values)
         row = op.Sub(op.Mul(per_sample(op, share, 4), mean), op.Add(rest, growth))
         return op.ReduceMean(row, [1, 2, 3], keepdims=0)
 
@@ -150,7 +152,7 @@ def _plain_statistics(op: Op, query: "_Heads", keys: Any) -> tuple[Any, Any]:
         weighted_key = query.attention(query.tensor, narrow, narrow)
         guess = op.Add(query.logit(cast(op, weighted_key, FLOAT, query.dtype)), _ABOVE_ROW_MEAN)
     shifted, shift = query.shifted(guess)
-    rows = _with_sentinel(op, keys, query.dtype)
+    rows = cast(op, _with_sentinel(op, keys), query.dtype, FLOAT)
     rest, mean = query.attend(shifted, rows, rows)
     return op.Max(op.Add(shift, rest), mean), mean
 
@@ -196,6 +198,6 @@ def _split_heads(op: Op, x: Any) -> Any:
     return op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1, 3])
 
 
-def _with_sentinel(op: Op, x: Any, dtype: ir.DataType) -> Any:
-    """[B, h, T, D] float32 with a channel of ones, and then a row of zeros, in `dtype`."""
-    return cast(op, op.Pad(op.Pad(x, [0, 1], 1.0, [3]), [0, 1], None, [2]), dtype, FLOAT)
+def _with_sentinel(op: Op, x: Any) -> Any:
+    """[B, h, T, D] with a channel of ones, and then a row of zeros."""
+    return op.Pad(op.Pad(x, [0, 1], 1.0, [3]), [0, 1], None, [2])
