@@ -1,7 +1,7 @@
 """An exported UNet in the place of the one of a diffusers pipeline."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -10,7 +10,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from sws_export.contract import DTYPE_NAMES
+from sws_export.contract import DOWN_RESIDUAL, DTYPE_NAMES, MID_RESIDUAL
 from sws_export.errors import EngineError
 from sws_export.runtime.errors import StepError
 from sws_export.runtime.inputs import to_numpy
@@ -22,8 +22,6 @@ INTENSITY_ARGUMENT = "intensity"
 _NOT_IN_THE_GRAPH = {
     "attention_mask": "",
     "encoder_attention_mask": "",
-    "down_block_additional_residuals": " (ControlNet)",
-    "mid_block_additional_residual": " (ControlNet)",
     "down_intrablock_additional_residuals": " (T2I-Adapter)",
 }
 
@@ -129,6 +127,8 @@ class SWSUNet:
         timestep_cond: torch.Tensor | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
@@ -159,9 +159,23 @@ class SWSUNet:
             class_labels=class_labels,
             timestep_cond=timestep_cond,
             **(added_cond_kwargs or {}),
+            **self._residuals(down_block_additional_residuals, mid_block_additional_residual),
         )
         self._last = float(sigma.max())
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _residuals(
+        self, down: Sequence[torch.Tensor] | None, mid: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """A ControlNet's residuals by the names of the graph's inputs."""
+        if down is None and mid is None:
+            return {}
+        if all(spec.name != MID_RESIDUAL for spec in self.session.contract.inputs):
+            raise StepError(
+                f"{self.session.contract.path.name} takes no ControlNet: export it again with --controlnet"
+            )
+        named = {f"{DOWN_RESIDUAL}{index}": tensor for index, tensor in enumerate(down or ())}
+        return named if mid is None else named | {MID_RESIDUAL: mid}
 
     def _follow(self, scheduler: Any, sigma: float) -> None:
         """Reset the state where a new trajectory begins."""

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from sws_export.contract import TensorSpec
+from sws_export.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec
 from sws_export.errors import OptionError
 from sws_export.profile import Shapes, concrete_shape
 from sws_export.runtime.contract import Contract
@@ -15,14 +15,14 @@ from sws_export.runtime.errors import StepError
 
 Array = npt.NDArray[Any]
 
-_DIMENSIONS = ("batch", "height", "width", "tokens")
 _RANGES = {"sigma": (np.finfo(np.float32).tiny, np.finfo(np.float32).max), "intensity": (0.0, 1.0)}
 
 
 def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, int]]:
     """The inputs of one step as contiguous arrays of the graph's dtypes, and the sizes they imply.
 
-    Numbers, and arrays without dimensions, stand for the same value in every sample of the batch.
+    Numbers, and arrays without dimensions, stand for the same value in every sample of the batch. Residuals
+    of a ControlNet that are not given are zero.
 
     Args:
         contract: What the artefact takes.
@@ -40,6 +40,9 @@ def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Arr
     sizes: dict[str, int] = {}
     # The sample first: it tells the batch that numbers are repeated for.
     for spec in sorted(contract.inputs, key=lambda spec: spec.name != "sample"):
+        if spec.name not in present:
+            arrays[spec.name] = np.zeros(concrete_shape(spec, sizes), numpy_dtype(spec.dtype))
+            continue
         value = to_numpy(present[spec.name])
         if value.ndim == 0 and spec.shape == ("batch",):
             value = np.full(sizes["batch"], value)
@@ -62,6 +65,11 @@ def state_shapes(contract: Contract, sizes: Mapping[str, int]) -> dict[str, tupl
         return {pair.spec.name: concrete_shape(pair.spec, sizes) for pair in contract.states}
     except OptionError as error:
         raise StepError(f"sample: {error}") from error
+
+
+def is_residual(name: str) -> bool:
+    """Whether an input is a ControlNet's, which may be left out and is zero then."""
+    return name.startswith(DOWN_RESIDUAL) or name == MID_RESIDUAL
 
 
 def is_tensor(value: object) -> TypeGuard[Any]:
@@ -99,7 +107,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 def _check_names(contract: Contract, present: Mapping[str, Any]) -> None:
     known = [spec.name for spec in contract.inputs]
-    if missing := [name for name in known if name not in present]:
+    if missing := [name for name in known if name not in present and not is_residual(name)]:
         raise StepError(
             f"{contract.path.name} needs the input {', '.join(missing)}; it takes {', '.join(known)}"
         )
@@ -116,11 +124,11 @@ def _take_sizes(spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
             f"input {spec.name}: expected {_shape_text(spec)}, found an array of shape {list(value.shape)}"
         )
     for axis, (expected, found) in enumerate(zip(spec.shape, value.shape, strict=True)):
-        if isinstance(expected, str) and expected in _DIMENSIONS:
-            wanted = sizes.setdefault(expected, found)
+        name, _, divisor = str(expected).partition("/")
+        wanted, reason = expected, ""
+        if isinstance(expected, str):
+            wanted = sizes.setdefault(name, found) // int(divisor or 1)
             reason = f" ({expected}, as in the inputs before it)"
-        else:
-            wanted, reason = expected, ""  # type: ignore[assignment]
         if found != wanted:
             raise StepError(
                 f"input {spec.name}: dimension {axis} is {found}, expected {wanted}{reason}; "

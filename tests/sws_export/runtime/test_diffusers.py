@@ -20,6 +20,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from sws_export import ExportOptions, export
 from sws_export.errors import EngineError
 from sws_export.runtime import StepError
 from sws_export.runtime.diffusers import SWSUNet
@@ -278,7 +279,11 @@ def test_output_is_diffusers_own(unet: SWSUNet, step_inputs: dict[str, Any], vae
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"down_block_additional_residuals": [draw(1)]}, r"down_block_additional_residuals \(ControlNet\)"),
+        ({"down_block_additional_residuals": [draw(1)]}, "takes no ControlNet: export it again with --contr"),
+        (
+            {"down_intrablock_additional_residuals": [draw(1)]},
+            r"residuals \(T2I-Adapter\): the exported graph",
+        ),
         ({"cross_attention_kwargs": {"scale": 1.0}}, "scale is not in the exported graph.*LoRA is fused"),
         ({"added_cond_kwargs": {"image_embeds": draw(1)}}, "has no input image_embeds"),
         ({"attention_mask": draw(1)}, "attention_mask: the exported graph has no such input"),
@@ -290,6 +295,26 @@ def test_what_the_graph_cannot_do(
     unet.attach(build(StableDiffusionPipeline, vae, unet))
     with pytest.raises(StepError, match=message):
         unet(**step_inputs, **arguments)
+
+
+def test_controlnet(random_unet: Path, torch_unet: Any, tmp_path: Path) -> None:
+    """Residuals of a ControlNet reach the graph; without them they are zero."""
+    graph = tmp_path / "control.onnx"
+    export(random_unet, graph, ExportOptions(validate=False, controlnet=True))
+    unet = SWSUNet.load(graph, scheduler=EulerDiscreteScheduler(**SCHEDULE), intensity=0.0)
+    latent, text = draw(2, 4, 8, 8), draw(2, TOKENS, 16)
+    given = {"down_block_additional_residuals": [], "mid_block_additional_residual": draw(2, 64, 4, 4)}
+    for seed, (width, side) in enumerate([(32, 8), (32, 8), (32, 4), (64, 4)]):
+        given["down_block_additional_residuals"].append(draw(2, width, side, side, seed=seed))
+    with torch.no_grad():
+        expected = [torch_unet(latent, 500, text, **residuals).sample for residuals in (given, {})]
+    found = [unet(latent, 500, text, **residuals).sample for residuals in (given, {})]
+    assert (expected[0] - expected[1]).abs().max() > 0.01
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    given["mid_block_additional_residual"] = draw(2, 64, 8, 4)
+    with pytest.raises(StepError, match=r"residual: dimension 2 is 8, expected 4 \(height/2, as in"):
+        unet(latent, 500, text, **given)
 
 
 def test_misspelt_arguments_are_the_callers_bug(unet: SWSUNet, step_inputs: dict[str, Any]) -> None:
