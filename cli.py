@@ -126,8 +126,8 @@ def _add_sws_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guard",
         choices=("fused", "literal"),
-        default="literal",
-        help="how the key mixing is found: without (fused) or with stored logits; default: %(default)s",
+        help="how the key mixing is found: without (fused) or with stored logits; "
+        "default: fused where it is exact",
     )
     group.add_argument(
         "--guard-rows", default="1", metavar="SHARE", help="query rows the guard looks at, such as 1/8"

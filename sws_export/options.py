@@ -6,7 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from graph_passes.functions import Guard
+from graph_passes.errors import GraphError
+from graph_passes.functions import Guard, check_fused_guard
 from sws_export.contract import Precision, TensorSpec
 from sws_export.errors import OptionError
 from sws_export.parameters import SwsParameters
@@ -30,7 +31,8 @@ class ExportOptions:
         precision: Precision of the UNet; None for that of the checkpoint.
         parameters: Constants of SWS.
         sites: Shell patterns of attention sites; empty for all self-attention.
-        guard: `literal` stores the logits of a site to find the key mixing, `fused` does not.
+        guard: `literal` stores the logits of a site to find the key mixing, `fused` does not; None for
+            `fused` where it finds the same mixing with these parameters, else `literal`.
         guard_rows: Share of the query rows that the guard looks at, such as 1/8; below 1 an approximation.
         plain: Export without SWS.
         config: A diffusers config.json, where none lies beside the checkpoint.
@@ -61,7 +63,7 @@ class ExportOptions:
     precision: Precision | None = None
     parameters: SwsParameters = dataclasses.field(default_factory=SwsParameters)
     sites: tuple[str, ...] = ()
-    guard: Guard = "literal"
+    guard: Guard | None = None
     guard_rows: str = "1"
     plain: bool = False
     config: Path | None = None
@@ -104,7 +106,7 @@ def guard_options(options: ExportOptions) -> GuardOptions:
     Raises:
         OptionError: The form is unknown, or the share of rows is none.
     """
-    if options.guard not in GUARDS:
+    if options.guard not in (None, *GUARDS):
         raise OptionError(f"--guard {options.guard} is unknown; choose {' or '.join(GUARDS)}")
     try:
         rows = Fraction(options.guard_rows)
@@ -114,7 +116,15 @@ def guard_options(options: ExportOptions) -> GuardOptions:
         raise OptionError(
             f"--guard-rows {options.guard_rows}: expected a share of the rows, such as 1/8, or 1 for all"
         )
-    return GuardOptions(options.guard, rows)
+    return GuardOptions(options.guard or _exact_guard(options.parameters), rows)
+
+
+def _exact_guard(parameters: SwsParameters) -> Guard:
+    try:
+        check_fused_guard(parameters)
+    except GraphError:
+        return "literal"
+    return "fused"
 
 
 Kind = Literal["onnx", "engine"]

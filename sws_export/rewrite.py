@@ -11,6 +11,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from graph_passes.clean_graph import CleanGraph
+from graph_passes.decompose_guard_attention import DecomposeGuardAttention
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site, SkippedSite, find_sites
 from graph_passes.functions import Guard
@@ -98,6 +99,8 @@ def rewrite(
             stage.describe("inserting SWS")
             InsertSws(sites, parameters, guard.form, guard.rows)(model)
             stage.describe("lowering")
+            if target == "tensorrt-rtx":
+                DecomposeGuardAttention()(model)
             LowerFunctions(_KEPT_OPERATORS[target])(model)
             CleanGraph()(model)
         except GraphError as error:
@@ -105,6 +108,7 @@ def rewrite(
     report = _report(model, sites, skipped)
     for line in describe_sites(report):
         progress.log(line)
+    progress.log(f"key guard: {guard.form}, {'all' if guard.rows == 1 else guard.rows} of the query rows")
     return report
 
 

@@ -12,11 +12,12 @@ import onnx_ir as ir
 from graph_passes.functions.attention import build_attention
 from graph_passes.functions.banded_transport import build_banded_transport
 from graph_passes.functions.key_guard import Guard, build_key_guard
+from graph_passes.functions.key_guard_fused import check_fused_guard
 from graph_passes.functions.schedule import build_schedule
 from graph_passes.functions.transport import build_transport
 from graph_passes.parameters import SwsParameters
 
-__all__ = ["DOMAIN", "Guard", "build_functions"]
+__all__ = ["DOMAIN", "Guard", "build_functions", "check_fused_guard"]
 
 DOMAIN = "sws"
 

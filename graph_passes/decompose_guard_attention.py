@@ -1,0 +1,47 @@
+"""Spell out the attentions inside `sws.KeyGuard`, for a runtime that cannot build them."""
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from graph_passes.functions import DOMAIN
+
+
+class DecomposeGuardAttention(InPlacePass):
+    """Replace `Attention` in the function `sws.KeyGuard` by products and a softmax; run before lowering.
+
+    TensorRT-RTX 1.7 has no kernel for float32 attention, and its build ends with SIGSEGV where two of them
+    depend on each other and share an input, as those of the fused guard do. Spelled out they store the
+    logits of one attention at a time. Attention outside the function is not touched.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite the function, if the model has it and it holds attentions."""
+        function = model.functions.get((DOMAIN, "KeyGuard", ""))
+        attentions = [node for node in function or () if node.op_type == "Attention"]
+        for node in attentions:
+            assert function is not None
+            replacement = _spelled_out(node)
+            function.insert_before(node, replacement)
+            ir.convenience.replace_all_uses_with(node.outputs[0], replacement[-1].outputs[0])
+            function.remove(node, safe=True)
+        return PassResult(model, modified=bool(attentions))
+
+
+def _spelled_out(node: ir.Node) -> list[ir.Node]:
+    """softmax(scale q kᵀ) v for q, k, v of shape [B, h, T, D]."""
+    q, k, v = node.inputs
+    # An attribute of the function, so that it reaches the nodes as a constant.
+    scale = ir.node(
+        "Constant", [], {"value_float": ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT)}
+    )
+    scaled = ir.node("Mul", [q, scale.outputs[0]])
+    # Not Transpose and MatMul: ONNX Runtime 1.32 moves the transposition up through the padding of the keys
+    # and then reads a shape beyond its end.
+    logits = ir.node("Einsum", [scaled.outputs[0], k], {"equation": "bhqd,bhkd->bhqk"})
+    weights = ir.node("Softmax", [logits.outputs[0]], {"axis": -1})
+    mean = ir.node("MatMul", [weights.outputs[0], v])
+    nodes = [scale, scaled, logits, weights, mean]
+    for part, part_name in zip(nodes, ("scale", "scaled", "logits", "weights", "mean"), strict=True):
+        # Inlining keeps apart what has a name.
+        part.outputs[0].name = f"{node.outputs[0].name}_{part_name}"
+    return nodes
