@@ -30,7 +30,8 @@ def build_key_guard(
         parameters: Constants of the method.
         dtype: Of the model's activations.
         guard: `literal` stores the logits and evaluates the mean KL over heads and rows in every step of the
-            bisection. `fused` finds the same step from a few `Attention` nodes and stores none.
+            bisection. `fused` finds the step from a few `Attention` nodes and stores none;
+            for extreme logits it may be another one, see docs/performance.md.
         statistics: Dtype of those nodes. Below float32 the step may be another one, but TensorRT has fused
             kernels for float16 and bfloat16 only, and stores the logits of others.
 
