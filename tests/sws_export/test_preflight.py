@@ -56,7 +56,9 @@ def test_needs_in_words() -> None:
     ]
 
 
-def test_a_bfloat16_graph_is_validated_by_a_twin_that_takes_disk_too(random_unet: Path, tmp_path: Path) -> None:
+def test_a_bfloat16_graph_is_validated_by_a_twin_that_takes_disk_too(
+    random_unet: Path, tmp_path: Path
+) -> None:
     found = needs(random_unet, tmp_path, precision="bf16")
     assert found.disk == 3 * found.graph_size
     assert needs(random_unet, tmp_path, precision="bf16", validate=False).disk == found.graph_size
