@@ -7,8 +7,8 @@ LSE = c + log(o / (1 - o)), to the relative precision of the dtype as long as c 
 the mean is the output of the other channels divided by o.
 
 With K(t) = LSE(S0 + t Delta) - LSE(S0), the divergence at t is KL(t) = t E_t[Delta] - K(t): exact wherever it
-is evaluated. It grows with t, and log(KL / t^2) is smooth, so that three evaluations find the grid point which
-the bisection of the literal form finds. They can miss it where a few rows of extreme logits carry the
+is evaluated. It grows with t, and log(KL / t^2) is smooth, so that three evaluations find the step which the
+bisection of the literal form finds. They can miss it where a few rows of extreme logits carry the
 divergence and the budget binds far below the cap; docs/performance.md says how often and by how much.
 """
 
