@@ -32,7 +32,8 @@ class ExportOptions:
         parameters: Constants of SWS.
         sites: Shell patterns of attention sites; empty for all self-attention.
         guard: `literal` stores the logits of a site to find the key mixing, `fused` does not; None for
-            `fused` where it finds the same mixing with these parameters, else `literal`.
+            `fused`, or for `literal` with parameters that `fused` refuses. docs/performance.md says how
+            exact `fused` is.
         guard_rows: Share of the query rows that the guard looks at, such as 1/8; below 1 an approximation.
         plain: Export without SWS.
         config: A diffusers config.json, where none lies beside the checkpoint.

@@ -13,9 +13,13 @@ from torch.overrides import TorchFunctionMode
 from sws_export.contract import TensorSpec
 from sws_export.errors import ExportError
 from sws_export.profile import concrete_shape
+from sws_export.tracing import tensor_operators  # noqa: F401  (registers its operators)
 from sws_export.tracing.graph import GraphBuilder, graph_text, model_of
-from sws_export.tracing.operators import CONSTANT_FACTORIES, OPERATORS, OUTPUT_OF
+from sws_export.tracing.layer_operators import OUTPUT_OF
+from sws_export.tracing.registry import OPERATORS
 from sws_export.tracing.sizes import PRIMES, Sizes
+
+_CONSTANT_FACTORIES = frozenset({torch.arange})
 
 Call = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -126,7 +130,7 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = dict(kwargs or {})
-        if func in CONSTANT_FACTORIES:
+        if func in _CONSTANT_FACTORIES:
             return func(*args, **given | {"device": "cpu"})
         tensors = [tensor for tensor in _flat([*args, *given.values()]) if isinstance(tensor, torch.Tensor)]
         if all(tensor.device.type != "meta" for tensor in tensors):

@@ -1,0 +1,37 @@
+"""`sws-export report ARTEFACT MODEL`: a page about what SWS did."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sws_export.commands.shared import add_output_options, make_progress, print_json
+
+
+def run(arguments: list[str]) -> int:
+    """Sample with an exported UNet and write one HTML file on what happens at each site and step."""
+    parser = argparse.ArgumentParser(
+        prog="sws-export report", description="Explain, on one HTML page, what SWS does step by step."
+    )
+    parser.add_argument("artefact", type=Path, help="graph or engine, with its manifest")
+    parser.add_argument("model", type=Path, help="the checkpoint it was exported from")
+    parser.add_argument("--out", type=Path, required=True, help="HTML file; needs no other file")
+    parser.add_argument("--steps", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--intensity", type=float, default=0.5, help="default: %(default)s")
+    add_output_options(parser)
+    parsed = parser.parse_args(arguments)
+    from sws_export.runtime.report import write_report
+
+    progress, _ = make_progress(parsed)
+    write_report(
+        parsed.artefact,
+        parsed.model,
+        parsed.out,
+        steps=parsed.steps,
+        intensity=parsed.intensity,
+        progress=progress,
+    )
+    if parsed.json:
+        print_json({"file": str(parsed.out)})
+    elif not parsed.quiet:
+        print(f"wrote {parsed.out}", file=sys.stderr)
+    return 0

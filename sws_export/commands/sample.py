@@ -1,0 +1,45 @@
+"""`sws-export sample ARTEFACT PIPELINE`: pictures with and without SWS."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from sws_export.commands.shared import add_output_options, make_progress, print_json
+
+
+def run(arguments: list[str]) -> int:
+    """Sample a pipeline with an exported UNet and write one picture of all samples."""
+    parser = argparse.ArgumentParser(
+        prog="sws-export sample", description="Sample with and without SWS from the same seeds."
+    )
+    parser.add_argument("artefact", type=Path, help="graph or engine, with its manifest")
+    parser.add_argument("pipeline", type=Path, help="diffusers pipeline directory that the UNet belongs to")
+    parser.add_argument("--out", type=Path, required=True, help="PNG of all pictures side by side")
+    parser.add_argument("--prompt", action="append", required=True, help="one row of pictures; repeatable")
+    parser.add_argument("--seed", action="append", type=int, help="one group of columns; repeatable")
+    parser.add_argument("--intensity", action="append", type=float, help="one column; default: 0, 0.5 and 1")
+    parser.add_argument("--steps", type=int, default=25, help="default: %(default)s")
+    parser.add_argument("--guidance", type=float, default=5.0, help="default: %(default)s")
+    parser.add_argument("--height", type=int, help="pixels; default: what the UNet was trained on")
+    parser.add_argument("--width", type=int, help="pixels; default: what the UNet was trained on")
+    add_output_options(parser)
+    parsed = parser.parse_args(arguments)
+    from sws_export.runtime.pipeline_sampling import SampleOptions, sample_pipeline
+
+    progress, _ = make_progress(parsed)
+    options = SampleOptions(
+        prompts=tuple(parsed.prompt),
+        seeds=tuple(parsed.seed or (0,)),
+        intensities=tuple(parsed.intensity or (0.0, 0.5, 1.0)),
+        steps=parsed.steps,
+        guidance=parsed.guidance,
+        height=parsed.height,
+        width=parsed.width,
+    )
+    effects = sample_pipeline(parsed.artefact, parsed.pipeline, parsed.out, options, progress)
+    if parsed.json:
+        print_json({"file": str(parsed.out), "effects": [dataclasses.asdict(effect) for effect in effects]})
+    elif not parsed.quiet:
+        print(f"wrote {parsed.out}", file=sys.stderr)
+    return 0
