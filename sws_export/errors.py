@@ -7,6 +7,7 @@
       ValidationError     the graph disagrees with the reference
       EngineError         the engine backend: not installed, refused the graph, died
       PluginError         the TensorRT plugin library: not built, a tool is missing
+      StepError           an input of a session's step: missing, of a wrong shape (runtime/errors.py)
       OutputError         the place to write to: not writable, disk full
 
 A message says what, where, expected against found, and what to do next. The command line prints it on
