@@ -14,8 +14,8 @@ from sws_export.sources import Source
 _BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Measured on SD1.5 and SDXL in float16: 0.67 and 0.8 GB. The weights are not read before they are written.
 _EXPORT_MEMORY = 800_000_000
-# ONNX Runtime computes float16 in float32 on a CPU and keeps both: 2.5 times the weights on SD1.5, 3.2 times on
-# SDXL, the mapped file included. A bfloat16 graph is validated by its float32 twin; that and float32 itself were
+# ONNX Runtime computes float16 in float32 on a CPU and keeps both: 2.5 times the weights on SD1.5, 3.2 times
+# on SDXL, the mapped file included. A bfloat16 graph is validated by its float32 twin; that and float32 were
 # not measured at full size.
 _RUNTIME_FACTOR = {"fp32": 2.2, "fp16": 3.2, "bf16": 4.4}
 _DOUBLE_PARAMETERS = 200_000_000
