@@ -162,8 +162,14 @@ def _listen(child: subprocess.Popen[bytes], reader: EventReader, outcome: Outcom
                 break
             for event in events:
                 _take(event, outcome)
-        stage.describe(f"{outcome.phase}, {outcome.peak_memory / 1e9:.1f} GB")
+                # Every phase is told of, also one that is over by now.
+                stage.describe(_progress_text(outcome))
+        stage.describe(_progress_text(outcome))
     child.wait()
+
+
+def _progress_text(outcome: _Outcome) -> str:
+    return f"{outcome.phase}, {outcome.peak_memory / 1e9:.1f} GB"
 
 
 def _take(event: dict[str, Any], outcome: Outcome) -> None:

@@ -42,7 +42,7 @@ def test_all_self_attention_by_default(traced: Path) -> None:
     assert report.nodes == len(model.graph)
     assert len(report.skipped) == 4
     assert {site.reason.split(":")[0] for site in report.skipped} == {"cross-attention"}
-    assert remarks == describe_sites(report)
+    assert remarks == [*describe_sites(report), "key guard: literal, all of the query rows"]
     assert remarks[0].startswith("SWS at 4 sites, latent/2: down_blocks.1.attentions.0.*.attn1, mid_block")
     assert remarks[1].startswith("skipped 4, cross-attention")
 
