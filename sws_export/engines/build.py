@@ -168,7 +168,7 @@ def _listen(child: subprocess.Popen[bytes], reader: EventReader, outcome: Outcom
     child.wait()
 
 
-def _progress_text(outcome: _Outcome) -> str:
+def _progress_text(outcome: Outcome) -> str:
     return f"{outcome.phase}, {outcome.peak_memory / 1e9:.1f} GB"
 
 
