@@ -131,9 +131,12 @@ def at_work(described):
     ],
 )
 def test_the_death_of_the_build_process_is_an_error(long_graph, plan, long_shapes, recorder, number, text):
+    ended = []
+
     def end_it(described):
-        if at_work(described):
-            for child in build_processes():
+        if at_work(described) and not ended:
+            ended.extend(build_processes())
+            for child in ended:
                 child.send_signal(number)
 
     with pytest.raises(EngineError, match=text):
