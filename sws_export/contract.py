@@ -8,6 +8,8 @@ from sws_export.errors import ExportError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
+ENGINE_SUFFIXES = (".plan", ".engine")
+"""File names of engines."""
 DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 DOWN_RESIDUAL = "down_block_additional_residual_"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sws_export import manifest
+from sws_export.contract import ENGINE_SUFFIXES
 from sws_export.errors import CheckpointError
 
 _MANIFEST_FACTS = ("precision", "states", "sites", "sws", "profile", "validation", "source", "versions")
@@ -20,7 +21,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file or directory")
     if path.suffix == ".onnx":
         return _inspect_graph(path)
-    if path.suffix in (".plan", ".engine"):
+    if path.suffix in ENGINE_SUFFIXES:
         return _inspect_engine(path)
     if path.suffix == ".json" and _is_manifest(path):
         return {"kind": "manifest"} | _read_manifest(path)
@@ -43,15 +44,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _inspect_graph(path: Path) -> dict[str, Any]:
-    import onnx_ir as ir
 
     from graph_passes.find_sites import find_sites
+    from sws_export.onnx_files import load_onnx
     from sws_export.rewrite import graph_specs
 
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf's and onnx_ir's errors share no base class
-        raise CheckpointError(f"{path} is not an ONNX model or is damaged: {error}") from error
+    model = load_onnx(path)
     described = manifest.embedded(model)
     facts: dict[str, Any] = {
         "kind": "onnx",

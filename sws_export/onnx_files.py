@@ -5,6 +5,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from sws_export.errors import CheckpointError
 from sws_export.progress import Progress
 
 EMBED_LIMIT = 256 * 2**20
@@ -23,6 +24,18 @@ def weight_bytes(model: ir.Model) -> int:
 def data_file(path: Path) -> Path:
     """Where the weights of `path` lie when they are too large for the file itself."""
     return path.with_name(path.name + ".data")
+
+
+def load_onnx(path: Path) -> ir.Model:
+    """Read the graph at `path`; large weights stay on disk.
+
+    Raises:
+        CheckpointError: It is no ONNX model.
+    """
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's and onnx_ir's errors share no base class
+        raise CheckpointError(f"{path} is not an ONNX model or is damaged: {error}") from error
 
 
 def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ...]:

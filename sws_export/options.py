@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from graph_passes.errors import GraphError
 from graph_passes.functions import Guard, check_fused_guard
-from sws_export.contract import Precision, TensorSpec
+from sws_export.contract import ENGINE_SUFFIXES, Precision, TensorSpec
 from sws_export.errors import OptionError
 from sws_export.parameters import SwsParameters
 from sws_export.profile import Range, Sizes, resolve_sizes
@@ -16,7 +16,6 @@ from sws_export.rewrite import GuardOptions
 
 GUARDS: tuple[Guard, ...] = ("fused", "literal")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
-ENGINE_SUFFIXES = (".plan", ".engine")
 
 # Batch of one prompt with and without its negative; CLIP's text length.
 _DEFAULT_BATCH = "1:2:2"

@@ -15,6 +15,7 @@ from sws_export import manifest
 from sws_export.contract import Precision, TensorSpec
 from sws_export.errors import CheckpointError, ExportError
 from sws_export.onnx_export import OPSET
+from sws_export.onnx_files import load_onnx
 from sws_export.progress import Progress
 from sws_export.rewrite import graph_specs
 
@@ -102,10 +103,7 @@ def open_graph(path: Path) -> PlainGraph:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    try:
-        model = ir.load(path)
-    except Exception as error:  # protobuf's and onnx_ir's errors share no base class
-        raise CheckpointError(f"{path} is not an ONNX model or is damaged: {error}") from error
+    model = load_onnx(path)
     opset = model.graph.opset_imports.get("", 0)
     if opset < OPSET:
         raise ExportError(

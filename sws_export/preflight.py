@@ -10,6 +10,7 @@ from sws_export.contract import Precision
 from sws_export.engines import Backend, engine_memory_estimate
 from sws_export.options import ExportOptions
 from sws_export.sources import Source
+from sws_export.validation.validate import FLOAT64_PARAMETERS
 
 _BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Measured on SD1.5 and SDXL in float16: 0.67 and 0.8 GB. The weights are not read before they are written.
@@ -18,7 +19,6 @@ _EXPORT_MEMORY = 800_000_000
 # on SDXL, the mapped file included. A bfloat16 graph is validated by its float32 twin; that and float32 were
 # not measured at full size.
 _RUNTIME_FACTOR = {"fp32": 2.2, "fp16": 3.2, "bf16": 4.4}
-_DOUBLE_PARAMETERS = 200_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def preflight(source: Source, backend: Backend | None, options: ExportOptions, o
     weights = source.parameters * _BYTES[source.precision]
     memory = {"export": _EXPORT_MEMORY}
     if options.validate:
-        reference = source.parameters * (8 if source.parameters <= _DOUBLE_PARAMETERS else 4)
+        reference = source.parameters * (8 if source.parameters <= FLOAT64_PARAMETERS else 4)
         runtime = int(weights * _RUNTIME_FACTOR[source.precision])
         memory["validation"] = _EXPORT_MEMORY + max(reference, runtime)
     if backend is not None:

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sws_export.contract import TensorSpec
+from sws_export.contract import ENGINE_SUFFIXES, TensorSpec
 from sws_export.engines import plan_header
 from sws_export.errors import EngineError
 from sws_export.manifest import FORMAT_VERSION, METADATA_KEY, manifest_path
 from sws_export.profile import Shapes
 
 PREDICTION = "out_sample"
-ENGINE_SUFFIXES = (".plan", ".engine")
 _DECIDED_BY_GRAPH = ("inputs", "outputs", "states", "sws", "precision")
 
 

@@ -21,7 +21,7 @@ from sws_export.validation.trajectory import Array, Trajectory
 STEPS = 5
 TOKENS = 7
 # The reference runs in float64 up to this many parameters; beyond, float32 keeps it within minutes.
-_FLOAT64_PARAMETERS = 200_000_000
+FLOAT64_PARAMETERS = 200_000_000
 
 # Largest difference of the prediction, relative to its largest value.
 _PREDICTION_TOLERANCE: dict[Precision, float] = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 2e-2}
@@ -91,7 +91,7 @@ class ValidationReport:
 def validation_sizes(config: Mapping[str, Any], parameters: int) -> dict[str, int]:
     """A non-square grid, small enough that a UNet of billions of parameters still answers in minutes."""
     multiple = size_multiple(config)
-    rows, columns = (4, 3) if parameters <= _FLOAT64_PARAMETERS else (3, 2)
+    rows, columns = (4, 3) if parameters <= FLOAT64_PARAMETERS else (3, 2)
     return {"batch": 2, "height": rows * multiple, "width": columns * multiple, "tokens": TOKENS}
 
 
@@ -116,7 +116,7 @@ def validate_against_reference(
         fused: Weights that take the place of the checkpoint's, such as those with LoRAs.
     """
     start = time.monotonic()
-    double = checkpoint.parameters <= _FLOAT64_PARAMETERS
+    double = checkpoint.parameters <= FLOAT64_PARAMETERS
     sizes = validation_sizes(checkpoint.config, checkpoint.parameters)
     trajectory = Trajectory(inputs, sizes, STEPS)
     found, expected = [], []
