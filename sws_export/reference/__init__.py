@@ -2,10 +2,14 @@
 
 One function a formula of the method, batched, each sample on its own. The noise schedule is in
 `noise_schedule`, the transports and their banded layout in `transport`, one attention site in `attention`,
-a live diffusers UNet in `unet`.
+a live diffusers UNet in `unet`. What the published node computes instead is in `node_guard`,
+`node_transport` and `node_unet`.
 """
 
 from sws_export.reference.attention import SiteResult, attention_site, kl_divergence, largest_mixing
+from sws_export.reference.node_guard import NodeResult, NodeSchedule, node_patch, node_schedule
+from sws_export.reference.node_transport import fresh_transport, moving_average, text_grid, transport_radius
+from sws_export.reference.node_unet import NodeReferenceUNet, node_sites
 from sws_export.reference.noise_schedule import Schedule, blend_weights, schedule
 from sws_export.reference.transport import (
     band_from_dense,
@@ -18,6 +22,9 @@ from sws_export.reference.transport import (
 from sws_export.reference.unet import ReferenceUNet, Site, self_attention_sites
 
 __all__ = [
+    "NodeReferenceUNet",
+    "NodeResult",
+    "NodeSchedule",
     "ReferenceUNet",
     "Schedule",
     "Site",
@@ -27,11 +34,18 @@ __all__ = [
     "blend_weights",
     "blended_transport",
     "dense_from_band",
+    "fresh_transport",
     "kl_divergence",
     "largest_mixing",
     "momentum",
+    "moving_average",
+    "node_patch",
+    "node_schedule",
+    "node_sites",
     "rebalance",
     "scale_transport",
     "schedule",
     "self_attention_sites",
+    "text_grid",
+    "transport_radius",
 ]

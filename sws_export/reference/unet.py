@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,7 +160,7 @@ class ReferenceUNet:
             )
             for site in self.sites
         }
-        with _installed(self._unet, processors):
+        with installed(self._unet, processors):
             (out,) = self._unet(sample, timestep, encoder_hidden_states, return_dict=False, **unet_inputs)
         return out, new_state
 
@@ -176,7 +176,7 @@ def _check_state(state: dict[str, Tensor] | None, shapes: dict[str, tuple[int, i
 
 
 @contextlib.contextmanager
-def _installed(unet: "UNet2DConditionModel", processors: dict[str, "_SiteProcessor"]) -> Iterator[None]:
+def installed(unet: "UNet2DConditionModel", processors: Mapping[str, Any]) -> Iterator[None]:
     """The UNet with other processors at some of its attention modules, for a while."""
     modules = {path: unet.get_submodule(path) for path in processors}
     originals = {path: module.processor for path, module in modules.items()}
