@@ -13,11 +13,15 @@ from graph_passes.functions.attention import build_attention
 from graph_passes.functions.banded_transport import build_banded_transport
 from graph_passes.functions.key_guard import Guard, build_key_guard
 from graph_passes.functions.key_guard_fused import check_fused_guard
+from graph_passes.functions.node_attention import build_node_attention
+from graph_passes.functions.node_guard import build_node_guard, build_node_keys
+from graph_passes.functions.node_schedule import build_node_schedule
+from graph_passes.functions.node_transport import build_node_momentum, build_node_transport
 from graph_passes.functions.schedule import build_schedule
 from graph_passes.functions.transport import build_transport
 from graph_passes.parameters import SwsParameters
 
-__all__ = ["DOMAIN", "Guard", "build_functions", "check_fused_guard"]
+__all__ = ["DOMAIN", "Guard", "build_functions", "build_node_functions", "check_fused_guard"]
 
 DOMAIN = "sws"
 
@@ -48,5 +52,18 @@ def build_functions(
         build_banded_transport(dtype),
         build_key_guard(parameters, dtype, guard, statistics),
         build_attention(parameters, dtype, guard_rows),
+    ]
+    return {function.name: function for function in functions}
+
+
+def build_node_functions(parameters: SwsParameters, dtype: ir.DataType) -> dict[str, ir.Function]:
+    """All functions of the published node by name, for a model whose activations have `dtype`."""
+    functions = [
+        build_node_schedule(parameters),
+        build_node_transport(parameters, dtype),
+        build_node_momentum(parameters),
+        build_node_keys(dtype),
+        build_node_guard(parameters, dtype),
+        build_node_attention(dtype),
     ]
     return {function.name: function for function in functions}

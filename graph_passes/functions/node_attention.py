@@ -1,0 +1,63 @@
+"""`sws.NodeAttention`: one whole cross-attention site as the published node leaves it."""
+
+from typing import Any
+
+import onnx_ir as ir
+
+from graph_passes.functions.building import Op, cast, define_function, per_sample
+
+FLOAT = ir.DataType.FLOAT
+_SCALARS = ("tau", "amplitude", "kappa", "key_gate", "value_gain")
+
+
+def build_node_attention(dtype: ir.DataType) -> ir.Function:
+    """`NodeAttention(q, k, v, hidden, keys, previous, fresh, tau, ...) -> y, transport`.
+
+    q is [B, T, D h], k and v [B, n, D h], projected without a bias; y is as q. hidden, keys and everything
+    after them are what `NodeGuard` takes. Attributes `num_heads`, `scale` (of the logits) and `guard_scale`
+    (of the guard's).
+
+    The node mixes text embeddings before they are projected. Mixing works on the tokens and projections on
+    the channels, so that either may come first, and after them there is less to mix.
+    """
+
+    def body(op: Op, q: Any, k: Any, v: Any, hidden: Any, *others: Any) -> tuple[Any, Any]:
+        tau = others[3]
+        transport, alpha_k, a_v = op.NodeGuard(
+            hidden,
+            *others,
+            scale=ir.RefAttr("scale", "guard_scale", ir.AttributeType.FLOAT),
+            _domain="sws",
+            _outputs=3,
+        )
+        moving = cast(op, transport, dtype, FLOAT)
+        keys = _mix(op, k, moving, alpha_k, dtype)
+        y = op.Attention(
+            q,
+            # Queries and keys by sqrt(tau) each; keys are fewer.
+            op.Div(keys, cast(op, per_sample(op, tau, 3), dtype, FLOAT)),
+            _mix(op, v, moving, a_v, dtype),
+            q_num_heads=ir.RefAttr("q_num_heads", "num_heads", ir.AttributeType.INT),
+            kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
+            scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
+        )
+        return y, transport
+
+    return define_function(
+        "NodeAttention",
+        body,
+        dict.fromkeys(("q", "k", "v", "hidden"), dtype)
+        | dict.fromkeys(("keys", "previous", "fresh", *_SCALARS), FLOAT),
+        ["y", "transport"],
+        [
+            ir.Attr("num_heads", ir.AttributeType.INT, None),
+            ir.Attr("scale", ir.AttributeType.FLOAT, None),
+            ir.Attr("guard_scale", ir.AttributeType.FLOAT, None),
+        ],
+    )
+
+
+def _mix(op: Op, x: Any, transport: Any, amount: Any, dtype: ir.DataType) -> Any:
+    """x + amount (P x - x) over the tokens of x [B, n, D h]: amount 0 gives x itself, bit for bit."""
+    share = cast(op, per_sample(op, amount, 3), dtype, FLOAT)
+    return op.Add(x, op.Mul(share, op.Sub(op.MatMul(transport, x), x)))
