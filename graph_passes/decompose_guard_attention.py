@@ -1,30 +1,36 @@
-"""Spell out the attentions inside `sws.KeyGuard`, for a runtime that cannot build them."""
+"""Spell out the attentions of statistics, for a runtime that cannot build them."""
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.functions import DOMAIN
 
+_FUNCTIONS = ("KeyGuard", "SiteFigures")
+
 
 class DecomposeGuardAttention(InPlacePass):
-    """Replace `Attention` in the function `sws.KeyGuard` by products and a softmax; run before lowering.
+    """Replace `Attention` in `sws.KeyGuard` and `sws.SiteFigures` by products and a softmax.
+
+    Run before lowering.
 
     TensorRT-RTX 1.7 has no kernel for float32 attention, and its build ends with SIGSEGV where two of them
     depend on each other and share an input, as those of the fused guard do. Spelled out they store the
-    logits of one attention at a time. Attention outside the function is not touched.
+    logits of one attention at a time. Attention outside these functions is not touched.
     """
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the function, if the model has it and it holds attentions."""
-        function = model.functions.get((DOMAIN, "KeyGuard", ""))
-        attentions = [node for node in function or () if node.op_type == "Attention"]
-        for node in attentions:
-            assert function is not None
-            replacement = _spelled_out(node)
-            function.insert_before(node, replacement)
-            ir.convenience.replace_all_uses_with(node.outputs[0], replacement[-1].outputs[0])
-            function.remove(node, safe=True)
-        return PassResult(model, modified=bool(attentions))
+        """Rewrite the functions, as far as the model has them and they hold attentions."""
+        modified = False
+        for name in _FUNCTIONS:
+            function = model.functions.get((DOMAIN, name, ""))
+            for node in [node for node in function or () if node.op_type == "Attention"]:
+                assert function is not None
+                replacement = _spelled_out(node)
+                function.insert_before(node, replacement)
+                ir.convenience.replace_all_uses_with(node.outputs[0], replacement[-1].outputs[0])
+                function.remove(node, safe=True)
+                modified = True
+        return PassResult(model, modified=modified)
 
 
 def _spelled_out(node: ir.Node) -> list[ir.Node]:

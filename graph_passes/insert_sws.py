@@ -7,6 +7,7 @@ from fractions import Fraction
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from graph_passes.debug_outputs import append_debug_outputs, debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
 from graph_passes.functions import DOMAIN, Guard, build_functions
@@ -34,8 +35,9 @@ class InsertSws(InPlacePass):
     """Insert `sws.Schedule` once, `sws.Transport` once a grid and `sws.Attention` once a site.
 
     Adds the inputs `sigma` and `intensity` [B] and a pair `sws_state_d<factor>` /
-    `sws_state_d<factor>_out` [B, 145, height/factor, width/factor] for each grid. The rest of the graph,
-    sites that are not given and cross-attention among it, is not touched.
+    `sws_state_d<factor>_out` [B, 145, height/factor, width/factor] for each grid; on request also the
+    debug outputs. The rest of the graph, sites that are not given and cross-attention among it, is not
+    touched.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class InsertSws(InPlacePass):
         guard: Guard = "literal",
         guard_rows: Fraction = Fraction(1),
         statistics: ir.DataType = FLOAT,
+        debug_outputs: bool = False,
     ) -> None:
         """Rewrite `sites`; the form of the guard is that of `build_functions`."""
         super().__init__()
@@ -53,6 +56,7 @@ class InsertSws(InPlacePass):
         self.guard: Guard = guard
         self.guard_rows = guard_rows
         self.statistics = statistics
+        self.debug_outputs = debug_outputs
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the sites; nothing changes when there are none."""
@@ -63,7 +67,9 @@ class InsertSws(InPlacePass):
         dtype = model.graph.outputs[0].dtype
         if dtype is None:
             raise GraphError("the dtype of the graph's output is unknown")
-        functions = build_functions(self.parameters, dtype, self.guard, self.guard_rows, self.statistics)
+        functions = build_functions(
+            self.parameters, dtype, self.guard, self.guard_rows, self.statistics, self.debug_outputs
+        )
         for function in functions.values():
             model.functions[function.identifier()] = function
         model.graph.opset_imports[DOMAIN] = 1
@@ -85,8 +91,13 @@ class InsertSws(InPlacePass):
         transports = {}
         for factor in sorted({site.factor for site in self.sites}):
             transports[factor] = _insert_transport(graph, first, factor, blend)
-        for site in self.sites:
-            _replace_site(graph, site, transports[site.factor], site_inputs)
+        nodes = {
+            site.name: _replace_site(graph, site, transports[site.factor], site_inputs, self.debug_outputs)
+            for site in self.sites
+        }
+        if self.debug_outputs:
+            figures = [nodes[site.name].outputs[1] for site in debug_order(self.sites)]
+            append_debug_outputs(graph, figures, kl_cap=schedule.outputs[3])
         return PassResult(model, modified=True)
 
 
@@ -111,17 +122,23 @@ def _insert_transport(graph: ir.Graph, before: ir.Node, factor: int, blend: ir.V
     return transport
 
 
-def _replace_site(graph: ir.Graph, site: Site, transport: ir.Value, site_inputs: Sequence[ir.Value]) -> None:
+def _replace_site(
+    graph: ir.Graph, site: Site, transport: ir.Value, site_inputs: Sequence[ir.Value], figures: bool
+) -> ir.Node:
     node = ir.node(
         "Attention",
         [site.q, site.k, site.v, transport, *site_inputs],
         attributes={"num_heads": site.heads, "scale": site.scale},
         domain=DOMAIN,
+        num_outputs=2 if figures else 1,
         name=f"sws/{site.name}",
     )
-    (y,) = node.outputs
+    y = node.outputs[0]
+    if figures:
+        node.outputs[1].name = f"sws/{site.name}/figures"
     y.name = f"sws/{site.name}/y"
     y.type = site.y.type
     y.shape = site.y.shape
     graph.insert_before(site.node, node)
     ir.convenience.replace_all_uses_with(site.y, y)
+    return node

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graph_passes.debug_outputs import PREFIX, debug_output_names
 from graph_passes.insert_sws import StatePair
 from graph_passes.parameters import SwsParameters
 from sws_export.contract import Precision, TensorSpec
@@ -69,7 +70,14 @@ def describe_graph(
         "skipped_sites": [dataclasses.asdict(site) for site in rewrite.skipped] if rewrite else [],
         "source": source,
         "versions": library_versions(),
+        **(_debug_outputs(rewrite.debug_sites) if rewrite and rewrite.debug_sites else {}),
     }
+
+
+def _debug_outputs(sites: Sequence[str]) -> dict[str, Any]:
+    """Which output holds which figure, and the sites that its columns are of."""
+    outputs = {name.removeprefix(PREFIX): name for name in debug_output_names()}
+    return {"debug_outputs": {"outputs": outputs, "sites": list(sites)}}
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:

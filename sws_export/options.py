@@ -34,6 +34,7 @@ class ExportOptions:
             `fused`, or for `literal` with parameters that `fused` refuses. docs/performance.md says how
             exact `fused` is.
         guard_rows: Share of the query rows that the guard looks at, such as 1/8; below 1 an approximation.
+        debug_outputs: Give the graph outputs that tell what each site does at a step.
         plain: Export without SWS.
         config: A diffusers config.json, where none lies beside the checkpoint.
         ema: Take the EMA weights of a checkpoint that holds both.
@@ -65,6 +66,7 @@ class ExportOptions:
     sites: tuple[str, ...] = ()
     guard: Guard | None = None
     guard_rows: str = "1"
+    debug_outputs: bool = False
     plain: bool = False
     config: Path | None = None
     ema: bool = False
@@ -92,8 +94,10 @@ class ExportOptions:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        if self.plain and (self.sites or self.parameters != SwsParameters()):
-            raise OptionError("--plain exports the UNet without SWS; leave out --sws and --sites")
+        if self.plain and (self.sites or self.debug_outputs or self.parameters != SwsParameters()):
+            raise OptionError(
+                "--plain exports the UNet without SWS; leave out --sws, --sites and --debug-outputs"
+            )
         if self.vae_scale is not None and self.vae_scale < 1:
             raise OptionError(
                 f"--vae-scale {self.vae_scale}: expected 1 or more, such as 8 (Stable Diffusion)"

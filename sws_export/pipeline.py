@@ -95,7 +95,8 @@ def export(
         if options.validate:
             with log.measure("validate"):
                 sites = rewritten.site_names if rewritten else ()
-                shuffled = Shuffled(options.parameters, sites, guard_options(options).rows)
+                debug_sites = rewritten.debug_sites if rewritten else ()
+                shuffled = Shuffled(options.parameters, sites, guard_options(options).rows, debug_sites)
                 validation = source.validate(graph_path, shuffled, scratch, progress)
             _check_validation(validation)
         engine, profile = None, None
@@ -145,7 +146,13 @@ def _make_graph(
             CleanGraph()(model)
         else:
             rewritten = rewrite(
-                model, options.parameters, options.sites, guard_options(options), target, progress
+                model,
+                options.parameters,
+                options.sites,
+                guard_options(options),
+                target,
+                progress,
+                debug_outputs=options.debug_outputs,
             )
     model.producer_name, model.producer_version = "sws-export", manifests.library_versions()["sws-export"]
     manifests.embed(

@@ -58,7 +58,8 @@ def _shuffled(described: dict[str, Any]) -> Shuffled:
         return Shuffled(SwsParameters(), ())
     values = described["sws"] | {"scales": tuple(described["sws"]["scales"])}
     sites = tuple(name for names in described["sites"].values() for name in names)
-    return Shuffled(SwsParameters(**values), sites, Fraction(described["guard"]["rows"]))
+    debug_sites = tuple(described.get("debug_outputs", {}).get("sites", ()))
+    return Shuffled(SwsParameters(**values), sites, Fraction(described["guard"]["rows"]), debug_sites)
 
 
 def _description(graph: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from graph_passes.clean_graph import CleanGraph
+from graph_passes.debug_outputs import debug_order
 from graph_passes.decompose_guard_attention import DecomposeGuardAttention
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site, SkippedSite, find_sites
@@ -53,12 +54,14 @@ class RewriteReport:
         skipped: Attention nodes left as they were, with the reason.
         states: State pairs, finest grid first.
         nodes: Nodes of the result.
+        debug_sites: Columns of the debug outputs; none where there are no such outputs.
     """
 
     sites: dict[int, tuple[str, ...]]
     skipped: tuple[SkippedSite, ...]
     states: tuple[StatePair, ...]
     nodes: int
+    debug_sites: tuple[str, ...] = ()
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -73,6 +76,8 @@ def rewrite(
     guard: GuardOptions,
     target: Target,
     progress: Progress,
+    *,
+    debug_outputs: bool = False,
 ) -> RewriteReport:
     """Put SWS into `model`, in place, and lower it for `target`.
 
@@ -83,6 +88,7 @@ def rewrite(
         guard: Form of the key guard.
         target: Runtime that the graph is for.
         progress: Hears which sites are taken and which are not.
+        debug_outputs: Give out what each site does at a step.
 
     Raises:
         ExportError: The graph has no site that SWS can take, or is not a plain export.
@@ -97,7 +103,7 @@ def rewrite(
         skipped += deselected
         try:
             stage.describe("inserting SWS")
-            InsertSws(sites, parameters, guard.form, guard.rows)(model)
+            InsertSws(sites, parameters, guard.form, guard.rows, debug_outputs=debug_outputs)(model)
             stage.describe("lowering")
             if target == "tensorrt-rtx":
                 DecomposeGuardAttention()(model)
@@ -106,6 +112,9 @@ def rewrite(
         except GraphError as error:
             raise ExportError(str(error)) from error
     report = _report(model, sites, skipped)
+    if debug_outputs:
+        columns = tuple(site.name for site in debug_order(sites))
+        report = dataclasses.replace(report, debug_sites=columns)
     for line in describe_sites(report):
         progress.log(line)
     progress.log(f"key guard: {guard.form}, {'all' if guard.rows == 1 else guard.rows} of the query rows")

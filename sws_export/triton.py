@@ -19,7 +19,13 @@ Variant = Literal["native", "python"]
 _MICROSECONDS = 1_000_000
 _MODEL_PY = '''"""Runs the model of this folder; the code is in sws-export, which Triton's Python needs."""
 
-from sws_export.triton_model import TritonPythonModel
+import os
+import sys
+
+# Triton starts Python 3.11 and later isolated, and such a Python does not look at PYTHONPATH itself.
+sys.path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+
+from sws_export.triton_model import TritonPythonModel  # noqa: E402
 
 __all__ = ["TritonPythonModel"]
 '''
@@ -146,7 +152,7 @@ def _native_config(contract: Contract, name: str, options: TritonOptions) -> dic
         "max_batch_size": batch,
         "version_policy": {"latest": {"num_versions": 1}},
         "input": [batched_tensor(spec, sizes) for spec in contract.inputs],
-        "output": [batched_tensor(contract.prediction, sizes)],
+        "output": [batched_tensor(spec, sizes) for spec in contract.outputs],
         **(
             {"sequence_batching": batching}
             if contract.states
@@ -213,7 +219,7 @@ def _python_config(contract: Contract, name: str, options: TritonOptions) -> dic
         "max_batch_size": 0,
         "version_policy": {"latest": {"num_versions": 1}},
         "input": [whole_tensor(spec) for spec in contract.inputs],
-        "output": [whole_tensor(contract.prediction)],
+        "output": [whole_tensor(spec) for spec in contract.outputs],
         "sequence_batching": {
             "max_sequence_idle_microseconds": options.idle_seconds * _MICROSECONDS,
             "oldest": {"max_candidate_sequences": options.max_sequences},

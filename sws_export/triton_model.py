@@ -11,7 +11,6 @@ import numpy as np
 
 from sws_export.errors import SwsExportError
 from sws_export.runtime import Session, Stream
-from sws_export.runtime.contract import PREDICTION
 
 
 class TritonPythonModel:
@@ -43,14 +42,23 @@ class TritonPythonModel:
         start, end = (bool(given.pop(name).item()) for name in ("START", "END"))
         sequence = int(given.pop("CORRID").item())
         try:
-            prediction = self._stream(sequence, start).step(**given)
+            outputs = self._step(self._stream(sequence, start), given)
         except SwsExportError as error:
             return triton.InferenceResponse(output_tensors=[], error=triton.TritonError(str(error)))
         finally:
             if end:
                 self._streams.pop(sequence, None)
-        output = triton.Tensor.from_dlpack(PREDICTION, prediction)
-        return triton.InferenceResponse(output_tensors=[output])
+        tensors = [triton.Tensor.from_dlpack(name, array) for name, array in outputs.items()]
+        return triton.InferenceResponse(output_tensors=tensors)
+
+    def _step(self, stream: Stream, given: dict[str, Any]) -> dict[str, Any]:
+        """The prediction, and the figures of the sites where the artefact gives them, by output."""
+        contract = self._session.contract
+        outputs = {contract.prediction.name: stream.step(**given)}
+        if contract.figures:
+            figures = stream.figures()
+            outputs |= {spec.name: figures[name] for name, spec in contract.figures.items()}
+        return outputs
 
     def _stream(self, sequence: int, start: bool) -> Stream:
         if start or sequence not in self._streams:

@@ -18,6 +18,7 @@ from graph_passes.functions.node_guard import build_node_guard, build_node_keys
 from graph_passes.functions.node_schedule import build_node_schedule
 from graph_passes.functions.node_transport import build_node_momentum, build_node_transport
 from graph_passes.functions.schedule import build_schedule
+from graph_passes.functions.site_figures import build_site_figures
 from graph_passes.functions.transport import build_transport
 from graph_passes.parameters import SwsParameters
 
@@ -32,6 +33,7 @@ def build_functions(
     guard: Guard = "literal",
     guard_rows: Fraction = Fraction(1),
     statistics: ir.DataType = ir.DataType.FLOAT,
+    figures: bool = False,
 ) -> dict[str, ir.Function]:
     """All functions of domain `sws` by name, for a model whose activations have `dtype`.
 
@@ -41,6 +43,7 @@ def build_functions(
         guard: Form of `KeyGuard`, see `build_key_guard`.
         guard_rows: Share of the query rows that the guard sees, see `build_attention`.
         statistics: Dtype of the fused guard's attention, likewise.
+        figures: Let `Attention` give the figures of its site as a second output.
 
     Raises:
         GraphError: The parameters are outside the range in which the fused guard is exact, or the share of
@@ -51,8 +54,10 @@ def build_functions(
         build_transport(parameters),
         build_banded_transport(dtype),
         build_key_guard(parameters, dtype, guard, statistics),
-        build_attention(parameters, dtype, guard_rows),
+        build_attention(parameters, dtype, guard_rows, figures),
     ]
+    if figures:
+        functions.append(build_site_figures(dtype))
     return {function.name: function for function in functions}
 
 

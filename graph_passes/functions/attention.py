@@ -23,7 +23,10 @@ _STRIDES = {
 
 
 def build_attention(
-    parameters: SwsParameters, dtype: ir.DataType, guard_rows: Fraction = Fraction(1)
+    parameters: SwsParameters,
+    dtype: ir.DataType,
+    guard_rows: Fraction = Fraction(1),
+    figures: bool = False,
 ) -> ir.Function:
     """`Attention(q, k, v [B, T, C], transport, tau_q, amplitude, kappa, key_gate, value_gain) -> y`.
 
@@ -36,6 +39,7 @@ def build_attention(
         guard_rows: Share of the query rows that the guard sees: 1, or 1/2 to 1/16 for a lattice over the
             grid. An approximation. The mean KL divergence survives it; the lowest and the highest entropy
             are those of the rows seen, so that amplitudes come out a little different.
+        figures: Give a second output [B, 1, 6] float32: `SITE_FIGURES` of debug_outputs.
 
     Raises:
         GraphError: Another share.
@@ -77,8 +81,9 @@ def build_attention(
             _domain="sws",
             _outputs=2,
         )
+        told = _figures(op, q, k, k_perm, tau_q, alpha_k, a_v) if figures else None
         q = op.Div(q, cast(op, per_sample(op, tau_q, 3), dtype, FLOAT))
-        return op.Attention(
+        y = op.Attention(
             q,
             _mix(op, k, k_perm, alpha_k, dtype),
             _mix(op, v, v_perm, a_v, dtype),
@@ -86,6 +91,7 @@ def build_attention(
             kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
             scale=scale,
         )
+        return y if told is None else (y, told)
 
     return define_function(
         "Attention",
@@ -101,9 +107,20 @@ def build_attention(
             "key_gate": FLOAT,
             "value_gain": FLOAT,
         },
-        ["y"],
+        ["y", "figures"] if figures else ["y"],
         [ir.Attr("num_heads", ir.AttributeType.INT, None), ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
+
+
+def _figures(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any, a_v: Any) -> Any:
+    """alpha_k, a_v and what `SiteFigures` gives, [B, 1, 6] float32."""
+    attributes = {
+        "num_heads": ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT),
+        "scale": ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
+    }
+    computed = op.SiteFigures(q, k, k_perm, tau_q, alpha_k, **attributes, _domain="sws")
+    shares = [op.Unsqueeze(share, [1, 2]) for share in (alpha_k, a_v)]
+    return op.Concat(*shares, op.Unsqueeze(computed, [1]), axis=2)
 
 
 def _lattice(op: Op, q: Any, transport: Any, strides: tuple[int, int]) -> Any:

@@ -101,6 +101,9 @@ def _add_sws_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guard-rows", default="1", metavar="SHARE", help="query rows the guard looks at, such as 1/8"
     )
+    group.add_argument(
+        "--debug-outputs", action="store_true", help="let the graph tell what each site does at a step"
+    )
     group.add_argument("--plain", action="store_true", help="export the UNet without SWS")
 
 
@@ -135,6 +138,7 @@ def _options(parsed: argparse.Namespace) -> "ExportOptions":
         sites=tuple(parsed.sites),
         guard=parsed.guard,
         guard_rows=parsed.guard_rows,
+        debug_outputs=parsed.debug_outputs,
         plain=parsed.plain,
         config=parsed.config,
         ema=parsed.ema,

@@ -15,8 +15,8 @@ class Loop(Protocol):
     has succeeded. Nothing is copied from step to step.
     """
 
-    def run(self, inputs: Mapping[str, Array], prediction: Array) -> None:
-        """Run one step and write the prediction, an array in host memory, in place."""
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Run one step and write the outputs, the states left out, into these arrays in host memory."""
 
     def read(self, name: str) -> Array:
         """A copy of the current state called `name`, float32, in host memory."""

@@ -14,7 +14,7 @@ from sws_export.manifest import FORMAT_VERSION, METADATA_KEY, manifest_path
 from sws_export.profile import Shapes
 
 PREDICTION = "out_sample"
-_DECIDED_BY_GRAPH = ("inputs", "outputs", "states", "sws", "precision")
+_DECIDED_BY_GRAPH = ("inputs", "outputs", "states", "sws", "precision", "debug_outputs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Contract:
         inputs: Inputs that the caller gives, states left out.
         prediction: The output that the caller gets.
         states: State pairs; none for an artefact exported with --plain.
+        figures: Outputs that tell what each site did, [B, sites] or [B], by the name of the figure; none
+            for an artefact exported without --debug-outputs.
         profile: Smallest, best and largest shape of each input of an engine; None for a graph.
         manifest: Everything that was recorded at the export.
     """
@@ -44,6 +46,7 @@ class Contract:
     inputs: tuple[TensorSpec, ...]
     prediction: TensorSpec
     states: tuple[StatePair, ...]
+    figures: Mapping[str, TensorSpec]
     profile: Shapes | None
     manifest: Mapping[str, Any]
 
@@ -51,6 +54,16 @@ class Contract:
     def takes_intensity(self) -> bool:
         """Whether SWS is in the graph."""
         return any(spec.name == "intensity" for spec in self.inputs)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Outputs that the caller gets, the prediction first; states left out."""
+        return (self.prediction, *self.figures.values())
+
+    @property
+    def figure_sites(self) -> tuple[str, ...]:
+        """The sites that the columns of the figures are of."""
+        return tuple(self.manifest.get("debug_outputs", {}).get("sites", ()))
 
 
 def read_contract(path: Path, *, verify: bool = True) -> Contract:
@@ -182,6 +195,7 @@ def _contract(path: Path, backend: str, manifest: Mapping[str, Any]) -> Contract
     outputs = {entry["name"]: _spec(entry) for entry in manifest["outputs"]}
     states = tuple(StatePair(inputs[pair["input"]], pair["output"]) for pair in manifest["states"])
     fed_back = {pair.spec.name for pair in states}
+    figures = manifest.get("debug_outputs", {}).get("outputs", {})
     profile = manifest.get("profile")
     return Contract(
         path=path,
@@ -189,6 +203,7 @@ def _contract(path: Path, backend: str, manifest: Mapping[str, Any]) -> Contract
         inputs=tuple(spec for spec in inputs.values() if spec.name not in fed_back),
         prediction=outputs[PREDICTION],
         states=states,
+        figures={figure: outputs[name] for figure, name in figures.items()},
         profile=_profile(profile) if profile else None,
         manifest=manifest,
     )

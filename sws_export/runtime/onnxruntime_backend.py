@@ -8,7 +8,7 @@ import numpy as np
 from sws_export.errors import EngineError
 from sws_export.manifest import METADATA_KEY
 from sws_export.runtime.backend import Shapes
-from sws_export.runtime.contract import PREDICTION, Contract, check_embedded
+from sws_export.runtime.contract import Contract, check_embedded
 from sws_export.runtime.inputs import Array
 
 _CUDA = "CUDAExecutionProvider"
@@ -87,12 +87,13 @@ class OnnxRuntimeLoop:
             binding.bind_ortvalue_output(outputs[name], value)
         return binding
 
-    def run(self, inputs: Mapping[str, Array], prediction: Array) -> None:
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Run one step; see `Loop`."""
         binding = self._bindings[self._current]
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
-        binding.bind_output(PREDICTION, "cpu", 0, prediction.dtype, prediction.shape, prediction.ctypes.data)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from sws_export.errors import OptionError
+from sws_export.profile import concrete_shape
 from sws_export.runtime.backend import Backend, Loop
 from sws_export.runtime.contract import Contract, read_contract
 from sws_export.runtime.errors import StepError
@@ -31,6 +32,7 @@ class Stream:
         self._lock = threading.Lock()
         self._loop: Loop | None = None
         self._shapes: Mapping[str, tuple[int, ...]] = {}
+        self._figures: dict[str, Array] = {}
 
     def step(
         self,
@@ -70,9 +72,36 @@ class Stream:
         spec = self._contract.prediction
         shape = (sizes["batch"], spec.shape[1], *arrays["sample"].shape[2:])
         prediction = np.empty(shape, numpy_dtype(spec.dtype))
+        figures = {
+            name: np.empty(concrete_shape(figure, sizes), np.float32)
+            for name, figure in self._contract.figures.items()
+        }
+        outputs = {self._contract.figures[name].name: array for name, array in figures.items()}
         with self._lock:
-            self._loop_for(shapes).run(arrays, prediction)
+            self._loop_for(shapes).run(arrays, {spec.name: prediction, **outputs})
+            self._figures = figures
         return like(prediction, sample)
+
+    def figures(self) -> dict[str, Array]:
+        """What each site did at the last step, of an artefact exported with `--debug-outputs`.
+
+        Returns:
+            float32 arrays of the caller's own: `alpha_k`, `a_v`, `entropy_mean`, `entropy_min`,
+            `entropy_max` and `kl`, each [B, sites] with the sites of `Contract.figure_sites`, and `kl_cap`
+            [B]. Entropies and KL divergences are in nats.
+
+        Raises:
+            StepError: There was no step yet, or the artefact has no such outputs.
+        """
+        if not self._contract.figures:
+            raise StepError(
+                f"{self._contract.path.name} does not tell what its sites do; export it again with "
+                "--debug-outputs"
+            )
+        with self._lock:
+            if not self._figures:
+                raise StepError("figures are of the last step, and there was none yet")
+            return {name: values.copy() for name, values in self._figures.items()}
 
     def reset(self, samples: Iterable[int] | None = None) -> None:
         """Forget the history: of every sample of the batch, or of those with the indices `samples`.

@@ -13,7 +13,7 @@ from sws_export.engines import plan_header
 from sws_export.engines.choice import named_backend
 from sws_export.errors import EngineError
 from sws_export.runtime.backend import Shapes
-from sws_export.runtime.contract import PREDICTION, Contract
+from sws_export.runtime.contract import Contract
 from sws_export.runtime.cuda_device import CudaDevice, Memory
 from sws_export.runtime.inputs import Array
 
@@ -109,7 +109,7 @@ class TensorRtBackend:
 
 
 class TensorRtLoop:
-    """An execution context and its buffers: states A and B in turn, inputs and prediction in fixed places."""
+    """An execution context and its buffers: states A and B in turn, inputs and outputs in fixed places."""
 
     def __init__(
         self,
@@ -138,14 +138,15 @@ class TensorRtLoop:
             self._require(context.set_input_shape(name, shape), f"the shape {list(shape)} of {name}")
         device.synchronize(self._stream)
 
-    def run(self, inputs: Mapping[str, Array], prediction: Array) -> None:
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Run one step; see `Loop`."""
         self._gpu.activate()
-        self._place({**inputs, PREDICTION: prediction})
+        self._place(inputs, outputs)
         for name, array in inputs.items():
             self._gpu.upload(self._places[name], array, self._stream)
         self._launch()
-        self._gpu.download(prediction, self._places[PREDICTION], self._stream)
+        for name, array in outputs.items():
+            self._gpu.download(array, self._places[name], self._stream)
         self._gpu.synchronize(self._stream)
         self._current = 1 - self._current
 
@@ -171,15 +172,15 @@ class TensorRtLoop:
         self._gpu.zero(memory, nbytes, self._stream)
         return memory
 
-    def _place(self, arrays: Mapping[str, Array]) -> None:
+    def _place(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Have a buffer of the right size for each array; what was recorded with others is forgotten."""
-        for name, array in arrays.items():
+        for name, array in {**inputs, **outputs}.items():
             if self._placed.get(name) == array.shape:
                 continue
             self._recorded, self._warm = [None, None], [False, False]
             self._places[name] = self._gpu.allocate(array.nbytes)
             self._placed[name] = array.shape
-            if name != PREDICTION:
+            if name in inputs:
                 accepted = self._context.set_input_shape(name, array.shape)
                 self._require(accepted, f"the shape {list(array.shape)} of {name}")
             self._require(self._context.set_tensor_address(name, self._places[name].address), name)

@@ -8,6 +8,8 @@ import numpy as np
 from sws_export.errors import ExportError
 from sws_export.validation.trajectory import Array
 
+STATE_PREFIX = "sws_state_"
+
 
 class OnnxRunner:
     """An exported graph in ONNX Runtime on the CPU, its state fed back from step to step."""
@@ -37,7 +39,9 @@ class OnnxRunner:
         feed |= self._state if self._state is not None else self._zero_state(inputs["sample"])
         outputs = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
         self._state = {
-            name.removesuffix("_out"): value for name, value in outputs.items() if name != "out_sample"
+            name.removesuffix("_out"): value
+            for name, value in outputs.items()
+            if name.startswith(STATE_PREFIX)
         }
         return outputs
 
@@ -46,7 +50,7 @@ class OnnxRunner:
         return {
             node.name: np.zeros([_size(dim, sides) for dim in node.shape], np.float32)
             for node in self._session.get_inputs()
-            if node.name.startswith("sws_state_")
+            if node.name.startswith(STATE_PREFIX)
         }
 
 

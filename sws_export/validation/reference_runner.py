@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from graph_passes.debug_outputs import KL_CAP, PREFIX, SITE_FIGURES
 from graph_passes.parameters import SwsParameters
 from sws_export.checkpoint import Checkpoint, FusedWeights
 from sws_export.validation.trajectory import Array
@@ -21,6 +22,7 @@ class ReferenceRunner:
         sites: Sequence[str],
         double: bool,
         intensity: Array,
+        debug_sites: Sequence[str] = (),
     ) -> None:
         import torch
 
@@ -31,6 +33,8 @@ class ReferenceRunner:
         self._unet = load_unet(checkpoint, self._dtype, fused)
         self._shuffled = ReferenceUNet(self._unet, parameters, sites) if sites else None
         self._intensity = torch.from_numpy(np.asarray(intensity)).to(self._dtype)
+        self._parameters = parameters
+        self._debug_sites = debug_sites
         self._state: dict[str, Any] | None = None
 
     def step(self, inputs: Mapping[str, Array], sigma: Array) -> dict[str, Array]:
@@ -53,4 +57,21 @@ class ReferenceRunner:
             state=self._state,
         )
         outputs = {f"{name}_out": value.numpy() for name, value in self._state.items()}
-        return {"out_sample": out.numpy(), **outputs}
+        return {"out_sample": out.numpy(), **outputs, **self._debug_outputs(sigma)}
+
+    def _debug_outputs(self, sigma: Array) -> dict[str, Array]:
+        """What the debug outputs of the graph hold, by their names."""
+        if not self._debug_sites:
+            return {}
+        import torch
+
+        from sws_export.reference import schedule
+
+        assert self._shuffled is not None
+        records = [self._shuffled.records[site] for site in self._debug_sites]
+        figures = {
+            f"{PREFIX}{figure}": torch.stack([getattr(record, figure) for record in records], dim=1).numpy()
+            for figure in SITE_FIGURES
+        }
+        levels = torch.from_numpy(sigma).to(self._dtype)
+        return figures | {KL_CAP: schedule(levels, self._intensity, self._parameters).kappa.numpy()}

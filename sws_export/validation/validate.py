@@ -16,6 +16,7 @@ from sws_export.progress import Progress
 from sws_export.validation.compare import OutputDifference, compare_outputs, worst
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.reference_runner import ReferenceRunner
+from sws_export.validation.tolerances import allowed_differences
 from sws_export.validation.trajectory import Array, Trajectory
 
 STEPS = 5
@@ -23,13 +24,6 @@ TOKENS = 7
 # The reference runs in float64 up to this many parameters; beyond, float32 keeps it within minutes.
 FLOAT64_PARAMETERS = 200_000_000
 
-# Largest difference of the prediction, relative to its largest value.
-_PREDICTION_TOLERANCE: dict[Precision, float] = {"fp32": 2e-4, "fp16": 2e-2, "bf16": 2e-2}
-# A bisection that binds may fall on the other side of one of its steps by rounding alone.
-_BINDING_TOLERANCE = 5e-4
-# A guard that sees a share of the rows mixes by another amount; what it costs is for the user to judge.
-_SAMPLED_TOLERANCE = 5e-2
-_STATE_TOLERANCE = 1e-5
 _BYPASS_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-5}
 
 Outputs = dict[str, Array]
@@ -43,11 +37,13 @@ class Shuffled:
         parameters: What it was exported with.
         sites: Attention modules; none for a plain graph.
         guard_rows: Share of the query rows that the key guard sees.
+        debug_sites: Columns of the debug outputs; none where there are no such outputs.
     """
 
     parameters: SwsParameters
     sites: tuple[str, ...]
     guard_rows: Fraction = Fraction(1)
+    debug_sites: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +119,13 @@ def validate_against_reference(
     with progress.stage("validate", total=2 * STEPS) as stage:
         stage.describe("loading the reference")
         reference = ReferenceRunner(
-            checkpoint, fused, shuffled.parameters, shuffled.sites, double, trajectory.intensity
+            checkpoint,
+            fused,
+            shuffled.parameters,
+            shuffled.sites,
+            double,
+            trajectory.intensity,
+            shuffled.debug_sites,
         )
         fed: list[Outputs] = []
         for step in trajectory.steps():
@@ -141,10 +143,7 @@ def validate_against_reference(
             stage.describe("running ONNX Runtime")
             found.append(runner.step(step_inputs))
             stage.advance()
-    prediction_tolerance = _prediction_tolerance(shuffled, precision)
-    tolerances = {
-        name: prediction_tolerance if name == "out_sample" else _STATE_TOLERANCE for name in expected[0]
-    }
+    tolerances = allowed_differences(expected, shuffled.parameters, shuffled.guard_rows, precision)
     remarks = []
     if precision == "bf16":
         remarks.append("ONNX Runtime has no bfloat16: the graph's float32 twin was compared")
@@ -155,16 +154,14 @@ def validate_against_reference(
         remarks=tuple(remarks),
         steps=STEPS,
         sizes=sizes,
-        outputs=worst([compare_outputs(f, e, tolerances) for f, e in zip(found, expected, strict=True)]),
+        outputs=worst([_compare(f, e, tolerances) for f, e in zip(found, expected, strict=True)]),
         seconds=time.monotonic() - start,
     )
 
 
-def _prediction_tolerance(shuffled: Shuffled, precision: Precision) -> float:
-    if shuffled.guard_rows < 1:
-        return max(_SAMPLED_TOLERANCE, _PREDICTION_TOLERANCE[precision])
-    budget = shuffled.parameters.kl_floor + shuffled.parameters.kl_slope
-    return _BINDING_TOLERANCE if precision == "fp32" and budget < 1e-3 else _PREDICTION_TOLERANCE[precision]
+def _compare(found: Outputs, expected: Outputs, tolerances: dict[str, float]) -> list[OutputDifference]:
+    compared = {name: values for name, values in expected.items() if name in tolerances}
+    return compare_outputs(found, compared, tolerances)
 
 
 def validate_against_plain(

@@ -179,7 +179,7 @@ def test_bfloat16_is_validated_through_its_float32_twin(random_unet: Path, out: 
 def test_a_graph_over_tolerance_is_not_written(
     random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sws_export.validation.validate._PREDICTION_TOLERANCE", {"fp32": 1e-12})
+    monkeypatch.setattr("sws_export.validation.tolerances._PREDICTION", {"fp32": 1e-12})
     with pytest.raises(ValidationError, match=r"out_sample by .* allowed is 1e-12; nothing was written"):
         export(random_unet, out / "graph.onnx")
     assert listing(out) == {}
@@ -292,7 +292,7 @@ def test_a_second_interrupt_leaves_nothing_either(
         remove(directory, **options)
 
     monkeypatch.setattr("sws_export.artefact.shutil.rmtree", interrupted)
-    monkeypatch.setattr(pipeline, "rewrite", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(pipeline, "rewrite", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         export(random_unet, out / "graph.onnx")
     assert listing(out) == {}
@@ -302,7 +302,7 @@ def test_a_second_interrupt_leaves_nothing_either(
 def test_a_bug_leaves_nothing_and_keeps_its_traceback(
     random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "rewrite", lambda *_: 1 / 0)
+    monkeypatch.setattr(pipeline, "rewrite", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main([str(random_unet), "--out", str(out / "graph.onnx"), "--quiet"])
     assert listing(out) == {}

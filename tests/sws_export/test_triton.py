@@ -83,6 +83,18 @@ def test_native_model(graph: Path, tmp_path: Path) -> None:
     assert config.version_policy.latest.num_versions == 1
 
 
+def test_figures_of_the_sites_are_outputs(traced: Path, tmp_path: Path) -> None:
+    graph = tmp_path / "telling.onnx"
+    export(traced, graph, ExportOptions(validate=False, debug_outputs=True))
+    for variant, dims in (("native", ([4], [1])), ("python", ([-1, 4], [-1]))):
+        options = TritonOptions(name=variant, variant=variant, height=16, width=8)  # type: ignore[arg-type]
+        write_repository(graph, tmp_path / "models", options)
+        tensors = {tensor.name: tensor for tensor in read_config(tmp_path / "models" / variant).output}
+        assert len(tensors) == 8
+        assert (tensors["sws_debug_kl"].dims, tensors["sws_debug_kl_cap"].dims) == dims
+        assert tensors["sws_debug_kl"].data_type == model_config_pb2.TYPE_FP32
+
+
 def test_every_state_starts_from_zeros(graph: Path, tmp_path: Path) -> None:
     write_repository(graph, tmp_path, TritonOptions(height=16, width=8, max_sequences=5, idle_seconds=7))
     batching = read_config(tmp_path / "sws").sequence_batching
