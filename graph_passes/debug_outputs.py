@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graph_passes.find_sites import Site
+from graph_passes.grids import in_order
 
 FLOAT = ir.DataType.FLOAT
 
@@ -21,8 +22,9 @@ def debug_output_names() -> tuple[str, ...]:
 
 
 def debug_order(sites: Sequence[Site]) -> list[Site]:
-    """Sites in the order of the columns of the debug outputs: by grid, then as in the graph."""
-    return sorted(sites, key=lambda site: site.factor)
+    """Sites in the order of the columns of the debug outputs: by grid of the keys, then as in the graph."""
+    grids = in_order(site.key_grid for site in sites)
+    return sorted(sites, key=lambda site: grids.index(site.key_grid))
 
 
 def append_debug_outputs(graph: ir.Graph, figures: Sequence[ir.Value], kl_cap: ir.Value) -> None:

@@ -6,23 +6,28 @@ import re
 
 import onnx_ir as ir
 
+from graph_passes.grids import TEXT, Grid
+
 _HEAD_SPLIT = (0, 2, 1, 3)
 _SITE_NAME = re.compile(r"(?:down_blocks|up_blocks|mid_block)[\w.]*\.attn\d+")
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)")
+_TEXT_INPUT = "encoder_hidden_states"
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One self-attention site on an image grid.
+    """One attention site with its queries on a grid of the image.
 
     Attributes:
         name: Path of the attention module, such as `mid_block.attentions.0.transformer_blocks.0.attn1`.
         node: The `Attention` node.
-        q: Query [B, T, C], before the heads are split. `k` and `v` likewise.
+        q: Query [B, T, C], before the heads are split.
+        k: Key [B, T, C], or [B, tokens, C] where it is of the text. `v` likewise.
         y: The value [B, T, C] that the site's result replaces, after the heads are joined.
         heads: Number of heads.
         scale: Factor of the logits.
-        factor: Downsampling of the grid against the latent.
+        factor: Downsampling of the grid of the queries against the latent.
+        key_grid: Grid of keys and values: that of the queries, or the text in cross-attention.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Site:
     heads: int
     scale: float
     factor: int
+    key_grid: Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +54,16 @@ class _NotASite(Exception):  # noqa: N818  (control flow inside this module, nev
     pass
 
 
-def find_sites(model: ir.Model) -> tuple[list[Site], list[SkippedSite]]:
+def find_sites(model: ir.Model, *, cross_attention: bool = False) -> tuple[list[Site], list[SkippedSite]]:
     """All `Attention` nodes in graph order: those that SWS can take, and the others with a reason.
 
     A site qualifies when queries, keys and values are projections of one tensor (self-attention), nothing
     masks it, its shape is known, and its name tells the grid it lives on.
+
+    Args:
+        model: A plain UNet.
+        cross_attention: Take also the sites whose keys and values are projections of the input
+            `encoder_hidden_states`.
     """
     levels = count_levels(model)
     sites: list[Site] = []
@@ -63,7 +74,10 @@ def find_sites(model: ir.Model) -> tuple[list[Site], list[SkippedSite]]:
         found = _SITE_NAME.search(_dotted_name(node))
         name = found.group() if found else ""
         try:
-            sites.append(_read_site(node, name, levels))
+            site = _read_site(node, name, levels)
+            if site.key_grid == TEXT and not cross_attention:
+                raise _NotASite("cross-attention: keys and values come from the text")
+            sites.append(site)
         except _NotASite as reason:
             skipped.append(SkippedSite(name or node.name or "unnamed", str(reason)))
     return sites, skipped
@@ -89,13 +103,10 @@ def _read_site(node: ir.Node, name: str, levels: int) -> Site:
     if any(_head_shape(value) != (heads, head_size) for value in node.inputs[1:3]):
         raise _NotASite("its keys or values have other heads than its queries")
     q, k, v = (_before_head_split(value) for value in node.inputs)
-    sources = {_projection_source(value) for value in (q, k, v)}
-    if None in sources:
-        raise _NotASite("its queries, keys or values are not plain projections")
-    if len(sources) != 1:
-        raise _NotASite("cross-attention: keys and values come from another tensor than queries")
+    attends_text = _attends_text(q, k, v)
     if not name:
         raise _NotASite("its name does not tell which block of the UNet it belongs to")
+    factor = _downsampling(name, levels)
     return Site(
         name=name,
         node=node,
@@ -105,8 +116,32 @@ def _read_site(node: ir.Node, name: str, levels: int) -> Site:
         y=_after_head_join(node.outputs[0]),
         heads=heads,
         scale=node.attributes.get_float("scale") or 1.0 / math.sqrt(head_size),
-        factor=_downsampling(name, levels),
+        factor=factor,
+        key_grid=TEXT if attends_text else Grid(factor),
     )
+
+
+def _attends_text(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
+    """Whether keys and values come from the text; else they come from what the queries come from."""
+    queries, keys, values = (_projection_source(value) for value in (q, k, v))
+    if queries is None or keys is None or values is None:
+        raise _NotASite("its queries, keys or values are not plain projections")
+    if keys is not values:
+        raise _NotASite("its keys and values come from different tensors")
+    if keys is queries:
+        return False
+    if not _is_text(keys):
+        raise _NotASite(f"cross-attention: keys and values come from another tensor than {_TEXT_INPUT}")
+    return True
+
+
+def _is_text(value: ir.Value) -> bool:
+    """Whether a value is the text input, possibly in another dtype."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Cast", "Identity") and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value.is_graph_input() and value.name == _TEXT_INPUT
 
 
 def _head_shape(value: ir.Value | None) -> tuple[int, int]:

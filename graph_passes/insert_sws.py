@@ -11,6 +11,7 @@ from graph_passes.debug_outputs import append_debug_outputs, debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
 from graph_passes.functions import DOMAIN, Guard, build_functions
+from graph_passes.grids import TEXT, Grid, in_order
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 
 FLOAT = ir.DataType.FLOAT
@@ -19,25 +20,26 @@ BAND = len(diamond_offsets(STATE_RADIUS))
 
 @dataclasses.dataclass(frozen=True)
 class StatePair:
-    """A state input, the output that is fed back to it, and the downsampling factor of its grid."""
+    """A state input, the output that is fed back to it, and the grid whose transport it holds."""
 
     input: str
     output: str
-    factor: int
+    grid: Grid
 
 
-def state_pair(factor: int) -> StatePair:
-    """The state of the grid that is `factor` times coarser than the latent."""
-    return StatePair(f"sws_state_d{factor}", f"sws_state_d{factor}_out", factor)
+def state_pair(grid: Grid) -> StatePair:
+    """The state of a grid."""
+    return StatePair(f"sws_state_{grid.name}", f"sws_state_{grid.name}_out", grid)
 
 
 class InsertSws(InPlacePass):
-    """Insert `sws.Schedule` once, `sws.Transport` once a grid and `sws.Attention` once a site.
+    """Insert `sws.Schedule` once, `sws.Transport` once a grid, and a call once a site.
 
+    The call is one of `sws.Attention`, or of `sws.CrossAttention` where the keys are of the text.
     Adds the inputs `sigma` and `intensity` [B] and a pair `sws_state_d<factor>` /
-    `sws_state_d<factor>_out` [B, 145, height/factor, width/factor] for each grid; on request also the
-    debug outputs. The rest of the graph, sites that are not given and cross-attention among it, is not
-    touched.
+    `sws_state_d<factor>_out` [B, 145, height/factor, width/factor] for each grid of the image, or
+    `sws_state_text` / `sws_state_text_out` [B, 145, 1, tokens] for the text; on request also the debug
+    outputs. The rest of the graph, sites that are not given among it, is not touched.
     """
 
     def __init__(
@@ -68,7 +70,13 @@ class InsertSws(InPlacePass):
         if dtype is None:
             raise GraphError("the dtype of the graph's output is unknown")
         functions = build_functions(
-            self.parameters, dtype, self.guard, self.guard_rows, self.statistics, self.debug_outputs
+            self.parameters,
+            dtype,
+            self.guard,
+            self.guard_rows,
+            self.statistics,
+            self.debug_outputs,
+            cross_attention=any(site.key_grid == TEXT for site in self.sites),
         )
         for function in functions.values():
             model.functions[function.identifier()] = function
@@ -88,13 +96,20 @@ class InsertSws(InPlacePass):
 
         first = graph[0]
         graph.insert_before(first, schedule)
-        transports = {}
-        for factor in sorted({site.factor for site in self.sites}):
-            transports[factor] = _insert_transport(graph, first, factor, blend)
-        nodes = {
-            site.name: _replace_site(graph, site, transports[site.factor], site_inputs, self.debug_outputs)
-            for site in self.sites
+        transports = {
+            grid: _insert_transport(graph, first, grid, blend)
+            for grid in in_order(site.key_grid for site in self.sites)
         }
+        query_grids: dict[int, ir.Value] = {}
+        crossing = [site.factor for site in self.sites if site.key_grid == TEXT]
+        if crossing and self.guard_rows != 1:
+            query_grids = _insert_query_grids(graph, first, crossing)
+        nodes = {}
+        for site in self.sites:
+            inputs = [transports[site.key_grid], *site_inputs]
+            if site.key_grid == TEXT and query_grids:
+                inputs.append(query_grids[site.factor])
+            nodes[site.name] = _replace_site(graph, site, inputs, self.debug_outputs)
         if self.debug_outputs:
             figures = [nodes[site.name].outputs[1] for site in debug_order(self.sites)]
             append_debug_outputs(graph, figures, kl_cap=schedule.outputs[3])
@@ -107,12 +122,11 @@ def _add_input(graph: ir.Graph, name: str, shape: Iterable[int | str]) -> ir.Val
     return value
 
 
-def _insert_transport(graph: ir.Graph, before: ir.Node, factor: int, blend: ir.Value) -> ir.Value:
-    pair = state_pair(factor)
-    sides = [side if factor == 1 else f"{side}/{factor}" for side in ("height", "width")]
-    shape: list[int | str] = ["batch", BAND, *sides]
+def _insert_transport(graph: ir.Graph, before: ir.Node, grid: Grid, blend: ir.Value) -> ir.Value:
+    pair = state_pair(grid)
+    shape: list[int | str] = ["batch", BAND, *_sides(graph, grid)]
     state = _add_input(graph, pair.input, shape)
-    node = ir.node("Transport", [state, blend], domain=DOMAIN, name=f"sws/transport_d{factor}")
+    node = ir.node("Transport", [state, blend], domain=DOMAIN, name=f"sws/transport_{grid.name}")
     (transport,) = node.outputs
     transport.name = pair.output
     transport.type = ir.TensorType(FLOAT)
@@ -122,12 +136,43 @@ def _insert_transport(graph: ir.Graph, before: ir.Node, factor: int, blend: ir.V
     return transport
 
 
-def _replace_site(
-    graph: ir.Graph, site: Site, transport: ir.Value, site_inputs: Sequence[ir.Value], figures: bool
-) -> ir.Node:
+def _sides(graph: ir.Graph, grid: Grid) -> tuple[int | str, int | str]:
+    """Rows and columns of a grid; the graph may take one number of text tokens only."""
+    if grid != TEXT:
+        return grid.sides
+    tokens = _input_shape(graph, "encoder_hidden_states", rank=3)[1]
+    return (1, tokens) if isinstance(tokens, int) else grid.sides
+
+
+def _insert_query_grids(graph: ir.Graph, before: ir.Node, factors: Iterable[int]) -> dict[int, ir.Value]:
+    """Rows and columns, [2] int64, of the grids of the image, by their downsampling."""
+    _input_shape(graph, "sample", rank=4)
+    (sample,) = (value for value in graph.inputs if value.name == "sample")
+    size = ir.node("Shape", [sample], {"start": 2, "end": 4}, name="sws/size")
+    size.outputs[0].name = "sws/size"
+    graph.insert_before(before, size)
+    grids = {}
+    for factor in sorted(set(factors)):
+        divisor = ir.node("Constant", [], {"value_ints": [factor, factor]}, name=f"sws/factor_{factor}")
+        grid = ir.node("Div", [size.outputs[0], divisor.outputs[0]], name=f"sws/grid_d{factor}")
+        for node in (divisor, grid):
+            node.outputs[0].name = node.name
+            graph.insert_before(before, node)
+        grids[factor] = grid.outputs[0]
+    return grids
+
+
+def _input_shape(graph: ir.Graph, name: str, rank: int) -> ir.Shape:
+    shapes = [value.shape for value in graph.inputs if value.name == name]
+    if not shapes or shapes[0] is None or len(shapes[0]) != rank:
+        raise GraphError(f"cross-attention needs an input '{name}' of rank {rank} whose shape is declared")
+    return shapes[0]
+
+
+def _replace_site(graph: ir.Graph, site: Site, inputs: Sequence[ir.Value], figures: bool) -> ir.Node:
     node = ir.node(
-        "Attention",
-        [site.q, site.k, site.v, transport, *site_inputs],
+        "CrossAttention" if site.key_grid == TEXT else "Attention",
+        [site.q, site.k, site.v, *inputs],
         attributes={"num_heads": site.heads, "scale": site.scale},
         domain=DOMAIN,
         num_outputs=2 if figures else 1,

@@ -46,6 +46,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _inspect_graph(path: Path) -> dict[str, Any]:
 
     from graph_passes.find_sites import find_sites
+    from graph_passes.grids import in_order
     from sws_export.onnx_files import load_onnx
     from sws_export.rewrite import graph_specs
 
@@ -65,9 +66,12 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
     }
     if described is not None:
         return facts | {name: described[name] for name in _MANIFEST_FACTS if name in described}
-    sites, skipped = find_sites(model)
+    sites, skipped = find_sites(model, cross_attention=True)
     return facts | {
-        "sites": [site.name for site in sites],
+        "sites": {
+            grid.name: [site.name for site in sites if site.key_grid == grid]
+            for grid in in_order(site.key_grid for site in sites)
+        },
         "skipped_sites": [f"{site.name}: {site.reason}" for site in skipped],
     }
 

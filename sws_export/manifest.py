@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.debug_outputs import PREFIX, debug_output_names
+from graph_passes.grids import TEXT
 from graph_passes.insert_sws import StatePair
 from graph_passes.parameters import SwsParameters
 from sws_export.contract import Precision, TensorSpec
@@ -66,7 +67,7 @@ def describe_graph(
         "outputs": [_spec(spec) for spec in outputs],
         "states": [_state(pair) for pair in rewrite.states] if rewrite else [],
         "sws": dataclasses.asdict(parameters) if parameters else None,
-        "sites": {f"d{factor}": list(names) for factor, names in rewrite.sites.items()} if rewrite else {},
+        "sites": {grid.name: list(names) for grid, names in rewrite.sites.items()} if rewrite else {},
         "skipped_sites": [dataclasses.asdict(site) for site in rewrite.skipped] if rewrite else [],
         "source": source,
         "versions": library_versions(),
@@ -85,12 +86,16 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _state(pair: StatePair) -> dict[str, Any]:
+    reset = "feed zeros at the first step of every image"
+    if pair.grid == TEXT:
+        reset += ", and where the number of text tokens is another than at the step before"
     return {
         "input": pair.input,
         "output": pair.output,
-        "downsampling": pair.factor,
+        "grid": pair.grid.name,
+        "downsampling": pair.grid.factor,
         "initial": "zeros",
-        "reset": "feed zeros at the first step of every image",
+        "reset": reset,
     }
 
 

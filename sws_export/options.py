@@ -29,7 +29,7 @@ class ExportOptions:
     Attributes:
         precision: Precision of the UNet; None for that of the checkpoint.
         parameters: Constants of SWS.
-        sites: Shell patterns of attention sites; empty for all self-attention.
+        sites: Shell patterns of attention sites, self- and cross-attention; empty for all self-attention.
         guard: `literal` stores the logits of a site to find the key mixing, `fused` does not; None for
             `fused`, or for `literal` with parameters that `fused` refuses. docs/performance.md says how
             exact `fused` is.

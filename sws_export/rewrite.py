@@ -16,6 +16,7 @@ from graph_passes.decompose_guard_attention import DecomposeGuardAttention
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site, SkippedSite, find_sites
 from graph_passes.functions import Guard
+from graph_passes.grids import TEXT, Grid, in_order
 from graph_passes.insert_sws import InsertSws, StatePair, state_pair
 from graph_passes.lower_functions import PLUGIN_OPERATORS, LowerFunctions
 from graph_passes.parameters import SwsParameters
@@ -50,14 +51,14 @@ class RewriteReport:
     """What a rewrite did.
 
     Attributes:
-        sites: Names of the sites with SWS by the downsampling factor of their grid.
+        sites: Names of the sites with SWS by the grid of their keys.
         skipped: Attention nodes left as they were, with the reason.
-        states: State pairs, finest grid first.
+        states: State pairs, finest grid first, that of the text last.
         nodes: Nodes of the result.
         debug_sites: Columns of the debug outputs; none where there are no such outputs.
     """
 
-    sites: dict[int, tuple[str, ...]]
+    sites: dict[Grid, tuple[str, ...]]
     skipped: tuple[SkippedSite, ...]
     states: tuple[StatePair, ...]
     nodes: int
@@ -84,7 +85,7 @@ def rewrite(
     Args:
         model: A plain export.
         parameters: Constants of the method.
-        patterns: Shell patterns of site names; empty for all.
+        patterns: Shell patterns of site names; empty for all self-attention.
         guard: Form of the key guard.
         target: Runtime that the graph is for.
         progress: Hears which sites are taken and which are not.
@@ -96,7 +97,7 @@ def rewrite(
     """
     with progress.stage("rewrite") as stage:
         stage.describe("finding attention sites")
-        found, skipped = find_sites(model)
+        found, skipped = find_sites(model, cross_attention=bool(patterns))
         if not found:
             raise ExportError(_no_sites(skipped))
         sites, deselected = _select(found, patterns)
@@ -150,13 +151,14 @@ def _select(sites: list[Site], patterns: Sequence[str]) -> tuple[list[Site], lis
 
 
 def _report(model: ir.Model, sites: Iterable[Site], skipped: Iterable[SkippedSite]) -> RewriteReport:
-    by_grid: dict[int, list[str]] = collections.defaultdict(list)
+    by_grid: dict[Grid, list[str]] = collections.defaultdict(list)
     for site in sites:
-        by_grid[site.factor].append(site.name)
+        by_grid[site.key_grid].append(site.name)
+    grids = in_order(by_grid)
     return RewriteReport(
-        sites={factor: tuple(by_grid[factor]) for factor in sorted(by_grid)},
+        sites={grid: tuple(by_grid[grid]) for grid in grids},
         skipped=tuple(skipped),
-        states=tuple(state_pair(factor) for factor in sorted(by_grid)),
+        states=tuple(map(state_pair, grids)),
         nodes=len(model.graph),
     )
 
@@ -164,14 +166,18 @@ def _report(model: ir.Model, sites: Iterable[Site], skipped: Iterable[SkippedSit
 def describe_sites(report: RewriteReport) -> list[str]:
     """One line a grid, and one for each reason to skip."""
     lines = [
-        f"SWS at {len(names)} sites, latent/{factor}: {_abbreviate(names)}"
-        for factor, names in report.sites.items()
+        f"SWS at {len(names)} sites, {_place(grid)}: {_abbreviate(names)}"
+        for grid, names in report.sites.items()
     ]
     reasons: dict[str, list[str]] = collections.defaultdict(list)
     for site in report.skipped:
         reasons[site.reason].append(site.name)
     lines += [f"skipped {len(names)}, {reason}: {_abbreviate(names)}" for reason, names in reasons.items()]
     return lines
+
+
+def _place(grid: Grid) -> str:
+    return "cross-attention to the text" if grid == TEXT else f"latent/{grid.factor}"
 
 
 def _abbreviate(names: Iterable[str]) -> str:

@@ -42,6 +42,8 @@ class TritonOptions:
             batch and size in a request.
         height: Height of the latent, `native` only; None takes the best size of an engine's profile.
         width: Width of the latent.
+        tokens: Number of text tokens, `native` only; None takes the best of an engine's profile where the
+            artefact has a state of the text, and else leaves the number to the request.
         max_batch: Sequences in one batch, `native` only; None takes the largest of an engine's profile, or 8.
         max_sequences: Sequences that may be open at once.
         idle_seconds: How long a sequence may rest before it is dropped.
@@ -52,6 +54,7 @@ class TritonOptions:
     variant: Variant = "native"
     height: int | None = None
     width: int | None = None
+    tokens: int | None = None
     max_batch: int | None = None
     max_sequences: int = 64
     idle_seconds: int = 60
@@ -62,7 +65,7 @@ class TritonOptions:
             raise OptionError(f"variant '{self.variant}' is unknown; use native or python")
         if self.name is not None and not re.fullmatch(r"[\w.-]+", self.name):
             raise OptionError(f"name '{self.name}': expected letters, digits, '.', '_' and '-' only")
-        for option in ("height", "width", "max_batch", "max_sequences", "idle_seconds"):
+        for option in ("height", "width", "tokens", "max_batch", "max_sequences", "idle_seconds"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise OptionError(f"{option} {value} is out of range; at least 1 is needed")
@@ -179,23 +182,49 @@ def _state(pair: StatePair, sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
+_PLACES = {
+    "height": ("sample", 2),
+    "width": ("sample", 3),
+    "tokens": ("encoder_hidden_states", 1),
+}
+"""Where an engine's profile has the sizes that a state depends on."""
+
+
 def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
-    """The one size of the latent that a native model is served at: its empty state has a fixed shape."""
-    best = contract.profile["sample"][1] if contract.profile else (None, None, None, None)
-    height, width = options.height or best[2], options.width or best[3]
-    if height is None or width is None:
+    """The one size that a native model is served at: its empty state has a fixed shape."""
+    needed = ["height", "width"]
+    of_text = any("tokens" in pair.spec.shape for pair in contract.states)
+    if of_text or options.tokens is not None:
+        needed.append("tokens")
+    sizes = {"batch": 1}
+    for name in needed:
+        size = getattr(options, name) or _best(contract, name)
+        if size is not None:
+            _check_profile(contract, name, size)
+            sizes[name] = size
+    if sizes.keys() != {"batch", *needed}:
+        text = ", and the number of text tokens" if of_text else ""
         raise OptionError(
             f"{contract.path.name} takes any size, and Triton needs one for its state: give height and width "
-            "(of the latent), or use the variant 'python'"
+            f"(of the latent){text}, or use the variant 'python'"
         )
-    if contract.profile:
-        smallest, _, largest = contract.profile["sample"]
-        for axis, (option, size) in enumerate((("height", height), ("width", width)), start=2):
-            if not smallest[axis] <= size <= largest[axis]:
-                raise OptionError(
-                    f"{option} {size} is outside the engine's profile, {smallest[axis]} to {largest[axis]}"
-                )
-    return {"batch": 1, "height": height, "width": width}
+    return sizes
+
+
+def _best(contract: Contract, size: str) -> int | None:
+    tensor, axis = _PLACES[size]
+    return contract.profile[tensor][1][axis] if contract.profile else None
+
+
+def _check_profile(contract: Contract, name: str, size: int) -> None:
+    if contract.profile is None:
+        return
+    tensor, axis = _PLACES[name]
+    smallest, _, largest = contract.profile[tensor]
+    if not smallest[axis] <= size <= largest[axis]:
+        raise OptionError(
+            f"{name} {size} is outside the engine's profile, {smallest[axis]} to {largest[axis]}"
+        )
 
 
 def _max_batch(contract: Contract, options: TritonOptions) -> int:

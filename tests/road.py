@@ -99,13 +99,17 @@ class Session:
             if name.startswith("sws_state_d")
         }
 
-    def zero_state(self, sample: Array) -> Outputs:
+    def zero_state(self, inputs: Mapping[str, Array]) -> Outputs:
         """The state with which an image begins."""
-        batch, _, height, width = sample.shape
-        return {
+        batch, _, height, width = inputs["sample"].shape
+        state = {
             name: np.zeros((batch, 145, height // divisor, width // divisor), np.float32)
             for name, divisor in self._divisors.items()
         }
+        if "sws_state_text" in self.inputs:
+            tokens = inputs["encoder_hidden_states"].shape[1]
+            state["sws_state_text"] = np.zeros((batch, 145, 1, tokens), np.float32)
+        return state
 
     def step(self, inputs: Mapping[str, Array], state: Mapping[str, Array]) -> tuple[Array, Outputs]:
         """The prediction and the next state."""
@@ -115,7 +119,7 @@ class Session:
 
     def run(self, steps: Sequence[Mapping[str, Array]]) -> Iterator[tuple[Array, Outputs]]:
         """Several steps with the state fed back."""
-        state = self.zero_state(steps[0]["sample"])
+        state = self.zero_state(steps[0])
         for inputs in steps:
             out, state = self.step(inputs, state)
             yield out, state

@@ -13,6 +13,7 @@ from graph_passes.functions.attention import build_attention
 from graph_passes.functions.banded_transport import build_banded_transport
 from graph_passes.functions.key_guard import Guard, build_key_guard
 from graph_passes.functions.key_guard_fused import check_fused_guard
+from graph_passes.functions.line_transport import build_line_transport
 from graph_passes.functions.node_attention import build_node_attention
 from graph_passes.functions.node_guard import build_node_guard, build_node_keys
 from graph_passes.functions.node_schedule import build_node_schedule
@@ -34,6 +35,8 @@ def build_functions(
     guard_rows: Fraction = Fraction(1),
     statistics: ir.DataType = ir.DataType.FLOAT,
     figures: bool = False,
+    *,
+    cross_attention: bool = False,
 ) -> dict[str, ir.Function]:
     """All functions of domain `sws` by name, for a model whose activations have `dtype`.
 
@@ -44,6 +47,7 @@ def build_functions(
         guard_rows: Share of the query rows that the guard sees, see `build_attention`.
         statistics: Dtype of the fused guard's attention, likewise.
         figures: Let `Attention` give the figures of its site as a second output.
+        cross_attention: Add what sites with keys of the text are made of.
 
     Raises:
         GraphError: The parameters are outside the range in which the fused guard is exact, or the share of
@@ -56,6 +60,11 @@ def build_functions(
         build_key_guard(parameters, dtype, guard, statistics),
         build_attention(parameters, dtype, guard_rows, figures),
     ]
+    if cross_attention:
+        functions += [
+            build_line_transport(dtype),
+            build_attention(parameters, dtype, guard_rows, figures, cross=True),
+        ]
     if figures:
         functions.append(build_site_figures(dtype))
     return {function.name: function for function in functions}

@@ -1,4 +1,4 @@
-"""`sws.Attention`: one whole self-attention site with mixed keys and values."""
+"""`sws.Attention` and `sws.CrossAttention`: one whole site with mixed keys and values."""
 
 from fractions import Fraction
 from typing import Any
@@ -27,10 +27,15 @@ def build_attention(
     dtype: ir.DataType,
     guard_rows: Fraction = Fraction(1),
     figures: bool = False,
+    *,
+    cross: bool = False,
 ) -> ir.Function:
     """`Attention(q, k, v [B, T, C], transport, tau_q, amplitude, kappa, key_gate, value_gain) -> y`.
 
     q, k, v and y are [B, T, C] of the model's dtype. Attributes `num_heads` and `scale` (of the logits).
+    `CrossAttention` has keys and values [B, L, C] of the text, and a transport of a single row; where the
+    guard sees a share of the rows, it has one input more at the end, `query_grid` [2] int64: rows and columns
+    of the grid on which the queries lie.
     Mixing is written `k + alpha * (k_perm - k)`, so that alpha = 0 gives k itself, bit for bit.
 
     Args:
@@ -40,6 +45,7 @@ def build_attention(
             grid. An approximation. The mean KL divergence survives it; the lowest and the highest entropy
             are those of the rows seen, so that amplitudes come out a little different.
         figures: Give a second output [B, 1, 6] float32: `SITE_FIGURES` of debug_outputs.
+        cross: Make `CrossAttention`.
 
     Raises:
         GraphError: Another share.
@@ -48,6 +54,7 @@ def build_attention(
         allowed = ", ".join(str(share) for share in _STRIDES)
         raise GraphError(f"guard rows: {guard_rows} is not supported; use one of {allowed}")
     strides = _STRIDES[guard_rows]
+    sampled = guard_rows != 1
 
     def body(
         op: Op,
@@ -60,13 +67,20 @@ def build_attention(
         kappa: Any,
         key_gate: Any,
         value_gain: Any,
+        query_grid: Any = None,
     ) -> Any:
         num_heads = ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT)
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
-        moved = op.BandedTransport(transport, op.Concat(k, v, axis=2), radius=STATE_RADIUS, _domain="sws")
+        both = op.Concat(k, v, axis=2)
+        if cross:
+            moved = op.LineTransport(transport, both, _domain="sws")
+        else:
+            moved = op.BandedTransport(transport, both, radius=STATE_RADIUS, _domain="sws")
         k_perm, v_perm = op.Split(moved, num_outputs=2, axis=2, _outputs=2)
+        if sampled and not cross:
+            query_grid = op.Shape(transport, start=2, end=4)
         alpha_k, a_v = op.KeyGuard(
-            q if guard_rows == 1 else _lattice(op, q, transport, strides),
+            _lattice(op, q, query_grid, strides) if sampled else q,
             k,
             k_perm,
             tau_q,
@@ -93,20 +107,14 @@ def build_attention(
         )
         return y if told is None else (y, told)
 
+    inputs = dict.fromkeys(("q", "k", "v"), dtype)
+    inputs |= dict.fromkeys(("transport", "tau_q", "amplitude", "kappa", "key_gate", "value_gain"), FLOAT)
+    if sampled and cross:
+        inputs["query_grid"] = ir.DataType.INT64
     return define_function(
-        "Attention",
+        "CrossAttention" if cross else "Attention",
         body,
-        {
-            "q": dtype,
-            "k": dtype,
-            "v": dtype,
-            "transport": FLOAT,
-            "tau_q": FLOAT,
-            "amplitude": FLOAT,
-            "kappa": FLOAT,
-            "key_gate": FLOAT,
-            "value_gain": FLOAT,
-        },
+        inputs,
         ["y", "figures"] if figures else ["y"],
         [ir.Attr("num_heads", ir.AttributeType.INT, None), ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
@@ -123,9 +131,8 @@ def _figures(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any, a_v:
     return op.Concat(*shares, op.Unsqueeze(computed, [1]), axis=2)
 
 
-def _lattice(op: Op, q: Any, transport: Any, strides: tuple[int, int]) -> Any:
-    """Every so many rows and columns of the grid on which q [B, T, C] lies, as [B, T', C]."""
-    size = op.Shape(transport, start=2, end=4)
+def _lattice(op: Op, q: Any, size: Any, strides: tuple[int, int]) -> Any:
+    """Every so many rows and columns of the grid of `size` on which q [B, T, C] lies, as [B, T', C]."""
     grid = op.Reshape(q, op.Concat([0], size, [-1], axis=0))
     some = op.Slice(grid, [0, 0], [2**31, 2**31], [1, 2], list(strides))
     return op.Reshape(some, op.Concat([0, -1], op.Shape(q, start=2, end=3), axis=0))

@@ -15,7 +15,7 @@ examples:
   sws-export unet.safetensors --out engine.plan
   sws-export stable-diffusion-v1-5/ --out sd15.plan --precision fp16 --batch 1:2:4 --height 512:512:768
   sws-export unet/ --out unet.onnx --sws beta=0.7 key_cap=0.2
-  sws-export unet.onnx --out engine.plan --sites 'up_blocks.*' --compute-capability 8.9,12.0
+  sws-export unet.onnx --out engine.plan --sites 'up_blocks.*.attn1' --compute-capability 8.9,12.0
 
 other commands:
   sws-export inspect FILE              what an engine, ONNX graph, manifest or checkpoint is
@@ -90,7 +90,8 @@ def _add_sws_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="attention sites by name, as in 'up_blocks.*'; repeatable; default: all self-attention",
+        help="attention sites by name, as in 'up_blocks.*.attn1'; '*.attn2' is cross-attention; repeatable; "
+        "default: all self-attention",
     )
     group.add_argument(
         "--guard",

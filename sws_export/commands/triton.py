@@ -23,6 +23,7 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--height", type=int, help="of the latent; default: the best of the profile")
     parser.add_argument("--width", type=int, help="of the latent; default: the best of the profile")
+    parser.add_argument("--tokens", type=int, help="of the text; default: the best of the profile, or any")
     parser.add_argument("--max-batch", type=int, help="sequences in one batch")
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
@@ -33,6 +34,7 @@ def run(arguments: list[str]) -> int:
         variant=parsed.variant,
         height=parsed.height,
         width=parsed.width,
+        tokens=parsed.tokens,
         max_batch=parsed.max_batch,
     )
     files = write_repository(parsed.artefact, parsed.repository, options)

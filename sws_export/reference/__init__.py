@@ -19,7 +19,7 @@ from sws_export.reference.transport import (
     rebalance,
     scale_transport,
 )
-from sws_export.reference.unet import ReferenceUNet, Site, self_attention_sites
+from sws_export.reference.unet import ReferenceUNet, Site, attention_sites, self_attention_sites
 
 __all__ = [
     "NodeReferenceUNet",
@@ -30,6 +30,7 @@ __all__ = [
     "Site",
     "SiteResult",
     "attention_site",
+    "attention_sites",
     "band_from_dense",
     "blend_weights",
     "blended_transport",

@@ -56,9 +56,9 @@ def attention_site(
 
     Args:
         q: Queries after their projection, [B, h, T, D], the model's dtype.
-        k: Keys, as `q`.
-        v: Values, as `q`.
-        transport: P, [B, T, T], float32 or float64, over the tokens.
+        k: Keys, [B, h, L, D]: of the tokens of the queries, or of the text.
+        v: Values, as `k`.
+        transport: P, [B, L, L], float32 or float64, over the tokens of the keys.
         schedule: Of the same samples.
         intensity: Strengths in [0, 1], [B]; 0 gives plain attention, bit for bit.
         parameters: The constants of the method.
@@ -123,10 +123,10 @@ def logits(q: Tensor, k: Tensor) -> Tensor:
 
     Args:
         q: [T, D], any float dtype.
-        k: As `q`.
+        k: [L, D], as `q`.
 
     Returns:
-        [T, T], float32 or float64.
+        [T, L], float32 or float64.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.to(dtype) @ k.to(dtype).T / math.sqrt(q.shape[-1])
@@ -137,7 +137,7 @@ def row_entropies(q: Tensor, k: Tensor) -> Tensor:
 
     Args:
         q: [B, h, T, D].
-        k: As `q`.
+        k: [B, h, L, D].
 
     Returns:
         [B, h, T], float32 or float64.
@@ -159,8 +159,8 @@ def kl_divergence(q: Tensor, k: Tensor, kp: Tensor, alpha: Tensor) -> Tensor:
 
     Args:
         q: [B, h, T, D], already divided by its temperature.
-        k: As `q`.
-        kp: Transported keys, as `q`.
+        k: [B, h, L, D].
+        kp: Transported keys, as `k`.
         alpha: Share of the transported keys, [B].
 
     Returns:
@@ -190,8 +190,8 @@ def largest_mixing(
 
     Args:
         q: [B, h, T, D], already divided by its temperature.
-        k: As `q`.
-        kp: Transported keys, as `q`.
+        k: [B, h, L, D].
+        kp: Transported keys, as `k`.
         limit: Largest share to consider, [B].
         kappa: Budget in nats, [B].
         parameters: Gives the number of halvings.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graph_passes.grids import TEXT, Grid, in_order
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 from sws_export.errors import ExportError
 from sws_export.reference.attention import SiteResult, attention_site
@@ -21,43 +22,54 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One self-attention module.
+    """One attention module.
 
     Attributes:
         path: Its name in the UNet, as in "down_blocks.0.attentions.0.transformer_blocks.0.attn1".
-        downsampling: Latent pixels, along one side, that one of its tokens covers.
+        grid: The grid of its keys and values: of the image, or the text in cross-attention.
     """
 
     path: str
-    downsampling: int
+    grid: Grid
 
     @property
     def state_name(self) -> str:
         """The state that holds the transport of this site's grid."""
-        return f"sws_state_d{self.downsampling}"
+        return f"sws_state_{self.grid.name}"
 
 
 def self_attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
     """All self-attention modules in the blocks of a UNet, in the order of its modules."""
+    return [site for site in attention_sites(unet) if site.grid != TEXT]
+
+
+def attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
+    """Attention modules in the blocks of a UNet, to the image itself or to the text, in order.
+
+    Those that add keys of their own to the text's, or normalise the text, are none.
+    """
     from diffusers.models.attention_processor import Attention
 
     deepest = len(unet.config.block_out_channels) - 1
     sites = []
     for path, module in unet.named_modules():
-        if isinstance(module, Attention) and not module.is_cross_attention:
+        if isinstance(module, Attention) and module.added_kv_proj_dim is None and not module.norm_cross:
             # Blocks change the resolution after their attention.
             match path.split("."):
                 case ["down_blocks", index, *_]:
-                    sites.append(Site(path, 2 ** int(index)))
+                    level = int(index)
                 case ["mid_block", *_]:
-                    sites.append(Site(path, 2**deepest))
+                    level = deepest
                 case ["up_blocks", index, *_]:
-                    sites.append(Site(path, 2 ** (deepest - int(index))))
+                    level = deepest - int(index)
+                case _:
+                    continue
+            sites.append(Site(path, TEXT if module.is_cross_attention else Grid(2**level)))
     return sites
 
 
 class ReferenceUNet:
-    """A UNet whose self-attention is shuffled, one sampling step a call.
+    """A UNet whose attention is shuffled, one sampling step a call.
 
     The UNet itself is left as it was after each step.
 
@@ -83,14 +95,14 @@ class ReferenceUNet:
             sites: Paths of attention modules, or a predicate of a path; None means all self-attention.
 
         Raises:
-            ExportError: A path is no self-attention of the UNet, or no site is left.
+            ExportError: A path is no attention of the UNet, or no site is left.
         """
-        known = self_attention_sites(unet)
+        known = self_attention_sites(unet) if sites is None else attention_sites(unet)
         if sites is not None and not callable(sites):
             unknown = set(sites) - {site.path for site in known}
             if unknown:
                 raise ExportError(
-                    f"sites: no self-attention at {', '.join(sorted(unknown))}; "
+                    f"sites: no attention at {', '.join(sorted(unknown))}; "
                     f"the UNet has {', '.join(site.path for site in known)}"
                 )
             sites = frozenset(sites).__contains__
@@ -103,12 +115,19 @@ class ReferenceUNet:
         self._unet = unet
         self._parameters = parameters
 
-    def state_shapes(self, batch: int, height: int, width: int) -> dict[str, tuple[int, int, int, int]]:
-        """Shape of each state for `batch` latents of `height` x `width`: [B, 145, ceil(H/d), ceil(W/d)]."""
+    def state_shapes(
+        self, batch: int, height: int, width: int, tokens: int
+    ) -> dict[str, tuple[int, int, int, int]]:
+        """Shape of each state for `batch` latents of `height` x `width` and `tokens` tokens of text.
+
+        [B, 145, ceil(H/d), ceil(W/d)] for a grid of the image, [B, 145, 1, tokens] for the text.
+        """
         entries = len(diamond_offsets(STATE_RADIUS))
         return {
-            site.state_name: (batch, entries, -(-height // site.downsampling), -(-width // site.downsampling))
-            for site in sorted(self.sites, key=lambda site: site.downsampling)
+            f"sws_state_{grid.name}": (batch, entries, 1, tokens)
+            if grid.factor is None
+            else (batch, entries, -(-height // grid.factor), -(-width // grid.factor))
+            for grid in in_order(site.grid for site in self.sites)
         }
 
     @torch.no_grad()
@@ -130,7 +149,8 @@ class ReferenceUNet:
             encoder_hidden_states: [B, L, X], the UNet's dtype.
             sigma: Noise levels, [B].
             intensity: Strengths in [0, 1], [B].
-            state: As returned by the step before; None or zeros where there was none.
+            state: As returned by the step before; None or zeros where there was none. That of the text
+                must be zeros where the number of tokens is another.
             unet_inputs: Further inputs of the UNet's `forward`, under diffusers' names.
 
         Returns:
@@ -143,7 +163,8 @@ class ReferenceUNet:
         dtype = torch.promote_types(sample.dtype, torch.float32)
         intensity = intensity.to(dtype)
         now = schedule(sigma.to(dtype), intensity, self._parameters)
-        shapes = self.state_shapes(len(sample), *sample.shape[-2:])
+        tokens = encoder_hidden_states.shape[1]
+        shapes = self.state_shapes(len(sample), sample.shape[2], sample.shape[3], tokens)
         _check_state(state, shapes)
 
         transports, new_state = {}, {}
@@ -156,7 +177,7 @@ class ReferenceUNet:
         self.records = {}
         processors = {
             site.path: _SiteProcessor(
-                site.path, transports[site.state_name], now, intensity, self._parameters, self.records
+                site, transports[site.state_name], now, intensity, self._parameters, self.records
             )
             for site in self.sites
         }
@@ -193,7 +214,7 @@ def installed(unet: "UNet2DConditionModel", processors: Mapping[str, Any]) -> It
 class _SiteProcessor:
     """Does what diffusers' AttnProcessor2_0 does, but for the attention itself."""
 
-    path: str
+    site: Site
     transport: Tensor
     schedule: Schedule
     intensity: Tensor
@@ -208,9 +229,11 @@ class _SiteProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attention of tokens [B, T, C] or pixels [B, C, H, W] to themselves, in the same layout."""
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ExportError(f"{self.path}: a shuffled site takes no context and no attention mask")
+        """Attention of tokens [B, T, C] or pixels [B, C, H, W], in the same layout.
+
+        To themselves, or to the text [B, tokens, X].
+        """
+        self._check(encoder_hidden_states, attention_mask)
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -219,14 +242,15 @@ class _SiteProcessor:
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
-            projection(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projection in (attn.to_q, attn.to_k, attn.to_v)
+            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for projected in (attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source))
         )
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         result = attention_site(q, k, v, self.transport, self.schedule, self.intensity, self.parameters)
-        self.records[self.path] = result
+        self.records[self.site.path] = result
 
         out: Tensor = attn.to_out[0](result.out.transpose(1, 2).flatten(2))
         out = attn.to_out[1](out)
@@ -235,3 +259,10 @@ class _SiteProcessor:
         if attn.residual_connection:
             out = out + residual
         return out / float(attn.rescale_output_factor)
+
+    def _check(self, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
+        if attention_mask is not None:
+            raise ExportError(f"{self.site.path}: a shuffled site takes no attention mask")
+        if (encoder_hidden_states is not None) != (self.site.grid == TEXT):
+            kind = "needs the text" if self.site.grid == TEXT else "is self-attention and takes no text"
+            raise ExportError(f"{self.site.path}: this site {kind}")

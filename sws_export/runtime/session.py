@@ -33,6 +33,9 @@ class Stream:
         self._loop: Loop | None = None
         self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._figures: dict[str, Array] = {}
+        self._of_text = {pair.spec.name for pair in contract.states if "tokens" in pair.spec.shape}
+        # Shape of the latest sample; None before the first step, and where `restore` set the state.
+        self._sample: tuple[int, ...] | None = None
 
     def step(
         self,
@@ -46,7 +49,8 @@ class Stream:
     ) -> Any:
         """Run the UNet once and keep the new state for the next step.
 
-        A batch, height or width other than the step before's starts from an empty state.
+        A batch, height or width other than the step before's starts from an empty state. Another number of
+        text tokens empties the state of the text, where the graph has one, and leaves the others.
 
         Args:
             sample: Latent, already scaled as the scheduler asks, [B, C, H, W], numpy or torch.
@@ -78,7 +82,8 @@ class Stream:
         }
         outputs = {self._contract.figures[name].name: array for name, array in figures.items()}
         with self._lock:
-            self._loop_for(shapes).run(arrays, {spec.name: prediction, **outputs})
+            loop = self._loop_of_step(shapes, arrays["sample"].shape)
+            loop.run(arrays, {spec.name: prediction, **outputs})
             self._figures = figures
         return like(prediction, sample)
 
@@ -150,15 +155,32 @@ class Stream:
                     f"[{', '.join(map(str, pair.spec.shape))}]"
                 )
         with self._lock:
-            self._loop_for({name: array.shape for name, array in values.items()})
+            shapes = {name: array.shape for name, array in values.items()}
+            if self._loop is None or shapes != self._shapes:
+                self._begin(shapes)
             self._fill(values)
+            self._sample = None
 
-    def _loop_for(self, shapes: Mapping[str, tuple[int, ...]]) -> Loop:
-        if self._loop is None or shapes != self._shapes:
-            # Free the old buffers first: both at once may not fit.
-            self._loop = None
-            self._loop = self._backend.loop(shapes)
-            self._shapes = dict(shapes)
+    def _loop_of_step(self, shapes: Mapping[str, tuple[int, ...]], sample: tuple[int, ...]) -> Loop:
+        """The loop for a step of these sizes, with what carries over from the step before."""
+        same_sample = self._sample in (None, sample)
+        self._sample = sample
+        if self._loop is not None and same_sample and shapes == self._shapes:
+            return self._loop
+        changed = {name for name, shape in shapes.items() if shape != self._shapes.get(name)}
+        kept = {}
+        if same_sample and changed <= self._of_text:
+            kept = {name: values for name, values in self._snapshot().items() if name not in changed}
+        loop = self._begin(shapes)
+        self._fill(kept)
+        return loop
+
+    def _begin(self, shapes: Mapping[str, tuple[int, ...]]) -> Loop:
+        """Buffers of these shapes, all zero."""
+        # Free the old ones first: both at once may not fit.
+        self._loop = None
+        self._loop = self._backend.loop(shapes)
+        self._shapes = dict(shapes)
         return self._loop
 
     def _snapshot(self) -> Snapshot:

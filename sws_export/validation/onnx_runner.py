@@ -36,7 +36,7 @@ class OnnxRunner:
             for name, values in inputs.items()
             if name in self._dtypes
         }
-        feed |= self._state if self._state is not None else self._zero_state(inputs["sample"])
+        feed |= self._state if self._state is not None else self._zero_state(inputs)
         outputs = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
         self._state = {
             name.removesuffix("_out"): value
@@ -45,8 +45,10 @@ class OnnxRunner:
         }
         return outputs
 
-    def _zero_state(self, sample: Array) -> dict[str, Array]:
-        sides = {"batch": sample.shape[0], "height": sample.shape[2], "width": sample.shape[3]}
+    def _zero_state(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        batch, _, height, width = inputs["sample"].shape
+        tokens = inputs["encoder_hidden_states"].shape[1]
+        sides = {"batch": batch, "height": height, "width": width, "tokens": tokens}
         return {
             node.name: np.zeros([_size(dim, sides) for dim in node.shape], np.float32)
             for node in self._session.get_inputs()

@@ -90,7 +90,7 @@ def test_a_batch_of_two_is_two_single_runs(graph: Path) -> None:
 def test_the_state_carries_over(graph: Path) -> None:
     steps, session = inputs_of_steps(), Session(graph)
     (_, state), (fed_back, _) = list(session.run(steps))[:2]
-    forgotten, _ = session.step(steps[1], session.zero_state(steps[1]["sample"]))
+    forgotten, _ = session.step(steps[1], session.zero_state(steps[1]))
     assert difference(forgotten, fed_back) > 1e-6
     for values in state.values():
         np.testing.assert_allclose(values.sum(axis=1), 1.0, atol=0.2)

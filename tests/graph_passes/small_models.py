@@ -25,6 +25,9 @@ class SiteSpec:
         name: Module path.
         factor: Downsampling of its grid.
         context: Keys and values come from the input `encoder_hidden_states`.
+        context_values: Values alone come from there.
+        cast_context: What comes from there is cast first.
+        image_prompt: Keys and values come from an input of another name.
         projected: Queries are a projection of the tokens; else the tokens themselves.
         bias: Projections have biases.
         masked: A mask is added to the logits.
@@ -39,6 +42,9 @@ class SiteSpec:
     name: str = site_name("down_blocks.0")
     factor: int = 1
     context: bool = False
+    context_values: bool = False
+    cast_context: bool = False
+    image_prompt: bool = False
     projected: bool = True
     bias: bool = False
     masked: bool = False
@@ -88,15 +94,20 @@ class _Builder:
         shape = self.constant(np.array([0, 0, heads, CHANNELS // HEADS]))
         return self.node("Transpose", [self.node("Reshape", [x, shape], name)], name, perm=list(perm))
 
-    def site(self, spec: SiteSpec, tokens: ir.Value, context: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
+    def site(
+        self, spec: SiteSpec, tokens: ir.Value, context: ir.Value, image: ir.Value
+    ) -> tuple[ir.Value, list[ir.Value]]:
         """The attention's output [B, T, C], and further values that somebody else needs."""
         name = spec.name
-        source = context if spec.context else tokens
+        source = image if spec.image_prompt else context if spec.context else tokens
+        if spec.cast_context:
+            source = self.node("Cast", [source], name, to=int(FLOAT))
+        values = context if spec.context_values else source
         kv_width = CHANNELS * spec.kv_heads // HEADS
         # Queries are stretched, so that attention is peaked.
         q = self.project(tokens, CHANNELS, 2.0, f"{name}.to_q", spec.bias) if spec.projected else tokens
         k = self.project(source, kv_width, 0.7, f"{name}.to_k", spec.bias)
-        v = self.project(source, kv_width, 0.7, f"{name}.to_v", spec.bias)
+        v = self.project(values, kv_width, 0.7, f"{name}.to_v", spec.bias)
         inputs: list[ir.Value | None] = [
             self.heads(q, HEADS, spec.split, name),
             self.heads(k, spec.kv_heads, spec.split, name),
@@ -128,6 +139,7 @@ def build_model(specs: Sequence[SiteSpec], levels: int = 1) -> ir.Model:
     build = _Builder()
     sample = float_input("sample", ["batch", CHANNELS, "height", "width"])
     text = float_input("encoder_hidden_states", ["batch", "tokens", CHANNELS])
+    image = float_input("image_embeds", ["batch", "image_tokens", CHANNELS])
     build.node("Neg", [sample], f"down_blocks.{levels - 1}.resnets.0")
     results, further = [], []
     for spec in specs:
@@ -135,14 +147,14 @@ def build_model(specs: Sequence[SiteSpec], levels: int = 1) -> ir.Model:
         grid = build.node("AveragePool", [sample], "pool", kernel_shape=side, strides=side)
         flat = build.node("Reshape", [grid, build.constant(np.array([0, 0, -1]))], "flatten")
         tokens = build.node("Transpose", [flat], "flatten", perm=[0, 2, 1])
-        result, others = build.site(spec, tokens, text)
+        result, others = build.site(spec, tokens, text, image)
         results.append(build.project(result, CHANNELS, 0.5, f"{spec.name}.to_out.0", True))
         further += others
     out = build.node("Concat", results, "conv_out", axis=1)
     out.name = "out_sample"
     out.shape = ir.Shape(["batch", None, CHANNELS])
     graph = ir.Graph(
-        [sample, text],
+        [sample, text, *([image] if any(spec.image_prompt for spec in specs) else [])],
         [out, *further],
         nodes=build.nodes,
         initializers=build.initializers,

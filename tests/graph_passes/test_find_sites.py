@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from graph_passes.find_sites import find_sites
+from graph_passes.grids import TEXT, Grid
 from tests.conftest import ShapesModel
 from tests.graph_passes.small_models import (
     CHANNELS,
@@ -32,6 +33,33 @@ def test_a_self_attention_site_is_read_completely() -> None:
     assert site.y.consumers()[0].name.endswith("to_out.0/MatMul")
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_cross_attention_is_taken_where_it_is_asked_for(cast: bool) -> None:
+    cross = site_name("down_blocks.0").replace("attn1", "attn2")
+    model = build_model([SiteSpec(), SiteSpec(name=cross, context=True, cast_context=cast)], levels=2)
+    (own, text), skipped = find_sites(model, cross_attention=True)
+    assert skipped == []
+    assert (own.name, own.factor, own.key_grid) == (site_name("down_blocks.0"), 1, Grid(1))
+    assert (text.name, text.factor, text.key_grid) == (cross, 1, TEXT)
+    assert find_sites(model)[0] == [own]
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_prompt": True}, {"context_values": True}, {"context": True, "masked": True}]
+)
+def test_other_keys_stay_skipped_where_cross_attention_is_asked_for(change: dict[str, Any]) -> None:
+    model = build_model([SiteSpec(**change)])
+    assert find_sites(model, cross_attention=True) == find_sites(model)
+    assert len(find_sites(model)[1]) == 1
+
+
+def test_a_text_that_is_worked_on_before_is_another_tensor() -> None:
+    model = build_model([SiteSpec(context=True, cast_context=True)])
+    next(node for node in model.graph if node.op_type == "Cast").op_type = "Neg"
+    _, (skipped,) = find_sites(model, cross_attention=True)
+    assert skipped.reason.endswith("come from another tensor than encoder_hidden_states")
+
+
 def test_scale_defaults_to_the_root_of_the_head_size() -> None:
     (site,), _ = find_sites(build_model([SiteSpec()]))
     assert site.scale == 1 / math.sqrt(CHANNELS // HEADS)
@@ -48,7 +76,12 @@ def test_projections_with_bias_are_projections() -> None:
         ({"masked": True}, "it has a mask or a key cache"),
         ({"attributes": (("is_causal", 1),)}, "it is causal or caps its logits"),
         ({"attributes": (("softcap", 5.0),)}, "it is causal or caps its logits"),
-        ({"context": True}, "cross-attention: keys and values come from another tensor than queries"),
+        ({"context": True}, "cross-attention: keys and values come from the text"),
+        (
+            {"image_prompt": True},
+            "cross-attention: keys and values come from another tensor than encoder_hidden_states",
+        ),
+        ({"context_values": True}, "its keys and values come from different tensors"),
         ({"projected": False}, "its queries, keys or values are not plain projections"),
         ({"split": (0, 2, 3, 1)}, "its heads are transposed in an unknown way"),
         ({"join": (0, 1, 2, 3)}, "its heads are joined in an unknown way"),

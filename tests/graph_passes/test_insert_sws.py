@@ -1,6 +1,7 @@
 """Sites become calls of the SWS functions, with one transport and one state a grid."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import find_sites
+from graph_passes.grids import Grid
 from graph_passes.insert_sws import BAND, InsertSws, StatePair, state_pair
 from graph_passes.parameters import SwsParameters
 from tests.conftest import RunOnnx, ShapesModel
@@ -31,14 +33,23 @@ SITES = [
 ]
 
 
+CROSS = SITES[1].name
+
+
 def two_grids() -> ir.Model:
     """Two sites on the latent's grid, one on half of it, and a cross-attention."""
     return build_model(SITES, LEVELS)
 
 
-def inserted(model: ir.Model, take: Callable[[str], bool] = lambda _: True) -> ir.Model:
-    sites = [site for site in find_sites(model)[0] if take(site.name)]
-    assert InsertSws(sites, SwsParameters())(model).modified
+def inserted(
+    model: ir.Model,
+    take: Callable[[str], bool] = lambda _: True,
+    *,
+    cross: bool = False,
+    rows: Fraction = Fraction(1),
+) -> ir.Model:
+    sites = [site for site in find_sites(model, cross_attention=cross)[0] if take(site.name)]
+    assert InsertSws(sites, SwsParameters(), guard_rows=rows)(model).modified
     return model
 
 
@@ -48,8 +59,11 @@ def sws_feeds(model: ir.Model, sigma: float = 3.0, intensity: float = 1.0, **siz
     batch, _, height, width = values["sample"].shape
     values["sigma"] = np.full(batch, sigma, np.float32)
     values["intensity"] = np.full(batch, intensity, np.float32)
+    tokens = values["encoder_hidden_states"].shape[1]
     for value in model.graph.inputs:
         assert value.name is not None
+        if value.name == "sws_state_text":
+            values[value.name] = np.zeros((batch, BAND, 1, tokens), np.float32)
         if value.name.startswith("sws_state_d"):
             factor = int(value.name.removeprefix("sws_state_d"))
             values[value.name] = np.zeros((batch, BAND, height // factor, width // factor), np.float32)
@@ -96,7 +110,54 @@ def test_the_interface_it_adds() -> None:
         "sws_state_d1_out": fine,
         "sws_state_d2_out": coarse,
     }
-    assert state_pair(4) == StatePair("sws_state_d4", "sws_state_d4_out", 4)
+    assert state_pair(Grid(4)) == StatePair("sws_state_d4", "sws_state_d4_out", Grid(4))
+
+
+def test_cross_attention_gets_a_transport_of_the_text() -> None:
+    plain, model = two_grids(), inserted(two_grids(), cross=True)
+    added = {"sws.Schedule": 1, "sws.Transport": 3, "sws.Attention": 3, "sws.CrossAttention": 1}
+    assert op_counts(model) == {**op_counts(plain), **added}
+    calls = {node.name: node for node in model.graph if node.domain == "sws"}
+    assert calls[f"sws/{CROSS}"].op_type == "CrossAttention"
+    assert calls[f"sws/{CROSS}"].inputs[3] is calls["sws/transport_text"].outputs[0]
+    for value in (model.graph.inputs[-1], model.graph.outputs[-1]):
+        assert value.shape is not None
+        assert [str(getattr(dim, "value", dim)) for dim in value.shape] == ["batch", "145", "1", "tokens"]
+    assert [value.name for value in model.graph.inputs][4:] == [
+        "sws_state_d1",
+        "sws_state_d2",
+        "sws_state_text",
+    ]
+
+
+def test_a_text_of_fixed_length_gives_a_state_of_that_length() -> None:
+    model = two_grids()
+    model.graph.inputs[1].shape = ir.Shape(["batch", 77, 8])
+    state = inserted(model, cross=True).graph.inputs[-1]
+    assert state.shape == ir.Shape(["batch", BAND, 1, 77])
+
+
+@pytest.mark.parametrize(("index", "name"), [(0, "sample"), (1, "encoder_hidden_states")])
+def test_cross_attention_needs_the_inputs_shapes(index: int, name: str) -> None:
+    model = two_grids()
+    model.graph.inputs[index].shape = None
+    with pytest.raises(GraphError, match=f"cross-attention needs an input '{name}' of rank"):
+        inserted(model, cross=True, rows=Fraction(1, 4))
+
+
+@pytest.mark.parametrize("rows", [Fraction(1), Fraction(1, 8)])
+def test_cross_attention_changes_its_own_tokens_alone(run_onnx: RunOnnx, rows: Fraction) -> None:
+    expected = run_onnx(two_grids(), feeds())["out_sample"]
+    model = inserted(two_grids(), take=lambda name: name == CROSS, cross=True, rows=rows)
+    assert [value.name for value in model.graph.outputs] == ["out_sample", "sws_state_text_out"]
+    found = run_onnx(model, sws_feeds(model))
+    changes = np.abs(found["out_sample"] - expected).max(axis=(0, 2))
+    assert (changes > 1e-4).tolist() == [False] * 24 + [True] * 24 + [False] * 30
+    assert (changes[:24] == 0).all()
+    assert (changes[48:] == 0).all()
+    assert found["sws_state_text_out"].shape == (2, BAND, 1, 5)
+    plain = run_onnx(model, sws_feeds(model, intensity=0.0))["out_sample"]
+    assert np.array_equal(plain, expected)
 
 
 def test_intensity_zero_is_the_plain_graph(run_onnx: RunOnnx) -> None:

@@ -34,9 +34,10 @@ def test_a_graph_from_elsewhere(traced: Path, tmp_path: Path) -> None:
     model.metadata_props.clear()
     ir.save(model, tmp_path / "g.onnx")
     facts = inspect_file(tmp_path / "g.onnx")
-    assert len(facts["sites"]) == len(facts["skipped_sites"]) == 4
-    assert facts["sites"][0] == "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
-    assert "attn2: cross-attention" in facts["skipped_sites"][0]
+    assert {grid: len(names) for grid, names in facts["sites"].items()} == {"d2": 4, "text": 4}
+    assert facts["sites"]["d2"][0] == "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    assert facts["sites"]["text"][0] == "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    assert facts["skipped_sites"] == []
 
 
 def test_a_manifest(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graph_passes.find_sites import SkippedSite
+from graph_passes.grids import TEXT, Grid
 from graph_passes.insert_sws import state_pair
 from graph_passes.parameters import SwsParameters
 from sws_export import manifest
@@ -16,9 +17,9 @@ from sws_export.stages import StageFigures
 
 SAMPLE = TensorSpec("sample", "float16", ("batch", 4, "height", "width"))
 REWRITE = RewriteReport(
-    sites={1: ("a.attn1",), 4: ("b.attn1", "c.attn1")},
+    sites={Grid(1): ("a.attn1",), Grid(4): ("b.attn1", "c.attn1"), TEXT: ("b.attn2",)},
     skipped=(SkippedSite("a.attn2", "cross-attention"),),
-    states=(state_pair(1), state_pair(4)),
+    states=(state_pair(Grid(1)), state_pair(Grid(4)), state_pair(TEXT)),
     nodes=10,
 )
 
@@ -44,14 +45,28 @@ def test_what_the_graph_decides() -> None:
     assert found["inputs"] == [
         {"name": "sample", "dtype": "float16", "shape": ["batch", 4, "height", "width"]}
     ]
-    assert found["sites"] == {"d1": ["a.attn1"], "d4": ["b.attn1", "c.attn1"]}
+    assert found["sites"] == {
+        "d1": ["a.attn1"],
+        "d4": ["b.attn1", "c.attn1"],
+        "text": ["b.attn2"],
+    }
     assert found["skipped_sites"] == [{"name": "a.attn2", "reason": "cross-attention"}]
     assert found["states"][1] == {
         "input": "sws_state_d4",
         "output": "sws_state_d4_out",
+        "grid": "d4",
         "downsampling": 4,
         "initial": "zeros",
         "reset": "feed zeros at the first step of every image",
+    }
+    assert found["states"][2] == {
+        "input": "sws_state_text",
+        "output": "sws_state_text_out",
+        "grid": "text",
+        "downsampling": None,
+        "initial": "zeros",
+        "reset": "feed zeros at the first step of every image, and where the number of text tokens is "
+        "another than at the step before",
     }
     assert found["sws"]["scales"] == (2, 4, 8)
 

@@ -120,13 +120,14 @@ class TestWhatIsWritten:
         assert report.manifest["validation"] == {"passed": None, "reason": "skipped by --no-validate"}
 
     def test_sites_are_selected_by_pattern(self, random_unet: Path, out: Path) -> None:
-        report = export(random_unet, out / "graph.onnx", ExportOptions(sites=("up_blocks.*", "mid_*")))
+        patterns = ("up_blocks.*.attn1", "mid_*.attn1")
+        report = export(random_unet, out / "graph.onnx", ExportOptions(sites=patterns))
         (names,) = report.manifest["sites"].values()
         assert {name.split(".")[0] for name in names} == {"up_blocks", "mid_block"}
         deselected = {
             site["name"]
             for site in report.manifest["skipped_sites"]
-            if site["reason"] == "not selected by --sites"
+            if site["reason"] == "not selected by --sites" and site["name"].endswith("attn1")
         }
         assert deselected == {"down_blocks.1.attentions.0.transformer_blocks.0.attn1"}
         assert report.validation is not None

@@ -39,7 +39,7 @@ def unet() -> UNet2DConditionModel:
     [
         (
             ["down_blocks.0.attn9"],
-            r"sites: no self-attention at down_blocks\.0\.attn9; the UNet has down_blocks",
+            r"sites: no attention at down_blocks\.0\.attn9; the UNet has down_blocks",
         ),
         (str.isupper, "sites: none chosen; the UNet has down_blocks"),
         ([], "sites: none chosen"),
@@ -78,5 +78,5 @@ def test_state_that_does_not_fit_is_refused(
 
 def test_an_attention_mask_is_refused(unet: UNet2DConditionModel) -> None:
     reference = ReferenceUNet(unet, SwsParameters())
-    with pytest.raises(ExportError, match=f"{FIRST}: a shuffled site takes no context and no attention mask"):
+    with pytest.raises(ExportError, match=f"{FIRST}: a shuffled site takes no attention mask"):
         reference.step(**INPUTS, attention_mask=torch.ones(2, 30))

@@ -91,7 +91,7 @@ def test_one_state_a_grid(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
 
 
 def test_sites_and_their_grids(unet: UNet2DConditionModel) -> None:
-    found = {site.path: site.downsampling for site in self_attention_sites(unet)}
+    found = {site.path: site.grid.factor for site in self_attention_sites(unet)}
     assert found == {
         FIRST: 1,
         "down_blocks.2.attentions.0.transformer_blocks.0.attn1": 4,

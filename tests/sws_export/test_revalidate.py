@@ -40,7 +40,8 @@ def scale_weight(model: ir.Model) -> None:
 def test_parameters_and_sites_are_read_from_the_graph(exported: Path, random_unet: Path) -> None:
     report = validate(exported, random_unet)
     assert report.passed
-    assert {output.name for output in report.outputs} == {"out_sample", "sws_state_d2_out"}
+    states = {"sws_state_d2_out", "sws_state_text_out"}
+    assert {output.name for output in report.outputs} == {"out_sample", *states}
 
 
 def test_a_changed_weight_is_told_in_one_line(

@@ -5,6 +5,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from graph_passes.grids import TEXT, Grid
 from graph_passes.insert_sws import StatePair
 from graph_passes.parameters import SwsParameters
 from sws_export.contract import TensorSpec
@@ -37,8 +38,8 @@ def rewritten(traced: Path, *patterns: str) -> tuple[ir.Model, RewriteReport, li
 
 def test_all_self_attention_by_default(traced: Path) -> None:
     model, report, remarks = rewritten(traced)
-    assert report.sites == {2: (DOWN, MID, UP, SECOND_UP)}
-    assert report.states == (StatePair("sws_state_d2", "sws_state_d2_out", 2),)
+    assert report.sites == {Grid(2): (DOWN, MID, UP, SECOND_UP)}
+    assert report.states == (StatePair("sws_state_d2", "sws_state_d2_out", Grid(2)),)
     assert report.nodes == len(model.graph)
     assert len(report.skipped) == 4
     assert {site.reason.split(":")[0] for site in report.skipped} == {"cross-attention"}
@@ -48,11 +49,12 @@ def test_all_self_attention_by_default(traced: Path) -> None:
 
 
 def test_a_pattern_selects(traced: Path) -> None:
-    model, report, remarks = rewritten(traced, "up_blocks.*.attentions.1.*", "mid_block.*")
+    model, report, remarks = rewritten(traced, "up_blocks.*.attentions.1.*attn1", "mid_block.*attn1")
     assert report.site_names == (MID, SECOND_UP)
     deselected = [site.name for site in report.skipped if site.reason == "not selected by --sites"]
-    assert deselected == [DOWN, UP]
-    assert any(line.startswith("skipped 2, not selected by --sites: ") for line in remarks)
+    cross = [name.replace("attn1", "attn2") for name in (DOWN, MID, UP, SECOND_UP)]
+    assert sorted(deselected) == sorted([DOWN, UP, *cross])
+    assert any(line.startswith("skipped 6, not selected by --sites: ") for line in remarks)
     assert [value.name for value in model.graph.inputs][-1] == "sws_state_d2"
 
 
@@ -63,13 +65,30 @@ def test_a_pattern_that_matches_nothing(traced: Path) -> None:
         rewritten(traced, "mid_block.*", "down_blocks.0.*")
 
 
-def test_cross_attention_cannot_be_selected(traced: Path) -> None:
-    with pytest.raises(OptionError, match="matches no attention site"):
-        rewritten(traced, "*.attn2")
+def test_a_pattern_takes_cross_attention_in(traced: Path) -> None:
+    model, report, remarks = rewritten(traced, "mid_block.*", "up_blocks.*.attn2")
+    cross = tuple(name.replace("attn1", "attn2") for name in (MID, UP, SECOND_UP))
+    assert report.sites == {Grid(2): (MID,), TEXT: cross}
+    assert [(pair.input, pair.output) for pair in report.states] == [
+        ("sws_state_d2", "sws_state_d2_out"),
+        ("sws_state_text", "sws_state_text_out"),
+    ]
+    assert graph_specs(model.graph.inputs)[-1] == TensorSpec(
+        "sws_state_text", "float32", ("batch", 145, 1, "tokens")
+    )
+    assert remarks[1].startswith(
+        "SWS at 3 sites, cross-attention to the text: mid_block.attentions.0.*.attn2"
+    )
+
+
+def test_cross_attention_alone(traced: Path) -> None:
+    model, report, _ = rewritten(traced, "*.attn2")
+    assert list(report.sites) == [TEXT]
+    assert [value.name for value in model.graph.outputs] == ["out_sample", "sws_state_text_out"]
 
 
 def test_a_graph_with_sws_is_refused(traced: Path) -> None:
-    model, _, _ = rewritten(traced, "mid_block.*")
+    model, _, _ = rewritten(traced, "mid_block.*attn1")
     with pytest.raises(ExportError, match="SWS"):
         rewrite(model, SwsParameters(), (), GuardOptions(), "tensorrt-rtx", Silent())
 

@@ -48,7 +48,8 @@ def engine(graph: Path, tmp_path: Path) -> Callable[[str], Path]:
         document = json.loads(graph.with_name("sws.onnx.json").read_text())
         shapes = {"min": [1, 4, 8, 8], "opt": [2, 4, 16, 24], "max": [4, 4, 32, 32]}
         document |= {"artefact": plan.name, "files": [], "engine": {"backend": backend}}
-        document["profile"] = {"sample": shapes}
+        tokens = {"min": [1, 7, 16], "opt": [2, 9, 16], "max": [4, 99, 16]}
+        document["profile"] = {"sample": shapes, "encoder_hidden_states": tokens}
         plan.with_name("engine.plan.json").write_text(json.dumps(document))
         return plan
 
@@ -93,6 +94,28 @@ def test_figures_of_the_sites_are_outputs(traced: Path, tmp_path: Path) -> None:
         assert len(tensors) == 8
         assert (tensors["sws_debug_kl"].dims, tensors["sws_debug_kl_cap"].dims) == dims
         assert tensors["sws_debug_kl"].data_type == model_config_pb2.TYPE_FP32
+
+
+@pytest.fixture(scope="session")
+def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
+    """The same UNet with SWS in all its attention."""
+    options = ExportOptions(sites=("*",), validate=False)
+    return road.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
+
+
+def test_a_state_of_the_text_has_one_number_of_tokens(text_graph: Path, tmp_path: Path) -> None:
+    write_repository(text_graph, tmp_path, TritonOptions(height=16, width=8, tokens=77))
+    config = read_config(tmp_path / "sws_text")
+    image, text = config.sequence_batching.state
+    assert (list(image.dims), list(text.dims)) == ([145, 8, 4], [145, 1, 77])
+    assert (text.input_name, text.output_name) == ("sws_state_text", "sws_state_text_out")
+    assert list(text.initial_state[0].dims) == [145, 1, 77]
+    assert text.initial_state[0].zero_data
+    tensors = {tensor.name: list(tensor.dims) for tensor in config.input}
+    assert tensors["encoder_hidden_states"] == [77, 16]
+    with pytest.raises(OptionError, match=r"give height and width \(of the latent\), and the number of"):
+        write_repository(text_graph, tmp_path / "models", TritonOptions(height=16, width=8))
+    write_repository(text_graph, tmp_path / "models", TritonOptions(variant="python"))
 
 
 def test_every_state_starts_from_zeros(graph: Path, tmp_path: Path) -> None:
@@ -166,6 +189,8 @@ def test_what_triton_cannot_serve(graph: Path, engine: Callable[[str], Path], tm
         write_repository(graph, tmp_path / "models")
     with pytest.raises(OptionError, match="width 64 is outside the engine's profile, 8 to 32"):
         write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(width=64))
+    with pytest.raises(OptionError, match="tokens 6 is outside the engine's profile, 7 to 99"):
+        write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(tokens=6))
     with pytest.raises(OptionError, match="max_batch 5 is outside the engine's profile, which ends at 4"):
         write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(max_batch=5))
     assert not (tmp_path / "models" / "engine").exists()

@@ -26,6 +26,13 @@ def sws_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
+    """The same UNet with SWS in its self- and cross-attention."""
+    options = ExportOptions(sites=("*",), validate=False)
+    return road.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
+
+
+@pytest.fixture(scope="session")
 def sdxl_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers directory with a small UNet that takes what SDXL's takes."""
     return road.shared(
@@ -75,12 +82,14 @@ def edit_manifest(graph_copy: Path) -> Callable[..., Path]:
 def inputs() -> Callable[..., Inputs]:
     """Inputs of a step: the same for the same number, batch and size."""
 
-    def make(number: int = 0, batch: int = 2, height: int = 8, width: int = 6) -> Inputs:
+    def make(
+        number: int = 0, batch: int = 2, height: int = 8, width: int = 6, tokens: int = TOKENS
+    ) -> Inputs:
         random = np.random.default_rng((number, batch, height, width))
         return {
             "sample": random.standard_normal((batch, 4, height, width), np.float32),
             "timestep": np.linspace(900.0 - 100 * number, 500.0, batch, dtype=np.float32),
-            "encoder_hidden_states": random.standard_normal((batch, TOKENS, 16), np.float32),
+            "encoder_hidden_states": random.standard_normal((batch, tokens, 16), np.float32),
             "sigma": np.linspace(9.0, 4.0, batch, dtype=np.float32) / (number + 1),
             "intensity": np.linspace(1.0, 0.6, batch, dtype=np.float32),
         }

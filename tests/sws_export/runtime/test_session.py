@@ -21,6 +21,11 @@ def session(sws_graph: Path) -> Session:
     return Session.load(sws_graph, device="cpu", threads=1)
 
 
+@pytest.fixture(scope="session")
+def text_session(text_graph: Path) -> Session:
+    return Session.load(text_graph, device="cpu", threads=1)
+
+
 def expected(path: Path, steps: list[dict[str, Any]]) -> list[Any]:
     return [prediction for prediction, _ in road.Session(path).run(steps)]
 
@@ -153,6 +158,81 @@ def test_more_tokens_keep_the_state(session: Session, sws_graph: Path, inputs: M
     stream = session.stream()
     found = [stream.step(**step) for step in steps]
     np.testing.assert_allclose(found[1], expected(sws_graph, steps)[1], rtol=0, atol=1e-6)
+
+
+class TestStateOfTheText:
+    """Session and graph with a state of the text beside one of the image."""
+
+    def test_it_is_fed_back(self, text_session: Session, text_graph: Path, inputs: MakeInputs) -> None:
+        steps = [inputs(number) for number in range(3)]
+        stream = text_session.stream()
+        for step, other in zip(steps, expected(text_graph, steps), strict=True):
+            np.testing.assert_allclose(stream.step(**step), other, rtol=0, atol=1e-6)
+        assert stream.state()["sws_state_text"].shape == (2, 145, 1, 5)
+
+    def test_another_number_of_tokens_empties_it_alone(
+        self, text_session: Session, text_graph: Path, inputs: MakeInputs
+    ) -> None:
+        stream, graph = text_session.stream(), road.Session(text_graph)
+        first, second = inputs(0), inputs(1, tokens=21)
+        stream.step(**first)
+        _, state = graph.step(first, graph.zero_state(first))
+        state["sws_state_text"] = graph.zero_state(second)["sws_state_text"]
+        out, after = graph.step(second, state)
+        np.testing.assert_allclose(stream.step(**second), out, rtol=0, atol=1e-6)
+        for name, values in stream.state().items():
+            np.testing.assert_allclose(values, after[name], rtol=0, atol=1e-6)
+        # What the image has seen matters.
+        fresh = text_session.stream()
+        fresh.step(**second)
+        gap = np.abs(fresh.state()["sws_state_d2"] - after["sws_state_d2"])
+        assert gap.max() > 1e-3
+
+    @pytest.mark.parametrize("change", [{"batch": 3}, {"height": 12}, {"width": 10}])
+    @pytest.mark.parametrize("tokens", [5, 6])
+    def test_another_size_of_the_image_empties_all(
+        self, text_session: Session, inputs: MakeInputs, change: dict[str, int], tokens: int
+    ) -> None:
+        stream, fresh = text_session.stream(), text_session.stream()
+        stream.step(**inputs(0))
+        step = inputs(1, tokens=tokens, **change)
+        assert np.array_equal(stream.step(**step), fresh.step(**step))
+
+    def test_it_is_restored_with_the_rest(self, text_session: Session, inputs: MakeInputs) -> None:
+        stream, other = text_session.stream(), text_session.stream()
+        stream.step(**inputs(0))
+        snapshot = stream.state()
+        after = stream.step(**inputs(1))
+        stream.step(**inputs(2, tokens=9))
+        for restored in (stream, other):
+            restored.restore(snapshot)
+            assert np.array_equal(restored.step(**inputs(1)), after)
+
+    def test_a_restored_state_of_other_tokens_is_emptied(
+        self, text_session: Session, inputs: MakeInputs
+    ) -> None:
+        stream, other = text_session.stream(), text_session.stream()
+        stream.step(**inputs(0))
+        other.restore(stream.state())
+        step = inputs(1, tokens=9)
+        assert np.array_equal(other.step(**step), stream.step(**step))
+
+
+def test_cross_attention_alone_has_nothing_of_the_size(
+    tmp_path: Path, traced: Path, inputs: MakeInputs
+) -> None:
+    """The shape of its only state does not tell that the image is another one; the sample does."""
+    from sws_export import ExportOptions, export
+
+    export(traced, tmp_path / "text.onnx", ExportOptions(sites=("*.attn2",), validate=False))
+    session = Session.load(tmp_path / "text.onnx", device="cpu", threads=1)
+    stream, fresh = session.stream(), session.stream()
+    stream.step(**inputs(0))
+    assert [*stream.state()] == ["sws_state_text"]
+    step = inputs(1, height=12)
+    assert np.array_equal(stream.step(**step), fresh.step(**step))
+    step = inputs(2, height=12)
+    assert not np.array_equal(stream.step(**step), session.stream().step(**step))
 
 
 def test_streams_in_threads_do_not_meet(session: Session, sws_graph: Path, inputs: MakeInputs) -> None:
