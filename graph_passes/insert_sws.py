@@ -83,8 +83,8 @@ class InsertSws(InPlacePass):
         model.graph.opset_imports[DOMAIN] = 1
 
         graph = model.graph
-        sigma = _add_input(graph, "sigma", ["batch"])
-        intensity = _add_input(graph, "intensity", ["batch"])
+        sigma = add_input(graph, "sigma", ["batch"])
+        intensity = add_input(graph, "intensity", ["batch"])
         schedule = ir.node("Schedule", [sigma, intensity], domain=DOMAIN, num_outputs=6, name="sws/schedule")
         for output, name in zip(
             schedule.outputs,
@@ -116,7 +116,8 @@ class InsertSws(InPlacePass):
         return PassResult(model, modified=True)
 
 
-def _add_input(graph: ir.Graph, name: str, shape: Iterable[int | str]) -> ir.Value:
+def add_input(graph: ir.Graph, name: str, shape: Iterable[int | str]) -> ir.Value:
+    """A float32 input at the end of the graph's inputs."""
     value = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(shape))
     graph.inputs.append(value)
     return value
@@ -124,8 +125,8 @@ def _add_input(graph: ir.Graph, name: str, shape: Iterable[int | str]) -> ir.Val
 
 def _insert_transport(graph: ir.Graph, before: ir.Node, grid: Grid, blend: ir.Value) -> ir.Value:
     pair = state_pair(grid)
-    shape: list[int | str] = ["batch", BAND, *_sides(graph, grid)]
-    state = _add_input(graph, pair.input, shape)
+    shape: list[int | str] = ["batch", BAND, *sides(graph, grid)]
+    state = add_input(graph, pair.input, shape)
     node = ir.node("Transport", [state, blend], domain=DOMAIN, name=f"sws/transport_{grid.name}")
     (transport,) = node.outputs
     transport.name = pair.output
@@ -136,7 +137,7 @@ def _insert_transport(graph: ir.Graph, before: ir.Node, grid: Grid, blend: ir.Va
     return transport
 
 
-def _sides(graph: ir.Graph, grid: Grid) -> tuple[int | str, int | str]:
+def sides(graph: ir.Graph, grid: Grid) -> tuple[int | str, int | str]:
     """Rows and columns of a grid; the graph may take one number of text tokens only."""
     if grid != TEXT:
         return grid.sides

@@ -84,7 +84,7 @@ class _Builder:
         return node.outputs[0]
 
     def project(self, x: ir.Value, width: int, spread: float, name: str, bias: bool) -> ir.Value:
-        weight = self.random.standard_normal((CHANNELS, width), dtype=np.float32) * np.float32(spread)
+        weight = self.random.standard_normal((_width(x), width), dtype=np.float32) * np.float32(spread)
         y = self.node("MatMul", [x, self.constant(weight)], name)
         if bias:
             y = self.node("Add", [self.constant(self.random.standard_normal(width, np.float32)), y], name)
@@ -125,20 +125,28 @@ class _Builder:
         return result, [self.node("Identity", [y], name)] if spec.watched else []
 
 
+def _width(x: ir.Value) -> int:
+    """Channels of [B, T, C]: of an input as it says, of all else `CHANNELS`."""
+    width = x.shape[2] if x.producer() is None and x.shape is not None else CHANNELS
+    assert isinstance(width, int)
+    return width
+
+
 def float_input(name: str, shape: Sequence[int | str]) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(shape))
 
 
-def build_model(specs: Sequence[SiteSpec], levels: int = 1) -> ir.Model:
+def build_model(specs: Sequence[SiteSpec], levels: int = 1, text_width: int = CHANNELS) -> ir.Model:
     """`sample` [B, 8, H, W], `encoder_hidden_states` [B, L, 8] -> `out_sample`, all sites' tokens in a row.
 
     Args:
         specs: The sites, in graph order.
         levels: Resolutions of the UNet that this stands for.
+        text_width: Channels of the text.
     """
     build = _Builder()
     sample = float_input("sample", ["batch", CHANNELS, "height", "width"])
-    text = float_input("encoder_hidden_states", ["batch", "tokens", CHANNELS])
+    text = float_input("encoder_hidden_states", ["batch", "tokens", text_width])
     image = float_input("image_embeds", ["batch", "image_tokens", CHANNELS])
     build.node("Neg", [sample], f"down_blocks.{levels - 1}.resnets.0")
     results, further = [], []
@@ -164,12 +172,14 @@ def build_model(specs: Sequence[SiteSpec], levels: int = 1) -> ir.Model:
     return ir.Model(graph, ir_version=11)
 
 
-def feeds(batch: int = 2, height: int = 4, width: int = 6, tokens: int = 5) -> dict[str, Any]:
+def feeds(
+    batch: int = 2, height: int = 4, width: int = 6, tokens: int = 5, text_width: int = CHANNELS
+) -> dict[str, Any]:
     """Inputs of a small model; members of the batch differ."""
     random = np.random.default_rng(1)
     return {
         "sample": random.standard_normal((batch, CHANNELS, height, width), dtype=np.float32),
-        "encoder_hidden_states": random.standard_normal((batch, tokens, CHANNELS), dtype=np.float32),
+        "encoder_hidden_states": random.standard_normal((batch, tokens, text_width), dtype=np.float32),
     }
 
 

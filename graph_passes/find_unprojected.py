@@ -1,0 +1,59 @@
+"""Find what goes into the projections of a cross-attention site."""
+
+import dataclasses
+
+import onnx_ir as ir
+
+from graph_passes.errors import GraphError
+from graph_passes.find_sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Unprojected:
+    """The tensors of a cross-attention before its projections, which have no bias.
+
+    Attributes:
+        hidden: Normalised hidden states [B, T, C], which become queries.
+        text: Text embeddings [B, n, X], which become keys and values.
+        hidden_width: C.
+        text_width: X.
+    """
+
+    hidden: ir.Value
+    text: ir.Value
+    hidden_width: int
+    text_width: int
+
+
+def find_unprojected(site: Site) -> Unprojected:
+    """Walk back from the queries, keys and values of `site` to what they are projections of.
+
+    Raises:
+        GraphError: A projection is not a product with a weight of known shape, or has a bias; the message
+            names the site.
+    """
+    queries = _projection(site, site.q, "queries")
+    keys = _projection(site, site.k, "keys")
+    values = _projection(site, site.v, "values")
+    if keys[0] is not values[0]:
+        raise GraphError(f"{site.name}: its keys and values are projections of different tensors")
+    return Unprojected(queries[0], keys[0], queries[1], keys[1])
+
+
+def _projection(site: Site, value: ir.Value, what: str) -> tuple[ir.Value, int]:
+    """What a linear layer without bias projects to `value`, and its width."""
+    node = value.producer()
+    if node is None or node.op_type != "MatMul" or node.inputs[0] is None or node.inputs[1] is None:
+        found = "no node" if node is None else node.op_type
+        raise GraphError(
+            f"{site.name}: what its {what} are projected from cannot be found: expected MatMul without a "
+            f"bias, found {found}; the node's mathematics needs it, the default's does not"
+        )
+    shape = node.inputs[1].shape
+    width = shape[0] if shape is not None and len(shape) == 2 else None
+    if not isinstance(width, int):
+        raise GraphError(
+            f"{site.name}: the weight by which its {what} are projected has the shape {shape}, expected two "
+            "known dimensions"
+        )
+    return node.inputs[0], width
