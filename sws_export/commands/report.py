@@ -1,4 +1,4 @@
-"""`sws-export report ARTEFACT MODEL`: a page about what SWS did."""
+"""`sws-export report ARTEFACT [MODEL]`: a page about what SWS did."""
 
 import argparse
 import sys
@@ -13,13 +13,28 @@ def run(arguments: list[str]) -> int:
         prog="sws-export report", description="Explain, on one HTML page, what SWS does step by step."
     )
     parser.add_argument("artefact", type=Path, help="graph or engine, with its manifest")
-    parser.add_argument("model", type=Path, help="the checkpoint it was exported from")
+    parser.add_argument(
+        "model",
+        type=Path,
+        nargs="?",
+        help="the checkpoint it was exported from; may be left out after an export with --debug-outputs",
+    )
     parser.add_argument("--out", type=Path, required=True, help="HTML file; needs no other file")
     parser.add_argument("--steps", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--intensity", type=float, default=0.5, help="default: %(default)s")
+    parser.add_argument("--height", type=int, help="of the latent")
+    parser.add_argument("--width", type=int, help="of the latent")
+    parser.add_argument(
+        "--token",
+        action="append",
+        type=_place,
+        metavar="DOWN,RIGHT",
+        help="where in the picture a token is whose transport is drawn, as 0.5,0.25; repeatable; "
+        "default: centre, edge and corner",
+    )
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
-    from sws_export.runtime.report import write_report
+    from sws_export.runtime.report import TOKENS, write_report
 
     progress, _ = make_progress(parsed)
     write_report(
@@ -28,6 +43,9 @@ def run(arguments: list[str]) -> int:
         parsed.out,
         steps=parsed.steps,
         intensity=parsed.intensity,
+        height=parsed.height,
+        width=parsed.width,
+        tokens={f"{down:g}, {right:g}": (down, right) for down, right in parsed.token or ()} or TOKENS,
         progress=progress,
     )
     if parsed.json:
@@ -35,3 +53,8 @@ def run(arguments: list[str]) -> int:
     elif not parsed.quiet:
         print(f"wrote {parsed.out}", file=sys.stderr)
     return 0
+
+
+def _place(text: str) -> tuple[float, float]:
+    down, right = text.split(",")
+    return float(down), float(right)

@@ -1,22 +1,58 @@
 """The page of `report`: HTML with its styles and pictures inside."""
 
-import base64
 import html
-import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from graph_passes.parameters import STATE_RADIUS, diamond_offsets
-from sws_export.runtime.report import Explanation, Floats, SiteFigures, StepFigures
+from sws_export.runtime.explanation import Explanation, SiteFigures, StepFigures
+from sws_export.runtime.report_charts import figure, heat_map, line_chart, picture, spread, table
 
 _SHOWN_STEPS = 4
-# From nothing to much: paper, sand, rust, plum.
-_COLOURS = np.array([(247, 244, 238), (238, 196, 128), (201, 92, 62), (74, 24, 64)], np.float64)
+_MOST_TICKS = 6
+_BLOCKS = ("down", "mid", "up")
+
+_Value = Callable[[SiteFigures, StepFigures], float]
+_MAPS: tuple[tuple[str, str, str, _Value], ...] = (
+    (
+        "Keys mixed, α<sub>k</sub>",
+        "Share of each key that comes from its neighbourhood. It ends where the progress u reaches u_stop.",
+        ".1%",
+        lambda site, _: site.alpha_k,
+    ),
+    (
+        "Values mixed, a<sub>v</sub>",
+        "Share of each value that comes from its neighbourhood.",
+        ".1%",
+        lambda site, _: site.a_v,
+    ),
+    (
+        "KL divergence, share of its cap",
+        "How far mixing the keys moves the attention, against what the step allows. At 100 % the cap binds.",
+        ".1%",
+        lambda site, step: site.kl / step.kl_cap,
+    ),
+    (
+        "Entropy, nats",
+        "Mean over the rows of plain attention: low where each token looks at few others.",
+        ".2f",
+        lambda site, _: site.entropy_mean,
+    ),
+    (
+        "Lowest and highest entropy, nats apart",
+        "Between the row that looks at fewest tokens and the one that looks at most.",
+        ".2f",
+        lambda site, _: site.entropy_max - site.entropy_min,
+    ),
+    (
+        "Uncertainty",
+        "Where the mean entropy lies between the lowest and the highest. Mixing is in proportion to it.",
+        ".2f",
+        lambda site, _: site.uncertainty,
+    ),
+)
 
 
 def render(explanation: Explanation) -> str:
@@ -25,38 +61,17 @@ def render(explanation: Explanation) -> str:
     return template.substitute(
         title=html.escape(explanation.artefact),
         facts=_facts(explanation),
-        maps="".join(_heat_map(explanation, *column) for column in _MAPS),
+        highlights=_highlights(explanation),
+        charts=_charts(explanation),
+        source=_source(explanation),
+        maps="".join(_map(explanation, *column) for column in _MAPS),
+        numbers=_site_numbers(explanation),
         transports="".join(_transports(explanation, name) for name in explanation.steps[0].states),
         steps=_steps_table(explanation),
-        validation=_validation_table(explanation),
-        stages=_stages_table(explanation),
+        validation=_validation(explanation),
+        stages=_stages(explanation),
+        parameters=_parameters(explanation),
     )
-
-
-_Value = Callable[[SiteFigures, StepFigures], float]
-
-_MAPS: tuple[tuple[str, str, _Value], ...] = (
-    (
-        "Keys mixed, α<sub>k</sub>",
-        "Share of each key that comes from its neighbourhood. Ends where the progress u passes u_stop.",
-        lambda site, _: site.alpha_k,
-    ),
-    (
-        "Values mixed, a<sub>v</sub>",
-        "Share of each value that comes from its neighbourhood.",
-        lambda site, _: site.a_v,
-    ),
-    (
-        "Uncertainty",
-        "Where the mean entropy of the attention rows lies between the lowest row and the highest.",
-        lambda site, _: site.uncertainty,
-    ),
-    (
-        "KL divergence, share of its cap",
-        "How far mixing the keys moves the attention, against what is allowed at this step.",
-        lambda site, step: site.kl / step.kl_cap,
-    ),
-)
 
 
 def _facts(explanation: Explanation) -> str:
@@ -67,128 +82,213 @@ def _facts(explanation: Explanation) -> str:
         "precision": manifest["precision"],
         "intensity": f"{explanation.intensity:g}",
         "sites": str(len(explanation.steps[0].sites)),
-        "steps": f"{len(explanation.steps)}, sigma {explanation.steps[0].sigma:.3g} to "
+        "steps": f"{len(explanation.steps)}, σ {explanation.steps[0].sigma:.3g} to "
         f"{explanation.steps[-1].sigma:.3g}",
         "latent": f"{sizes['height']} × {sizes['width']}, {explanation.text}",
     }
+    return _definitions(entries)
+
+
+def _definitions(entries: Mapping[str, str]) -> str:
     return "".join(
-        f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in entries.items()
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>"
+        for name, text in entries.items()
     )
 
 
-def _heat_map(explanation: Explanation, title: str, meaning: str, value: _Value) -> str:
-    """Sites down, steps across; the colours span from 0 to the largest value there is."""
-    sites = list(explanation.steps[0].sites)
-    table = [[value(step.sites[site], step) for step in explanation.steps] for site in sites]
-    largest = max((max(row) for row in table), default=0.0)
-    rows = []
-    for site, values in zip(sites, table, strict=True):
-        cells = "".join(
-            f'<td style="background:{_colour(number / largest if largest else 0.0)}" '
-            f'title="{html.escape(site)}, step {index}: {number:.4g}"></td>'
-            for index, number in enumerate(values, start=1)
-        )
-        rows.append(f'<tr><th title="{html.escape(site)}">{html.escape(_short(site))}</th>{cells}</tr>')
-    caption = f'<b>{title}</b> <span class="range">0 – {largest:.3g}</span><br>{meaning}'
-    return _figure(caption, f'<table class="heat">{"".join(rows)}</table>')
-
-
-def _figure(caption: str, content: str) -> str:
-    return f'<figure><figcaption>{caption}</figcaption><div class="scroll">{content}</div></figure>'
-
-
-def _short(site: str) -> str:
-    """`down_blocks.1.attentions.0.transformer_blocks.0.attn1` as `down 1 · 0 · 0`."""
-    parts = site.split(".")
-    numbers = [part for part in parts if part.isdigit()]
-    return " · ".join(
-        [f"{parts[0].removesuffix('_blocks').removesuffix('_block')} {numbers[0]}", *numbers[1:]]
+def _highlights(explanation: Explanation) -> str:
+    """The few numbers that one looks for first, and where they are from."""
+    steps = explanation.steps
+    effect = max(range(len(steps)), key=lambda index: steps[index].effect)
+    entries = [
+        ("keys mixed, at most", *_peak(explanation, lambda site, _: site.alpha_k)),
+        ("values mixed, at most", *_peak(explanation, lambda site, _: site.a_v)),
+        ("of the KL cap used, at most", *_peak(explanation, lambda site, step: site.kl / step.kl_cap)),
+        ("of the prediction changed, at most", f"{steps[effect].effect:.2%}", f"step {effect + 1}"),
+    ]
+    errors = [step.error for step in steps if step.error is not None]
+    if errors:
+        entries.append(("off the reference, at most", f"{max(errors):.1e}", "of the largest value"))
+    typical = float(np.median([step.seconds for step in steps]))
+    entries.append(("a step", _duration(typical), "median, on this machine"))
+    return "".join(
+        f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd><dd>{html.escape(where)}</dd></div>"
+        for name, value, where in entries
     )
 
 
-def _colour(share: float) -> str:
-    red, green, blue = _blend(np.array([share]))[0]
-    return f"rgb({red},{green},{blue})"
+def _peak(explanation: Explanation, value: _Value) -> tuple[str, str]:
+    labels = _labels(explanation)
+    found = [
+        (value(site, step), f"{labels[path]}, step {index}")
+        for index, step in enumerate(explanation.steps, start=1)
+        for path, site in step.sites.items()
+    ]
+    largest, where = max(found)
+    return f"{largest:.1%}", where
 
 
-def _blend(shares: Floats) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Colours [..., 3] of shares in [0, 1]."""
-    places = np.linspace(0.0, 1.0, len(_COLOURS))
-    channels = [np.interp(shares, places, _COLOURS[:, channel]) for channel in range(3)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def _ticks(explanation: Explanation) -> list[str]:
+    """Noise levels of a few steps, as text; nothing at the others."""
+    count = len(explanation.steps)
+    shown = {round(place) for place in np.linspace(0, count - 1, min(_MOST_TICKS, count))}
+    return [f"{step.sigma:.2g}" if index in shown else "" for index, step in enumerate(explanation.steps)]
+
+
+def _charts(explanation: Explanation) -> str:
+    steps, ticks = explanation.steps, _ticks(explanation)
+    norms = {
+        name.removeprefix("sws_state_"): [float(np.linalg.norm(step.states[name])) for step in steps]
+        for name in steps[0].states
+    }
+    divergences = [[site.kl for site in step.sites.values()] for step in steps]
+    charts = [
+        (
+            "Effect",
+            "What SWS changes in the prediction, root mean square, relative to it.",
+            {"effect": [step.effect for step in steps]},
+            ".2%",
+        ),
+        (
+            "KL divergence, nats",
+            "The most divergent site and the mean of all, below what is allowed.",
+            {
+                "cap": [step.kl_cap for step in steps],
+                "highest site": [max(values) for values in divergences],
+                "mean": [float(np.mean(values)) for values in divergences],
+            },
+            ".3f",
+        ),
+        (
+            "Mixing, largest of the sites",
+            "Keys stop being mixed at u_stop, values go on.",
+            {
+                "keys": [max(site.alpha_k for site in step.sites.values()) for step in steps],
+                "values": [max(site.a_v for site in step.sites.values()) for step in steps],
+            },
+            ".0%",
+        ),
+        ("State norms", "Of the transport of each grid: low where tokens are sent far.", norms, ".1f"),
+    ]
+    return "".join(
+        figure(title, meaning, line_chart(series, ticks, unit)) for title, meaning, series, unit in charts
+    )
+
+
+def _source(explanation: Explanation) -> str:
+    if explanation.told_by == "artefact":
+        return "The figures are the artefact's own, by its debug outputs."
+    return (
+        "The figures are those of the eager reference on the artefact's inputs; the column <i>error</i> "
+        "below says how far the artefact is from it."
+    )
+
+
+def _labels(explanation: Explanation) -> dict[str, str]:
+    """A short name of each site, in the order of the UNet.
+
+    `down_blocks.1.attentions.0.transformer_blocks.0.attn1` is `down 1 · 0 · 0`; numbers at the end that tell
+    no two sites apart are left out.
+    """
+    parts = {}
+    for path in explanation.steps[0].sites:
+        block, *rest = path.split(".")
+        parts[path] = (block.split("_")[0], *(int(part) for part in rest if part.isdigit()))
+    ordered = sorted(parts, key=lambda path: (_BLOCKS.index(str(parts[path][0])), *parts[path][1:]))
+    shortest = min(map(len, parts.values()))
+    dropped = next(
+        count
+        for count in range(shortest - 1, -1, -1)
+        if len({numbers[: len(numbers) - count] for numbers in parts.values()}) == len(parts)
+    )
+    kept = {path: parts[path][: len(parts[path]) - dropped] for path in ordered}
+    return {
+        path: f"{block} {' · '.join(map(str, numbers))}".strip() for path, (block, *numbers) in kept.items()
+    }
+
+
+def _values(explanation: Explanation, value: _Value) -> dict[str, list[float]]:
+    return {
+        label: [value(step.sites[path], step) for step in explanation.steps]
+        for path, label in _labels(explanation).items()
+    }
+
+
+def _map(explanation: Explanation, title: str, meaning: str, unit: str, value: _Value) -> str:
+    rows = _values(explanation, value)
+    largest = max(max(row) for row in rows.values())
+    return figure(title, meaning, heat_map(rows, _ticks(explanation), largest, unit))
+
+
+def _site_numbers(explanation: Explanation) -> str:
+    """What the maps show, as numbers, folded away."""
+    head = ["site", *(str(number) for number in range(1, len(explanation.steps) + 1))]
+    parts = []
+    for title, _, unit, value in _MAPS:
+        rows = [
+            [label, *(format(number, unit) for number in row)]
+            for label, row in _values(explanation, value).items()
+        ]
+        parts.append(f"<h3>{title}</h3>{table(head, rows)}")
+    return "".join(parts)
 
 
 def _transports(explanation: Explanation, name: str) -> str:
-    """Where three tokens of a grid are sent, at a few steps."""
-    count = len(explanation.steps)
-    shown = sorted({round(index) for index in np.linspace(0, count - 1, min(_SHOWN_STEPS, count))})
-    height, width = explanation.steps[0].states[name].shape[1:]
-    tokens = {"centre": (height // 2, width // 2), "edge": (0, width // 2), "corner": (0, 0)}
-    head = "".join(f"<th>step {index + 1}<br>σ {explanation.steps[index].sigma:.2g}</th>" for index in shown)
-    rows = []
-    for label, token in tokens.items():
-        pictures = [spread(explanation.steps[index].states[name], *token) for index in shown]
-        cells = "".join(f"<td>{_picture(picture, f'{label} token')}</td>" for picture in pictures)
-        rows.append(f"<tr><th>{label}</th>{cells}</tr>")
-    title = f"{name.removeprefix('sws_state_')}: {height} × {width} tokens"
-    table = f'<table class="pictures"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
-    return _figure(f"<b>{title}</b>", table)
-
-
-def spread(transport: Floats, row: int, column: int) -> Floats:
-    """Where the token at (row, column) is sent.
-
-    Args:
-        transport: Banded, [145, H, W].
-        row: Of the token.
-        column: Of the token.
-
-    Returns:
-        Its share at every token, [H, W]; the sum is the row sum of the transport.
-    """
-    height, width = transport.shape[1:]
-    shares = np.zeros((height, width), np.float32)
-    for entry, (dy, dx) in enumerate(diamond_offsets(STATE_RADIUS)):
-        y, x = row + dy, column + dx
-        if 0 <= y < height and 0 <= x < width:
-            shares[y, x] = transport[entry, row, column]
-    return shares
-
-
-def _picture(shares: Floats, label: str) -> str:
-    image = Image.fromarray(_blend(shares / max(float(shares.max()), 1e-12)))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    most = f"at most {shares.max():.3g}"
-    return f'<img src="data:image/png;base64,{data}" alt="{label}, {most}" title="{most}">'
+    """Where chosen tokens of a grid are sent, at a few steps."""
+    steps = explanation.steps
+    shown = sorted({round(place) for place in np.linspace(0, len(steps) - 1, min(_SHOWN_STEPS, len(steps)))})
+    height, width = steps[0].states[name].shape[1:]
+    rows, largest = [], 0.0
+    for label, (down, right) in explanation.tokens.items():
+        token = min(int(down * height), height - 1), min(int(right * width), width - 1)
+        rows.append((label, [spread(steps[index].states[name], *token) for index in shown]))
+        largest = max(largest, *(float(shares.max()) for shares in rows[-1][1]))
+    head = "".join(f'<th scope="col">step {index + 1}<br>σ {steps[index].sigma:.2g}</th>' for index in shown)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(label)}</th>'
+        + "".join(f"<td>{picture(shares, largest, f'{html.escape(label)} token')}</td>" for shares in drawn)
+        + "</tr>"
+        for label, drawn in rows
+    )
+    content = f'<table class="pictures"><tr><th></th>{head}</tr>{body}</table>'
+    title = f"{html.escape(name.removeprefix('sws_state_'))}: {height} × {width} tokens"
+    return figure(title, "", content, note=f"strongest: {largest:.2f}")
 
 
 def _steps_table(explanation: Explanation) -> str:
+    compared = explanation.steps[0].error is not None
     rows = []
     for index, step in enumerate(explanation.steps, start=1):
         sums = [float(np.abs(state.sum(axis=0) - 1).max()) for state in step.states.values()]
-        norms = [f"{float(np.linalg.norm(state)):.2f}" for state in step.states.values()]
         rows.append(
             [
                 str(index),
                 f"{step.sigma:.3f}",
                 f"{step.progress:.2f}",
                 f"{step.kl_cap:.3f}",
-                f"{100 * step.effect:.2f} %",
-                " ".join(norms),
+                f"{step.effect:.2%}",
+                *(f"{float(np.linalg.norm(state)):.2f}" for state in step.states.values()),
                 f"{max(sums, default=0.0):.1e}",
-                f"{step.error:.1e}",
-                f"{1000 * step.seconds:.0f} ms",
+                *([f"{step.error:.1e}"] if step.error is not None else []),
+                _duration(step.seconds),
             ]
         )
-    head = ["step", "σ", "u", "KL cap", "effect", "state norms", "row sums off by", "error", "time"]
-    return _table(head, rows)
+    norms = [f"norm {name.removeprefix('sws_state_')}" for name in explanation.steps[0].states]
+    head = ["step", "σ", "u", "KL cap", "effect", *norms, "row sums off by"]
+    return table([*head, *(["error"] if compared else []), "time"], rows)
 
 
-def _validation_table(explanation: Explanation) -> str:
+def _validation(explanation: Explanation) -> str:
     validation = explanation.manifest.get("validation")
-    if not validation or not validation.get("outputs"):
+    if validation is None:
+        return (
+            "<p>Not known: it is in the manifest beside what was exported, which is not beside this file.</p>"
+        )
+    if not validation.get("outputs"):
         return "<p>The export was not validated.</p>"
     rows = [
         [
@@ -200,19 +300,30 @@ def _validation_table(explanation: Explanation) -> str:
         ]
         for entry in validation["outputs"]
     ]
-    about = f"Against the {html.escape(str(validation['reference']))}, {validation['steps']} steps."
-    return f"<p>{about}</p>" + _table(["output", "largest", "mean", "allowed", ""], rows)
-
-
-def _stages_table(explanation: Explanation) -> str:
-    stages = explanation.manifest.get("stages", ())
-    rows = [[s["name"], f"{s['seconds']:.1f} s", f"{s['peak_memory'] / 1e9:.2f} GB"] for s in stages]
-    return _table(["stage", "time", "peak memory"], rows)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    titles = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    sizes = validation["sizes"]
+    about = (
+        f"Against the {html.escape(str(validation['reference']))}, {validation['steps']} steps, batch "
+        f"{sizes['batch']}, latent {sizes['height']} × {sizes['width']}. "
+        + " ".join(f"{html.escape(remark)}." for remark in validation["remarks"])
     )
-    return f'<div class="scroll"><table class="numbers"><tr>{titles}</tr>{body}</table></div>'
+    return f"<p>{about}</p>" + table(["output", "largest", "mean", "allowed", ""], rows)
+
+
+def _stages(explanation: Explanation) -> str:
+    stages: Sequence[Mapping[str, float]] = explanation.manifest.get("stages", ())
+    if not stages:
+        return (
+            "<p>Not known: it is in the manifest beside what was exported, which is not beside this file.</p>"
+        )
+    rows = [[str(s["name"]), f"{s['seconds']:.1f} s", f"{s['peak_memory'] / 1e9:.2f} GB"] for s in stages]
+    return table(["stage", "time", "peak memory"], rows)
+
+
+def _parameters(explanation: Explanation) -> str:
+    values = explanation.manifest["sws"]
+    shown = {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in values.items()
+    }
+    guard = explanation.manifest["guard"]
+    return _definitions({**shown, "guard": guard["form"], "guard rows": guard["rows"]})

@@ -33,6 +33,16 @@ def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def telling_graph(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
+    """A small UNet with SWS, the figures of its sites among the outputs; validated as it was exported."""
+    return road.shared(
+        tmp_path_factory,
+        "telling.onnx",
+        lambda path: export(random_unet, path, ExportOptions(debug_outputs=True)),
+    )
+
+
+@pytest.fixture(scope="session")
 def sdxl_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers directory with a small UNet that takes what SDXL's takes."""
     return road.shared(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from graph_passes.debug_outputs import PREFIX, debug_output_names
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions
 from sws_export.checkpoint import open_checkpoint
 from sws_export.errors import OptionError
 from sws_export.parameters import SwsParameters
@@ -23,21 +23,10 @@ from sws_export.runtime.contract import read_contract
 from sws_export.runtime.session import Stream
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
 from sws_export.unet import load_unet
-from tests import road
 from tests.sws_export.runtime.test_contract import make_plan
 from tests.sws_export.runtime.test_tensorrt_backend import FakeLibrary, HostDevice
 
 MakeInputs = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def telling_graph(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
-    """A small UNet with SWS, the figures of its sites among the outputs; validated as it was exported."""
-    return road.shared(
-        tmp_path_factory,
-        "telling.onnx",
-        lambda path: export(random_unet, path, ExportOptions(debug_outputs=True)),
-    )
 
 
 def manifest(graph: Path) -> dict[str, Any]:

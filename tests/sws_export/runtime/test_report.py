@@ -7,22 +7,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sws_export.cli import main
 
 from graph_passes.parameters import SwsParameters, diamond_offsets
 from sws_export.errors import OptionError
 from sws_export.reference import band_from_dense, blended_transport, dense_from_band
-from sws_export.runtime.report import Explanation, write_report
-from sws_export.runtime.report_page import spread
+from sws_export.runtime.explanation import Explanation
+from sws_export.runtime.report import write_report
+from sws_export.runtime.report_charts import line_chart, spread
 
 STEPS = 3
+MAPS = 6
+
+Reported = tuple[Explanation, str]
 
 
 @pytest.fixture(scope="module")
-def reported(
-    sws_graph: Path, random_unet: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Explanation, str]:
+def reported(sws_graph: Path, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """By the reference: the graph does not tell."""
     out = tmp_path_factory.mktemp("report") / "report.html"
     explanation = write_report(sws_graph, random_unet, out, steps=STEPS, intensity=1.0, height=12, width=8)
+    return explanation, out.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def told(telling_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """By the graph itself, without its checkpoint."""
+    out = tmp_path_factory.mktemp("told") / "report.html"
+    explanation = write_report(telling_graph, None, out, steps=STEPS, intensity=1.0, height=12, width=8)
     return explanation, out.read_text("utf-8")
 
 
@@ -39,19 +51,22 @@ class _Tags(HTMLParser):
             self.open.append(tag)
         self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
-def test_figures_obey_the_method(reported: tuple[Explanation, str]) -> None:
-    explanation, _ = reported
+@pytest.mark.parametrize("how", ["reported", "told"])
+def test_figures_obey_the_method(request: pytest.FixtureRequest, how: str) -> None:
+    explanation: Explanation = request.getfixturevalue(how)[0]
     parameters = SwsParameters()
     assert len(explanation.steps) == STEPS
     assert [step.sigma for step in explanation.steps] == sorted(
         (step.sigma for step in explanation.steps), reverse=True
     )
     for step in explanation.steps:
-        assert step.error < 1e-4
         assert step.effect > 0
         assert step.seconds > 0
         assert step.kl_cap == pytest.approx(parameters.kl_slope * (1 - step.progress) + parameters.kl_floor)
@@ -59,23 +74,66 @@ def test_figures_obey_the_method(reported: tuple[Explanation, str]) -> None:
         for site in step.sites.values():
             assert 0 <= site.kl <= step.kl_cap
             assert 0 < site.uncertainty < 1
-            assert 0 < site.entropy <= np.log(6 * 4) + 1e-5
+            assert 0 < site.entropy_min <= site.entropy_mean <= site.entropy_max <= np.log(6 * 4) + 1e-5
             assert (site.alpha_k == 0) == (step.progress >= parameters.u_stop)
 
 
-def test_the_page_is_whole(reported: tuple[Explanation, str]) -> None:
-    explanation, page = reported
+def test_the_reference_and_the_artefact_tell_the_same(reported: Reported, told: Reported) -> None:
+    by_reference, by_artefact = reported[0], told[0]
+    assert (by_reference.told_by, by_artefact.told_by) == ("reference", "artefact")
+    for expected, found in zip(by_reference.steps, by_artefact.steps, strict=True):
+        assert expected.error is not None
+        assert expected.error < 1e-4
+        assert found.error is None
+        assert expected.sites.keys() == found.sites.keys()
+        for path, site in expected.sites.items():
+            for figure in ("alpha_k", "a_v", "entropy_mean", "entropy_min", "entropy_max", "kl"):
+                value = pytest.approx(getattr(site, figure), rel=1e-3, abs=2e-5)
+                assert getattr(found.sites[path], figure) == value
+
+
+@pytest.mark.parametrize("how", ["reported", "told"])
+def test_the_page_is_whole(request: pytest.FixtureRequest, how: str) -> None:
+    explanation, page = request.getfixturevalue(how)
     tags = _Tags()
     tags.feed(page)
     assert tags.open == []
-    assert tags.fetched
+    # Three tokens at each of the three steps, on one grid.
+    assert len(tags.fetched) == 9
     assert all(address.startswith("data:image/png;base64,") for address in tags.fetched)
     assert "$" not in page
-    # One cell a site and step in each of the four maps.
-    cells = re.findall(r'<td style="background:[^"]*" title="([^"]*)"', page)
-    assert len(cells) == 4 * STEPS * len(explanation.steps[0].sites)
-    name, first = next(iter(explanation.steps[0].sites.items()))
-    assert f"{name}, step 1: {first.alpha_k:.4g}" in cells
+    cells = re.findall(r'<td class="ink" style="background:[^"]*" title="([^"]*)"', page)
+    sites = explanation.steps[0].sites
+    assert len(cells) == MAPS * STEPS * len(sites)
+    # Numbers at the end that tell no two sites apart are left out of their names.
+    first = sites["down_blocks.1.attentions.0.transformer_blocks.0.attn1"]
+    assert f"down 1 · 0, step 1: {first.alpha_k:.1%}" in cells
+    assert f"<td>{first.entropy_mean:.2f}</td>" in page
+    assert ('<th scope="col">error</th>' in page) == (how == "reported")
+
+
+def test_sites_go_down_and_up_again(told: Reported) -> None:
+    labels = re.findall(r'<tr><th scope="row">([dmu][^<]*)</th><td class="ink"', told[1])
+    assert labels == ["down 1 · 0", "mid 0", "up 0 · 0", "up 0 · 1"] * MAPS
+
+
+def test_chosen_tokens(telling_graph: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    arguments = ["report", str(telling_graph), "--out", str(out), "--steps", "2", "--height", "8"]
+    assert main([*arguments, "--width", "8", "--token", "0.25,0.75", "--token", "1,1", "--quiet"]) == 0
+    assert re.findall(r'<th scope="row">([\d., ]+)</th>', out.read_text("utf-8")) == ["0.25, 0.75", "1, 1"]
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_chart_goes_from_0_to_a_round_number() -> None:
+    chart = line_chart({"a": [0.0, 0.03], "b": [0.017, 0.01]}, ["9", "0.5"], ".3f")
+    assert re.findall(r">(0\.\d+)</text>", chart) == ["0.000", "0.020", "0.040", "0.5"]
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', chart)]
+    # 0 lies on the lowest line, 0.03 of 0.04 three quarters up.
+    bottom, top = 156.0, 8.0
+    assert heights[:2] == [bottom, pytest.approx(bottom - 0.75 * (bottom - top))]
+    assert "legend" in chart
+    assert "<span>" not in line_chart({"a": [1.0, 2.0]}, ["9", "0.5"], ".3f")
 
 
 def test_spread_is_a_row_of_the_transport() -> None:
@@ -94,12 +152,22 @@ def test_plain_artefacts_have_nothing_to_report(traced: Path, random_unet: Path,
     assert not list(tmp_path.iterdir())
 
 
+def test_somebody_must_tell(sws_graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"does not tell what its sites do: name the checkpoint .*--debug"):
+        write_report(sws_graph, None, tmp_path / "x.html")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
-    ("steps", "intensity", "message"),
-    [(1, 0.5, "steps 1 is out of range"), (3, 0.0, "intensity 0 is out of range")],
+    ("change", "message"),
+    [
+        ({"steps": 1}, "steps 1 is out of range"),
+        ({"intensity": 0.0}, "intensity 0 is out of range"),
+        ({"tokens": {"x": (0.5, 1.5)}}, r"token 0\.5,1\.5 is out of range"),
+    ],
 )
 def test_options_that_are_refused(
-    sws_graph: Path, random_unet: Path, tmp_path: Path, steps: int, intensity: float, message: str
+    sws_graph: Path, random_unet: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     with pytest.raises(OptionError, match=message):
-        write_report(sws_graph, random_unet, tmp_path / "x.html", steps=steps, intensity=intensity)
+        write_report(sws_graph, random_unet, tmp_path / "x.html", **change)  # type: ignore[arg-type]

@@ -1,0 +1,136 @@
+"""Looks into the sites of a running artefact, by its own outputs or by the eager reference beside it."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sws_export.errors import OptionError, ValidationError
+from sws_export.parameters import SwsParameters
+from sws_export.progress import Progress
+from sws_export.runtime.explanation import Floats, SiteFigures, StepFigures
+from sws_export.runtime.session import Session
+from sws_export.validation.trajectory import TrajectoryStep
+
+
+def _parameters(manifest: Mapping[str, Any]) -> SwsParameters:
+    settings = dict(manifest["sws"])
+    return SwsParameters(**settings | {"scales": tuple(settings["scales"])})
+
+
+class Probe:
+    """The artefact with SWS and without on the same inputs, and the reference beside it."""
+
+    def __init__(self, session: Session, reference: "Reference | None", intensity: float) -> None:
+        self._stream, self._plain = session.stream(), session.stream()
+        self._contract = session.contract
+        self._parameters = _parameters(session.contract.manifest)
+        self._reference = reference
+        self._intensity = intensity
+
+    def look(
+        self, step: TrajectoryStep, inputs: Mapping[str, Any]
+    ) -> tuple[StepFigures, npt.NDArray[np.float64]]:
+        """Figures of one step, and the artefact's prediction in float64."""
+        import torch
+
+        from sws_export.reference import schedule
+
+        begin = time.perf_counter()
+        found = self._stream.step(**inputs, sigma=step.sigma, intensity=self._intensity).astype(np.float64)
+        seconds = time.perf_counter() - begin
+        plain = self._plain.step(**inputs, sigma=step.sigma, intensity=0.0).astype(np.float64)
+        error: float | None = None
+        sites: dict[str, SiteFigures] = {}
+        if self._reference is not None:
+            expected, sites = self._reference.look(step, inputs)
+            error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        now = schedule(
+            torch.from_numpy(step.sigma), torch.full((1,), self._intensity).double(), self._parameters
+        )
+        figures = StepFigures(
+            sigma=float(step.sigma[0]),
+            progress=float(now.u[0]),
+            kl_cap=float(now.kappa[0]),
+            seconds=seconds,
+            effect=float(np.sqrt(np.square(found - plain).mean() / np.square(plain).mean())),
+            error=error,
+            sites=self._told() if self._contract.figures else sites,
+            states={name: values[0].astype(np.float32) for name, values in self._stream.state().items()},
+        )
+        return figures, found
+
+    def _told(self) -> dict[str, SiteFigures]:
+        """Figures that the artefact gives, by site."""
+        columns = self._stream.figures()
+        del columns["kl_cap"]
+        return {
+            site: SiteFigures(**{name: float(values[0, column]) for name, values in columns.items()})
+            for column, site in enumerate(self._contract.figure_sites)
+        }
+
+
+class Reference:
+    """The eager reference with a state of its own."""
+
+    def __init__(
+        self, model: Path, manifest: Mapping[str, Any], intensity: float, progress: Progress
+    ) -> None:
+        from sws_export.reference import ReferenceUNet
+
+        sites = [name for names in manifest["sites"].values() for name in names]
+        self._unet = ReferenceUNet(_load_checked(model, manifest, progress), _parameters(manifest), sites)
+        self._intensity = intensity
+        self._state: dict[str, Any] | None = None
+
+    def look(self, step: TrajectoryStep, inputs: Mapping[str, Any]) -> tuple[Floats, dict[str, SiteFigures]]:
+        """The prediction of one step, and the figures of all sites."""
+        import torch
+
+        from sws_export.unet import unet_arguments
+
+        sigma = torch.from_numpy(step.sigma).float()
+        tensors = {
+            name: torch.from_numpy(value).float() if value.dtype.kind == "f" else torch.from_numpy(value)
+            for name, value in inputs.items()
+        }
+        prediction, self._state = self._unet.step(
+            **unet_arguments(tensors),
+            sigma=sigma,
+            intensity=torch.full_like(sigma, self._intensity),
+            state=self._state,
+        )
+        sites = {path: _site_figures(record) for path, record in self._unet.records.items()}
+        return prediction.numpy(), sites
+
+
+def _site_figures(record: Any) -> SiteFigures:
+    names = SiteFigures.__dataclass_fields__
+    return SiteFigures(**{name: float(getattr(record, name)[0]) for name in names})
+
+
+def _load_checked(model: Path, manifest: Mapping[str, Any], progress: Progress) -> Any:
+    """The UNet in float32, if it is the one the artefact was made from."""
+    import torch
+
+    from sws_export.checkpoint import open_checkpoint, verify_weights
+    from sws_export.unet import load_unet
+
+    recorded = manifest["source"]
+    if recorded.get("loras"):
+        raise OptionError(
+            f"{recorded['file']} was exported with LoRA weights fused, which the reference of the report has "
+            "not; leave the checkpoint away and export with --debug-outputs, or export without --lora"
+        )
+    checkpoint = open_checkpoint(model)
+    if recorded["kind"] == "checkpoint":
+        found = verify_weights(checkpoint, progress)
+        if found != recorded["sha256"]:
+            raise ValidationError(
+                f"the artefact was exported from {recorded['file']} with sha256 {recorded['sha256'][:12]}…, "
+                f"{model} has {found[:12]}…; give the checkpoint that it was exported from"
+            )
+    return load_unet(checkpoint, torch.float32)
