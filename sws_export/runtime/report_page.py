@@ -1,7 +1,7 @@
 """The page of `report`: HTML with its styles and pictures inside."""
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib.resources import files
 from string import Template
 
@@ -9,10 +9,18 @@ import numpy as np
 
 from sws_export.runtime.explanation import Explanation, SiteFigures, StepFigures
 from sws_export.runtime.report_charts import figure, heat_map, line_chart, picture, spread, table
+from sws_export.runtime.report_tables import (
+    definitions,
+    duration,
+    parameters_list,
+    stages_table,
+    steps_table,
+    validation_table,
+)
+from sws_export.runtime.site_labels import site_labels
 
 _SHOWN_STEPS = 4
 _MOST_TICKS = 6
-_BLOCKS = ("down", "mid", "up")
 
 _Value = Callable[[SiteFigures, StepFigures], float]
 _MAPS: tuple[tuple[str, str, str, _Value], ...] = (
@@ -67,10 +75,10 @@ def render(explanation: Explanation) -> str:
         maps="".join(_map(explanation, *column) for column in _MAPS),
         numbers=_site_numbers(explanation),
         transports="".join(_transports(explanation, name) for name in explanation.steps[0].states),
-        steps=_steps_table(explanation),
-        validation=_validation(explanation),
-        stages=_stages(explanation),
-        parameters=_parameters(explanation),
+        steps=steps_table(explanation),
+        validation=validation_table(explanation),
+        stages=stages_table(explanation),
+        parameters=parameters_list(explanation),
     )
 
 
@@ -86,14 +94,7 @@ def _facts(explanation: Explanation) -> str:
         f"{explanation.steps[-1].sigma:.3g}",
         "latent": f"{sizes['height']} × {sizes['width']}, {explanation.text}",
     }
-    return _definitions(entries)
-
-
-def _definitions(entries: Mapping[str, str]) -> str:
-    return "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>"
-        for name, text in entries.items()
-    )
+    return definitions(entries)
 
 
 def _highlights(explanation: Explanation) -> str:
@@ -110,7 +111,7 @@ def _highlights(explanation: Explanation) -> str:
     if errors:
         entries.append(("off the reference, at most", f"{max(errors):.1e}", "of the largest value"))
     typical = float(np.median([step.seconds for step in steps]))
-    entries.append(("a step", _duration(typical), "median, on this machine"))
+    entries.append(("a step", duration(typical), "median, on this machine"))
     return "".join(
         f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd><dd>{html.escape(where)}</dd></div>"
         for name, value, where in entries
@@ -118,7 +119,7 @@ def _highlights(explanation: Explanation) -> str:
 
 
 def _peak(explanation: Explanation, value: _Value) -> tuple[str, str]:
-    labels = _labels(explanation)
+    labels = site_labels(explanation.steps[0].sites)
     found = [
         (value(site, step), f"{labels[path]}, step {index}")
         for index, step in enumerate(explanation.steps, start=1)
@@ -126,10 +127,6 @@ def _peak(explanation: Explanation, value: _Value) -> tuple[str, str]:
     ]
     largest, where = max(found)
     return f"{largest:.1%}", where
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def _ticks(explanation: Explanation) -> list[str]:
@@ -188,33 +185,10 @@ def _source(explanation: Explanation) -> str:
     )
 
 
-def _labels(explanation: Explanation) -> dict[str, str]:
-    """A short name of each site, in the order of the UNet.
-
-    `down_blocks.1.attentions.0.transformer_blocks.0.attn1` is `down 1 · 0 · 0`; numbers at the end that tell
-    no two sites apart are left out.
-    """
-    parts = {}
-    for path in explanation.steps[0].sites:
-        block, *rest = path.split(".")
-        parts[path] = (block.split("_")[0], *(int(part) for part in rest if part.isdigit()))
-    ordered = sorted(parts, key=lambda path: (_BLOCKS.index(str(parts[path][0])), *parts[path][1:]))
-    shortest = min(map(len, parts.values()))
-    dropped = next(
-        count
-        for count in range(shortest - 1, -1, -1)
-        if len({numbers[: len(numbers) - count] for numbers in parts.values()}) == len(parts)
-    )
-    kept = {path: parts[path][: len(parts[path]) - dropped] for path in ordered}
-    return {
-        path: f"{block} {' · '.join(map(str, numbers))}".strip() for path, (block, *numbers) in kept.items()
-    }
-
-
 def _values(explanation: Explanation, value: _Value) -> dict[str, list[float]]:
     return {
         label: [value(step.sites[path], step) for step in explanation.steps]
-        for path, label in _labels(explanation).items()
+        for path, label in site_labels(explanation.steps[0].sites).items()
     }
 
 
@@ -242,11 +216,16 @@ def _transports(explanation: Explanation, name: str) -> str:
     steps = explanation.steps
     shown = sorted({round(place) for place in np.linspace(0, len(steps) - 1, min(_SHOWN_STEPS, len(steps)))})
     height, width = steps[0].states[name].shape[1:]
-    rows, largest = [], 0.0
+    places: dict[tuple[int, int], str] = {}
     for label, (down, right) in explanation.tokens.items():
         token = min(int(down * height), height - 1), min(int(right * width), width - 1)
-        rows.append((label, [spread(steps[index].states[name], *token) for index in shown]))
-        largest = max(largest, *(float(shares.max()) for shares in rows[-1][1]))
+        # On a coarse grid, or the single row of the text, several places may be one token.
+        places.setdefault(token, label)
+    rows = [
+        (label, [spread(steps[index].states[name], *token) for index in shown])
+        for token, label in places.items()
+    ]
+    largest = max(float(shares.max()) for _, drawn in rows for shares in drawn)
     head = "".join(f'<th scope="col">step {index + 1}<br>σ {steps[index].sigma:.2g}</th>' for index in shown)
     body = "".join(
         f'<tr><th scope="row">{html.escape(label)}</th>'
@@ -257,73 +236,3 @@ def _transports(explanation: Explanation, name: str) -> str:
     content = f'<table class="pictures"><tr><th></th>{head}</tr>{body}</table>'
     title = f"{html.escape(name.removeprefix('sws_state_'))}: {height} × {width} tokens"
     return figure(title, "", content, note=f"strongest: {largest:.2f}")
-
-
-def _steps_table(explanation: Explanation) -> str:
-    compared = explanation.steps[0].error is not None
-    rows = []
-    for index, step in enumerate(explanation.steps, start=1):
-        sums = [float(np.abs(state.sum(axis=0) - 1).max()) for state in step.states.values()]
-        rows.append(
-            [
-                str(index),
-                f"{step.sigma:.3f}",
-                f"{step.progress:.2f}",
-                f"{step.kl_cap:.3f}",
-                f"{step.effect:.2%}",
-                *(f"{float(np.linalg.norm(state)):.2f}" for state in step.states.values()),
-                f"{max(sums, default=0.0):.1e}",
-                *([f"{step.error:.1e}"] if step.error is not None else []),
-                _duration(step.seconds),
-            ]
-        )
-    norms = [f"norm {name.removeprefix('sws_state_')}" for name in explanation.steps[0].states]
-    head = ["step", "σ", "u", "KL cap", "effect", *norms, "row sums off by"]
-    return table([*head, *(["error"] if compared else []), "time"], rows)
-
-
-def _validation(explanation: Explanation) -> str:
-    validation = explanation.manifest.get("validation")
-    if validation is None:
-        return (
-            "<p>Not known: it is in the manifest beside what was exported, which is not beside this file.</p>"
-        )
-    if not validation.get("outputs"):
-        return "<p>The export was not validated.</p>"
-    rows = [
-        [
-            entry["name"],
-            f"{entry['maximum']:.1e}",
-            f"{entry['mean']:.1e}",
-            f"{entry['tolerance']:.0e}",
-            "ok" if entry["passed"] else "failed",
-        ]
-        for entry in validation["outputs"]
-    ]
-    sizes = validation["sizes"]
-    about = (
-        f"Against the {html.escape(str(validation['reference']))}, {validation['steps']} steps, batch "
-        f"{sizes['batch']}, latent {sizes['height']} × {sizes['width']}. "
-        + " ".join(f"{html.escape(remark)}." for remark in validation["remarks"])
-    )
-    return f"<p>{about}</p>" + table(["output", "largest", "mean", "allowed", ""], rows)
-
-
-def _stages(explanation: Explanation) -> str:
-    stages: Sequence[Mapping[str, float]] = explanation.manifest.get("stages", ())
-    if not stages:
-        return (
-            "<p>Not known: it is in the manifest beside what was exported, which is not beside this file.</p>"
-        )
-    rows = [[str(s["name"]), f"{s['seconds']:.1f} s", f"{s['peak_memory'] / 1e9:.2f} GB"] for s in stages]
-    return table(["stage", "time", "peak memory"], rows)
-
-
-def _parameters(explanation: Explanation) -> str:
-    values = explanation.manifest["sws"]
-    shown = {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in values.items()
-    }
-    guard = explanation.manifest["guard"]
-    return _definitions({**shown, "guard": guard["form"], "guard rows": guard["rows"]})

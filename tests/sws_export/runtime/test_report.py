@@ -10,6 +10,7 @@ import torch
 from sws_export.cli import main
 
 from graph_passes.parameters import SwsParameters, diamond_offsets
+from sws_export import ExportOptions, export
 from sws_export.errors import OptionError
 from sws_export.reference import band_from_dense, blended_transport, dense_from_band
 from sws_export.runtime.explanation import Explanation
@@ -171,3 +172,14 @@ def test_options_that_are_refused(
 ) -> None:
     with pytest.raises(OptionError, match=message):
         write_report(sws_graph, random_unet, tmp_path / "x.html", **change)  # type: ignore[arg-type]
+
+
+def test_cross_attention_and_the_grid_of_the_text(traced: Path, tmp_path: Path) -> None:
+    graph, out = tmp_path / "text.onnx", tmp_path / "report.html"
+    export(traced, graph, ExportOptions(sites=("mid_block.*",), debug_outputs=True, validate=False))
+    write_report(graph, None, out, steps=2, height=12, width=8)
+    page = out.read_text("utf-8")
+    assert set(re.findall(r'<tr><th scope="row">(mid[^<]*)</th>', page)) == {"mid", "mid text"}
+    assert "<b>text: 1 × 8 tokens</b>" in page
+    # On a single row centre and edge are one token: two of the text and three of the image, at two steps.
+    assert page.count("<img ") == 2 * (2 + 3)
