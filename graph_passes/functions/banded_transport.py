@@ -24,7 +24,7 @@ def build_banded_transport(dtype: ir.DataType) -> ir.Function:
     """
 
     def body(op: Op, transport: Any, x: Any) -> Any:
-        grid = _Grid(op, op.Shape(transport, start=2, end=4))
+        grid = _Grid(op, transport)
         matrices = _tile_matrices(op, cast(op, transport, dtype, FLOAT), grid)
         gathered = op.Gather(x, grid.tokens_around_tiles(), axis=1)
         tiles = op.MatMul(matrices, gathered)
@@ -39,13 +39,13 @@ def build_banded_transport(dtype: ir.DataType) -> ir.Function:
 class _Grid:
     """A grid of H x W tokens under tiles, of which the last of a row or column may reach beyond it."""
 
-    def __init__(self, op: Op, size: Any) -> None:
+    def __init__(self, op: Op, transport: Any) -> None:
         self.op = op
-        self.size = size
-        self.tiles = op.Div(op.Add(size, [TILE - 1]), [TILE])
+        self.sides = [op.Shape(transport, start=axis, end=axis + 1) for axis in (2, 3)]
+        self.tile_sides = [op.Div(op.Add(side, [TILE - 1]), [TILE]) for side in self.sides]
+        self.size = op.Concat(*self.sides, axis=0)
+        self.tiles = op.Concat(*self.tile_sides, axis=0)
         self.covered = op.Mul(self.tiles, [TILE])
-        self.sides = op.Split(size, num_outputs=2, axis=0, _outputs=2)
-        self.tile_sides = op.Split(self.tiles, num_outputs=2, axis=0, _outputs=2)
 
     def tokens_around_tiles(self) -> Any:
         """[tiles, 576] int64: tokens of each tile and its halo; beyond the grid the nearest token on it."""
