@@ -80,9 +80,8 @@ def _count(op: Op, end: Any) -> Any:
 
 def _tile_matrices(op: Op, band: Any, grid: _Grid) -> Any:
     """The band as [B, tiles, 64, 576]: for each tile, a matrix from its surroundings to its tokens."""
-    padding = op.Concat([1], op.Sub(grid.covered, grid.size), axis=0)
-    padded = op.Pad(band, op.Concat([0, 0, 0], padding, axis=0), None, [1, 2, 3])
-    window = op.Gather(padded, op.Constant(value=ir.tensor(_window_planes(), name="planes")), axis=1)
+    padding = op.Concat([0, 0], op.Sub(grid.covered, grid.size), axis=0)
+    window = band_window(op, op.Pad(band, padding, None, [2, 3]))
     rows, columns = grid.tile_sides
     tiled = op.Reshape(window, op.Concat([0, 0, 0], rows, [TILE], columns, [TILE], axis=0))
     by_token = op.Transpose(tiled, perm=[0, 3, 5, 4, 1, 6, 2])
@@ -92,13 +91,14 @@ def _tile_matrices(op: Op, band: Any, grid: _Grid) -> Any:
     return op.Reshape(by_row, [0, -1, TILE * TILE, _HALO * _HALO])
 
 
-def _window_planes() -> Any:
-    """[17, 17] int64: the plane of the band of each (dy, dx); outside the diamond that of zeros."""
+def band_window(op: Op, band: Any) -> Any:
+    """A band [B, 145, H, W] as [B, 17, 17, H, W]: (dy, dx) from -8 to 8, outside the diamond zeros."""
+    padded = op.Pad(band, [0, 1], None, [1])
     offsets = diamond_offsets(STATE_RADIUS)
     planes = np.full((_WINDOW, _WINDOW), len(offsets), np.int64)
     for j, (dy, dx) in enumerate(offsets):
         planes[dy + STATE_RADIUS, dx + STATE_RADIUS] = j
-    return planes
+    return op.Gather(padded, op.Constant(value=ir.tensor(planes, name="planes")), axis=1)
 
 
 def _shift(op: Op, x: Any, axis: int, block: int, shape: list[int]) -> Any:

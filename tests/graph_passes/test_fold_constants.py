@@ -47,7 +47,7 @@ def test_the_nodes_it_leaves(sizes: dict[str, int]) -> None:
     """Nothing is left that reads a size, whether the batch is known or not."""
     counts = op_counts(folded(sizes))
     assert not ON_SIZES & counts.keys()
-    # Of each grid: two rounds after the blend, whose first diffusion is of Sinkhorn's factors and thus constant,
+    # Of each grid: two rounds after the blend, whose first diffusion is of Sinkhorn's factors and constant,
     # what gathers their result, and two rounds of the momentum. Nothing of Sinkhorn.
     assert counts["Conv"] == 2 * (3 + 1 + 2)
     assert counts["ConvTranspose"] == 2 * 2

@@ -1,5 +1,6 @@
-"""Transport by tiles against the dense product, on grids that tiles fit and on grids that they do not."""
+"""Transport by tiles, and as one product, against a matrix made entry by entry, on grids of all kinds."""
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -8,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.functions import build_functions
+from graph_passes.functions.dense_transport import build_dense_transport
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 from tests.graph_passes.functions.calls import FLOAT, Array, Call
 
@@ -18,6 +20,13 @@ CHANNELS = 5
 def transport(dtype: ir.DataType = FLOAT) -> Call:
     shapes = {"transport": ["batch", 145, "height", "width"], "x": ["batch", "tokens", CHANNELS]}
     return Call(build_functions(SwsParameters(), dtype), "BandedTransport", shapes, dtype, {})
+
+
+@cache
+def dense_transport(dtype: ir.DataType = FLOAT) -> Call:
+    shapes = {"transport": ["batch", 145, "height", "width"], "x": ["batch", "tokens", CHANNELS]}
+    function = build_dense_transport(dtype)
+    return Call({function.name: function}, function.name, shapes, dtype, {})
 
 
 def random_band(height: int, width: int) -> Array:
@@ -46,17 +55,19 @@ def dense(band: Array) -> Array:
 @pytest.mark.parametrize(
     ("height", "width"), [(8, 8), (16, 24), (1, 1), (1, 30), (7, 9), (12, 8), (25, 6), (17, 33), (3, 3)]
 )
-def test_equals_the_dense_product(height: int, width: int) -> None:
+@pytest.mark.parametrize("form", [transport, dense_transport])
+def test_equals_the_dense_product(height: int, width: int, form: Callable[[], Call]) -> None:
     band = random_band(height, width)
     x = np.random.default_rng(1).standard_normal((2, height * width, CHANNELS), dtype=np.float32)
-    (moved,) = transport()(transport=band, x=x)
+    (moved,) = form()(transport=band, x=x)
     np.testing.assert_allclose(moved, dense(band) @ x, rtol=1e-5, atol=1e-4)
 
 
-def test_float16_tokens() -> None:
+@pytest.mark.parametrize("form", [transport, dense_transport])
+def test_float16_tokens(form: Callable[[ir.DataType], Call]) -> None:
     band = random_band(9, 10) / 60
     x = np.random.default_rng(1).standard_normal((2, 90, CHANNELS)).astype(np.float16)
-    (moved,) = transport(ir.DataType.FLOAT16)(transport=band, x=x)
+    (moved,) = form(ir.DataType.FLOAT16)(transport=band, x=x)
     assert moved.dtype == np.float16
     np.testing.assert_allclose(moved, dense(band) @ x.astype(np.float32), atol=5e-3)
 

@@ -1,0 +1,115 @@
+"""Which form of the transport is the faster one on which grid: tiles, or one dense product.
+
+    python benchmarks/transport.py --out benchmarks/results/transport.json
+
+Milliseconds that keys and values of a site cost in ONNX Runtime, sizes fixed and folded, with a site's share
+of what its grid needs once a step. `DENSE_TOKENS` of graph_passes/choose_transport.py follows from the table.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BAND = 145
+GRIDS = [
+    # model, side of the grid, channels of keys and values, sites that share the grid
+    ("SD1.5 512", 64, 640, 5),
+    ("SD1.5 512", 32, 1280, 5),
+    ("SD1.5 512", 16, 2560, 5),
+    ("SD1.5 512", 8, 2560, 1),
+    ("SDXL 1024", 64, 1280, 10),
+    ("SDXL 1024", 32, 2560, 10),  # of 60
+    ("SDXL 512", 16, 2560, 10),  # of 60
+    ("SD1.5 768", 48, 1280, 5),
+    ("SD1.5 768", 24, 2560, 5),
+]
+
+
+def graph_of(form: str, side: int, channels: int, sites: int, batch: int) -> bytes:
+    """A graph that applies one transport to the tokens of so many sites."""
+    import onnx_ir as ir
+
+    from graph_passes.clean_graph import CleanGraph
+    from graph_passes.fold_constants import FoldConstants
+    from graph_passes.functions.banded_transport import build_banded_transport
+    from graph_passes.functions.dense_transport import build_dense_transport
+    from graph_passes.lower_functions import LowerFunctions
+
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    function = (build_dense_transport if form == "dense" else build_banded_transport)(ir.DataType.FLOAT)
+    band = ir.Value(name="band", type=kind, shape=ir.Shape([batch, BAND, side, side]))
+    tokens = [
+        ir.Value(name=f"x{i}", type=kind, shape=ir.Shape([batch, side * side, channels]))
+        for i in range(sites)
+    ]
+    calls = [ir.node(function.name, [band, x], domain="sws") for x in tokens]
+    for number, call in enumerate(calls):
+        call.outputs[0].name, call.outputs[0].type = f"y{number}", kind
+    outputs = [call.outputs[0] for call in calls]
+    graph = ir.Graph([band, *tokens], outputs, nodes=calls, opset_imports={"": 23, "sws": 1}, name=form)
+    model = ir.Model(graph, ir_version=10, functions=[function])
+    LowerFunctions()(model)
+    FoldConstants()(model)
+    CleanGraph()(model)
+    return ir.to_proto(model).SerializeToString()
+
+
+def milliseconds(form: str, side: int, channels: int, sites: int, batch: int, repeats: int) -> float:
+    """Fastest of `repeats` runs, a site."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        graph_of(form, side, channels, sites, batch), options, providers=["CPUExecutionProvider"]
+    )
+    random = np.random.default_rng(0)
+    feed = {value.name: random.random(value.shape, dtype=np.float32) for value in session.get_inputs()}
+    session.run(None, feed)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        session.run(None, feed)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds) * 1000 / sites
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tiles against the dense product.")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file with the results")
+    arguments = parser.parse_args()
+    import onnxruntime
+
+    rows: list[dict[str, Any]] = []
+    for model, side, channels, sites in GRIDS:
+        row: dict[str, Any] = {"model": model, "side": side, "channels": channels, "sites": sites}
+        for form in ("tiles", "dense"):
+            row[form] = milliseconds(form, side, channels, sites, arguments.batch, arguments.repeats)
+        rows.append(row)
+        grid = f"{model:10} {side:3} x {side:<3} {channels:5} channels, {sites:2} sites"
+        times = f"tiles {row['tiles']:8.2f} ms, dense {row['dense']:8.2f} ms"
+        print(f"{grid}: {times}, {row['dense'] / row['tiles']:.2f} x", flush=True)
+    results = {
+        "onnxruntime": onnxruntime.__version__,
+        "threads": len(os.sched_getaffinity(0)),
+        "batch": arguments.batch,
+        "load_average": os.getloadavg()[0],
+        "milliseconds_a_site": rows,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

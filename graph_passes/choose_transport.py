@@ -1,0 +1,51 @@
+"""Choose how a banded transport is applied, by the size of its grid."""
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from graph_passes.errors import GraphError
+from graph_passes.functions import DOMAIN
+from graph_passes.functions.dense_transport import build_dense_transport
+
+DENSE_TOKENS = 1024
+"""Tokens of the largest grid on which the dense product is the faster one (benchmarks/transport.py)."""
+
+
+class ChooseTransport(InPlacePass):
+    """Replace `sws.BandedTransport` by `sws.DenseTransport` where the grid is known and small.
+
+    Run it when calls of `sws.BandedTransport` stand in the graph itself. Grids whose size is not known keep
+    their tiles.
+    """
+
+    def __init__(self, dense_tokens: int = DENSE_TOKENS) -> None:
+        """Use the dense product on grids of up to `dense_tokens` tokens."""
+        super().__init__()
+        self.dense_tokens = dense_tokens
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Replace the calls; nothing changes where there are none to replace."""
+        chosen = [node for node in model.graph if self._is_small(node)]
+        if not chosen:
+            return PassResult(model, modified=False)
+        dtype = model.graph.outputs[0].dtype
+        if dtype is None:
+            raise GraphError("the dtype of the graph's output is unknown")
+        function = build_dense_transport(dtype)
+        model.functions[function.identifier()] = function
+        for node in chosen:
+            dense = ir.node(function.name, node.inputs, domain=DOMAIN, name=node.name)
+            dense.outputs[0].name = node.outputs[0].name
+            ir.convenience.replace_nodes_and_values(
+                model.graph, node, [node], [dense], node.outputs, dense.outputs
+            )
+        return PassResult(model, modified=True)
+
+    def _is_small(self, node: ir.Node) -> bool:
+        if (node.domain, node.op_type) != (DOMAIN, "BandedTransport"):
+            return False
+        band = node.inputs[0]
+        if band is None or band.shape is None:
+            return False
+        height, width = band.shape[2:]
+        return isinstance(height, int) and isinstance(width, int) and height * width <= self.dense_tokens

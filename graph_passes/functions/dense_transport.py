@@ -1,0 +1,48 @@
+"""`sws.DenseTransport`: apply a banded transport to tokens as one dense product."""
+
+from typing import Any
+
+import onnx_ir as ir
+
+from graph_passes.functions.banded_transport import band_window
+from graph_passes.functions.building import Op, cast, define_function
+from graph_passes.parameters import STATE_RADIUS
+
+FLOAT = ir.DataType.FLOAT
+
+
+def build_dense_transport(dtype: ir.DataType) -> ir.Function:
+    """`DenseTransport(transport [B, 145, H, W] float32, x [B, T, C]) -> [B, T, C]` of `dtype`.
+
+    What `BandedTransport` gives, as one product [T, T] x [T, C] with a matrix that all sites of a grid share:
+    no tokens are gathered into tiles and out of them. Entries of `transport` that lead off the grid must
+    be 0.
+    """
+
+    def body(op: Op, transport: Any, x: Any) -> Any:
+        height, width = (op.Shape(transport, start=axis, end=axis + 1) for axis in (2, 3))
+        window = band_window(op, cast(op, transport, dtype, FLOAT))
+        columns = _places(op, op.Transpose(window, perm=[0, 3, 1, 4, 2]), 4, width, [0, 0, 0], [])
+        pairs = op.Mul(width, width)
+        rows = _places(op, op.Reshape(columns, op.Concat([0, 0, 0], pairs, axis=0)), 2, height, [0], [pairs])
+        split = op.Reshape(rows, op.Concat([0, 0, 0], width, width, axis=0))
+        by_token = op.Transpose(split, perm=[0, 1, 3, 2, 4])
+        tokens = op.Mul(height, width)
+        return op.MatMul(op.Reshape(by_token, op.Concat([0], tokens, tokens, axis=0)), x)
+
+    return define_function("DenseTransport", body, {"transport": FLOAT, "x": dtype}, ["y"])
+
+
+def _places(op: Op, x: Any, axis: int, side: Any, before: list[int], behind: list[Any]) -> Any:
+    """Turn the 17 offsets along `axis` into the `side` places of the grid that they lead to.
+
+    Rows of 17 padded to side + 17 and read as rows of side + 16 begin one later each; the token that a row
+    is of lies in the axis before. `before` and `behind` are the sizes around the two, as Reshape takes them.
+    """
+    reach = op.Add(side, [2 * STATE_RADIUS])
+    length = op.Mul(side, reach)
+    padded = op.Pad(x, op.Concat([0], side, axis=0), None, [axis])
+    flat = op.Reshape(padded, op.Concat([*before, -1], *behind, axis=0) if behind else [*before, -1])
+    cut = op.Slice(flat, [0], length, [axis - 1])
+    shifted = op.Reshape(cut, op.Concat(*[[size] for size in before], side, reach, *behind, axis=0))
+    return op.Slice(shifted, [STATE_RADIUS], op.Add(side, [STATE_RADIUS]), [axis])

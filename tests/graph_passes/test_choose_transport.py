@@ -1,0 +1,100 @@
+"""Small grids of known size get the dense product, all others keep their tiles."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graph_passes.choose_transport import ChooseTransport
+from graph_passes.clean_graph import CleanGraph
+from graph_passes.find_sites import find_sites
+from graph_passes.fix_sizes import FixSizes
+from graph_passes.fold_constants import FoldConstants
+from graph_passes.insert_sws import InsertSws
+from graph_passes.lower_functions import LowerFunctions
+from graph_passes.parameters import SwsParameters
+from tests.conftest import RunOnnx
+from tests.graph_passes.small_models import graph_bytes, op_counts
+from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
+
+SIZES = {"height": 8, "width": 12}
+TILES, DENSE = "sws.BandedTransport", "sws.DenseTransport"
+
+
+def opened(sizes: dict[str, int]) -> ir.Model:
+    """Two sites on the latent's grid and one on half of it, the transports still calls."""
+    model = inserted(two_grids())
+    FixSizes(sizes)(model)
+    LowerFunctions(frozenset({"BandedTransport"}))(model)
+    return model
+
+
+def finished(model: ir.Model) -> ir.Model:
+    LowerFunctions()(model)
+    FoldConstants()(model)
+    CleanGraph()(model)
+    return model
+
+
+def calls(model: ir.Model) -> tuple[int, int]:
+    counts = op_counts(model)
+    return counts.get(TILES, 0), counts.get(DENSE, 0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [(1024, (0, 3)), (96, (0, 3)), (95, (2, 1)), (24, (2, 1)), (23, (3, 0))]
+)
+def test_the_calls_it_leaves(limit: int, left: tuple[int, int]) -> None:
+    model = opened(SIZES)
+    assert ChooseTransport(limit)(model).modified == (left[1] > 0)
+    assert calls(model) == left
+
+
+def test_a_grid_has_one_matrix_that_its_sites_share() -> None:
+    """Concat of keys and values, the product and Split a site; the rest once a grid."""
+    grids = {}
+    for names in (1, 2):
+        taken = ("down_blocks", "up_blocks")[:names]
+        model = inserted(two_grids(), lambda name, taken=taken: name.startswith(taken))
+        FixSizes(SIZES)(model)
+        LowerFunctions(frozenset({"BandedTransport"}))(model)
+        ChooseTransport()(model)
+        grids[names] = op_counts(finished(model))
+    assert {"Gather", "Pad"} <= grids[1].keys()
+    assert grids[1]["Gather"] == grids[2]["Gather"] == 1
+    assert grids[1]["Pad"] == grids[2]["Pad"] == 3
+    assert grids[1]["Slice"] == grids[2]["Slice"] == 4
+
+
+def test_numbers_stay(run_onnx: RunOnnx) -> None:
+    tiles, dense = finished(opened(SIZES)), opened(SIZES)
+    ChooseTransport()(dense)
+    finished(dense)
+    assert op_counts(tiles)["Gather"] > op_counts(dense)["Gather"]
+    values = sws_feeds(tiles, height=8, width=12)
+    expected, found = run_onnx(tiles, values), run_onnx(dense, values)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"height": 8}])
+def test_a_grid_of_unknown_size_keeps_its_tiles(sizes: dict[str, int]) -> None:
+    model = opened(sizes)
+    before = graph_bytes(model)
+    assert not ChooseTransport()(model).modified
+    assert graph_bytes(model) == before
+
+
+def test_a_plugin_keeps_its_call() -> None:
+    """Inside `sws.Attention`, as graphs for TensorRT have it until plugins are kept, nothing is chosen."""
+    model = two_grids()
+    InsertSws(find_sites(model)[0], SwsParameters())(model)
+    FixSizes(SIZES)(model)
+    assert not ChooseTransport()(model).modified
+
+
+def test_a_second_run_changes_nothing() -> None:
+    model = opened(SIZES)
+    ChooseTransport()(model)
+    before = graph_bytes(model)
+    assert not ChooseTransport()(model).modified
+    assert graph_bytes(model) == before
