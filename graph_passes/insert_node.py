@@ -8,6 +8,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from graph_passes.debug_outputs import append_debug_outputs
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
 from graph_passes.find_unprojected import Unprojected, find_unprojected
@@ -37,15 +38,22 @@ class InsertNode(InPlacePass):
     Adds the inputs `sigma` and `intensity` [B] and the pair `sws_state_text` / `sws_state_text_out`
     [1, tokens, tokens], which the sites hand to each other in graph order: each depends on the one before
     already, so that this is the order of execution. Keys in float32 are made once for each width of the
-    hidden states. The rest of the graph is not touched.
+    hidden states. On request also the debug outputs. The rest of the graph is not touched.
     """
 
-    def __init__(self, sites: Sequence[Site], parameters: SwsParameters, bases: Bases) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        parameters: SwsParameters,
+        bases: Bases,
+        debug_outputs: bool = False,
+    ) -> None:
         """Rewrite `sites`, all cross-attention; `bases` has those of `basis_widths`."""
         super().__init__()
         self.sites = sites
         self.parameters = parameters
         self.bases = bases
+        self.debug_outputs = debug_outputs
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the sites; nothing changes when there are none."""
@@ -60,10 +68,11 @@ class InsertNode(InPlacePass):
             if site.key_grid != TEXT:
                 raise GraphError(f"{site.name}: its keys are not of the text, and the node takes no others")
         origins = [find_unprojected(site) for site in self.sites]
-        for function in build_node_functions(self.parameters, dtype).values():
+        for function in build_node_functions(self.parameters, dtype, self.debug_outputs).values():
             model.functions[function.identifier()] = function
         model.graph.opset_imports[DOMAIN] = 1
-        _Insertion(model.graph, origins[0].text, dtype, self.bases).insert(self.sites, origins)
+        insertion = _Insertion(model.graph, origins[0].text, dtype, self.bases)
+        insertion.insert(self.sites, origins, self.debug_outputs)
         return PassResult(model, modified=True)
 
 
@@ -75,7 +84,7 @@ class _Insertion:
         self.bases = bases
         self.keys: dict[int, ir.Value] = {}
 
-    def insert(self, sites: Sequence[Site], origins: Sequence[Unprojected]) -> None:
+    def insert(self, sites: Sequence[Site], origins: Sequence[Unprojected], debug_outputs: bool) -> None:
         graph, first = self.graph, sites[0].node
         sigma, intensity = (add_input(graph, name, ["batch"]) for name in ("sigma", "intensity"))
         pair, shape = state_pair(TEXT), [1, *[sides(graph, TEXT)[1]] * 2]
@@ -88,14 +97,15 @@ class _Insertion:
         u, *scalars = schedule
         (fresh,) = self._call("NodeTransport", [self.text, u], "sws/transport", first)
         fresh.name = "sws/fresh"
+        figures = []
         for site, origin in zip(sites, origins, strict=True):
             keys = self._keys(site, origin)
-            y, state = self._call(
+            y, state, *told = self._call(
                 "NodeAttention",
                 [site.q, site.k, site.v, origin.hidden, keys, state, fresh, *scalars],
                 f"sws/{site.name}",
                 site.node,
-                outputs=2,
+                outputs=3 if debug_outputs else 2,
                 attributes={
                     "num_heads": site.heads,
                     "scale": site.scale,
@@ -104,9 +114,21 @@ class _Insertion:
             )
             y.name, state.name = f"sws/{site.name}/y", f"sws/{site.name}/transport"
             y.type, y.shape = site.y.type, site.y.shape
+            figures += told
             ir.convenience.replace_all_uses_with(site.y, y)
         state.name, state.type, state.shape = pair.output, ir.TensorType(FLOAT), ir.Shape(shape)
         graph.outputs.append(state)
+        if debug_outputs:
+            self._append_figures(figures, sigma, kappa=scalars[2])
+
+    def _append_figures(self, figures: Sequence[ir.Value], sigma: ir.Value, kappa: ir.Value) -> None:
+        """The debug outputs, in which each sample has what is the batch's."""
+        for index, value in enumerate(figures):
+            value.name = f"sws/debug/site_{index}"
+        batch = ir.node("Shape", [sigma], name="sws/debug/batch")
+        spread = ir.node("Expand", [kappa, batch.outputs[0]], name="sws/debug/spread")
+        self.graph.extend([batch, spread])
+        append_debug_outputs(self.graph, figures, kl_cap=spread.outputs[0])
 
     def _keys(self, site: Site, origin: Unprojected) -> ir.Value:
         """The text in float32, [B, n, C], brought to the width of the site's hidden states."""

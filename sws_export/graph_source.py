@@ -74,7 +74,7 @@ class GraphSource:
     def validate(
         self,
         onnx_path: Path,
-        shuffled: Shuffled,  # noqa: ARG002  (of no influence at intensity 0)
+        shuffled: Shuffled,
         scratch: Path,
         progress: Progress,
     ) -> ValidationReport:
@@ -87,4 +87,4 @@ class GraphSource:
         plain, graph = self.path, onnx_path
         if self.precision == "bf16":
             plain, graph = save_float32_twin(plain, scratch), save_float32_twin(onnx_path, scratch)
-        return validate_against_plain(graph, plain, self.inputs, sizes, self.precision, progress)
+        return validate_against_plain(graph, plain, self.inputs, sizes, shuffled, self.precision, progress)

@@ -8,7 +8,17 @@ from sws_export import manifest
 from sws_export.contract import ENGINE_SUFFIXES
 from sws_export.errors import CheckpointError
 
-_MANIFEST_FACTS = ("precision", "states", "sites", "sws", "profile", "validation", "source", "versions")
+_MANIFEST_FACTS = (
+    "precision",
+    "preset",
+    "states",
+    "sites",
+    "sws",
+    "profile",
+    "validation",
+    "source",
+    "versions",
+)
 
 
 def inspect_file(path: Path) -> dict[str, Any]:

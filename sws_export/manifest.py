@@ -17,6 +17,7 @@ from graph_passes.insert_sws import StatePair
 from graph_passes.parameters import SwsParameters
 from sws_export.contract import Precision, TensorSpec
 from sws_export.engines import EngineReport
+from sws_export.parameters import Preset, described_parameters
 from sws_export.profile import Shapes
 from sws_export.rewrite import GuardOptions, RewriteReport, Target
 from sws_export.stages import StageFigures
@@ -57,6 +58,7 @@ def describe_graph(
         guard: Form of the key guard; None for a plain export.
         opset: Opset of the graph.
     """
+    preset: Preset = rewrite.preset if rewrite else "sws"
     return {
         "format": FORMAT_VERSION,
         "precision": precision,
@@ -65,8 +67,11 @@ def describe_graph(
         "opset": opset,
         "inputs": [_spec(spec) for spec in inputs],
         "outputs": [_spec(spec) for spec in outputs],
-        "states": [_state(pair) for pair in rewrite.states] if rewrite else [],
-        "sws": dataclasses.asdict(parameters) if parameters else None,
+        "states": [_state(pair, preset) for pair in rewrite.states] if rewrite else [],
+        "preset": preset if rewrite else None,
+        "sws": described_parameters(preset, parameters) if parameters else None,
+        # Inputs of which the first sample's value counts for the whole batch.
+        "batch_wide": ["sigma", "intensity"] if preset == "node" else [],
         "sites": {grid.name: list(names) for grid, names in rewrite.sites.items()} if rewrite else {},
         "skipped_sites": [dataclasses.asdict(site) for site in rewrite.skipped] if rewrite else [],
         "source": source,
@@ -85,8 +90,10 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-def _state(pair: StatePair) -> dict[str, Any]:
+def _state(pair: StatePair, preset: Preset) -> dict[str, Any]:
     reset = "feed zeros at the first step of every image"
+    if preset == "node":
+        reset = "never: all sites and samples share it, from image to image; feed zeros for a fresh start"
     if pair.grid == TEXT:
         reset += ", and where the number of text tokens is another than at the step before"
     return {
@@ -95,6 +102,7 @@ def _state(pair: StatePair) -> dict[str, Any]:
         "grid": pair.grid.name,
         "downsampling": pair.grid.factor,
         "initial": "zeros",
+        "resets": "never" if preset == "node" else "image",
         "reset": reset,
     }
 

@@ -10,7 +10,7 @@ from graph_passes.errors import GraphError
 from graph_passes.functions import Guard, check_fused_guard
 from sws_export.contract import ENGINE_SUFFIXES, Precision, TensorSpec
 from sws_export.errors import OptionError
-from sws_export.parameters import SwsParameters
+from sws_export.parameters import Preset, SwsParameters, check_preset
 from sws_export.profile import Range, Sizes, resolve_sizes
 from sws_export.rewrite import GuardOptions
 
@@ -28,8 +28,10 @@ class ExportOptions:
 
     Attributes:
         precision: Precision of the UNet; None for that of the checkpoint.
+        preset: `sws` is the method as it is described, `node` what the published ComfyUI node computes.
         parameters: Constants of SWS.
         sites: Shell patterns of attention sites, self- and cross-attention; empty for all self-attention.
+            With the preset `node` of cross-attention only, and empty for all of it.
         guard: `literal` stores the logits of a site to find the key mixing, `fused` does not; None for
             `fused`, or for `literal` with parameters that `fused` refuses. docs/performance.md says how
             exact `fused` is.
@@ -62,6 +64,7 @@ class ExportOptions:
     """
 
     precision: Precision | None = None
+    preset: Preset = "sws"
     parameters: SwsParameters = dataclasses.field(default_factory=SwsParameters)
     sites: tuple[str, ...] = ()
     guard: Guard | None = None
@@ -94,6 +97,9 @@ class ExportOptions:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        check_preset(self.preset, self.parameters)
+        if self.preset == "node":
+            _check_node(self)
         if self.plain and (self.sites or self.debug_outputs or self.parameters != SwsParameters()):
             raise OptionError(
                 "--plain exports the UNet without SWS; leave out --sws, --sites and --debug-outputs"
@@ -104,12 +110,31 @@ class ExportOptions:
             )
 
 
+def _check_node(options: ExportOptions) -> None:
+    """Refuse what has no meaning with `--preset node`."""
+    given = {
+        "--plain": options.plain,
+        "--guard": options.guard is not None,
+        "--guard-rows": options.guard_rows != "1",
+    }
+    for option, is_given in given.items():
+        if is_given:
+            reason = (
+                "it exports the UNet without SWS"
+                if option == "--plain"
+                else "its guard has one form, which stores the few logits of the text and looks at all rows"
+            )
+            raise OptionError(f"{option} has no meaning with --preset node: {reason}; leave one of them out")
+
+
 def guard_options(options: ExportOptions) -> GuardOptions:
     """The form of the key guard.
 
     Raises:
         OptionError: The form is unknown, or the share of rows is none.
     """
+    if options.preset == "node":
+        return GuardOptions("literal")
     if options.guard not in (None, *GUARDS):
         raise OptionError(f"--guard {options.guard} is unknown; choose {' or '.join(GUARDS)}")
     try:

@@ -96,7 +96,9 @@ def export(
             with log.measure("validate"):
                 sites = rewritten.site_names if rewritten else ()
                 debug_sites = rewritten.debug_sites if rewritten else ()
-                shuffled = Shuffled(options.parameters, sites, guard_options(options).rows, debug_sites)
+                shuffled = Shuffled(
+                    options.parameters, sites, guard_options(options).rows, debug_sites, options.preset
+                )
                 validation = source.validate(graph_path, shuffled, scratch, progress)
             _check_validation(validation)
         engine, profile = None, None
@@ -152,6 +154,7 @@ def _make_graph(
                 guard_options(options),
                 target,
                 progress,
+                preset=options.preset,
                 debug_outputs=options.debug_outputs,
             )
     model.producer_name, model.producer_version = "sws-export", manifests.library_versions()["sws-export"]

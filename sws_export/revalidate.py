@@ -12,7 +12,7 @@ from sws_export import manifest
 from sws_export.contract import MID_RESIDUAL
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.options import ExportOptions
-from sws_export.parameters import SwsParameters
+from sws_export.parameters import SwsParameters, recorded_parameters
 from sws_export.progress import Progress, Silent
 from sws_export.sources import open_source
 from sws_export.validation import Shuffled, ValidationReport
@@ -56,10 +56,16 @@ def validate(
 def _shuffled(described: dict[str, Any]) -> Shuffled:
     if not described["sws"]:
         return Shuffled(SwsParameters(), ())
-    values = described["sws"] | {"scales": tuple(described["sws"]["scales"])}
     sites = tuple(name for names in described["sites"].values() for name in names)
     debug_sites = tuple(described.get("debug_outputs", {}).get("sites", ()))
-    return Shuffled(SwsParameters(**values), sites, Fraction(described["guard"]["rows"]), debug_sites)
+    return Shuffled(
+        recorded_parameters(described["sws"]),
+        sites,
+        Fraction(described["guard"]["rows"]),
+        debug_sites,
+        # Graphs from before there were presets do not say.
+        described.get("preset", "sws"),
+    )
 
 
 def _description(graph: Path) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from graph_passes.lower_functions import PLUGIN_OPERATORS, LowerFunctions
 from graph_passes.parameters import SwsParameters
 from sws_export.contract import TensorSpec
 from sws_export.errors import ExportError, OptionError
+from sws_export.node_rewrite import insert_node, node_candidates
+from sws_export.parameters import Preset
 from sws_export.progress import Progress
 
 Target = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
@@ -56,6 +58,7 @@ class RewriteReport:
         states: State pairs, finest grid first, that of the text last.
         nodes: Nodes of the result.
         debug_sites: Columns of the debug outputs; none where there are no such outputs.
+        preset: Whose mathematics.
     """
 
     sites: dict[Grid, tuple[str, ...]]
@@ -63,6 +66,7 @@ class RewriteReport:
     states: tuple[StatePair, ...]
     nodes: int
     debug_sites: tuple[str, ...] = ()
+    preset: Preset = "sws"
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -78,6 +82,7 @@ def rewrite(
     target: Target,
     progress: Progress,
     *,
+    preset: Preset = "sws",
     debug_outputs: bool = False,
 ) -> RewriteReport:
     """Put SWS into `model`, in place, and lower it for `target`.
@@ -85,26 +90,34 @@ def rewrite(
     Args:
         model: A plain export.
         parameters: Constants of the method.
-        patterns: Shell patterns of site names; empty for all self-attention.
+        patterns: Shell patterns of site names; empty for all self-attention, or with the preset `node` for
+            all cross-attention.
         guard: Form of the key guard.
         target: Runtime that the graph is for.
         progress: Hears which sites are taken and which are not.
+        preset: Whose mathematics.
         debug_outputs: Give out what each site does at a step.
 
     Raises:
-        ExportError: The graph has no site that SWS can take, or is not a plain export.
+        ExportError: The graph has no site that SWS can take, or is not a plain export; or the preset is
+            `node` and a site that the node patches cannot be taken.
         OptionError: A pattern matches no site.
     """
     with progress.stage("rewrite") as stage:
         stage.describe("finding attention sites")
-        found, skipped = find_sites(model, cross_attention=bool(patterns))
+        found, skipped = find_sites(model, cross_attention=bool(patterns) or preset == "node")
+        if preset == "node":
+            found, skipped = node_candidates(found, skipped, patterns)
         if not found:
             raise ExportError(_no_sites(skipped))
         sites, deselected = _select(found, patterns)
         skipped += deselected
         try:
             stage.describe("inserting SWS")
-            InsertSws(sites, parameters, guard.form, guard.rows, debug_outputs=debug_outputs)(model)
+            if preset == "node":
+                insert_node(model, sites, parameters, debug_outputs=debug_outputs)
+            else:
+                InsertSws(sites, parameters, guard.form, guard.rows, debug_outputs=debug_outputs)(model)
             stage.describe("lowering")
             if target == "tensorrt-rtx":
                 DecomposeGuardAttention()(model)
@@ -112,7 +125,7 @@ def rewrite(
             CleanGraph()(model)
         except GraphError as error:
             raise ExportError(str(error)) from error
-    report = _report(model, sites, skipped)
+    report = dataclasses.replace(_report(model, sites, skipped), preset=preset)
     if debug_outputs:
         columns = tuple(site.name for site in debug_order(sites))
         report = dataclasses.replace(report, debug_sites=columns)

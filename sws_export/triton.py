@@ -38,13 +38,15 @@ class TritonOptions:
     Attributes:
         name: Name of the model; None takes that of the artefact.
         variant: `native` runs in Triton's own backend for ONNX Runtime or TensorRT, with implicit state and
-            one sample a request, batched by Triton over sequences. `python` runs in a `Session`, with any
-            batch and size in a request.
+            one sample a request, batched by Triton over sequences; or, where the samples of a batch share the
+            state (`--preset node`), with a whole batch a request and no batching over sequences. `python`
+            runs in a `Session`, with any batch and size in a request.
         height: Height of the latent, `native` only; None takes the best size of an engine's profile.
         width: Width of the latent.
         tokens: Number of text tokens, `native` only; None takes the best of an engine's profile where the
             artefact has a state of the text, and else leaves the number to the request.
         max_batch: Sequences in one batch, `native` only; None takes the largest of an engine's profile, or 8.
+            Of no meaning where the samples of a batch share the state.
         max_sequences: Sequences that may be open at once.
         idle_seconds: How long a sequence may rest before it is dropped.
         queue_microseconds: How long a request waits for others to share its batch, `native` only.
@@ -138,6 +140,8 @@ def _native_config(contract: Contract, name: str, options: TritonOptions) -> dic
             f"Triton's TensorRT backend does not run {contract.path.name}, an engine of TensorRT for RTX; "
             "use the variant 'python', or an .onnx graph"
         )
+    if not contract.begins_anew:
+        return _native_config_of_shared_state(contract, name, options)
     sizes = _sizes(contract, options)
     batch = _max_batch(contract, options)
     batching: dict[str, Any] = {
@@ -147,7 +151,7 @@ def _native_config(contract: Contract, name: str, options: TritonOptions) -> dic
             "preferred_batch_size": [batch],
             "max_queue_delay_microseconds": options.queue_microseconds,
         },
-        "state": [_state(pair, sizes) for pair in contract.states],
+        "state": [_state(pair, concrete_shape(pair.spec, sizes)[1:]) for pair in contract.states],
     }
     return {
         "name": name,
@@ -165,12 +169,37 @@ def _native_config(contract: Contract, name: str, options: TritonOptions) -> dic
     }
 
 
+def _native_config_of_shared_state(contract: Contract, name: str, options: TritonOptions) -> dict[str, Any]:
+    """A request is a whole batch: Triton would batch states over samples, and this one belongs to none."""
+    if options.max_batch is not None:
+        raise OptionError(
+            f"max_batch {options.max_batch} has no meaning for {contract.path.name}: the samples of a batch "
+            "share its state, so that sequences cannot share a batch; leave it out"
+        )
+    sizes = _sizes(contract, options)
+    del sizes["batch"]
+    return {
+        "name": name,
+        "backend": contract.backend,
+        "max_batch_size": 0,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "input": [whole_tensor(spec, sizes) for spec in contract.inputs],
+        "output": [whole_tensor(spec, sizes) for spec in contract.outputs],
+        "sequence_batching": {
+            "max_sequence_idle_microseconds": options.idle_seconds * _MICROSECONDS,
+            "oldest": {"max_candidate_sequences": options.max_sequences},
+            "state": [_state(pair, concrete_shape(pair.spec, sizes)) for pair in contract.states],
+        },
+        "instance_group": [{"count": 1, "kind": _instance_kind(contract)}],
+    }
+
+
 def _instance_kind(contract: Contract) -> EnumName:
     return EnumName("KIND_GPU" if contract.backend == "tensorrt" else "KIND_AUTO")
 
 
-def _state(pair: StatePair, sizes: dict[str, int]) -> dict[str, Any]:
-    dims = list(concrete_shape(pair.spec, sizes)[1:])
+def _state(pair: StatePair, shape: tuple[int, ...]) -> dict[str, Any]:
+    dims = list(shape)
     kind = data_type(pair.spec.dtype)
     return {
         "input_name": pair.spec.name,
@@ -192,10 +221,10 @@ _PLACES = {
 
 def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
     """The one size that a native model is served at: its empty state has a fixed shape."""
-    needed = ["height", "width"]
     of_text = any("tokens" in pair.spec.shape for pair in contract.states)
-    if of_text or options.tokens is not None:
-        needed.append("tokens")
+    of_image = contract.begins_anew
+    wanted = {"height": of_image, "width": of_image, "tokens": of_text}
+    needed = [name for name, must in wanted.items() if must or getattr(options, name) is not None]
     sizes = {"batch": 1}
     for name in needed:
         size = getattr(options, name) or _best(contract, name)
@@ -203,10 +232,11 @@ def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
             _check_profile(contract, name, size)
             sizes[name] = size
     if sizes.keys() != {"batch", *needed}:
-        text = ", and the number of text tokens" if of_text else ""
+        image = ["height and width (of the latent)"] if of_image else []
+        text = ["the number of text tokens"] if of_text else []
         raise OptionError(
-            f"{contract.path.name} takes any size, and Triton needs one for its state: give height and width "
-            f"(of the latent){text}, or use the variant 'python'"
+            f"{contract.path.name} takes any size, and Triton needs one for its state: give "
+            f"{', and '.join([*image, *text])}, or use the variant 'python'"
         )
     return sizes
 
@@ -247,8 +277,8 @@ def _python_config(contract: Contract, name: str, options: TritonOptions) -> dic
         "backend": "python",
         "max_batch_size": 0,
         "version_policy": {"latest": {"num_versions": 1}},
-        "input": [whole_tensor(spec) for spec in contract.inputs],
-        "output": [whole_tensor(spec) for spec in contract.outputs],
+        "input": [whole_tensor(spec, {}) for spec in contract.inputs],
+        "output": [whole_tensor(spec, {}) for spec in contract.outputs],
         "sequence_batching": {
             "max_sequence_idle_microseconds": options.idle_seconds * _MICROSECONDS,
             "oldest": {"max_candidate_sequences": options.max_sequences},

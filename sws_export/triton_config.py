@@ -34,9 +34,14 @@ def batched_tensor(spec: TensorSpec, sizes: Mapping[str, int]) -> dict[str, Any]
     return tensor
 
 
-def whole_tensor(spec: TensorSpec) -> dict[str, Any]:
-    """An input or output with its batch dimension, which Triton leaves alone."""
-    dims = [size if isinstance(size, int) else -1 for size in spec.shape]
+def whole_tensor(spec: TensorSpec, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """An input or output with its batch dimension, which Triton leaves alone.
+
+    Args:
+        spec: The tensor.
+        sizes: Dimensions that are served at one size only.
+    """
+    dims = [size if isinstance(size, int) else sizes.get(size, -1) for size in spec.shape]
     return {"name": spec.name, "data_type": data_type(spec.dtype), "dims": dims}
 
 

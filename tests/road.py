@@ -93,23 +93,19 @@ class Session:
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         self.inputs = {node.name: types[node.type] for node in self._session.get_inputs()}
         self.outputs = [node.name for node in self._session.get_outputs()]
-        self._divisors = {
-            name: int(name.removeprefix("sws_state_d"))
-            for name in self.inputs
-            if name.startswith("sws_state_d")
+        self._states = {
+            node.name: node.shape for node in self._session.get_inputs() if node.name.startswith("sws_state_")
         }
 
     def zero_state(self, inputs: Mapping[str, Array]) -> Outputs:
         """The state with which an image begins."""
         batch, _, height, width = inputs["sample"].shape
-        state = {
-            name: np.zeros((batch, 145, height // divisor, width // divisor), np.float32)
-            for name, divisor in self._divisors.items()
+        tokens = inputs["encoder_hidden_states"].shape[1]
+        sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
+        return {
+            name: np.zeros([_size(dimension, sizes) for dimension in shape], np.float32)
+            for name, shape in self._states.items()
         }
-        if "sws_state_text" in self.inputs:
-            tokens = inputs["encoder_hidden_states"].shape[1]
-            state["sws_state_text"] = np.zeros((batch, 145, 1, tokens), np.float32)
-        return state
 
     def step(self, inputs: Mapping[str, Array], state: Mapping[str, Array]) -> tuple[Array, Outputs]:
         """The prediction and the next state."""
@@ -123,6 +119,14 @@ class Session:
         for inputs in steps:
             out, state = self.step(inputs, state)
             yield out, state
+
+
+def _size(dimension: int | str, sizes: Mapping[str, int]) -> int:
+    """A dimension as the graph declares it: a number, the name of a size, or a share of it."""
+    if isinstance(dimension, int):
+        return dimension
+    name, _, divisor = dimension.partition("/")
+    return sizes[name] // int(divisor or 1)
 
 
 def difference(found: Array, expected: Array) -> float:

@@ -70,14 +70,22 @@ def build_functions(
     return {function.name: function for function in functions}
 
 
-def build_node_functions(parameters: SwsParameters, dtype: ir.DataType) -> dict[str, ir.Function]:
-    """All functions of the published node by name, for a model whose activations have `dtype`."""
+def build_node_functions(
+    parameters: SwsParameters, dtype: ir.DataType, figures: bool = False
+) -> dict[str, ir.Function]:
+    """All functions of the published node by name, for a model whose activations have `dtype`.
+
+    Args:
+        parameters: Constants of the method.
+        dtype: Of the model's activations.
+        figures: Let `NodeGuard` and `NodeAttention` give out what they find.
+    """
     functions = [
         build_node_schedule(parameters),
         build_node_transport(parameters, dtype),
         build_node_momentum(parameters),
         build_node_keys(dtype),
-        build_node_guard(parameters, dtype),
-        build_node_attention(dtype),
+        build_node_guard(parameters, dtype, figures),
+        build_node_attention(dtype, figures),
     ]
     return {function.name: function for function in functions}

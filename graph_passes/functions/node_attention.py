@@ -10,7 +10,7 @@ FLOAT = ir.DataType.FLOAT
 _SCALARS = ("tau", "amplitude", "kappa", "key_gate", "value_gain")
 
 
-def build_node_attention(dtype: ir.DataType) -> ir.Function:
+def build_node_attention(dtype: ir.DataType, figures: bool = False) -> ir.Function:
     """`NodeAttention(q, k, v, hidden, keys, previous, fresh, tau, ...) -> y, transport`.
 
     q is [B, T, D h], k and v [B, n, D h], projected without a bias; y is as q. hidden, keys and everything
@@ -19,16 +19,21 @@ def build_node_attention(dtype: ir.DataType) -> ir.Function:
 
     The node mixes text embeddings before they are projected. Mixing works on the tokens and projections on
     the channels, so that either may come first, and after them there is less to mix.
+
+    Args:
+        dtype: Of the model's activations.
+        figures: Give a third output [B, 1, 6] float32: `SITE_FIGURES` of debug_outputs, the same for all
+            samples.
     """
 
-    def body(op: Op, q: Any, k: Any, v: Any, hidden: Any, *others: Any) -> tuple[Any, Any]:
+    def body(op: Op, q: Any, k: Any, v: Any, hidden: Any, *others: Any) -> tuple[Any, ...]:
         tau = others[3]
-        transport, alpha_k, a_v = op.NodeGuard(
+        transport, alpha_k, a_v, *told = op.NodeGuard(
             hidden,
             *others,
             scale=ir.RefAttr("scale", "guard_scale", ir.AttributeType.FLOAT),
             _domain="sws",
-            _outputs=3,
+            _outputs=4 if figures else 3,
         )
         moving = cast(op, transport, dtype, FLOAT)
         keys = _mix(op, k, moving, alpha_k, dtype)
@@ -41,14 +46,15 @@ def build_node_attention(dtype: ir.DataType) -> ir.Function:
             kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
             scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
         )
-        return y, transport
+        batch = [op.Concat(op.Shape(hidden, start=0, end=1), [1, 1], axis=0)] if figures else []
+        return y, transport, *(op.Expand(each, shape) for each, shape in zip(told, batch, strict=True))
 
     return define_function(
         "NodeAttention",
         body,
         dict.fromkeys(("q", "k", "v", "hidden"), dtype)
         | dict.fromkeys(("keys", "previous", "fresh", *_SCALARS), FLOAT),
-        ["y", "transport"],
+        ["y", "transport", *(["figures"] if figures else [])],
         [
             ir.Attr("num_heads", ir.AttributeType.INT, None),
             ir.Attr("scale", ir.AttributeType.FLOAT, None),

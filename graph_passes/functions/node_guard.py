@@ -30,12 +30,17 @@ def build_node_keys(dtype: ir.DataType) -> ir.Function:
     return define_function("NodeKeys", body, {"text": dtype, "basis": FLOAT}, ["keys"])
 
 
-def build_node_guard(parameters: SwsParameters, dtype: ir.DataType) -> ir.Function:
+def build_node_guard(parameters: SwsParameters, dtype: ir.DataType, figures: bool = False) -> ir.Function:
     """`NodeGuard(hidden, keys, previous, fresh, tau, amplitude, kappa, key_gate, value_gain)`.
 
     Gives `transport, alpha_k, a_v`. hidden is [B, T, C] of `dtype`, before its projection; keys [B, n, C],
     previous, fresh and transport [1, n, n]; everything else [1] float32. Attribute `scale` of the logits.
     The logits of keys k + alpha (P k - k) are S + alpha (S Pᵀ - S): only S is a product over channels.
+
+    Args:
+        parameters: Constants of the method.
+        dtype: Of the model's activations.
+        figures: Give a fourth output [1, 1, 6] float32: `SITE_FIGURES` of debug_outputs.
     """
 
     def body(
@@ -49,7 +54,7 @@ def build_node_guard(parameters: SwsParameters, dtype: ir.DataType) -> ir.Functi
         kappa: Any,
         key_gate: Any,
         value_gain: Any,
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Any, ...]:
         scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
         keys = op.Mul(keys, op.Div(scale, per_sample(op, tau, 3)))
         logits = op.MatMul(cast(op, hidden, FLOAT, dtype), op.Transpose(keys, perm=[0, 2, 1]))
@@ -62,24 +67,33 @@ def build_node_guard(parameters: SwsParameters, dtype: ir.DataType) -> ir.Functi
         delta = op.Sub(moved, logits)
         floored_plain = op.Max(log_plain, _LOG_FLOOR)
 
-        low, high = op.Mul(mix, 0.0), op.Mul(mix, parameters.key_cap)
-        for _ in range(parameters.bisection_steps):
-            middle = op.Mul(op.Add(low, high), 0.5)
-            mixed = op.Add(logits, op.Mul(per_sample(op, middle, 3), delta))
+        def divergence(alpha: Any) -> Any:
+            mixed = op.Add(logits, op.Mul(per_sample(op, alpha, 3), delta))
             log_mixed = op.LogSoftmax(mixed, axis=-1)
             ratio = op.Sub(op.Max(log_mixed, _LOG_FLOOR), floored_plain)
             row = op.ReduceSum(op.Mul(op.Exp(log_mixed), ratio), [2], keepdims=0)
-            allowed = op.LessOrEqual(op.ReduceMean(_all_rows(op, row), [1], keepdims=0), kappa)
+            return op.ReduceMean(_all_rows(op, row), [1], keepdims=0)
+
+        low, high = op.Mul(mix, 0.0), op.Mul(mix, parameters.key_cap)
+        for _ in range(parameters.bisection_steps):
+            middle = op.Mul(op.Add(low, high), 0.5)
+            allowed = op.LessOrEqual(divergence(middle), kappa)
             low = op.Where(allowed, middle, low)
             high = op.Where(allowed, high, middle)
-        return transport, op.Mul(low, key_gate), op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
+        alpha_k, a_v = op.Mul(low, key_gate), op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
+        if not figures:
+            return transport, alpha_k, a_v
+        rows = _all_rows(op, entropy)
+        reductions = (op.ReduceMean, op.ReduceMin, op.ReduceMax)
+        told = [alpha_k, a_v, *(reduce(rows, [1], keepdims=0) for reduce in reductions), divergence(alpha_k)]
+        return transport, alpha_k, a_v, op.Reshape(op.Concat(*told, axis=0), [1, 1, -1])
 
     scalars = ("tau", "amplitude", "kappa", "key_gate", "value_gain")
     return define_function(
         "NodeGuard",
         body,
         {"hidden": dtype} | dict.fromkeys(("keys", "previous", "fresh", *scalars), FLOAT),
-        ["transport", "alpha_k", "a_v"],
+        ["transport", "alpha_k", "a_v", *(["figures"] if figures else [])],
         [ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
 

@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_sws_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("SWS")
     group.add_argument(
+        "--preset",
+        choices=("sws", "node"),
+        default="sws",
+        help="sws: as described (default); node: what the published ComfyUI node computes",
+    )
+    group.add_argument(
         "--sws",
         action="extend",
         nargs="+",
@@ -135,6 +141,7 @@ def _options(parsed: argparse.Namespace) -> "ExportOptions":
     capabilities = parsed.compute_capability
     return ExportOptions(
         precision=parsed.precision,
+        preset=parsed.preset,
         parameters=parse_parameters(parsed.sws),
         sites=tuple(parsed.sites),
         guard=parsed.guard,

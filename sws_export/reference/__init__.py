@@ -11,6 +11,7 @@ from sws_export.reference.node_guard import NodeResult, NodeSchedule, node_patch
 from sws_export.reference.node_transport import fresh_transport, moving_average, text_grid, transport_radius
 from sws_export.reference.node_unet import NodeReferenceUNet, node_sites
 from sws_export.reference.noise_schedule import Schedule, blend_weights, schedule
+from sws_export.reference.presets import reference_unet
 from sws_export.reference.transport import (
     band_from_dense,
     blended_transport,
@@ -44,6 +45,7 @@ __all__ = [
     "node_schedule",
     "node_sites",
     "rebalance",
+    "reference_unet",
     "scale_transport",
     "schedule",
     "self_attention_sites",

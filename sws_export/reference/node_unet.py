@@ -41,11 +41,13 @@ class NodeReferenceUNet:
     Attributes:
         sites: Paths of the attention modules that are patched.
         records: What each of them computed in the last step, by path, in the order of their execution.
-            Scalars are those of the whole batch, [1].
+            Scalars are those of the whole batch, the same for each sample.
+        schedule: That of the last step.
     """
 
     sites: list[str]
     records: dict[str, SiteResult]
+    schedule: NodeSchedule
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class NodeReferenceUNet:
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
         tokens = encoder_hidden_states.shape[1]
-        now = node_schedule(sigma.to(dtype), self._parameters)
+        self.schedule = now = node_schedule(sigma.to(dtype), self._parameters)
         run = _Run(
             transport=_transport(state, tokens).to(dtype),
             fresh=fresh_transport(tokens, now.u, self._parameters),
@@ -118,9 +120,9 @@ class NodeReferenceUNet:
             intensity=intensity[:1].to(dtype),
             parameters=self._parameters,
         )
+        self.records = run.records
         with installed(self._unet, {path: _SiteProcessor(path, run) for path in self.sites}):
             (out,) = self._unet(sample, timestep, encoder_hidden_states, return_dict=False, **unet_inputs)
-        self.records = run.records
         return out, {NODE_STATE: run.transport[None]}
 
 
@@ -183,16 +185,19 @@ class _SiteProcessor:
             for projection, x in ((attn.to_q, found.q), (attn.to_k, found.k), (attn.to_v, found.v))
         )
         out = F.scaled_dot_product_attention(q, k, v)
+        scalars = {
+            "alpha_k": found.alpha_k,
+            "a_v": found.a_v,
+            "amplitude": found.amplitude,
+            "hu": found.uncertainty,
+            "entropy_mean": found.entropy.mean(),
+            "entropy_min": found.entropy.min(),
+            "entropy_max": found.entropy.max(),
+            "kl": found.kl,
+        }
+        batch = len(hidden_states)
         run.records[self.path] = SiteResult(
-            out=out,
-            alpha_k=found.alpha_k,
-            a_v=found.a_v,
-            amplitude=found.amplitude,
-            hu=found.uncertainty,
-            entropy_mean=found.entropy.mean()[None],
-            entropy_min=found.entropy.min()[None],
-            entropy_max=found.entropy.max()[None],
-            kl=found.kl,
+            out=out, **{name: value.expand(batch) for name, value in scalars.items()}
         )
         joined: Tensor = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return joined / float(attn.rescale_output_factor)

@@ -76,10 +76,12 @@ class ReferenceUNet:
     Attributes:
         sites: The attention modules that are shuffled.
         records: What each of them computed in the last step, by path.
+        schedule: That of the last step.
     """
 
     sites: list[Site]
     records: dict[str, SiteResult]
+    schedule: Schedule
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class ReferenceUNet:
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
         intensity = intensity.to(dtype)
-        now = schedule(sigma.to(dtype), intensity, self._parameters)
+        self.schedule = now = schedule(sigma.to(dtype), intensity, self._parameters)
         tokens = encoder_hidden_states.shape[1]
         shapes = self.state_shapes(len(sample), sample.shape[2], sample.shape[3], tokens)
         _check_state(state, shapes)

@@ -25,7 +25,8 @@ class SwsDiffusionModel:
 
     The noise level is the one that the sampler passes in `transformer_options["sigmas"]`. ComfyUI may run the
     conditions of one step together or one after the other, so each combination has a stream of its own; all
-    begin anew with a new list of `sample_sigmas`, which every sampling run makes.
+    begin anew with a new list of `sample_sigmas`, which every sampling run makes. Of an artefact whose state
+    lasts (`--preset node`) there is one stream, which goes on from run to run, as the published node does.
 
     Attributes:
         intensity: Strength of SWS in [0, 1].
@@ -109,13 +110,15 @@ class SwsDiffusionModel:
         """Drop all streams where a new sampling run begins."""
         # Samplers that add noise on their way go up by themselves: a sign only where no list tells.
         begins = run is not self._run if run is not None else sigma > self._last
-        if begins:
+        if begins and self.session.contract.begins_anew:
             self._streams.clear()
         # Holding the list keeps its identity from being used again.
         self._run, self._last = run, sigma
 
     def _stream(self, options: Mapping[str, Any]) -> Stream:
-        key = (*options.get("uuids", ()), *options.get("cond_or_uncond", ()))
+        key: tuple[Any, ...] = ()
+        if self.session.contract.begins_anew:
+            key = (*options.get("uuids", ()), *options.get("cond_or_uncond", ()))
         if key not in self._streams:
             self._streams[key] = self.session.stream()
         return self._streams[key]

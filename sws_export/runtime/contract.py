@@ -11,18 +11,26 @@ from sws_export.contract import ENGINE_SUFFIXES, TensorSpec
 from sws_export.engines import plan_header
 from sws_export.errors import EngineError
 from sws_export.manifest import FORMAT_VERSION, METADATA_KEY, manifest_path
+from sws_export.parameters import Preset
 from sws_export.profile import Shapes
 
 PREDICTION = "out_sample"
-_DECIDED_BY_GRAPH = ("inputs", "outputs", "states", "sws", "precision", "debug_outputs")
+_DECIDED_BY_GRAPH = ("inputs", "outputs", "states", "preset", "sws", "precision", "debug_outputs")
 
 
 @dataclasses.dataclass(frozen=True)
 class StatePair:
-    """An input of the graph and the output that is fed back into it at the next step."""
+    """An input of the graph and the output that is fed back into it at the next step.
+
+    Attributes:
+        spec: The input.
+        output: Name of the output.
+        lasting: The batch shares it, and it goes on from image to image, whatever their number and size.
+    """
 
     spec: TensorSpec
     output: str
+    lasting: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +62,22 @@ class Contract:
     def takes_intensity(self) -> bool:
         """Whether SWS is in the graph."""
         return any(spec.name == "intensity" for spec in self.inputs)
+
+    @property
+    def preset(self) -> Preset:
+        """Whose mathematics is in the graph; manifests from before there were presets do not say."""
+        preset: Preset = self.manifest.get("preset") or "sws"
+        return preset
+
+    @property
+    def batch_wide(self) -> tuple[str, ...]:
+        """Inputs [B] that must be the same for the whole batch."""
+        return tuple(self.manifest.get("batch_wide", ()))
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether each image begins with an empty state."""
+        return not any(pair.lasting for pair in self.states)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
@@ -193,7 +217,10 @@ def _backend(path: Path, manifest: Mapping[str, Any]) -> str:
 def _contract(path: Path, backend: str, manifest: Mapping[str, Any]) -> Contract:
     inputs = {entry["name"]: _spec(entry) for entry in manifest["inputs"]}
     outputs = {entry["name"]: _spec(entry) for entry in manifest["outputs"]}
-    states = tuple(StatePair(inputs[pair["input"]], pair["output"]) for pair in manifest["states"])
+    states = tuple(
+        StatePair(inputs[pair["input"]], pair["output"], pair.get("resets") == "never")
+        for pair in manifest["states"]
+    )
     fed_back = {pair.spec.name for pair in states}
     figures = manifest.get("debug_outputs", {}).get("outputs", {})
     profile = manifest.get("profile")

@@ -33,7 +33,8 @@ class SWSUNet:
         pipe(prompt, cross_attention_kwargs={"intensity": 0.7})
 
     The noise level comes from the pipeline's scheduler; the state begins anew with every trajectory: when the
-    scheduler was given new timesteps, when the noise rises, when the batch or size changes.
+    scheduler was given new timesteps, when the noise rises, when the batch or size changes. A state that
+    lasts (`--preset node`) begins anew with `reset` only.
 
     Attributes:
         intensity: Strength of SWS where a call does not say its own, in [0, 1].
@@ -113,7 +114,7 @@ class SWSUNet:
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
 
     def reset(self) -> None:
-        """Begin a new trajectory at the next call."""
+        """Begin a new trajectory, with an empty state, at the next call."""
         self._trajectory = None
         self._last = float("inf")
         self.session.reset()
@@ -182,7 +183,8 @@ class SWSUNet:
         # Every call of a pipeline sets the timesteps anew, and that makes a new tensor. Holding the one seen
         # last keeps its identity from being used again.
         trajectory = getattr(scheduler, "timesteps", None)
-        if trajectory is not self._trajectory or sigma > self._last:
+        begins = trajectory is not self._trajectory or sigma > self._last
+        if begins and self.session.contract.begins_anew:
             self.session.reset()
         self._trajectory = trajectory
 

@@ -32,7 +32,8 @@ def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Arr
         The arrays, and `batch`, `height`, `width` and `tokens` as far as the inputs have them.
 
     Raises:
-        StepError: An input is missing, unknown, of a wrong shape, out of range, or outside the profile.
+        StepError: An input is missing, unknown, of a wrong shape, out of range, outside the profile, or
+            differs within a batch that must share it.
     """
     present = {name: value for name, value in given.items() if value is not None}
     _check_names(contract, present)
@@ -49,6 +50,8 @@ def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Arr
         _take_sizes(spec, value, sizes)
         arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
         _check_range(spec, arrays[spec.name])
+        if spec.name in contract.batch_wide:
+            _check_shared(spec, arrays[spec.name])
     if contract.profile is not None:
         for name, array in arrays.items():
             _check_profile(name, array.shape, contract.profile)
@@ -148,6 +151,15 @@ def _check_range(spec: TensorSpec, array: Array) -> None:
     if wrong.size:
         allowed = "a finite number above 0" if spec.name == "sigma" else f"{low:g} to {high:g}"
         raise StepError(f"input {spec.name}: expected {allowed}, found {wrong[0]:g}")
+
+
+def _check_shared(spec: TensorSpec, array: Array) -> None:
+    wrong = array[array != array[:1]]
+    if wrong.size:
+        raise StepError(
+            f"input {spec.name}: expected one value for the whole batch, which this artefact (--preset node) "
+            f"treats as one, found {array[0]:g} and {wrong[0]:g}; run the samples one after the other"
+        )
 
 
 def _check_profile(name: str, shape: tuple[int, ...], profile: Shapes) -> None:

@@ -17,7 +17,7 @@ from sws_export.runtime.inputs import Array, like, numpy_dtype, prepare, state_s
 RECOMMENDED_INTENSITY = 0.5
 
 Snapshot = dict[str, Array]
-"""State inputs by name, float32, [B, 145, h, w]; empty before the first step."""
+"""State inputs by name, float32, in the shapes of the manifest; empty before the first step."""
 
 
 class Stream:
@@ -49,15 +49,17 @@ class Stream:
     ) -> Any:
         """Run the UNet once and keep the new state for the next step.
 
-        A batch, height or width other than the step before's starts from an empty state. Another number of
-        text tokens empties the state of the text, where the graph has one, and leaves the others.
+        A batch, height or width other than the step before's starts from an empty state, unless the artefact
+        has one that lasts (`--preset node`). Another number of text tokens empties the state of the text,
+        where the graph has one, and leaves the others.
 
         Args:
             sample: Latent, already scaled as the scheduler asks, [B, C, H, W], numpy or torch.
             timestep: [B] or one number, in the scheduler's own units.
             encoder_hidden_states: Text embeddings, [B, L, X].
             sigma: Noise level, > 0, [B] or one number; a plain graph takes none.
-            intensity: Strength of SWS in [0, 1], [B] or one number; 0 is the UNet without SWS.
+            intensity: Strength of SWS in [0, 1], [B] or one number; 0 is the UNet without SWS, but for
+                `--preset node`, which keeps its temperature.
             conditions: Whatever else the manifest names, such as `text_embeds` and `time_ids`.
 
         Returns:
@@ -112,8 +114,13 @@ class Stream:
         """Forget the history: of every sample of the batch, or of those with the indices `samples`.
 
         Raises:
-            StepError: An index is outside the batch.
+            StepError: An index is outside the batch, or the batch shares its state.
         """
+        if samples is not None and not self._contract.begins_anew:
+            raise StepError(
+                f"reset: the samples of a batch share the state of {self._contract.path.name}; call reset() "
+                "without indices"
+            )
         with self._lock:
             if samples is None:
                 self._fill({name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()})
@@ -149,7 +156,11 @@ class Stream:
         values = {name: np.asarray(snapshot[name]) for name in names}
         for pair in self._contract.states:
             found = values[pair.spec.name].shape
-            if len(found) != len(pair.spec.shape) or found[1] != pair.spec.shape[1]:
+            fixed = [isinstance(size, int) for size in pair.spec.shape]
+            if len(found) != len(fixed) or any(
+                must and size != expected
+                for must, size, expected in zip(fixed, found, pair.spec.shape, strict=True)
+            ):
                 raise StepError(
                     f"restore: state {pair.spec.name} has shape {list(found)}, expected "
                     f"[{', '.join(map(str, pair.spec.shape))}]"
@@ -165,11 +176,12 @@ class Stream:
         """The loop for a step of these sizes, with what carries over from the step before."""
         same_sample = self._sample in (None, sample)
         self._sample = sample
-        if self._loop is not None and same_sample and shapes == self._shapes:
+        same_images = same_sample or not self._contract.begins_anew
+        if self._loop is not None and same_images and shapes == self._shapes:
             return self._loop
         changed = {name for name, shape in shapes.items() if shape != self._shapes.get(name)}
         kept = {}
-        if same_sample and changed <= self._of_text:
+        if same_images and changed <= self._of_text:
             kept = {name: values for name, values in self._snapshot().items() if name not in changed}
         loop = self._begin(shapes)
         self._fill(kept)

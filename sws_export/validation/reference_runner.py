@@ -8,6 +8,7 @@ import numpy as np
 from graph_passes.debug_outputs import KL_CAP, PREFIX, SITE_FIGURES
 from graph_passes.parameters import SwsParameters
 from sws_export.checkpoint import Checkpoint, FusedWeights
+from sws_export.parameters import Preset
 from sws_export.validation.trajectory import Array
 
 
@@ -23,17 +24,17 @@ class ReferenceRunner:
         double: bool,
         intensity: Array,
         debug_sites: Sequence[str] = (),
+        preset: Preset = "sws",
     ) -> None:
         import torch
 
-        from sws_export.reference import ReferenceUNet
+        from sws_export.reference import reference_unet
         from sws_export.unet import load_unet
 
         self._dtype = torch.float64 if double else torch.float32
         self._unet = load_unet(checkpoint, self._dtype, fused)
-        self._shuffled = ReferenceUNet(self._unet, parameters, sites) if sites else None
+        self._shuffled = reference_unet(preset, self._unet, parameters, sites) if sites else None
         self._intensity = torch.from_numpy(np.asarray(intensity)).to(self._dtype)
-        self._parameters = parameters
         self._debug_sites = debug_sites
         self._state: dict[str, Any] | None = None
 
@@ -57,15 +58,13 @@ class ReferenceRunner:
             state=self._state,
         )
         outputs = {f"{name}_out": value.numpy() for name, value in self._state.items()}
-        return {"out_sample": out.numpy(), **outputs, **self._debug_outputs(sigma)}
+        return {"out_sample": out.numpy(), **outputs, **self._debug_outputs(len(sigma))}
 
-    def _debug_outputs(self, sigma: Array) -> dict[str, Array]:
+    def _debug_outputs(self, batch: int) -> dict[str, Array]:
         """What the debug outputs of the graph hold, by their names."""
         if not self._debug_sites:
             return {}
         import torch
-
-        from sws_export.reference import schedule
 
         assert self._shuffled is not None
         records = [self._shuffled.records[site] for site in self._debug_sites]
@@ -73,5 +72,4 @@ class ReferenceRunner:
             f"{PREFIX}{figure}": torch.stack([getattr(record, figure) for record in records], dim=1).numpy()
             for figure in SITE_FIGURES
         }
-        levels = torch.from_numpy(sigma).to(self._dtype)
-        return figures | {KL_CAP: schedule(levels, self._intensity, self._parameters).kappa.numpy()}
+        return figures | {KL_CAP: self._shuffled.schedule.kappa.expand(batch).numpy()}

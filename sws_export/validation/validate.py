@@ -12,6 +12,7 @@ import numpy as np
 from graph_passes.parameters import SwsParameters
 from sws_export.checkpoint import Checkpoint, FusedWeights
 from sws_export.contract import Precision, TensorSpec, size_multiple
+from sws_export.parameters import Preset, bypass_level
 from sws_export.progress import Progress
 from sws_export.validation.compare import OutputDifference, compare_outputs, worst
 from sws_export.validation.onnx_runner import OnnxRunner
@@ -39,12 +40,14 @@ class Shuffled:
         sites: Attention modules; none for a plain graph.
         guard_rows: Share of the query rows that the key guard sees.
         debug_sites: Columns of the debug outputs; none where there are no such outputs.
+        preset: Whose mathematics.
     """
 
     parameters: SwsParameters
     sites: tuple[str, ...]
     guard_rows: Fraction = Fraction(1)
     debug_sites: tuple[str, ...] = ()
+    preset: Preset = "sws"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,7 @@ def validate_against_reference(
             double,
             trajectory.intensity,
             shuffled.debug_sites,
+            shuffled.preset,
         )
         fed: list[Outputs] = []
         for step in trajectory.steps():
@@ -170,6 +174,7 @@ def validate_against_plain(
     plain_path: Path,
     inputs: Sequence[TensorSpec],
     sizes: Mapping[str, int],
+    shuffled: Shuffled,
     precision: Precision,
     progress: Progress,
 ) -> ValidationReport:
@@ -178,6 +183,7 @@ def validate_against_plain(
     For graphs whose checkpoint is not at hand. Shows that the rewrite left the UNet intact; what SWS
     itself computes is not compared.
     """
+    level = bypass_level(shuffled.preset, shuffled.parameters)
     start = time.monotonic()
     trajectory = Trajectory(inputs, sizes, STEPS)
     bypass = np.zeros(sizes["batch"])
@@ -189,13 +195,14 @@ def validate_against_plain(
             stage.describe("running both graphs")
             step_inputs = trajectory.inputs(step)
             expected = plain.step(step_inputs)
-            found = graph.step(step_inputs | {"sigma": step.sigma, "intensity": bypass})
+            sigma = step.sigma if level is None else np.full_like(step.sigma, level)
+            found = graph.step(step_inputs | {"sigma": sigma, "intensity": bypass})
             tolerance = {"out_sample": _BYPASS_TOLERANCE[precision]}
             differences.append(compare_outputs({"out_sample": found["out_sample"]}, expected, tolerance))
             trajectory.advance(step, expected["out_sample"].astype(np.float64))
             stage.advance()
     return ValidationReport(
-        reference="the plain graph, at intensity 0",
+        reference="the plain graph, at intensity 0" + ("" if level is None else f" and sigma {level:g}"),
         remarks=("what SWS computes was not compared: that needs the checkpoint (sws-export validate)",),
         steps=STEPS,
         sizes=sizes,

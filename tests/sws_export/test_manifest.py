@@ -24,13 +24,13 @@ REWRITE = RewriteReport(
 )
 
 
-def described(sws: bool = True) -> dict[str, object]:
+def described(sws: bool = True, rewrite: RewriteReport = REWRITE) -> dict[str, object]:
     return manifest.describe_graph(
         source={"kind": "checkpoint", "sha256": "0" * 64},
         inputs=[SAMPLE],
         outputs=[dataclasses.replace(SAMPLE, name="out_sample")],
         parameters=SwsParameters() if sws else None,
-        rewrite=REWRITE if sws else None,
+        rewrite=rewrite if sws else None,
         precision="fp16",
         target="tensorrt-rtx",
         guard=GuardOptions() if sws else None,
@@ -57,6 +57,7 @@ def test_what_the_graph_decides() -> None:
         "grid": "d4",
         "downsampling": 4,
         "initial": "zeros",
+        "resets": "image",
         "reset": "feed zeros at the first step of every image",
     }
     assert found["states"][2] == {
@@ -65,15 +66,31 @@ def test_what_the_graph_decides() -> None:
         "grid": "text",
         "downsampling": None,
         "initial": "zeros",
+        "resets": "image",
         "reset": "feed zeros at the first step of every image, and where the number of text tokens is "
         "another than at the step before",
     }
     assert found["sws"]["scales"] == (2, 4, 8)
+    assert (found["preset"], found["batch_wide"]) == ("sws", [])
+
+
+def test_what_is_other_with_the_node() -> None:
+    rewrite = RewriteReport({TEXT: ("b.attn2",)}, (), (state_pair(TEXT),), 10, preset="node")
+    found = described(rewrite=rewrite)
+    assert (found["preset"], found["batch_wide"]) == ("node", ["sigma", "intensity"])
+    assert found["sws"].keys() == dataclasses.asdict(SwsParameters()).keys() - {"scales", "schedule"}
+    (state,) = found["states"]
+    assert state["resets"] == "never"
+    assert state["reset"] == (
+        "never: all sites and samples share it, from image to image; feed zeros for a fresh start, and where "
+        "the number of text tokens is another than at the step before"
+    )
 
 
 def test_a_plain_graph() -> None:
     found = described(sws=False)
     assert (found["sws"], found["states"], found["sites"], found["skipped_sites"]) == (None, [], {}, [])
+    assert (found["preset"], found["batch_wide"]) == (None, [])
 
 
 def test_the_description_survives_inside_a_graph() -> None:

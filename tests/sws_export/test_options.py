@@ -1,5 +1,6 @@
 """Options that contradict each other, the model, or the graph."""
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 from sws_export import ExportOptions, SwsParameters
 from sws_export.contract import TensorSpec
 from sws_export.errors import OptionError
-from sws_export.options import artefact_kind, check_static_dimensions, engine_sizes
+from sws_export.options import artefact_kind, check_static_dimensions, engine_sizes, guard_options
 from sws_export.profile import Range, Sizes
+from sws_export.rewrite import GuardOptions
 
 
 @pytest.mark.parametrize(
@@ -28,9 +30,33 @@ def test_other_suffixes(name: str) -> None:
 @pytest.mark.parametrize("options", [{"sites": ("mid*",)}, {"parameters": SwsParameters(beta=0.1)}])
 def test_plain_has_no_parameters(options: dict[str, Any]) -> None:
     with pytest.raises(
-        OptionError, match="--plain exports the UNet without SWS; leave out --sws and --sites"
+        OptionError, match="--plain exports the UNet without SWS; leave out --sws, --sites and"
     ):
         ExportOptions(plain=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plain": True}, "--plain has no meaning with --preset node: it exports the UNet without SWS"),
+        ({"guard": "fused"}, "--guard has no meaning with --preset node: its guard has one form"),
+        ({"guard_rows": "1/8"}, "--guard-rows has no meaning with --preset node"),
+        ({"parameters": SwsParameters(scales=(1, 2, 3))}, "--sws scales has no meaning with --preset node"),
+        ({"parameters": SwsParameters(schedule="noise")}, "--sws schedule has no meaning .*; leave it out"),
+    ],
+)
+def test_what_has_no_meaning_with_the_node(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ExportOptions(preset="node", **options)
+
+
+def test_the_nodes_guard_has_one_form() -> None:
+    assert guard_options(ExportOptions(preset="node")) == GuardOptions("literal", Fraction(1))
+
+
+def test_a_preset_that_does_not_exist() -> None:
+    with pytest.raises(OptionError, match="--preset nodes is unknown; choose sws or node"):
+        ExportOptions(preset="nodes")
 
 
 def test_the_trained_size_is_the_default() -> None:

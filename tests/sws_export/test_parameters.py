@@ -1,6 +1,7 @@
 """Parameters as a user writes them."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -8,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sws_export.errors import OptionError
-from sws_export.parameters import SwsParameters, check_parameters, parse_parameters
+from sws_export.parameters import (
+    PRESETS,
+    Preset,
+    SwsParameters,
+    bypass_level,
+    check_parameters,
+    described_parameters,
+    parse_parameters,
+    recorded_parameters,
+)
 
 
 def test_nothing_said_is_the_published_method() -> None:
@@ -91,3 +101,16 @@ def test_any_text_is_a_parameter_or_an_option_error(name: str, text: str) -> Non
     value = getattr(parameters, name)
     assert isinstance(value, str | tuple) or math.isfinite(value)
     check_parameters(parameters)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_described_can_be_read_again(preset: Preset) -> None:
+    parameters = SwsParameters(beta=0.3, kl_floor=0.5)
+    described = json.loads(json.dumps(described_parameters(preset, parameters)))
+    assert recorded_parameters(described) == parameters
+    assert ("scales" in described) == ("schedule" in described) == (preset == "sws")
+
+
+def test_the_node_is_bypassed_where_all_is_noise() -> None:
+    assert bypass_level("sws", SwsParameters()) is None
+    assert bypass_level("node", SwsParameters(sigma_max=80.0)) == 80.0
