@@ -43,14 +43,15 @@ class StepFigures:
 
     Attributes:
         sigma: Noise level.
-        progress: u in [0, 1].
+        progress: u in [0, 1]; with the preset `node` it is the remaining noise.
         kl_cap: Budget of the KL divergence in nats.
         seconds: Wall time of the artefact.
         effect: Root mean square of what SWS changes in the prediction, relative to the prediction's.
         error: Largest difference of the artefact to the reference, relative to the largest value; None
             where it was not compared.
         sites: Figures by the path of the attention module.
-        states: Transports [145, H, W] by the name of the state.
+        states: Transports by the name of the state, [145, H, W], entry j of token (y, x) its share at
+            (y, x) + `diamond_offsets(8)[j]`.
     """
 
     sigma: float

@@ -78,7 +78,7 @@ def write_report(
             f"{artefact} does not tell what its sites do: name the checkpoint that it was exported from, or "
             "export it again with --debug-outputs"
         )
-    reference = Reference(model, contract.manifest, intensity, progress) if model is not None else None
+    reference = Reference(model, contract, intensity, progress) if model is not None else None
     sizes = _sizes(contract, height, width, encoder_hidden_states)
     figures = _sample(session, reference, sizes, steps, intensity, encoder_hidden_states, progress)
     explanation = Explanation(

@@ -26,7 +26,7 @@ _Value = Callable[[SiteFigures, StepFigures], float]
 _MAPS: tuple[tuple[str, str, str, _Value], ...] = (
     (
         "Keys mixed, α<sub>k</sub>",
-        "Share of each key that comes from its neighbourhood. It ends where the progress u reaches u_stop.",
+        "Share of each key that comes from its neighbourhood. None where u is u_stop or more.",
         ".1%",
         lambda site, _: site.alpha_k,
     ),
@@ -87,6 +87,7 @@ def _facts(explanation: Explanation) -> str:
     source = manifest["source"]
     entries = {
         "model": f"{source['file']} ({source.get('family') or 'no known family'})",
+        "preset": manifest.get("preset") or "sws",
         "precision": manifest["precision"],
         "intensity": f"{explanation.intensity:g}",
         "sites": str(len(explanation.steps[0].sites)),
@@ -162,7 +163,7 @@ def _charts(explanation: Explanation) -> str:
         ),
         (
             "Mixing, largest of the sites",
-            "Keys stop being mixed at u_stop, values go on.",
+            "Keys are left alone where u is u_stop or more, values are not.",
             {
                 "keys": [max(site.alpha_k for site in step.sites.values()) for step in steps],
                 "values": [max(site.a_v for site in step.sites.values()) for step in steps],

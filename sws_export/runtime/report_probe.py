@@ -9,16 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sws_export.errors import OptionError, ValidationError
-from sws_export.parameters import SwsParameters
+from sws_export.parameters import bypass_level, recorded_parameters
 from sws_export.progress import Progress
+from sws_export.runtime.contract import Contract
 from sws_export.runtime.explanation import Floats, SiteFigures, StepFigures
 from sws_export.runtime.session import Session
 from sws_export.validation.trajectory import TrajectoryStep
-
-
-def _parameters(manifest: Mapping[str, Any]) -> SwsParameters:
-    settings = dict(manifest["sws"])
-    return SwsParameters(**settings | {"scales": tuple(settings["scales"])})
 
 
 class Probe:
@@ -27,7 +23,8 @@ class Probe:
     def __init__(self, session: Session, reference: "Reference | None", intensity: float) -> None:
         self._stream, self._plain = session.stream(), session.stream()
         self._contract = session.contract
-        self._parameters = _parameters(session.contract.manifest)
+        self._parameters = recorded_parameters(session.contract.manifest["sws"])
+        self._bypass_level = bypass_level(session.contract.preset, self._parameters)
         self._reference = reference
         self._intensity = intensity
 
@@ -35,33 +32,41 @@ class Probe:
         self, step: TrajectoryStep, inputs: Mapping[str, Any]
     ) -> tuple[StepFigures, npt.NDArray[np.float64]]:
         """Figures of one step, and the artefact's prediction in float64."""
-        import torch
-
-        from sws_export.reference import schedule
-
         begin = time.perf_counter()
         found = self._stream.step(**inputs, sigma=step.sigma, intensity=self._intensity).astype(np.float64)
         seconds = time.perf_counter() - begin
-        plain = self._plain.step(**inputs, sigma=step.sigma, intensity=0.0).astype(np.float64)
+        level = step.sigma if self._bypass_level is None else self._bypass_level
+        plain = self._plain.step(**inputs, sigma=level, intensity=0.0).astype(np.float64)
         error: float | None = None
         sites: dict[str, SiteFigures] = {}
         if self._reference is not None:
             expected, sites = self._reference.look(step, inputs)
             error = float(np.abs(found - expected).max() / np.abs(expected).max())
-        now = schedule(
-            torch.from_numpy(step.sigma), torch.full((1,), self._intensity).double(), self._parameters
-        )
+        u, kappa = self._schedule(step)
         figures = StepFigures(
             sigma=float(step.sigma[0]),
-            progress=float(now.u[0]),
-            kl_cap=float(now.kappa[0]),
+            progress=u,
+            kl_cap=kappa,
             seconds=seconds,
             effect=float(np.sqrt(np.square(found - plain).mean() / np.square(plain).mean())),
             error=error,
             sites=self._told() if self._contract.figures else sites,
-            states={name: values[0].astype(np.float32) for name, values in self._stream.state().items()},
+            states={name: _banded(self._contract, values) for name, values in self._stream.state().items()},
         )
         return figures, found
+
+    def _schedule(self, step: TrajectoryStep) -> tuple[float, float]:
+        """u and the KL cap of a step."""
+        import torch
+
+        from sws_export.reference import node_schedule, schedule
+
+        sigma = torch.from_numpy(step.sigma)
+        if self._contract.preset == "node":
+            node = node_schedule(sigma, self._parameters)
+            return float(node.u[0]), float(node.kappa[0])
+        now = schedule(sigma, torch.full_like(sigma, self._intensity), self._parameters)
+        return float(now.u[0]), float(now.kappa[0])
 
     def _told(self) -> dict[str, SiteFigures]:
         """Figures that the artefact gives, by site."""
@@ -73,16 +78,28 @@ class Probe:
         }
 
 
+def _banded(contract: Contract, state: Floats) -> Floats:
+    """The transport of the first sample, [145, H, W]; the node's is dense and of the whole batch."""
+    if contract.preset != "node":
+        return np.asarray(state[0], np.float32)
+    import torch
+
+    from sws_export.reference import band_from_dense, text_grid
+
+    band = band_from_dense(torch.from_numpy(state), *text_grid(state.shape[1]))
+    return np.asarray(band[0].numpy(), np.float32)
+
+
 class Reference:
     """The eager reference with a state of its own."""
 
-    def __init__(
-        self, model: Path, manifest: Mapping[str, Any], intensity: float, progress: Progress
-    ) -> None:
-        from sws_export.reference import ReferenceUNet
+    def __init__(self, model: Path, contract: Contract, intensity: float, progress: Progress) -> None:
+        from sws_export.reference import reference_unet
 
+        manifest = contract.manifest
         sites = [name for names in manifest["sites"].values() for name in names]
-        self._unet = ReferenceUNet(_load_checked(model, manifest, progress), _parameters(manifest), sites)
+        unet = _load_checked(model, manifest, progress)
+        self._unet = reference_unet(contract.preset, unet, recorded_parameters(manifest["sws"]), sites)
         self._intensity = intensity
         self._state: dict[str, Any] | None = None
 

@@ -132,6 +132,36 @@ def test_every_state_starts_from_zeros(graph: Path, tmp_path: Path) -> None:
     assert initial.data_type == state.data_type == model_config_pb2.TYPE_FP32
 
 
+@pytest.fixture(scope="session")
+def node_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
+    """A small UNet with the published node, whose one state is of no sample."""
+    options = ExportOptions(preset="node", validate=False)
+    return road.shared(tmp_path_factory, "node_served.onnx", lambda path: export(traced, path, options))
+
+
+def test_a_state_that_a_batch_shares_is_not_batched(node_graph: Path, tmp_path: Path) -> None:
+    write_repository(node_graph, tmp_path, TritonOptions(name="node", tokens=77, max_sequences=5))
+    config = read_config(tmp_path / "node")
+    assert config.max_batch_size == 0
+    assert [list(tensor.dims) for tensor in config.input] == [[-1, 4, -1, -1], [-1], [-1, 77, 16], [-1], [-1]]
+    assert [list(tensor.dims) for tensor in config.output] == [[-1, 4, -1, -1]]
+    batching = config.sequence_batching
+    assert batching.oldest.max_candidate_sequences == 5
+    assert not batching.oldest.preferred_batch_size
+    (state,) = batching.state
+    assert (state.input_name, state.output_name) == ("sws_state_text", "sws_state_text_out")
+    assert list(state.dims) == list(state.initial_state[0].dims) == [1, 77, 77]
+    assert state.initial_state[0].zero_data
+
+
+def test_what_a_shared_state_forbids(node_graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="needs one for its state: give the number of text tokens, or use"):
+        write_repository(node_graph, tmp_path)
+    with pytest.raises(OptionError, match=r"max_batch 4 has no meaning for node_served\.onnx"):
+        write_repository(node_graph, tmp_path, TritonOptions(tokens=77, max_batch=4))
+    assert not list(tmp_path.iterdir())
+
+
 def test_plain_models_have_no_sequences(traced: Path, tmp_path: Path) -> None:
     write_repository(traced, tmp_path, TritonOptions(name="plain", height=16, width=8))
     config = read_config(tmp_path / "plain")

@@ -33,6 +33,13 @@ def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def node_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
+    """The same UNet with the published node in its cross-attention."""
+    options = ExportOptions(preset="node", debug_outputs=True, validate=False)
+    return road.shared(tmp_path_factory, "node.onnx", lambda path: export(traced, path, options))
+
+
+@pytest.fixture(scope="session")
 def telling_graph(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
     """A small UNet with SWS, the figures of its sites among the outputs; validated as it was exported."""
     return road.shared(
