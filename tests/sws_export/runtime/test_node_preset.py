@@ -140,7 +140,7 @@ def test_figures_are_the_same_for_all_samples(session: Session, step: MakeInputs
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 def test_a_pipelines_unet_goes_on_from_image_to_image(node_graph: Path, random_unet: Path) -> None:
-    scheduler = EulerDiscreteScheduler()
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     config = UNet2DConditionModel.load_config(random_unet)
     unet = SWSUNet.load(node_graph, config=config, scheduler=scheduler, device="cpu", threads=1)
     for image in range(2):
