@@ -3,11 +3,12 @@
 import dataclasses
 
 from sws_export.engines import BuildOptions, choose_backend
-from sws_export.options import ExportOptions, check_static_dimensions, engine_sizes
+from sws_export.options import ExportOptions
 from sws_export.plugin_build import find_plugin_library
-from sws_export.profile import Sizes
+from sws_export.profile import Range, Sizes
 from sws_export.progress import Progress
 from sws_export.rewrite import Target
+from sws_export.size_options import check_static_dimensions, engine_sizes, graph_sizes
 from sws_export.sources import Source
 
 
@@ -27,7 +28,7 @@ def plan_engine(source: Source, options: ExportOptions, progress: Progress) -> E
         EngineError: The backend is not installed, or there is no GPU for it.
     """
     sizes = engine_sizes(options, source.config, source.multiple, source.vae_scale)
-    check_static_dimensions(source.inputs, sizes)
+    check_static_dimensions(source.inputs, sizes.ranges())
     backend = choose_backend(options.backend)
     library = find_plugin_library() if backend.plugins and not options.plain else None
     if backend.plugins and not options.plain and library is None:
@@ -49,6 +50,17 @@ def plan_engine(source: Source, options: ExportOptions, progress: Progress) -> E
     )
     backend.load()
     return EnginePlan(sizes, build)
+
+
+def plan_graph_sizes(source: Source, options: ExportOptions) -> dict[str, int]:
+    """The sizes that an ONNX graph is fixed to; none by default.
+
+    Raises:
+        OptionError: A size does not fit the model.
+    """
+    sizes = graph_sizes(options, source.multiple, source.vae_scale)
+    check_static_dimensions(source.inputs, {name: Range(size, size, size) for name, size in sizes.items()})
+    return sizes
 
 
 def choose_target(options: ExportOptions, engine: EnginePlan | None) -> Target:

@@ -55,3 +55,24 @@ def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ..
 
         ir.save(model, path, external_data=data_file(path).name, callback=written)
     return (path, data_file(path))
+
+
+def save_sharing(model: ir.Model, path: Path, other: ir.Model, saved: Path, progress: Progress) -> None:
+    """Write `model`, whose weights are those of `other`, which lies at `saved` in the directory of `path`.
+
+    Weights that lie in a file beside `saved` are not written again: both graphs refer to that file. Weights
+    inside `saved` are written as `save_onnx` does.
+    """
+    written = load_onnx(saved).graph.initializers
+    places = {
+        id(value.const_value): written[name].const_value
+        for name, value in other.graph.initializers.items()
+        if isinstance(written[name].const_value, ir.ExternalTensor)
+    }
+    if not places:
+        save_onnx(model, path, progress)
+        return
+    # Of equal weights the clean-up keeps one, the same in both: all are found.
+    for value in model.graph.initializers.values():
+        value.const_value = places.get(id(value.const_value), value.const_value)
+    ir.save(model, path)

@@ -1,25 +1,19 @@
 """What an export is asked to do."""
 
 import dataclasses
-from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from graph_passes.errors import GraphError
 from graph_passes.functions import Guard, check_fused_guard
-from sws_export.contract import ENGINE_SUFFIXES, Precision, TensorSpec
+from sws_export.contract import ENGINE_SUFFIXES, Precision
 from sws_export.errors import OptionError
 from sws_export.parameters import Preset, SwsParameters, check_preset
-from sws_export.profile import Range, Sizes, resolve_sizes
 from sws_export.rewrite import GuardOptions
 
 GUARDS: tuple[Guard, ...] = ("fused", "literal")
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
-
-# Batch of one prompt with and without its negative; CLIP's text length.
-_DEFAULT_BATCH = "1:2:2"
-_DEFAULT_TOKENS = "77"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +39,9 @@ class ExportOptions:
         prediction_type: What the UNet predicts, where the checkpoint does not say.
         loras: FILE or FILE:SCALE of each LoRA to fuse.
         controlnet: Give the graph inputs for the residuals of a ControlNet.
-        batch: MIN:OPT:MAX or one number, for the engine; `tokens` likewise.
-        height: MIN:OPT:MAX or one number, pixels; None for the size that the UNet was trained on.
+        batch: One number, which the graph is then fixed to, or for an engine MIN:OPT:MAX; None for 1:2:2 in
+            an engine, for any size in a graph. `tokens` likewise, 77 in an engine.
+        height: As `batch`, pixels; in an engine None for the size that the UNet was trained on.
         width: As `height`.
         vae_scale: Pixels a latent value covers; None for what the checkpoint says.
         backend: `tensorrt-rtx` or `tensorrt`; None for what suits the machine.
@@ -78,10 +73,10 @@ class ExportOptions:
     prediction_type: str | None = None
     loras: tuple[str, ...] = ()
     controlnet: bool = False
-    batch: str = _DEFAULT_BATCH
+    batch: str | None = None
     height: str | None = None
     width: str | None = None
-    tokens: str = _DEFAULT_TOKENS
+    tokens: str | None = None
     vae_scale: int | None = None
     backend: str | None = None
     compute_capabilities: tuple[str, ...] = ()
@@ -172,59 +167,3 @@ def artefact_kind(out: Path) -> Kind:
     raise OptionError(
         f"--out {out}: expected a name ending in .onnx, .plan or .engine, found '{out.suffix or out.name}'"
     )
-
-
-def engine_sizes(
-    options: ExportOptions, config: Mapping[str, Any] | None, multiple: int, vae_scale: int | None
-) -> Sizes:
-    """The sizes that the engine is built for, in units of the latent.
-
-    Args:
-        options: Sizes as given.
-        config: The UNet's configuration, for the size it was trained on; None where it is not known.
-        multiple: What height and width of the latent must be multiples of.
-        vae_scale: What the checkpoint says.
-
-    Raises:
-        OptionError: A size is malformed, not a multiple of what the UNet needs, or must be given.
-    """
-    scale = options.vae_scale or vae_scale
-    if scale is None:
-        raise OptionError(
-            "how many pixels a latent value covers is not known for this model; "
-            "add --vae-scale 8 (Stable Diffusion) or --vae-scale 1 (pixel space)"
-        )
-    trained = config.get("sample_size") if config else None
-    sides = trained if isinstance(trained, (list, tuple)) else (trained, trained)
-    return resolve_sizes(
-        batch=options.batch,
-        height=options.height or _trained_pixels("--height", sides[0], scale),
-        width=options.width or _trained_pixels("--width", sides[1], scale),
-        tokens=options.tokens,
-        vae_scale=scale,
-        multiple=multiple,
-    )
-
-
-def _trained_pixels(option: str, side: int | None, scale: int) -> str:
-    if side is None:
-        raise OptionError(f"the model does not say what size it was trained on; add {option} MIN:OPT:MAX")
-    return str(side * scale)
-
-
-def check_static_dimensions(inputs: tuple[TensorSpec, ...], sizes: Sizes) -> None:
-    """Refuse sizes that contradict a dimension which the graph fixes.
-
-    Raises:
-        OptionError: Names the dimension, the size of the graph and the size asked for.
-    """
-    positions = {"batch": ("sample", 0), "height": ("sample", 2), "width": ("sample", 3)}
-    by_name = {spec.name: spec for spec in inputs}
-    for name, (input_name, axis) in positions.items():
-        dimension = by_name[input_name].shape[axis]
-        asked: Range = getattr(sizes, name)
-        if isinstance(dimension, int) and asked != Range(dimension, dimension, dimension):
-            raise OptionError(
-                f"the graph has a fixed {name} of {dimension}; found {asked} in the profile. "
-                "Export the UNet with dynamic sizes or ask for this one"
-            )

@@ -1,28 +1,24 @@
 """The road: checkpoint or plain ONNX in; SWS graph, validation, engine and manifest out."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
-from graph_passes.clean_graph import CleanGraph
 from sws_export import manifest as manifests
 from sws_export.artefact import output_errors, publish_together, staged_directory
-from sws_export.engine_plan import choose_target, plan_engine
+from sws_export.engine_plan import choose_target, plan_engine, plan_graph_sizes
 from sws_export.engines import EngineReport, build_engine
-from sws_export.errors import OutputError, ValidationError
-from sws_export.onnx_export import OPSET
-from sws_export.onnx_files import data_file, save_onnx
+from sws_export.errors import OutputError
+from sws_export.graph_making import GraphMaking
+from sws_export.onnx_files import data_file
 from sws_export.options import ExportOptions, artefact_kind, guard_options
 from sws_export.preflight import Preflight, preflight
 from sws_export.profile import shapes_for
 from sws_export.progress import Progress, Silent
-from sws_export.rewrite import RewriteReport, Target, graph_specs, rewrite
-from sws_export.sources import Source, open_source
+from sws_export.rewrite import graph_specs
+from sws_export.sources import open_source
 from sws_export.stages import StageFigures, StageLog
-from sws_export.validation import Shuffled, ValidationReport
+from sws_export.validation import ValidationReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +72,7 @@ def export(
     for line in source.describe():
         progress.log(line)
     engine_plan = plan_engine(source, options, progress) if kind == "engine" else None
+    sizes = engine_plan.sizes.fixed() if engine_plan else plan_graph_sizes(source, options)
     needs = preflight(source, engine_plan.build.backend if engine_plan else None, options, out)
     for line in needs.describe():
         progress.log(line)
@@ -88,19 +85,10 @@ def export(
         with log.measure("check"):
             description = source.verify(progress)
         graph_path = scratch / (out.name if kind == "onnx" else out.with_suffix(".onnx").name)
-        graph, rewritten = _make_graph(
-            source, description, options, choose_target(options, engine_plan), graph_path, log, progress
+        making = GraphMaking(
+            source, description, options, choose_target(options, engine_plan), sizes, log, progress
         )
-        validation = None
-        if options.validate:
-            with log.measure("validate"):
-                sites = rewritten.site_names if rewritten else ()
-                debug_sites = rewritten.debug_sites if rewritten else ()
-                shuffled = Shuffled(
-                    options.parameters, sites, guard_options(options).rows, debug_sites, options.preset
-                )
-                validation = source.validate(graph_path, shuffled, scratch, progress)
-            _check_validation(validation)
+        graph, validation = making.make(graph_path)
         engine, profile = None, None
         if engine_plan is not None:
             shapes = shapes_for(graph_specs(graph.graph.inputs), engine_plan.sizes)
@@ -128,69 +116,6 @@ def _check_destination(model: Path, out: Path, *, keep_onnx: bool) -> None:
             raise OutputError(f"cannot write {file}: that would overwrite the model; choose another --out")
     with staged_directory(out):
         pass
-
-
-def _make_graph(
-    source: Source,
-    description: dict[str, Any],
-    options: ExportOptions,
-    target: Target,
-    path: Path,
-    log: StageLog,
-    progress: Progress,
-) -> tuple[ir.Model, RewriteReport | None]:
-    """Export, rewrite, describe and save the graph; returns it with what the rewrite did."""
-    with log.measure("export"):
-        model = source.plain_model(progress)
-    rewritten = None
-    with log.measure("rewrite"):
-        if options.plain:
-            CleanGraph()(model)
-        else:
-            rewritten = rewrite(
-                model,
-                options.parameters,
-                options.sites,
-                guard_options(options),
-                target,
-                progress,
-                preset=options.preset,
-                debug_outputs=options.debug_outputs,
-            )
-    model.producer_name, model.producer_version = "sws-export", manifests.library_versions()["sws-export"]
-    manifests.embed(
-        model,
-        manifests.describe_graph(
-            source=description,
-            inputs=graph_specs(model.graph.inputs),
-            outputs=graph_specs(model.graph.outputs),
-            parameters=options.parameters if rewritten else None,
-            rewrite=rewritten,
-            precision=source.precision,
-            target=target,
-            guard=guard_options(options) if rewritten else None,
-            opset=OPSET,
-        ),
-    )
-    with log.measure("save"):
-        save_onnx(model, path, progress)
-    return model, rewritten
-
-
-def _check_validation(report: ValidationReport) -> None:
-    failed = [output for output in report.outputs if not output.passed]
-    if not failed:
-        return
-    worst = max(failed, key=lambda output: output.maximum / output.tolerance)
-    if math.isinf(worst.maximum):
-        raise ValidationError(
-            f"{worst.name} of the graph holds NaN or Inf, the {report.reference} does not: the precision is "
-            "too small for this model; nothing was written. Export with --precision bf16 or fp32"
-        )
-    raise ValidationError(
-        f"the graph differs from the {report.reference}: {worst.name} by {worst.maximum:.2g} of its largest "
-        f"value, allowed is {worst.tolerance:.0e}; nothing was written. --no-validate skips the comparison"
-    )
 
 
 def _artefacts(scratch: Path, graph_path: Path, out: Path, *, keep_onnx: bool) -> list[Path]:

@@ -11,6 +11,9 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
 """Smallest, best and largest shape of each input, by its name."""
 
+SIZE_NAMES = ("batch", "height", "width", "tokens")
+"""The dimensions that can vary."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -38,6 +41,14 @@ class Sizes:
     height: Range
     width: Range
     tokens: Range
+
+    def ranges(self) -> dict[str, Range]:
+        """Each by its name."""
+        return {name: getattr(self, name) for name in SIZE_NAMES}
+
+    def fixed(self) -> dict[str, int]:
+        """Those of one size only."""
+        return {name: size.minimum for name, size in self.ranges().items() if size.minimum == size.maximum}
 
 
 def parse_range(text: str, option: str) -> Range:
@@ -77,13 +88,18 @@ def resolve_sizes(
     """
     return Sizes(
         batch=parse_range(batch, "--batch"),
-        height=_latent_range(height, "--height", vae_scale, multiple),
-        width=_latent_range(width, "--width", vae_scale, multiple),
+        height=latent_range(height, "--height", vae_scale, multiple),
+        width=latent_range(width, "--width", vae_scale, multiple),
         tokens=parse_range(tokens, "--tokens"),
     )
 
 
-def _latent_range(text: str, option: str, vae_scale: int, multiple: int) -> Range:
+def latent_range(text: str, option: str, vae_scale: int, multiple: int) -> Range:
+    """Read a size option in pixels, as `parse_range` does; the result is in units of the latent.
+
+    Raises:
+        OptionError: The text is malformed, or a size is not a multiple of `vae_scale * multiple`.
+    """
     pixels = parse_range(text, option)
     step = vae_scale * multiple
     for size in pixels.values():
@@ -105,15 +121,12 @@ def shapes_for(inputs: Iterable[TensorSpec], sizes: Sizes) -> dict[str, tuple[Sh
     """
     return {
         spec.name: (
-            concrete_shape(spec, {name: getattr(sizes, name).minimum for name in _NAMES}),
-            concrete_shape(spec, {name: getattr(sizes, name).optimum for name in _NAMES}),
-            concrete_shape(spec, {name: getattr(sizes, name).maximum for name in _NAMES}),
+            concrete_shape(spec, {name: getattr(sizes, name).minimum for name in SIZE_NAMES}),
+            concrete_shape(spec, {name: getattr(sizes, name).optimum for name in SIZE_NAMES}),
+            concrete_shape(spec, {name: getattr(sizes, name).maximum for name in SIZE_NAMES}),
         )
         for spec in inputs
     }
-
-
-_NAMES = ("batch", "height", "width", "tokens")
 
 
 def concrete_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:

@@ -4,17 +4,20 @@ import collections
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Literal
 
 import onnx_ir as ir
 
+from graph_passes.choose_transport import ChooseTransport
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.debug_outputs import debug_order
 from graph_passes.decompose_guard_attention import DecomposeGuardAttention
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site, SkippedSite, find_sites
+from graph_passes.fix_sizes import FixSizes
+from graph_passes.fold_constants import FoldConstants
 from graph_passes.functions import Guard
 from graph_passes.grids import TEXT, Grid, in_order
 from graph_passes.insert_sws import InsertSws, StatePair, state_pair
@@ -84,6 +87,7 @@ def rewrite(
     *,
     preset: Preset = "sws",
     debug_outputs: bool = False,
+    sizes: Mapping[str, int] | None = None,
 ) -> RewriteReport:
     """Put SWS into `model`, in place, and lower it for `target`.
 
@@ -97,6 +101,7 @@ def rewrite(
         progress: Hears which sites are taken and which are not.
         preset: Whose mathematics.
         debug_outputs: Give out what each site does at a step.
+        sizes: batch, height and width (latent) and tokens, as far as the result is fixed to them.
 
     Raises:
         ExportError: The graph has no site that SWS can take, or is not a plain export; or the preset is
@@ -119,9 +124,15 @@ def rewrite(
             else:
                 InsertSws(sites, parameters, guard.form, guard.rows, debug_outputs=debug_outputs)(model)
             stage.describe("lowering")
+            FixSizes(declared_sizes(model) | dict(sizes or {}))(model)
             if target == "tensorrt-rtx":
                 DecomposeGuardAttention()(model)
-            LowerFunctions(_KEPT_OPERATORS[target])(model)
+            kept = _KEPT_OPERATORS[target]
+            if not kept:
+                LowerFunctions(frozenset({"BandedTransport"}))(model)
+                ChooseTransport()(model)
+            LowerFunctions(kept)(model)
+            FoldConstants()(model)
             CleanGraph()(model)
         except GraphError as error:
             raise ExportError(str(error)) from error
@@ -133,6 +144,25 @@ def rewrite(
         progress.log(line)
     progress.log(f"key guard: {guard.form}, {'all' if guard.rows == 1 else guard.rows} of the query rows")
     return report
+
+
+def finish_plain(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Fix the sizes of a plain export and clean it, in place."""
+    FixSizes(sizes)(model)
+    FoldConstants()(model)
+    CleanGraph()(model)
+
+
+def declared_sizes(model: ir.Model) -> dict[str, int]:
+    """Sizes that the graph is fixed to already."""
+    places = {"sample": {0: "batch", 2: "height", 3: "width"}, "encoder_hidden_states": {1: "tokens"}}
+    sizes = {}
+    for value in model.graph.inputs:
+        for axis, name in places.get(str(value.name), {}).items():
+            dim = value.shape[axis] if value.shape is not None else None
+            if isinstance(dim, int):
+                sizes[name] = dim
+    return sizes
 
 
 def _no_sites(skipped: list[SkippedSite]) -> str:

@@ -11,7 +11,7 @@ from sws_export.errors import EngineError, OptionError, OutputError
 from sws_export.manifest import manifest_path
 from sws_export.onnx_files import data_file
 from sws_export.profile import concrete_shape
-from sws_export.runtime.contract import Contract, StatePair, read_contract
+from sws_export.runtime.contract import SIZE_PLACES, Contract, StatePair, read_contract
 from sws_export.triton_config import EnumName, batched_tensor, data_type, to_text, whole_tensor
 
 Variant = Literal["native", "python"]
@@ -211,14 +211,6 @@ def _state(pair: StatePair, shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-_PLACES = {
-    "height": ("sample", 2),
-    "width": ("sample", 3),
-    "tokens": ("encoder_hidden_states", 1),
-}
-"""Where an engine's profile has the sizes that a state depends on."""
-
-
 def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
     """The one size that a native model is served at: its empty state has a fixed shape."""
     of_text = any("tokens" in pair.spec.shape for pair in contract.states)
@@ -242,14 +234,14 @@ def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
 
 
 def _best(contract: Contract, size: str) -> int | None:
-    tensor, axis = _PLACES[size]
-    return contract.profile[tensor][1][axis] if contract.profile else None
+    tensor, axis = SIZE_PLACES[size]
+    return contract.profile[tensor][1][axis] if contract.profile else contract.fixed_sizes.get(size)
 
 
 def _check_profile(contract: Contract, name: str, size: int) -> None:
     if contract.profile is None:
         return
-    tensor, axis = _PLACES[name]
+    tensor, axis = SIZE_PLACES[name]
     smallest, _, largest = contract.profile[tensor]
     if not smallest[axis] <= size <= largest[axis]:
         raise OptionError(
@@ -258,10 +250,10 @@ def _check_profile(contract: Contract, name: str, size: int) -> None:
 
 
 def _max_batch(contract: Contract, options: TritonOptions) -> int:
-    largest = contract.profile["sample"][2][0] if contract.profile else None
+    largest = contract.profile["sample"][2][0] if contract.profile else contract.fixed_sizes.get("batch")
     batch = options.max_batch or largest or 8
     if largest is not None and batch > largest:
-        raise OptionError(f"max_batch {batch} is outside the engine's profile, which ends at {largest}")
+        raise OptionError(f"max_batch {batch} is outside what the artefact takes, which ends at {largest}")
     return batch
 
 

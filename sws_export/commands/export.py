@@ -116,12 +116,15 @@ def _add_sws_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "engine", "sizes are MIN:OPT:MAX or one number; height and width in pixels"
+        "sizes and engine",
+        "A size given as one number is fixed in the graph, and what depends on it computed while exporting. "
+        "Engines take MIN:OPT:MAX too; an .onnx graph takes any size where none is given. "
+        "Height and width are in pixels.",
     )
-    group.add_argument("--batch", default="1:2:2", metavar="SIZES", help="default: %(default)s")
-    group.add_argument("--height", metavar="SIZES", help="default: what the UNet was trained on")
-    group.add_argument("--width", metavar="SIZES", help="default: what the UNet was trained on")
-    group.add_argument("--tokens", default="77", metavar="SIZES", help="text tokens; default: %(default)s")
+    group.add_argument("--batch", metavar="SIZES", help="default of an engine: 1:2:2")
+    group.add_argument("--height", metavar="SIZES", help="default of an engine: what the UNet was trained on")
+    group.add_argument("--width", metavar="SIZES", help="default of an engine: what the UNet was trained on")
+    group.add_argument("--tokens", metavar="SIZES", help="text tokens; default of an engine: 77")
     group.add_argument("--backend", metavar="NAME", help="tensorrt-rtx (default without a GPU) or tensorrt")
     group.add_argument("--compute-capability", metavar="N.N[,N.N…]", help="targets of tensorrt-rtx")
     group.add_argument("--builder-optimization-level", type=int, metavar="0-5", help="effort of the build")

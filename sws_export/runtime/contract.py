@@ -18,6 +18,15 @@ PREDICTION = "out_sample"
 _DECIDED_BY_GRAPH = ("inputs", "outputs", "states", "preset", "sws", "precision", "debug_outputs")
 
 
+SIZE_PLACES = {
+    "batch": ("sample", 0),
+    "height": ("sample", 2),
+    "width": ("sample", 3),
+    "tokens": ("encoder_hidden_states", 1),
+}
+"""The inputs that tell a size first, and their dimension that does."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StatePair:
     """An input of the graph and the output that is fed back into it at the next step.
@@ -57,6 +66,15 @@ class Contract:
     figures: Mapping[str, TensorSpec]
     profile: Shapes | None
     manifest: Mapping[str, Any]
+
+    @property
+    def fixed_sizes(self) -> dict[str, int]:
+        """batch, height and width (latent) and tokens, as far as the graph is fixed to them."""
+        shapes = {spec.name: spec.shape for spec in self.inputs}
+        found = {
+            name: shapes[tensor][axis] for name, (tensor, axis) in SIZE_PLACES.items() if tensor in shapes
+        }
+        return {name: size for name, size in found.items() if isinstance(size, int)}
 
     @property
     def takes_intensity(self) -> bool:

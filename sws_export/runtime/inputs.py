@@ -10,7 +10,7 @@ import numpy.typing as npt
 from sws_export.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec
 from sws_export.errors import OptionError
 from sws_export.profile import Shapes, concrete_shape
-from sws_export.runtime.contract import Contract
+from sws_export.runtime.contract import SIZE_PLACES, Contract
 from sws_export.runtime.errors import StepError
 
 Array = npt.NDArray[Any]
@@ -38,15 +38,15 @@ def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Arr
     present = {name: value for name, value in given.items() if value is not None}
     _check_names(contract, present)
     arrays: dict[str, Array] = {}
-    sizes: dict[str, int] = {}
+    sizes = contract.fixed_sizes
     # The sample first: it tells the batch that numbers are repeated for.
     for spec in sorted(contract.inputs, key=lambda spec: spec.name != "sample"):
         if spec.name not in present:
             arrays[spec.name] = np.zeros(concrete_shape(spec, sizes), numpy_dtype(spec.dtype))
             continue
         value = to_numpy(present[spec.name])
-        if value.ndim == 0 and spec.shape == ("batch",):
-            value = np.full(sizes["batch"], value)
+        if value.ndim == 0 and len(spec.shape) == 1:
+            value = np.full(concrete_shape(spec, sizes), value)
         _take_sizes(spec, value, sizes)
         arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
         _check_range(spec, arrays[spec.name])
@@ -135,8 +135,16 @@ def _take_sizes(spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
         if found != wanted:
             raise StepError(
                 f"input {spec.name}: dimension {axis} is {found}, expected {wanted}{reason}; "
-                f"the input is {_shape_text(spec)}"
+                f"the input is {_shape_text(spec)}{_how_fixed(spec, axis)}"
             )
+
+
+def _how_fixed(spec: TensorSpec, axis: int) -> str:
+    """What to do where a size was fixed by the export; of channels there is no choice."""
+    option = next((name for name, place in SIZE_PLACES.items() if place == (spec.name, axis)), None)
+    if option is None or isinstance(spec.shape[axis], str):
+        return ""
+    return f"; the size was fixed by the export: export again with another --{option}"
 
 
 def _shape_text(spec: TensorSpec) -> str:

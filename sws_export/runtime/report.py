@@ -99,7 +99,13 @@ def write_report(
 
 
 def _sizes(contract: Contract, height: int | None, width: int | None, text: Floats | None) -> dict[str, int]:
-    """The sizes to sample at."""
+    """The sizes to sample at: what the graph is fixed to, what was asked for, what suits."""
+    return _open_sizes(contract, height, width, text) | contract.fixed_sizes
+
+
+def _open_sizes(
+    contract: Contract, height: int | None, width: int | None, text: Floats | None
+) -> dict[str, int]:
     tokens = _TEXT_TOKENS if text is None else text.shape[1]
     if contract.profile is not None:
         _, best, _ = contract.profile["sample"]

@@ -12,8 +12,10 @@ import numpy as np
 from graph_passes.parameters import SwsParameters
 from sws_export.checkpoint import Checkpoint, FusedWeights
 from sws_export.contract import Precision, TensorSpec, size_multiple
+from sws_export.onnx_files import load_onnx
 from sws_export.parameters import Preset, bypass_level
 from sws_export.progress import Progress
+from sws_export.rewrite import declared_sizes
 from sws_export.validation.compare import OutputDifference, compare_outputs, worst
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.reference_runner import ReferenceRunner
@@ -117,7 +119,7 @@ def validate_against_reference(
     """
     start = time.monotonic()
     double = checkpoint.parameters <= FLOAT64_PARAMETERS
-    sizes = validation_sizes(checkpoint.config, checkpoint.parameters)
+    sizes = validation_sizes(checkpoint.config, checkpoint.parameters) | declared_sizes(load_onnx(onnx_path))
     trajectory = Trajectory(inputs, sizes, STEPS)
     found, expected = [], []
     with progress.stage("validate", total=2 * STEPS) as stage:

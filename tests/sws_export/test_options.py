@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from sws_export import ExportOptions, SwsParameters
-from sws_export.contract import TensorSpec
 from sws_export.errors import OptionError
-from sws_export.options import artefact_kind, check_static_dimensions, engine_sizes, guard_options
-from sws_export.profile import Range, Sizes
+from sws_export.options import artefact_kind, guard_options
 from sws_export.rewrite import GuardOptions
 
 
@@ -59,46 +57,7 @@ def test_a_preset_that_does_not_exist() -> None:
         ExportOptions(preset="nodes")
 
 
-def test_the_trained_size_is_the_default() -> None:
-    sizes = engine_sizes(ExportOptions(), {"sample_size": 64}, 8, 8)
-    assert sizes == Sizes(Range(1, 2, 2), Range(64, 64, 64), Range(64, 64, 64), Range(77, 77, 77))
-    sizes = engine_sizes(ExportOptions(), {"sample_size": [32, 64]}, 8, 8)
-    assert (sizes.height, sizes.width) == (Range(32, 32, 32), Range(64, 64, 64))
-
-
-def test_sizes_are_given_in_pixels() -> None:
-    options = ExportOptions(batch="1", height="256:512:1024", width="512", tokens="1:77:154")
-    sizes = engine_sizes(options, None, 8, 8)
-    assert sizes == Sizes(Range(1, 1, 1), Range(32, 64, 128), Range(64, 64, 64), Range(1, 77, 154))
-
-
-def test_the_scale_given_wins() -> None:
-    assert engine_sizes(ExportOptions(vae_scale=4, height="64", width="64"), None, 8, 8).height.minimum == 16
-
-
-def test_what_cannot_be_known_must_be_given() -> None:
-    with pytest.raises(OptionError, match="add --vae-scale 8"):
-        engine_sizes(ExportOptions(), {"sample_size": 64}, 8, None)
-    with pytest.raises(OptionError, match="add --width MIN:OPT:MAX"):
-        engine_sizes(ExportOptions(height="512"), {"sample_size": None}, 8, 8)
-
-
 @pytest.mark.parametrize("scale", [0, -8])
 def test_a_scale_that_is_none(scale: int) -> None:
     with pytest.raises(OptionError, match=f"--vae-scale {scale}: expected 1 or more"):
         ExportOptions(vae_scale=scale)
-
-
-def sample(*shape: int | str) -> tuple[TensorSpec, ...]:
-    return (TensorSpec("sample", "float32", shape),)
-
-
-SIZES = Sizes(Range(1, 2, 4), Range(64, 64, 64), Range(32, 64, 64), Range(77, 77, 77))
-
-
-def test_sizes_that_the_graph_fixes_otherwise() -> None:
-    check_static_dimensions(sample("batch", 4, 64, "width"), SIZES)
-    with pytest.raises(OptionError, match=r"a fixed batch of 2; found 1:2:4 in the profile"):
-        check_static_dimensions(sample(2, 4, "height", "width"), SIZES)
-    with pytest.raises(OptionError, match=r"a fixed width of 64; found 32:64:64"):
-        check_static_dimensions(sample("batch", 4, 64, 64), SIZES)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 from sws_export.cli import main
 
-from sws_export import ExportOptions, SwsParameters, export, pipeline
+from sws_export import ExportOptions, SwsParameters, export, graph_making, pipeline
 from sws_export.engines import EngineReport
 from sws_export.errors import ValidationError
 from sws_export.progress import Silent
@@ -108,7 +108,7 @@ class TestWhatIsWritten:
     def test_a_dry_run_writes_nothing(
         self, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(pipeline, "save_onnx", None)
+        monkeypatch.setattr(graph_making, "save_onnx", None)
         report = export(random_unet, out / "e.plan", ExportOptions(dry_run=True, vae_scale=1))
         assert report.files == ()
         assert report.preflight.memory.keys() == {"export", "validation", "engine build"}
@@ -224,8 +224,8 @@ STAGES = [
     "sws_export.checkpoint_source.check_tensors",
     "sws_export.checkpoint_source.verify_weights",
     "sws_export.checkpoint_source.export_plain",
-    "sws_export.pipeline.rewrite",
-    "sws_export.pipeline.save_onnx",
+    "sws_export.graph_making.rewrite",
+    "sws_export.graph_making.save_onnx",
     "sws_export.checkpoint_source.validate_against_reference",
     "sws_export.pipeline.build_engine",
     "sws_export.pipeline.manifests.complete",
@@ -293,7 +293,7 @@ def test_a_second_interrupt_leaves_nothing_either(
         remove(directory, **options)
 
     monkeypatch.setattr("sws_export.artefact.shutil.rmtree", interrupted)
-    monkeypatch.setattr(pipeline, "rewrite", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(graph_making, "rewrite", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         export(random_unet, out / "graph.onnx")
     assert listing(out) == {}
@@ -303,7 +303,7 @@ def test_a_second_interrupt_leaves_nothing_either(
 def test_a_bug_leaves_nothing_and_keeps_its_traceback(
     random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "rewrite", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(graph_making, "rewrite", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main([str(random_unet), "--out", str(out / "graph.onnx"), "--quiet"])
     assert listing(out) == {}

@@ -221,7 +221,7 @@ def test_what_triton_cannot_serve(graph: Path, engine: Callable[[str], Path], tm
         write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(width=64))
     with pytest.raises(OptionError, match="tokens 6 is outside the engine's profile, 7 to 99"):
         write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(tokens=6))
-    with pytest.raises(OptionError, match="max_batch 5 is outside the engine's profile, which ends at 4"):
+    with pytest.raises(OptionError, match="max_batch 5 is outside what the artefact takes, which ends at 4"):
         write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(max_batch=5))
     assert not (tmp_path / "models" / "engine").exists()
 
