@@ -85,7 +85,7 @@ void KeyGuardPlugin::check_shapes(TensorShapes const& shapes) const {
   }
   for (size_t input : {kKeys, kMovedKeys}) {
     require_rank(shapes.inputs[input], 3, kInputNames[input]);
-    // The queries may be a sample of the tokens, the permuted keys may not.
+    // The queries may be some rows of the site, or of an image where keys are of a text; the permuted keys may not.
     const int64_t tokens = input == kKeys ? -1 : shapes.inputs[kKeys].dims[1];
     require_dimension(shapes.inputs[input], 0, queries.dims[0], kInputNames[input]);
     require_dimension(shapes.inputs[input], 1, tokens, kInputNames[input]);

@@ -152,6 +152,8 @@ void check_guard_shapes(Library& library) {
   require(offer_configuration(plugin, inputs, outputs) == 0, "refused unknown dimensions");
   inputs[0].dims = {2, 8, 320};
   require(offer_shapes(plugin, inputs, outputs) == 0, "refused a sample of the query rows");
+  inputs[0].dims = {2, 4096, 320};
+  require(offer_shapes(plugin, inputs, outputs) == 0, "refused the queries of an image with the keys of a text");
 
   inputs = guard_inputs(DataType::kBF16);
   for (size_t i = 0; i < 3; ++i) inputs[i].dims[2] = 321;

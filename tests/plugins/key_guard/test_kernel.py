@@ -169,6 +169,18 @@ def test_a_sample_of_the_query_rows(harness: Harness, path: str) -> None:
     check_against_literal(case, result)
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("tokens", [2, 7, 77, 140])
+def test_more_queries_than_keys(harness: Harness, path: str, tokens: int) -> None:
+    """Cross-attention: the keys are of a text, and shorter than the image."""
+    case = make_case(tokens=150, kappa=1e-3, sharpness=2)
+    case.k, case.kp = case.k[:, :tokens], case.kp[:, :tokens]
+
+    result = run_guard(harness, case, stages=PATHS[path])
+
+    check_against_literal(case, result)
+
+
 def test_a_wide_budget_needs_the_survey_alone(harness: Harness) -> None:
     case = make_case(kappa=1.0)
 
