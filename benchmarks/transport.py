@@ -21,20 +21,24 @@ sys.path.insert(0, str(ROOT))
 
 BAND = 145
 GRIDS = [
-    # model, side of the grid, channels of keys and values, sites that share the grid
-    ("SD1.5 512", 64, 640, 5),
-    ("SD1.5 512", 32, 1280, 5),
-    ("SD1.5 512", 16, 2560, 5),
-    ("SD1.5 512", 8, 2560, 1),
-    ("SDXL 1024", 64, 1280, 10),
-    ("SDXL 1024", 32, 2560, 10),  # of 60
-    ("SDXL 512", 16, 2560, 10),  # of 60
-    ("SD1.5 768", 48, 1280, 5),
-    ("SD1.5 768", 24, 2560, 5),
+    # model, rows and columns of the grid, channels of keys and values, sites that share the grid
+    ("SD1.5 512", 64, 64, 640, 5),
+    ("SD1.5 512", 32, 32, 1280, 5),
+    ("SD1.5 512", 16, 16, 2560, 5),
+    ("SD1.5 512", 8, 8, 2560, 1),
+    ("SDXL 1024", 64, 64, 1280, 10),
+    ("SDXL 1024", 32, 32, 2560, 10),  # of 60
+    ("SDXL 512", 16, 16, 2560, 10),  # of 60
+    ("SD1.5 768", 48, 48, 1280, 5),
+    ("SD1.5 768", 24, 24, 2560, 5),
+    # The text of 77 and 231 tokens: cross-attention that --sites took in.
+    ("SD1.5 text", 1, 77, 2560, 5),
+    ("SDXL text", 1, 77, 2560, 10),  # of 60
+    ("SDXL text", 1, 231, 2560, 10),
 ]
 
 
-def graph_of(form: str, side: int, channels: int, sites: int, batch: int) -> bytes:
+def graph_of(form: str, height: int, width: int, channels: int, sites: int, batch: int) -> bytes:
     """A graph that applies one transport to the tokens of so many sites."""
     import onnx_ir as ir
 
@@ -46,9 +50,9 @@ def graph_of(form: str, side: int, channels: int, sites: int, batch: int) -> byt
 
     kind = ir.TensorType(ir.DataType.FLOAT)
     function = (build_dense_transport if form == "dense" else build_banded_transport)(ir.DataType.FLOAT)
-    band = ir.Value(name="band", type=kind, shape=ir.Shape([batch, BAND, side, side]))
+    band = ir.Value(name="band", type=kind, shape=ir.Shape([batch, BAND, height, width]))
     tokens = [
-        ir.Value(name=f"x{i}", type=kind, shape=ir.Shape([batch, side * side, channels]))
+        ir.Value(name=f"x{i}", type=kind, shape=ir.Shape([batch, height * width, channels]))
         for i in range(sites)
     ]
     calls = [ir.node(function.name, [band, x], domain="sws") for x in tokens]
@@ -63,14 +67,16 @@ def graph_of(form: str, side: int, channels: int, sites: int, batch: int) -> byt
     return ir.to_proto(model).SerializeToString()
 
 
-def milliseconds(form: str, side: int, channels: int, sites: int, batch: int, repeats: int) -> float:
+def milliseconds(
+    form: str, height: int, width: int, channels: int, sites: int, batch: int, repeats: int
+) -> float:
     """Fastest of `repeats` runs, a site."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        graph_of(form, side, channels, sites, batch), options, providers=["CPUExecutionProvider"]
+        graph_of(form, height, width, channels, sites, batch), options, providers=["CPUExecutionProvider"]
     )
     random = np.random.default_rng(0)
     feed = {value.name: random.random(value.shape, dtype=np.float32) for value in session.get_inputs()}
@@ -87,17 +93,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tiles against the dense product.")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose model has this in its name")
     parser.add_argument("--out", type=Path, help="JSON file with the results")
     arguments = parser.parse_args()
     import onnxruntime
 
     rows: list[dict[str, Any]] = []
-    for model, side, channels, sites in GRIDS:
-        row: dict[str, Any] = {"model": model, "side": side, "channels": channels, "sites": sites}
+    for model, height, width, channels, sites in (row for row in GRIDS if arguments.only in row[0]):
+        row: dict[str, Any] = {"model": model, "grid": [height, width], "channels": channels, "sites": sites}
         for form in ("tiles", "dense"):
-            row[form] = milliseconds(form, side, channels, sites, arguments.batch, arguments.repeats)
+            row[form] = milliseconds(form, height, width, channels, sites, arguments.batch, arguments.repeats)
         rows.append(row)
-        grid = f"{model:10} {side:3} x {side:<3} {channels:5} channels, {sites:2} sites"
+        grid = f"{model:10} {height:3} x {width:<3} {channels:5} channels, {sites:2} sites"
         times = f"tiles {row['tiles']:8.2f} ms, dense {row['dense']:8.2f} ms"
         print(f"{grid}: {times}, {row['dense'] / row['tiles']:.2f} x", flush=True)
     results = {

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from graph_passes.functions.attention import build_attention
 from graph_passes.functions.banded_transport import build_banded_transport
+from graph_passes.functions.dense_transport import build_dense_transport
 from graph_passes.functions.key_guard import Guard, build_key_guard
 from graph_passes.functions.key_guard_fused import check_fused_guard
-from graph_passes.functions.line_transport import build_line_transport
 from graph_passes.functions.node_attention import build_node_attention
 from graph_passes.functions.node_guard import build_node_guard, build_node_keys
 from graph_passes.functions.node_schedule import build_node_schedule
@@ -62,7 +62,7 @@ def build_functions(
     ]
     if cross_attention:
         functions += [
-            build_line_transport(dtype),
+            build_dense_transport(dtype),
             build_attention(parameters, dtype, guard_rows, figures, cross=True),
         ]
     if figures:

@@ -73,7 +73,8 @@ def build_attention(
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
         both = op.Concat(k, v, axis=2)
         if cross:
-            moved = op.LineTransport(transport, both, _domain="sws")
+            # On a single row tiles of 8 x 8 in their surroundings of 24 x 24 would be nearly empty.
+            moved = op.DenseTransport(transport, both, _domain="sws")
         else:
             moved = op.BandedTransport(transport, both, radius=STATE_RADIUS, _domain="sws")
         k_perm, v_perm = op.Split(moved, num_outputs=2, axis=2, _outputs=2)
