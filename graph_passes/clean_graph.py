@@ -16,6 +16,7 @@ class CleanGraph(InPlacePass):
         """Run the clean-up passes; reports whether any changed the graph."""
         passes = [
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.LiftSubgraphInitializersToMainGraphPass(),
             common.DeduplicateInitializersPass(size_limit=2**20),
             common.CommonSubexpressionEliminationPass(),
             _DropIdentities(),

@@ -36,18 +36,25 @@ class DecomposeGuardAttention(InPlacePass):
 def _spelled_out(node: ir.Node) -> list[ir.Node]:
     """softmax(scale q kᵀ) v for q, k, v of shape [B, h, T, D]."""
     q, k, v = node.inputs
-    # An attribute of the function, so that it reaches the nodes as a constant.
-    scale = ir.node(
-        "Constant", [], {"value_float": ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT)}
-    )
-    scaled = ir.node("Mul", [q, scale.outputs[0]])
+    scaling = _scaling(node.attributes["scale"], q)
     # Not Transpose and MatMul: ONNX Runtime 1.32 moves the transposition up through the padding of the keys
     # and then reads a shape beyond its end.
-    logits = ir.node("Einsum", [scaled.outputs[0], k], {"equation": "bhqd,bhkd->bhqk"})
+    scaled = scaling[-1].outputs[0] if scaling else q
+    logits = ir.node("Einsum", [scaled, k], {"equation": "bhqd,bhkd->bhqk"})
     weights = ir.node("Softmax", [logits.outputs[0]], {"axis": -1})
     mean = ir.node("MatMul", [weights.outputs[0], v])
-    nodes = [scale, scaled, logits, weights, mean]
-    for part, part_name in zip(nodes, ("scale", "scaled", "logits", "weights", "mean"), strict=True):
+    nodes = [*scaling, logits, weights, mean]
+    for number, part in enumerate(nodes):
         # Inlining keeps apart what has a name.
-        part.outputs[0].name = f"{node.outputs[0].name}_{part_name}"
+        part.outputs[0].name = f"{node.outputs[0].name}_{part.op_type}_{number}"
     return nodes
+
+
+def _scaling(scale: ir.Attr, q: ir.Value | None) -> list[ir.Node]:
+    """Nodes that multiply queries by the function's attribute `scale`; none where they are scaled already."""
+    if not scale.is_ref():
+        assert scale.as_float() == 1.0
+        return []
+    attribute = ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT)
+    constant = ir.node("Constant", [], {"value_float": attribute})
+    return [constant, ir.node("Mul", [q, constant.outputs[0]])]

@@ -48,7 +48,7 @@ class InsertSws(InPlacePass):
         parameters: SwsParameters,
         guard: Guard = "literal",
         guard_rows: Fraction = Fraction(1),
-        statistics: ir.DataType = FLOAT,
+        branches: bool = False,
         debug_outputs: bool = False,
     ) -> None:
         """Rewrite `sites`; the form of the guard is that of `build_functions`."""
@@ -57,7 +57,7 @@ class InsertSws(InPlacePass):
         self.parameters = parameters
         self.guard: Guard = guard
         self.guard_rows = guard_rows
-        self.statistics = statistics
+        self.branches = branches
         self.debug_outputs = debug_outputs
 
     def call(self, model: ir.Model) -> PassResult:
@@ -74,7 +74,7 @@ class InsertSws(InPlacePass):
             dtype,
             self.guard,
             self.guard_rows,
-            self.statistics,
+            self.branches,
             self.debug_outputs,
             cross_attention=any(site.key_grid == TEXT for site in self.sites),
         )

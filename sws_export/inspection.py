@@ -65,7 +65,7 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "kind": "onnx",
         "opset": model.graph.opset_imports.get("", 0),
-        "nodes": len(model.graph),
+        "nodes": sum(1 for _ in model.graph.all_nodes()),
         "producer": f"{model.producer_name} {model.producer_version or ''}".strip(),
         "inputs": [
             f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in graph_specs(model.graph.inputs)

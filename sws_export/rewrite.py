@@ -59,7 +59,7 @@ class RewriteReport:
         sites: Names of the sites with SWS by the grid of their keys.
         skipped: Attention nodes left as they were, with the reason.
         states: State pairs, finest grid first, that of the text last.
-        nodes: Nodes of the result.
+        nodes: Nodes of the result, those in branches included.
         debug_sites: Columns of the debug outputs; none where there are no such outputs.
         preset: Whose mathematics.
     """
@@ -122,7 +122,15 @@ def rewrite(
             if preset == "node":
                 insert_node(model, sites, parameters, debug_outputs=debug_outputs)
             else:
-                InsertSws(sites, parameters, guard.form, guard.rows, debug_outputs=debug_outputs)(model)
+                InsertSws(
+                    sites,
+                    parameters,
+                    guard.form,
+                    guard.rows,
+                    # TensorRT captures a step as one CUDA graph, which has no branches.
+                    branches=target == "onnxruntime",
+                    debug_outputs=debug_outputs,
+                )(model)
             stage.describe("lowering")
             FixSizes(declared_sizes(model) | dict(sizes or {}))(model)
             if target == "tensorrt-rtx":
@@ -202,7 +210,7 @@ def _report(model: ir.Model, sites: Iterable[Site], skipped: Iterable[SkippedSit
         sites={grid: tuple(by_grid[grid]) for grid in grids},
         skipped=tuple(skipped),
         states=tuple(map(state_pair, grids)),
-        nodes=len(model.graph),
+        nodes=sum(1 for _ in model.graph.all_nodes()),
     )
 
 

@@ -1,7 +1,7 @@
 """The SWS operators as model-local ONNX functions of domain `sws`.
 
 Each function is built once for given parameters and a model dtype; iteration counts are unrolled while it
-is built, so that no function holds a Loop or an If. B is the batch, T = H * W the tokens of a grid, C the
+is built, so that no function holds a Loop. B is the batch, T = H * W the tokens of a grid, C the
 heads times the head size.
 """
 
@@ -33,7 +33,7 @@ def build_functions(
     dtype: ir.DataType,
     guard: Guard = "literal",
     guard_rows: Fraction = Fraction(1),
-    statistics: ir.DataType = ir.DataType.FLOAT,
+    branches: bool = False,
     figures: bool = False,
     *,
     cross_attention: bool = False,
@@ -45,7 +45,7 @@ def build_functions(
         dtype: Of the model's activations.
         guard: Form of `KeyGuard`, see `build_key_guard`.
         guard_rows: Share of the query rows that the guard sees, see `build_attention`.
-        statistics: Dtype of the fused guard's attention, likewise.
+        branches: Let the fused guard have `If` nodes, likewise.
         figures: Let `Attention` give the figures of its site as a second output.
         cross_attention: Add what sites with keys of the text are made of.
 
@@ -53,17 +53,18 @@ def build_functions(
         GraphError: The parameters are outside the range in which the fused guard is exact, or the share of
             rows is not supported.
     """
+    carries_values = branches and guard == "fused" and guard_rows == 1 and dtype == ir.DataType.FLOAT
     functions = [
         build_schedule(parameters),
         build_transport(parameters),
         build_banded_transport(dtype),
-        build_key_guard(parameters, dtype, guard, statistics),
-        build_attention(parameters, dtype, guard_rows, figures),
+        build_key_guard(parameters, dtype, guard, branches),
+        build_attention(parameters, dtype, guard_rows, carries_values, figures),
     ]
     if cross_attention:
         functions += [
             build_dense_transport(dtype),
-            build_attention(parameters, dtype, guard_rows, figures, cross=True),
+            build_attention(parameters, dtype, guard_rows, carries_values, figures, cross=True),
         ]
     if figures:
         functions.append(build_site_figures(dtype))

@@ -6,7 +6,8 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.errors import GraphError
-from graph_passes.functions.building import Op, cast, define_function, per_sample
+from graph_passes.functions.building import Op, cast, define_function, mixed, per_sample
+from graph_passes.functions.key_guard_fused import branching_site
 from graph_passes.parameters import STATE_RADIUS, SwsParameters
 
 FLOAT = ir.DataType.FLOAT
@@ -26,6 +27,7 @@ def build_attention(
     parameters: SwsParameters,
     dtype: ir.DataType,
     guard_rows: Fraction = Fraction(1),
+    carries_values: bool = False,
     figures: bool = False,
     *,
     cross: bool = False,
@@ -44,6 +46,8 @@ def build_attention(
         guard_rows: Share of the query rows that the guard sees: 1, or 1/2 to 1/16 for a lattice over the
             grid. An approximation. The mean KL divergence survives it; the lowest and the highest entropy
             are those of the rows seen, so that amplitudes come out a little different.
+        carries_values: Let the attention that evaluates the divergence be the site's own where it can: a
+            fused guard with branches, on all rows of a float32 model.
         figures: Give a second output [B, 1, 6] float32: `SITE_FIGURES` of debug_outputs.
         cross: Make `CrossAttention`.
 
@@ -80,33 +84,35 @@ def build_attention(
         k_perm, v_perm = op.Split(moved, num_outputs=2, axis=2, _outputs=2)
         if sampled and not cross:
             query_grid = op.Shape(transport, start=2, end=4)
-        alpha_k, a_v = op.KeyGuard(
-            _lattice(op, q, query_grid, strides) if sampled else q,
-            k,
-            k_perm,
-            tau_q,
-            amplitude,
-            kappa,
-            key_gate,
-            value_gain,
-            num_heads=num_heads,
-            scale=scale,
-            key_cap=parameters.key_cap,
-            bisection_steps=parameters.bisection_steps,
-            _domain="sws",
-            _outputs=2,
-        )
-        told = _figures(op, q, k, k_perm, tau_q, alpha_k, a_v) if figures else None
-        q = op.Div(q, cast(op, per_sample(op, tau_q, 3), dtype, FLOAT))
-        y = op.Attention(
-            q,
-            _mix(op, k, k_perm, alpha_k, dtype),
-            _mix(op, v, v_perm, a_v, dtype),
-            q_num_heads=ir.RefAttr("q_num_heads", "num_heads", ir.AttributeType.INT),
-            kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
-            scale=scale,
-        )
-        return y if told is None else (y, told)
+        per_batch = (tau_q, amplitude, kappa, key_gate, value_gain)
+
+        def attend(op: Op, key_share: Any, value_share: Any) -> Any:
+            return op.Attention(
+                op.Div(q, cast(op, per_sample(op, tau_q, 3), dtype, FLOAT)),
+                mixed(op, k, k_perm, cast(op, key_share, dtype, FLOAT)),
+                mixed(op, v, v_perm, cast(op, value_share, dtype, FLOAT)),
+                q_num_heads=ir.RefAttr("q_num_heads", "num_heads", ir.AttributeType.INT),
+                kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
+                scale=scale,
+            )
+
+        if carries_values:
+            alpha_k, a_v, y = branching_site(op, parameters, q, k, v, k_perm, v_perm, *per_batch, attend)
+        else:
+            alpha_k, a_v = op.KeyGuard(
+                _lattice(op, q, query_grid, strides) if sampled else q,
+                k,
+                k_perm,
+                *per_batch,
+                num_heads=num_heads,
+                scale=scale,
+                key_cap=parameters.key_cap,
+                bisection_steps=parameters.bisection_steps,
+                _domain="sws",
+                _outputs=2,
+            )
+            y = attend(op, alpha_k, a_v)
+        return (y, _figures(op, q, k, k_perm, tau_q, alpha_k, a_v)) if figures else y
 
     inputs = dict.fromkeys(("q", "k", "v"), dtype)
     inputs |= dict.fromkeys(("transport", "tau_q", "amplitude", "kappa", "key_gate", "value_gain"), FLOAT)
@@ -137,8 +143,3 @@ def _lattice(op: Op, q: Any, size: Any, strides: tuple[int, int]) -> Any:
     grid = op.Reshape(q, op.Concat([0], size, [-1], axis=0))
     some = op.Slice(grid, [0, 0], [2**31, 2**31], [1, 2], list(strides))
     return op.Reshape(some, op.Concat([0, -1], op.Shape(q, start=2, end=3), axis=0))
-
-
-def _mix(op: Op, x: Any, moved: Any, amount: Any, dtype: ir.DataType) -> Any:
-    share = cast(op, per_sample(op, amount, 3), dtype, FLOAT)
-    return op.Add(x, op.Mul(share, op.Sub(moved, x)))

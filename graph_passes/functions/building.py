@@ -10,6 +10,8 @@ OPSET = 23
 
 Op = Any
 """onnxscript's `OpBuilder`: `op.Add(x, 1.0)` appends a node and returns its output."""
+Body = Callable[[Op], Any]
+"""Appends the nodes of a branch; returns one value or a sequence of them."""
 
 
 def define_function(
@@ -38,18 +40,63 @@ def define_function(
     )
     for value, output_name in zip(function.outputs, outputs, strict=True):
         value.name = output_name
-    for node in list(function):
+    for number, node in enumerate(list(ir.traversal.RecursiveGraphIterator(function.graph))):
         node.metadata_props.clear()
         for value in node.outputs:
             # Names of unknown dimensions would be taken for equal ones once several functions are inlined.
             value.shape = None
+            if node.graph is not function.graph:
+                # The builder counts from 0 in each branch, and no name may hide one from outside.
+                value.name = f"{value.name}_in_branch_{number}"
         literal = node.inputs[0] if node.op_type == "CastLike" else None
         if literal is not None:
             # The builder adds these to literals where it does not know a type. All literals here are
             # float32 or int64 and meet their own kind.
+            assert node.graph is not None
             ir.convenience.replace_all_uses_with(node.outputs[0], literal)
-            function.remove(node, safe=True)
+            node.graph.remove(node, safe=True)
     return function
+
+
+def branch(op: Op, condition: Any, then: Body, otherwise: Body, count: int) -> Any:
+    """What `then(op)` gives where the bool `condition` of one element holds, else what `otherwise(op)` gives.
+
+    A runtime executes the nodes of one of them. Values from outside may be used in both.
+
+    Args:
+        op: Appends the node that decides.
+        condition: Bool of one element.
+        then: Appends nodes by the builder it is given; returns float32 values.
+        otherwise: Likewise.
+        count: Of the values that both return; one is returned as itself.
+    """
+    graphs = {
+        name: op.builder.subgraph(
+            lambda inner, body=body: _own_values(inner, body(inner)),
+            [],
+            [ir.Value(type=ir.TensorType(ir.DataType.FLOAT)) for _ in range(count)],
+            name=name,
+        )
+        for name, body in (("then_branch", then), ("else_branch", otherwise))
+    }
+    return op.If(condition, **graphs, _outputs=count)
+
+
+def true_for_any(op: Op, flags: Any) -> Any:
+    """Whether any element of a bool tensor is true, a bool without dimensions."""
+    return op.Cast(
+        op.ReduceMax(op.Cast(flags, to=int(ir.DataType.FLOAT)), keepdims=0), to=int(ir.DataType.BOOL)
+    )
+
+
+def _own_values(op: Op, values: Any) -> list[Any]:
+    """The values as results of nodes in the branch that `op` builds, as ONNX wants them."""
+    free = {value for node in op.builder.graph for value in node.outputs}
+    own = []
+    for value in values if isinstance(values, Sequence) else [values]:
+        own.append(value if value in free else op.Identity(value))
+        free.discard(value)
+    return own
 
 
 def attribute_int(op: Op, name: str) -> Any:
@@ -65,3 +112,8 @@ def cast(op: Op, value: Any, dtype: ir.DataType, source: ir.DataType) -> Any:
 def per_sample(op: Op, vector: Any, rank: int) -> Any:
     """A [B] vector as [B, 1, ...] of `rank` dimensions, ready to broadcast."""
     return op.Unsqueeze(vector, list(range(1, rank)))
+
+
+def mixed(op: Op, x: Any, moved: Any, share: Any) -> Any:
+    """`x` [B, T, C] with a `share` [B] of it replaced by `moved`, of one dtype; share 0 gives x itself."""
+    return op.Add(x, op.Mul(per_sample(op, share, 3), op.Sub(moved, x)))

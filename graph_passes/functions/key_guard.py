@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from graph_passes.functions.building import Op, attribute_int, cast, define_function, per_sample
 from graph_passes.functions.entropy_factor import entropy_factor
-from graph_passes.functions.key_guard_fused import check_fused_guard, fused_guard
+from graph_passes.functions.key_guard_fused import branching_guard, check_fused_guard, straight_guard
 from graph_passes.parameters import SwsParameters
 
 FLOAT = ir.DataType.FLOAT
@@ -18,7 +18,7 @@ def build_key_guard(
     parameters: SwsParameters,
     dtype: ir.DataType,
     guard: Guard = "literal",
-    statistics: ir.DataType = FLOAT,
+    branches: bool = False,
 ) -> ir.Function:
     """`KeyGuard(q, k, k_perm, tau_q, amplitude, kappa, key_gate, value_gain) -> alpha_k, a_v`.
 
@@ -30,10 +30,10 @@ def build_key_guard(
         parameters: Constants of the method.
         dtype: Of the model's activations.
         guard: `literal` stores the logits and evaluates the mean KL over heads and rows in every step of the
-            bisection. `fused` finds the step from a few `Attention` nodes and stores none;
-            for extreme logits it may be another one, see docs/performance.md.
-        statistics: Dtype of those nodes. Below float32 the step may be another one, but TensorRT has fused
-            kernels for float16 and bfloat16 only, and stores the logits of others.
+            bisection. `fused` finds the step from a few `Attention` nodes and stores none.
+        branches: Let `fused` have `If` nodes, which skip evaluations that decide nothing and prove the step.
+            Without them it is straight-line, and for extreme logits the step may be another one, see
+            docs/performance.md.
 
     Raises:
         GraphError: `fused`, and the parameters are outside the range in which it is exact.
@@ -45,10 +45,11 @@ def build_key_guard(
         tau_q, amplitude, kappa, key_gate, value_gain = per_batch
         shared = (q, k, k_perm, tau_q, amplitude, kappa)
         if guard == "fused":
-            share, mix = fused_guard(op, parameters, dtype, statistics, *shared)
+            fused_guard = branching_guard if branches else straight_guard
+            share, mix = fused_guard(op, parameters, dtype, *shared, key_gate)
         else:
-            share, mix = _literal_guard(op, parameters, dtype, *shared)
-        return op.Mul(share, key_gate), op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
+            share, mix = _literal_guard(op, parameters, dtype, *shared, key_gate)
+        return share, op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
 
     return define_function(
         "KeyGuard",
@@ -75,8 +76,9 @@ def _literal_guard(
     tau_q: Any,
     amplitude: Any,
     kappa: Any,
+    key_gate: Any,
 ) -> tuple[Any, Any]:
-    """The share of transported keys before its gate, and the amplitude a, [B] float32 each."""
+    """The share of transported keys and the amplitude a, [B] float32 each."""
     query = op.Div(_heads(op, q, dtype, [0, 2, 1, 3]), per_sample(op, tau_q, 4))
     query = op.Mul(query, op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT)))
     logits = op.MatMul(query, _heads(op, k, dtype, [0, 2, 3, 1]))
@@ -96,7 +98,7 @@ def _literal_guard(
         allowed = op.LessOrEqual(divergence, kappa)
         low = op.Where(allowed, middle, low)
         high = op.Where(allowed, high, middle)
-    return low, mix
+    return op.Mul(low, key_gate), mix
 
 
 def _heads(op: Op, x: Any, dtype: ir.DataType, perm: list[int]) -> Any:

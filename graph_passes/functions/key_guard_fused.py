@@ -1,45 +1,35 @@
 """`sws.KeyGuard` from fused attention alone: no T x T tensor outlives an `Attention` node.
 
-Means over the keys are attention outputs, E_t[d] for values d. So is the log-sum-exp of a row: with one more
-channel, in which queries carry -c / scale, keys and values 1, and one more key and value of zeros, the
-logits of a row are S - c and 0, and the output of that channel is the share o = e^LSE / (e^LSE + e^c). Hence
-LSE = c + log(o / (1 - o)), to the relative precision of the dtype as long as c lies some nats above LSE, and
-the mean is the output of the other channels divided by o.
+The divergence grows with the share of transported keys, so that the bisection of the literal form ends at the
+largest step of its grid whose divergence is within the budget, whichever way that step is found.
 
-With K(t) = LSE(S0 + t Delta) - LSE(S0), the divergence at t is KL(t) = t E_t[Delta] - K(t): exact wherever it
-is evaluated. It grows with t, and log(KL / t^2) is smooth, so that three evaluations find the step which the
-bisection of the literal form finds. They can miss it where a few rows of extreme logits carry the
-divergence and the budget binds far below the cap; docs/performance.md says how often and by how much.
+The straight-line form always evaluates three divergences. It can miss the step where a few rows of extreme
+logits carry the divergence and the budget binds far below the cap; docs/performance.md says how often.
+
+The form with branches proves its step, and skips what a bound or one evaluation settles. No branch makes a
+step longer than all of them do, so that the work of a step is bounded.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
 
 from graph_passes.errors import GraphError
-from graph_passes.functions.building import Op, attribute_int, cast, per_sample
+from graph_passes.functions.building import Op, branch, mixed, true_for_any
 from graph_passes.functions.entropy_factor import entropy_factor
+from graph_passes.functions.row_statistics import RowStatistics, join_heads, split_heads
+from graph_passes.functions.step_search import few_evaluations, proven_step
 from graph_passes.parameters import SwsParameters
 
-FLOAT = ir.DataType.FLOAT
-EVALUATIONS = 3
-"""Divergences evaluated over all keys, each as costly as plain attention."""
 MIN_BUDGET = 1e-3
 """Smallest KL budget (nats) that float32 statistics tell from rounding."""
 MAX_STEPS = 8
-"""Most halvings whose last step the evaluations resolve."""
-_ABOVE_LOGIT = 70.0
-_ABOVE_ROW_MEAN = 8.0
-_ABOVE_LOG_SUM = 20.0
-_ABOVE_LOG_SUM_16_BIT = 4.0
-_KEY_STRIDE = 8
-_MIN_SHARE = 1e-37
-_MIN_REST = 1e-7
-_MIN_DIVERGENCE = 1e-9
+"""Most halvings whose steps the evaluations tell apart."""
 
 
 def check_fused_guard(parameters: SwsParameters) -> None:
-    """Refuse parameters for which the few evaluations are not known to find the literal form's step.
+    """Refuse parameters for which the fused guard is not known to find the literal form's step.
 
     Raises:
         GraphError: The smallest KL budget at which keys are mixed is below `MIN_BUDGET`, or the grid is finer
@@ -58,147 +48,172 @@ def check_fused_guard(parameters: SwsParameters) -> None:
         )
 
 
-def fused_guard(
+def straight_guard(
     op: Op,
     parameters: SwsParameters,
     dtype: ir.DataType,
-    statistics: ir.DataType,
     q: Any,
     k: Any,
     k_perm: Any,
     tau_q: Any,
     amplitude: Any,
     kappa: Any,
+    key_gate: Any,
 ) -> tuple[Any, Any]:
-    """The share of transported keys before its gate, and the amplitude a, [B] float32 each.
+    """The share of transported keys and the amplitude a, [B] float32 each; `dtype` is that of q and keys."""
+    rows = RowStatistics(op, q, k, k_perm, tau_q, dtype, branches=False)
+    mix = _mix(op, amplitude, rows)
+    unit = _unit(op, parameters, mix, key_gate)
+    divergence = rows.divergence(op)
+    last = 2**parameters.bisection_steps - 1
+    step = few_evaluations(op, lambda op, n: divergence(op, op.Mul(unit, n)), kappa, last)
+    return op.Mul(unit, step), mix
 
-    `dtype` is that of q, k and k_perm, `statistics` that of the attention nodes.
+
+def branching_guard(
+    op: Op,
+    parameters: SwsParameters,
+    dtype: ir.DataType,
+    q: Any,
+    k: Any,
+    k_perm: Any,
+    tau_q: Any,
+    amplitude: Any,
+    kappa: Any,
+    key_gate: Any,
+) -> tuple[Any, Any]:
+    """As `straight_guard`, with branches; nothing is computed where no sample has an amplitude."""
+
+    def found(op: Op) -> tuple[Any, Any]:
+        rows = RowStatistics(op, q, k, k_perm, tau_q, dtype, branches=True)
+        mix = _mix(op, amplitude, rows)
+        search = _Search(op, parameters, rows, _unit(op, parameters, mix, key_gate), kappa)
+        value = branch(
+            op,
+            search.undecided,
+            lambda op: rows.divergence(op, search.last)(op, search.last),
+            search.no_divergence,
+            1,
+        )
+        return search.largest_share(op, search.binds(op, value), value), mix
+
+    nothing = op.Mul(amplitude, 0.0)
+    active = true_for_any(op, op.Greater(amplitude, 0.0))
+    share, mix = branch(op, active, found, lambda _: (nothing, nothing), 2)
+    return share, mix
+
+
+def branching_site(
+    op: Op,
+    parameters: SwsParameters,
+    q: Any,
+    k: Any,
+    v: Any,
+    k_perm: Any,
+    v_perm: Any,
+    tau_q: Any,
+    amplitude: Any,
+    kappa: Any,
+    key_gate: Any,
+    value_gain: Any,
+    attend: Callable[[Op, Any, Any], Any],
+) -> tuple[Any, Any, Any]:
+    """The shares of transported keys and values, [B] each, and the output [B, T, C] of a float32 site.
+
+    The attention that evaluates the divergence at the last step carries the values along, and is the site's
+    own where that step is allowed; not where a sample has no amplitude, which stays plain bit for bit.
+
+    Args:
+        op: Builder.
+        parameters: Constants of the method.
+        q: Queries [B, T, C]; k, v, k_perm and v_perm likewise.
+        k: Keys.
+        v: Values.
+        k_perm: Transported keys.
+        v_perm: Transported values.
+        tau_q: Temperature, [B]; all that follow likewise.
+        amplitude: Strength before the entropy factor.
+        kappa: Budget in nats.
+        key_gate: 0 where keys are left alone, else 1.
+        value_gain: Share of transported values at a strength of 1.
+        attend: (op, share of keys, share of values) -> the site's output.
     """
-    query = _Heads(op, op.Div(cast(op, q, FLOAT, dtype), per_sample(op, tau_q, 3)), statistics)
-    wide_k = cast(op, k, FLOAT, dtype)
-    moved = _split_heads(op, op.Sub(cast(op, k_perm, FLOAT, dtype), wide_k))
-    # A vector added to all keys changes no weight, and costs digits.
-    keys = _split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
 
-    log_sum, mean_logit = _plain_statistics(op, query, keys)
-    mix = op.Clip(op.Mul(amplitude, entropy_factor(op, op.Sub(log_sum, mean_logit))), 0.0, 1.0)
+    def found(op: Op) -> tuple[Any, Any, Any]:
+        rows = RowStatistics(op, q, k, k_perm, tau_q, ir.DataType.FLOAT, branches=True)
+        mix = _mix(op, amplitude, rows)
+        value_share = op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
+        search = _Search(op, parameters, rows, _unit(op, parameters, mix, key_gate), kappa)
 
-    steps = 2**parameters.bisection_steps
-    unit = op.Mul(mix, parameters.key_cap / steps)
-    shifted, shift = query.shifted(
-        op.Add(log_sum, _ABOVE_LOG_SUM if statistics == FLOAT else _ABOVE_LOG_SUM_16_BIT)
-    )
-    growth = op.Sub(shift, log_sum)
-    values = cast(op, _with_sentinel(op, moved), statistics, FLOAT)
-    base = _with_sentinel(op, keys)
-    change = op.Pad(moved, [0, 0, 1, 1], None, [2, 3])
+        def together(op: Op) -> tuple[Any, Any]:
+            values = split_heads(op, mixed(op, v, v_perm, value_share))
+            value, y = rows.divergence(op, search.last).with_output(op, search.last, values)
+            return value, join_heads(op, y)
 
-    def divergence(step: Any) -> Any:
-        share = op.Mul(unit, step)
-        mixed = op.Add(base, op.Mul(per_sample(op, share, 4), change))
-        rest, mean = query.attend(shifted, cast(op, mixed, statistics, FLOAT), values)
-        row = op.Sub(op.Mul(per_sample(op, share, 4), mean), op.Add(rest, growth))
-        return op.ReduceMean(row, [1, 2, 3], keepdims=0)
+        value, carried = branch(op, search.undecided, together, lambda op: (search.no_divergence(op), q), 2)
+        binds = search.binds(op, value)
+        share = search.largest_share(op, binds, value)
+        left_plain = true_for_any(op, op.LessOrEqual(mix, 0.0))
+        done = op.And(search.undecided, op.Not(op.Or(binds, left_plain)))
+        y = branch(op, done, lambda _: carried, lambda op: attend(op, share, value_share), 1)
+        return share, value_share, y
 
-    return op.Mul(unit, _find_step(op, divergence, kappa, steps)), mix
+    def plain(op: Op) -> tuple[Any, Any, Any]:
+        nothing = op.Mul(amplitude, 0.0)
+        return nothing, nothing, attend(op, nothing, nothing)
+
+    active = true_for_any(op, op.Greater(amplitude, 0.0))
+    share, value_share, y = branch(op, active, found, plain, 3)
+    return share, value_share, y
 
 
-def _find_step(op: Op, divergence: Any, kappa: Any, steps: int) -> Any:
-    """The largest n of 0 .. steps - 1 with divergence(n) <= kappa, [B] float32.
+class _Search:
+    """For the largest share of transported keys that the budget allows.
 
-    Takes log(KL / n^2) for linear in n, through the last two points, and evaluates at integers: the last
-    decides between two neighbours by itself.
+    Attributes:
+        last: The largest share of the grid, [B].
+        undecided: Whether the bound leaves open, in some sample, that `last` is allowed.
     """
-    last = float(steps - 1)
-    log_budget = op.Log(op.Max(kappa, _MIN_DIVERGENCE))
-    low, high = op.Mul(kappa, 0.0), op.Add(op.Mul(kappa, 0.0), float(steps))
-    step = op.Add(low, last)
-    earlier = None
-    for _ in range(EVALUATIONS):
-        value = divergence(step)
-        allowed = op.LessOrEqual(value, kappa)
-        low = op.Where(allowed, op.Max(low, step), low)
-        high = op.Where(allowed, high, op.Min(high, step))
 
-        log_value = op.Log(op.Max(value, _MIN_DIVERGENCE))
-        log_step = op.Log(step)
-        level = op.Sub(log_value, op.Mul(log_step, 2.0))
-        power: Any = 2.0
-        if earlier is not None:
-            run = op.Sub(step, earlier[0])
-            # 0 where both points are the same one.
-            slope = op.Div(op.Mul(op.Sub(level, earlier[1]), run), op.Add(op.Mul(run, run), 1e-3))
-            power = op.Clip(op.Add(op.Mul(slope, step), 2.0), 1.0, 4.0)
-        earlier = (step, level)
-        root = op.Exp(op.Add(log_step, op.Div(op.Sub(log_budget, log_value), power)))
-        root = op.Max(low, op.Min(root, op.Sub(high, 0.01)))
-        step = op.Clip(op.Round(root), 1.0, last)
-    return op.Floor(root)
+    def __init__(self, op: Op, parameters: SwsParameters, rows: RowStatistics, unit: Any, kappa: Any) -> None:
+        self._halvings = parameters.bisection_steps
+        self._rows = rows
+        self._unit = unit
+        self._kappa = kappa
+        self.last = op.Mul(unit, 2.0**self._halvings - 1)
+        self.undecided = self.binds(op, rows.divergence_bound(op, self.last))
 
+    def binds(self, op: Op, divergence: Any) -> Any:
+        """Whether a divergence exceeds the budget in some sample; one that is not a number does."""
+        return true_for_any(op, op.Not(op.LessOrEqual(divergence, self._kappa)))
 
-def _plain_statistics(op: Op, query: "_Heads", keys: Any) -> tuple[Any, Any]:
-    """Log-sum-exp and mean of the logits of each row under plain attention, [B, h, T, 1] float32.
+    def no_divergence(self, op: Op) -> Any:
+        """Zeros, which stand for a divergence that is known to be allowed."""
+        return op.Mul(self._kappa, 0.0)
 
-    Keys are centred: the log-sum-exp lies above the mean logit, 0, and above every single one, and in float32
-    its share is readable up to 78 nats above such a bound; a row that is further above is taken for one-hot.
-    In 16 bit shares below 1e-4 are lost, and a first pass finds the mean under the row's own weights, at most
-    log(T) below.
-    """
-    if query.dtype == FLOAT:
-        some = op.Transpose(op.Slice(keys, [0], [2**31], [2], [_KEY_STRIDE]), perm=[0, 1, 3, 2])
-        highest = op.ReduceMax(op.MatMul(query.wide, some), [3], keepdims=1)
-        guess = op.Add(op.Max(highest, 0.0), _ABOVE_LOGIT)
-    else:
-        narrow = cast(op, keys, query.dtype, FLOAT)
-        weighted_key = query.attention(query.tensor, narrow, narrow)
-        guess = op.Add(query.logit(cast(op, weighted_key, FLOAT, query.dtype)), _ABOVE_ROW_MEAN)
-    shifted, shift = query.shifted(guess)
-    rows = cast(op, _with_sentinel(op, keys), query.dtype, FLOAT)
-    rest, mean = query.attend(shifted, rows, rows)
-    return op.Max(op.Add(shift, rest), mean), mean
+    def largest_share(self, op: Op, binds: Any, value: Any) -> Any:
+        """`last`, or what a search finds where the divergence there, `value`, `binds` in some sample."""
+
+        def searched(op: Op) -> Any:
+            divergence = self._rows.divergence(op, self.last)
+            return op.Mul(
+                self._unit,
+                proven_step(
+                    op,
+                    lambda op, step: divergence(op, op.Mul(self._unit, step)),
+                    self._kappa,
+                    self._halvings,
+                    value,
+                ),
+            )
+
+        return branch(op, binds, searched, lambda _: self.last, 1)
 
 
-class _Heads:
-    """Queries [B, h, T, D] and the attention done with them, in `dtype`; all else is float32."""
-
-    def __init__(self, op: Op, q: Any, dtype: ir.DataType) -> None:
-        self.op = op
-        self.dtype = dtype
-        self.tensor = _split_heads(op, cast(op, q, dtype, FLOAT))
-        self.scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        self.wide = op.Mul(cast(op, self.tensor, FLOAT, dtype), self.scale)
-
-    def logit(self, key: Any) -> Any:
-        """Logits of float32 keys that each row has for itself, [B, h, T, 1]."""
-        return self.op.ReduceSum(self.op.Mul(self.wide, key), [3], keepdims=1)
-
-    def shifted(self, shift: Any) -> tuple[Any, Any]:
-        """Queries that lower all logits by `shift` [B, h, T, 1], and the shift as the dtype holds it."""
-        op = self.op
-        channel = cast(op, op.Div(shift, self.scale), self.dtype, FLOAT)
-        held = op.Mul(cast(op, channel, FLOAT, self.dtype), self.scale)
-        return op.Concat(self.tensor, op.Neg(channel), axis=3), held
-
-    def attend(self, shifted: Any, keys: Any, values: Any) -> tuple[Any, Any]:
-        """What the log-sum-exp has above the shift, and the mean of q . values, [B, h, T, 1] float32."""
-        op = self.op
-        out = cast(op, self.attention(shifted, keys, values), FLOAT, self.dtype)
-        share = op.Max(op.Slice(out, [-1], [2**31], [3]), _MIN_SHARE)
-        rest = op.Max(op.Sub(1.0, share), _MIN_REST)
-        mean = op.Div(self.logit(op.Slice(out, [0], [-1], [3])), share)
-        return op.Log(op.Div(share, rest)), mean
-
-    def attention(self, q: Any, k: Any, v: Any) -> Any:
-        """Fused attention of [B, h, T, D] tensors."""
-        return self.op.Attention(q, k, v, scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT))
+def _mix(op: Op, amplitude: Any, rows: RowStatistics) -> Any:
+    return op.Clip(op.Mul(amplitude, entropy_factor(op, rows.entropy)), 0.0, 1.0)
 
 
-def _split_heads(op: Op, x: Any) -> Any:
-    """[B, T, C] as [B, h, T, D]: of 3-D inputs, ONNX's inference gets the shape of `Attention` wrong."""
-    shape = op.Concat([0, 0], attribute_int(op, "num_heads"), [-1], axis=0)
-    return op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1, 3])
-
-
-def _with_sentinel(op: Op, x: Any) -> Any:
-    """[B, h, T, D] with a channel of ones, and then a row of zeros."""
-    return op.Pad(op.Pad(x, [0, 1], 1.0, [3]), [0, 1], None, [2])
+def _unit(op: Op, parameters: SwsParameters, mix: Any, key_gate: Any) -> Any:
+    """The share of transported keys of one step of the grid, [B]; 0 where keys are left alone."""
+    return op.Mul(op.Mul(mix, key_gate), parameters.key_cap / 2**parameters.bisection_steps)

@@ -99,8 +99,8 @@ def test_a_second_run_changes_nothing(kept: frozenset[str]) -> None:
     assert graph_bytes(model) == before
 
 
-@pytest.mark.parametrize("op_type", ["Loop", "If", "Scan"])
-def test_control_flow_is_refused_by_name(op_type: str) -> None:
+@pytest.mark.parametrize("op_type", ["Loop", "Scan"])
+def test_loops_are_refused_by_name(op_type: str) -> None:
     with pytest.raises(GraphError, match=f"node the_node: {op_type}"):
         check_lowered(_with_node(op_type))
 
@@ -112,7 +112,7 @@ def test_a_node_of_the_domain_is_refused_unless_it_is_kept() -> None:
         check_lowered(model)
 
 
-def test_control_flow_below_the_graph_is_refused_too() -> None:
+def test_loops_below_the_graph_are_refused_too() -> None:
     outer = ir.node("SequenceMap", [], name="outer")
     inner = ir.Graph([], [], nodes=[ir.node("Loop", [], name="hidden")])
     outer.attributes["body"] = ir.AttrGraph("body", inner)
@@ -125,6 +125,10 @@ def test_control_flow_below_the_graph_is_refused_too() -> None:
 def test_operators_of_other_domains_pass() -> None:
     check_lowered(_with_node("Loop", "somebody.else"))
     check_lowered(_with_node("Relu"))
+
+
+def test_branches_pass_as_they_bound_the_work_of_a_step() -> None:
+    check_lowered(_with_node("If"))
 
 
 def test_the_example_is_lowered_to_standard_operators(shapes_model: ShapesModel) -> None:

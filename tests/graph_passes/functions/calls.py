@@ -1,6 +1,10 @@
 """One function of domain `sws` in ONNX Runtime."""
 
+import collections
+import json
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +44,35 @@ class Call:
         self.model = ir.Model(graph, ir_version=10, functions=list(functions.values()))
         LowerFunctions()(self.model)
         CleanGraph()(self.model)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(
-            ir.to_proto(self.model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = self._open(onnxruntime.SessionOptions())
 
     def __call__(self, **inputs: Array) -> list[Array]:
         """The outputs for `inputs`."""
         return list(self.session.run(None, inputs))
+
+    def unoptimized(self, **inputs: Array) -> list[Array]:
+        """The outputs of the graph as it is, without what ONNX Runtime makes of it."""
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return list(self._open(options).run(None, inputs))
+
+    def executed(self, **inputs: Array) -> collections.Counter[str]:
+        """How many nodes of each type run for `inputs`: those of branches that are taken, and no others."""
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling = True
+        with tempfile.TemporaryDirectory() as folder:
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = self._open(options)
+            session.run(None, inputs)
+            events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
+        return collections.Counter(
+            event["args"]["op_name"]
+            for event in events
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+        )
+
+    def _open(self, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+        options.intra_op_num_threads = 1
+        return onnxruntime.InferenceSession(
+            ir.to_proto(self.model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )

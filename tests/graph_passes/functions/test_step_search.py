@@ -1,0 +1,118 @@
+"""The searches for a step, with tables in place of divergences."""
+
+import collections
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graph_passes.functions.building import Op, define_function
+from graph_passes.functions.step_search import few_evaluations, proven_step
+from tests.graph_passes.functions.calls import FLOAT, Array, Call
+
+
+def search(halvings: int, proven: bool) -> Call:
+    """Steps [B] from `table` [B, N], whose entry n is the divergence at n, and `kappa` [B]."""
+
+    def body(op: Op, table, kappa):  # type: ignore[no-untyped-def]
+        def divergence(op: Op, step):  # type: ignore[no-untyped-def]
+            index = op.Unsqueeze(op.Cast(step, to=int(ir.DataType.INT64)), [1])
+            return op.Squeeze(op.GatherElements(table, index, axis=1), [1])
+
+        last = 2**halvings - 1
+        if not proven:
+            return few_evaluations(op, divergence, kappa, last)
+        at_last = divergence(op, op.Add(op.Mul(kappa, 0.0), float(last)))
+        return proven_step(op, divergence, kappa, halvings, at_last)
+
+    function = define_function("Search", body, {"table": FLOAT, "kappa": FLOAT}, ["step"])
+    return Call({"Search": function}, "Search", {"table": ["batch", 2**halvings]}, FLOAT, {})
+
+
+CALLS = {halvings: search(halvings, proven=True) for halvings in (1, 2, 3, 5, 7, 8)}
+
+
+def expected(table: Array, kappa: Array) -> list[int]:
+    return [int(np.flatnonzero(row <= budget)[-1]) for row, budget in zip(table, kappa, strict=True)]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[int, Array, Array]:
+    """Rising tables of every kind: smooth, with jumps, with plateaus; and budgets anywhere in them."""
+    halvings = draw(st.sampled_from(sorted(CALLS)))
+    size = 2**halvings
+    rows, budgets = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["power", "jumps", "cliff"]))
+        if kind == "power":
+            rises = np.diff(np.arange(size) ** draw(st.floats(0.3, 6.0)), prepend=0.0)
+        elif kind == "jumps":
+            seed = draw(st.integers(0, 2**31))
+            rises = 10.0 ** np.random.default_rng(seed).uniform(-8, 0, size)
+        else:
+            rises = np.where(np.arange(size) == draw(st.integers(1, size - 1)), 1.0, 1e-7)
+        rises[0] = 0.0
+        row = np.cumsum(rises)
+        rows.append(row / row[-1])
+        budgets.append(draw(st.floats(1e-4, 1.2)))
+    return halvings, np.array(rows, np.float32), np.array(budgets, np.float32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(tables())
+def test_the_step_is_found_whatever_the_divergence_looks_like(case: tuple[int, Array, Array]) -> None:
+    halvings, table, kappa = case
+    (found,) = CALLS[halvings](table=table, kappa=kappa)
+    assert found.tolist() == expected(table, kappa)
+
+
+@pytest.mark.parametrize("halvings", sorted(CALLS))
+def test_every_step_is_found(halvings: int) -> None:
+    size = 2**halvings
+    cliffs = np.array([np.arange(size) > step for step in range(size)], np.float32)
+    (found,) = CALLS[halvings](table=cliffs, kappa=np.full(size, 0.5, np.float32))
+    assert found.tolist() == list(range(size))
+
+
+def test_a_smooth_divergence_takes_few_evaluations_and_a_cliff_no_more_than_halving_and_two() -> None:
+    """One evaluation is that at the last step."""
+    n = np.arange(128.0)
+    smooth = np.array([(n / 127) ** 2 * 0.3], np.float32)
+    assert CALLS[7].executed(table=smooth, kappa=np.array([0.4], np.float32))["GatherElements"] == 1
+    counts = [
+        CALLS[7].executed(table=smooth, kappa=np.array([kappa], np.float32))["GatherElements"]
+        for kappa in (0.002, 0.02, 0.1, 0.2, 0.29)
+    ]
+    assert max(counts) <= 4
+    cliffs = [
+        CALLS[7].executed(table=(n[None] > step).astype(np.float32), kappa=np.array([0.5], np.float32))[
+            "GatherElements"
+        ]
+        for step in range(0, 127, 9)
+    ]
+    assert max(cliffs) <= 1 + 7 + 2
+
+
+def test_no_evaluation_is_skipped_for_a_sample_beside_one_that_is_done() -> None:
+    n = np.arange(128)
+    table = np.array([n > 127, n > 3, n > 90], np.float32)
+    (found,) = CALLS[7](table=table, kappa=np.full(3, 0.5, np.float32))
+    assert found.tolist() == [127, 3, 90]
+
+
+def test_three_evaluations_find_the_step_of_a_power() -> None:
+    call = search(7, proven=False)
+    n = np.arange(128.0)
+    for power in (1.6, 2.0, 2.4):
+        table = np.array([(n / 127) ** power], np.float32)
+        for kappa in (0.003, 0.02, 0.3, 0.9, 1.1):
+            (found,) = call(table=table, kappa=np.array([kappa], np.float32))
+            assert found.tolist() == expected(table, np.array([kappa], np.float32))
+
+
+def test_the_straight_line_search_has_no_branches() -> None:
+    kinds = collections.Counter(node.op_type for node in search(7, proven=False).model.graph)
+    assert kinds["If"] == 0
+    assert kinds["GatherElements"] == 3

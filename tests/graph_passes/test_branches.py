@@ -1,0 +1,145 @@
+"""The fused guard with branches in a whole graph: what each pass makes of `If` nodes."""
+
+import collections
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from graph_passes.clean_graph import CleanGraph
+from graph_passes.find_sites import find_sites
+from graph_passes.insert_sws import InsertSws
+from graph_passes.lower_functions import LowerFunctions
+from graph_passes.parameters import SwsParameters
+from graph_passes.widen_bfloat16 import WidenBfloat16
+from tests.conftest import RunOnnx, ShapesModel
+from tests.graph_passes.small_models import feeds, graph_bytes
+from tests.graph_passes.test_insert_sws import sws_feeds, two_grids
+
+
+def inserted(branches: bool = True, model: ir.Model | None = None) -> ir.Model:
+    model = model or two_grids()
+    InsertSws(find_sites(model)[0], SwsParameters(), "fused", branches=branches)(model)
+    return model
+
+
+def finished(branches: bool = True, model: ir.Model | None = None) -> ir.Model:
+    model = inserted(branches, model)
+    LowerFunctions()(model)
+    CleanGraph()(model)
+    return model
+
+
+def subgraphs(model: ir.Model) -> list[ir.Graph]:
+    return [graph for graph in model.graphs() if graph is not model.graph]
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 2e-6 * np.abs(value).max(), name
+
+
+@pytest.mark.parametrize("intensity", [1.0, 0.0])
+def test_branches_change_no_number(run_onnx: RunOnnx, intensity: float) -> None:
+    straight, model = finished(branches=False), finished()
+    values = sws_feeds(model, intensity=intensity)
+    assert_close(run_onnx(model, values), run_onnx(straight, values))
+
+
+def test_intensity_zero_is_the_plain_graph_bit_for_bit(run_onnx: RunOnnx) -> None:
+    plain = two_grids()
+    CleanGraph()(plain)
+    model = finished()
+    expected = run_onnx(plain, feeds())["out_sample"]
+    values = sws_feeds(model, intensity=0.0)
+    assert (run_onnx(model, values)["out_sample"] == expected).all()
+    values["intensity"][1] = 1.0
+    beside = run_onnx(model, values)["out_sample"]
+    assert (beside[0] == expected[0]).all()
+    assert np.abs(beside[1] - expected[1]).max() > 1e-4
+
+
+def test_lowering_and_cleaning_change_no_number(run_onnx: RunOnnx) -> None:
+    model = inserted()
+    values = sws_feeds(model)
+    expected = run_onnx(model, values)
+    LowerFunctions()(model)
+    assert_close(run_onnx(model, values), expected)
+    CleanGraph()(model)
+    assert_close(run_onnx(model, values), expected)
+
+
+def test_no_name_is_used_twice_anywhere() -> None:
+    model = finished()
+    names = [value.name for node in model.graph.all_nodes() for value in node.outputs]
+    names += [value.name for value in (*model.graph.inputs, *model.graph.initializers.values())]
+    assert max(collections.Counter(names).values()) == 1
+
+
+def test_constants_of_branches_are_shared_with_the_graph() -> None:
+    model = finished()
+    assert len(subgraphs(model)) > 20
+    assert all(not graph.initializers for graph in subgraphs(model))
+    assert all(node.op_type != "Constant" for node in model.graph.all_nodes())
+    contents = [
+        (str(tensor.dtype), tensor.numpy().tobytes(), tuple(tensor.shape.numpy()))
+        for value in model.graph.initializers.values()
+        if (tensor := value.const_value) is not None
+    ]
+    assert max(collections.Counter(contents).values()) == 1
+
+
+def test_what_only_a_branch_uses_stays_and_what_none_uses_goes() -> None:
+    model = finished()
+    graphs = set(model.graphs())
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            producer = value.producer() if value is not None else None
+            assert producer is None or producer.graph in graphs
+        if node.op_type != "If":
+            assert any(value.uses() or value.is_graph_output() for value in node.outputs), node
+
+
+def test_notes_in_branches_are_cleared() -> None:
+    model = inserted()
+    LowerFunctions()(model)
+    (first, *_) = subgraphs(model)
+    first[0].doc_string = first[0].outputs[0].doc_string = "/home/somebody"
+    CleanGraph()(model)
+    assert b"somebody" not in graph_bytes(model)
+
+
+def test_a_second_run_changes_nothing() -> None:
+    model = finished()
+    before = graph_bytes(model)
+    assert not CleanGraph()(model).modified
+    assert not LowerFunctions()(model).modified
+    assert graph_bytes(model) == before
+
+
+def test_a_copy_read_from_its_bytes_is_the_same(run_onnx: RunOnnx) -> None:
+    model = finished()
+    copy = ir.from_proto(onnx.ModelProto.FromString(graph_bytes(model)))
+    assert graph_bytes(copy) == graph_bytes(model)
+    values = sws_feeds(model)
+    assert_close(run_onnx(copy, values), run_onnx(model, values))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_example_is_valid_onnx(shapes_model: ShapesModel, precision: str) -> None:
+    model = finished(model=shapes_model(precision))
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+def test_the_float32_twin_has_no_bfloat16_left(shapes_model: ShapesModel) -> None:
+    model = finished(model=shapes_model("bf16"))
+    bfloat16 = ir.DataType.BFLOAT16
+    assert any(value.dtype == bfloat16 for value in model.graph.initializers.values())
+    WidenBfloat16()(model)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    casts = [node for node in model.graph.all_nodes() if node.op_type == "Cast"]
+    assert all(node.attributes["to"].value != bfloat16 for node in casts)
+    values = [value for node in model.graph.all_nodes() for value in node.outputs]
+    assert all(value.dtype != bfloat16 for value in (*values, *model.graph.initializers.values()))
