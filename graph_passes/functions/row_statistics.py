@@ -204,9 +204,9 @@ def join_heads(op: Op, x: Any) -> Any:
 
 def _marks(op: Op, keys: Any, tokens: Any) -> Any:
     """Two channels [B, h, T + 1, 2]: 1/T for each real key, and 1 for the sentinel behind them."""
-    real = op.Expand(op.Reciprocal(tokens), op.Concat(op.Shape(keys, start=0, end=3), [1], axis=0))
-    sentinel = op.Pad(op.Mul(real, 0.0), [0, 1], 1.0, [2])
-    return op.Concat(op.Pad(real, [0, 1], None, [2]), sentinel, axis=3)
+    nothing = op.Mul(op.Slice(keys, [0], [1], [3]), 0.0)
+    sentinel = op.Pad(nothing, [0, 1], 1.0, [2])
+    return op.Concat(op.Div(op.Sub(1.0, sentinel), tokens), sentinel, axis=3)
 
 
 def _length(op: Op, x: Any) -> Any:
