@@ -10,7 +10,10 @@ OUT ?= out
 demo: $(VENV)/.installed
 	mkdir -p $(OUT)
 	$(BIN)/sws-export examples/shapes --out $(OUT)/engine.plan --tokens 8 --keep-onnx
-	$(BIN)/python -m examples.shapes.demo $(OUT)/engine.onnx --out $(OUT)/pictures.png
+	$(BIN)/sws-export sample $(OUT)/engine.onnx examples/shapes --trust-code --out $(OUT)/pictures.png \
+		--prompt "red circle center" --prompt "blue cross top and white square bottom" \
+		--prompt "green triangle left and yellow circle right" --prompt "" \
+		--seed 2 --seed 3 --steps 16 --guidance 3
 
 test: lint
 	$(BIN)/python -m pytest

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from sws_export.pipeline import ExportReport
+from sws_export.runtime.sampling import Effect
 from sws_export.validation import ValidationReport
 
 _SLOW_SECONDS = 1.0
@@ -131,6 +132,17 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     console.print(table)
     for remark in report.remarks:
         console.print(f"note: {remark}", markup=False)
+
+
+def print_effects(console: Console, effects: Sequence[Effect]) -> None:
+    """Table of what each strength of SWS did to the pictures."""
+    table = Table(
+        "intensity", "difference", "sharpness", "step-to-step", box=None, header_style="dim", pad_edge=False
+    )
+    for effect in effects:
+        figures = (effect.difference, effect.sharpness, effect.step_change)
+        table.add_row(f"{effect.intensity:g}", *(f"{figure:.4f}" for figure in figures))
+    console.print(table)
 
 
 def print_facts(facts: Mapping[str, Any], indent: int = 0) -> None:

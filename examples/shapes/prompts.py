@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from examples.shapes.scenes import COLOURS, POSITIONS, SHAPES, Scene, SceneObject
+from .scenes import COLOURS, POSITIONS, SHAPES, Scene, SceneObject
 
 TOKENS = 8
 WIDTH = 64

@@ -23,11 +23,15 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--guidance", type=float, default=5.0, help="default: %(default)s")
     parser.add_argument("--height", type=int, help="pixels; default: what the UNet was trained on")
     parser.add_argument("--width", type=int, help="pixels; default: what the UNet was trained on")
+    parser.add_argument(
+        "--trust-code", action="store_true", help="run the directory's own pipeline.py, where it has one"
+    )
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
     from sws_export.runtime.pipeline_sampling import SampleOptions, sample_pipeline
+    from sws_export.terminal import print_effects
 
-    progress, _ = make_progress(parsed)
+    progress, console = make_progress(parsed)
     options = SampleOptions(
         prompts=tuple(parsed.prompt),
         seeds=tuple(parsed.seed or (0,)),
@@ -36,10 +40,12 @@ def run(arguments: list[str]) -> int:
         guidance=parsed.guidance,
         height=parsed.height,
         width=parsed.width,
+        trust_code=parsed.trust_code,
     )
     effects = sample_pipeline(parsed.artefact, parsed.pipeline, parsed.out, options, progress)
     if parsed.json:
         print_json({"file": str(parsed.out), "effects": [dataclasses.asdict(effect) for effect in effects]})
     elif not parsed.quiet:
+        print_effects(console, effects)
         print(f"wrote {parsed.out}", file=sys.stderr)
     return 0

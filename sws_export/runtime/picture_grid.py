@@ -20,6 +20,7 @@ def draw_grid(
     columns: Sequence[str],
     groups: Sequence[str],
     title: str,
+    notes: Sequence[str] = (),
 ) -> Image.Image:
     """A sheet of pictures of one size: a labelled row each, columns in groups of equal width.
 
@@ -28,15 +29,23 @@ def draw_grid(
         columns: Labels of the columns of one group.
         groups: Labels above the groups.
         title: One line above everything.
+        notes: Lines below everything.
     """
     width, height = rows[0][1][0].size
     lefts = _lefts(width, len(columns), len(groups))
     top = _MARGIN + 3 * _LINE + 8
+    bottom = top + len(rows) * (height + _GAP) - _GAP + _MARGIN
+    small, large = ImageFont.load_default(13), ImageFont.load_default(15)
+    texts = [int(font.getlength(text)) for text, font in ((title, large), *((note, small) for note in notes))]
     sheet = Image.new(
-        "RGB", (lefts[-1] + width + _MARGIN, top + len(rows) * (height + _GAP) - _GAP + _MARGIN), _PAPER
+        "RGB",
+        (
+            max(lefts[-1] + width, _MARGIN + max(texts)) + _MARGIN,
+            bottom + (len(notes) * _LINE + _MARGIN if notes else 0),
+        ),
+        _PAPER,
     )
     draw = ImageDraw.Draw(sheet)
-    small, large = ImageFont.load_default(13), ImageFont.load_default(15)
     draw.text((_MARGIN, _MARGIN - 2), title, _INK, large)
     for number, left in enumerate(lefts):
         if number % len(columns) == 0:
@@ -48,6 +57,8 @@ def draw_grid(
         draw.multiline_text((_MARGIN, y + height // 2), text, _INK, small, anchor="lm", spacing=3)
         for left, picture in zip(lefts, pictures, strict=True):
             sheet.paste(picture, (left, y))
+    for number, note in enumerate(notes):
+        draw.text((_MARGIN, bottom + number * _LINE), note, _INK, small)
     return sheet
 
 

@@ -11,11 +11,14 @@ from PIL import Image
 
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.progress import Progress, Silent
+from sws_export.runtime.own_pipeline import pipeline_class
 from sws_export.runtime.picture_grid import draw_grid, save_picture, to_image
 from sws_export.runtime.sampling import Effect, Floats, Sampled, measure
 
 _LARGEST_SHOWN = 0.8
-_WIDEST = 256
+# What changes more than nearly all pixels may be cut off, so that the others are seen.
+_SHOWN_QUANTILE = 0.99
+_NARROWEST, _WIDEST = 96, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,7 @@ class SampleOptions:
         guidance: Scale of classifier-free guidance.
         height: Pixels; None takes the size the UNet was trained on.
         width: Pixels.
+        trust_code: Run the pipeline directory's own `pipeline.py`, where diffusers does not know its class.
     """
 
     prompts: tuple[str, ...]
@@ -39,6 +43,7 @@ class SampleOptions:
     guidance: float = 5.0
     height: int | None = None
     width: int | None = None
+    trust_code: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompts", "seeds", "intensities"):
@@ -73,8 +78,8 @@ def sample_pipeline(
     """
     from sws_export.runtime.diffusers import SWSUNet
 
+    pipe = _load_pipeline(pipeline, trust_code=options.trust_code)
     unet = SWSUNet.load(artefact, config=_unet_config(pipeline))
-    pipe = _load_pipeline(pipeline)
     unet.attach(pipe)
     total = len(options.prompts) * len(options.seeds) * len(options.intensities)
     runs = []
@@ -88,33 +93,49 @@ def sample_pipeline(
                 changes.append(moved)
                 stage.advance()
             runs.append(Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1)))
-    save_picture(comparison_sheet(runs, options.prompts, options.seeds, options.steps), out)
-    return [measure(run, runs[0]) for run in runs]
+    effects = [measure(run, runs[0]) for run in runs]
+    save_picture(comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps), out)
+    return effects
 
 
 def comparison_sheet(
-    runs: Sequence[Sampled], prompts: Sequence[str], seeds: Sequence[int], steps: int, scale: int = 1
+    runs: Sequence[Sampled],
+    effects: Sequence[Effect],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
 ) -> Image.Image:
     """Pictures of `runs` side by side, and enlarged the change from the first run to the last.
 
     Args:
         runs: Pictures in [-1, 1], prompt by prompt and within a prompt seed by seed.
+        effects: What was measured of each run; written below.
         prompts: One row each.
         seeds: One group of columns each.
         steps: Number of steps, for the title.
-        scale: Pixels of the sheet for a pixel of a picture.
     """
+    scale = max(1, _NARROWEST // runs[0].pictures.shape[-1])
     change = runs[-1].pictures - runs[0].pictures
-    enlarged = max(1, int(_LARGEST_SHOWN / max(float(np.quantile(np.abs(change), 0.999)), 1e-6)))
+    enlarged = max(1, int(_LARGEST_SHOWN / max(float(np.quantile(np.abs(change), _SHOWN_QUANTILE)), 1e-6)))
     shown = [*(run.pictures for run in runs), change * enlarged]
     rows = []
     for row, prompt in enumerate(prompts):
         numbers = range(row * len(seeds), (row + 1) * len(seeds))
         rows.append((prompt or "(no prompt)", [_shown(each[n], scale) for n in numbers for each in shown]))
-    labels = ["plain" if run.intensity == 0 else f"SWS {run.intensity:g}" for run in runs]
+    labels = [run_label(run.intensity) for run in runs]
     groups = [f"seed {seed}" for seed in seeds]
     title = f"The same seeds without and with SWS, {steps} steps"
-    return draw_grid(rows, [*labels, f"change x {enlarged}"], groups, title)
+    notes = [
+        f"{label}: differs by {effect.difference:.4f}, sharpness {effect.sharpness:.4f}, "
+        f"step-to-step change {effect.step_change:.4f}"
+        for label, effect in zip(labels, effects, strict=True)
+    ]
+    return draw_grid(rows, [*labels, f"change x {enlarged}"], groups, title, notes)
+
+
+def run_label(intensity: float) -> str:
+    """What a run is called on the sheet and in tables."""
+    return "plain" if intensity == 0 else f"SWS {intensity:g}"
 
 
 def _shown(picture: Floats, scale: int) -> Image.Image:
@@ -126,23 +147,21 @@ def _shown(picture: Floats, scale: int) -> Image.Image:
 def _unet_config(pipeline: Path) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
-    if not (pipeline / "model_index.json").is_file():
-        raise CheckpointError(
-            f"{pipeline} is not a diffusers pipeline: model_index.json is missing; give the directory that "
-            "holds text_encoder, vae and scheduler beside the UNet"
-        )
     try:
         return dict(UNet2DConditionModel.load_config(pipeline, subfolder="unet", local_files_only=True))
     except OSError as error:
         raise CheckpointError(f"{pipeline} has no unet/config.json: {error}") from error
 
 
-def _load_pipeline(pipeline: Path) -> Any:
+def _load_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
     """The pipeline without its UNet, whose weights are not read."""
-    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
+    kind = pipeline_class(pipeline, trust_code=trust_code)
+    # The stage above tells how far the work is.
+    logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(pipeline, unet=None, local_files_only=True)
+        pipe = kind.from_pretrained(pipeline, unet=None, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, ImportError) as error:
         raise CheckpointError(f"diffusers cannot load the pipeline {pipeline}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -161,16 +180,20 @@ def _one(
         latents.append(tensors["latents"].float().cpu().numpy())
         return tensors
 
-    (image,) = pipe(
-        prompt,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        height=options.height,
-        width=options.width,
-        generator=torch.Generator().manual_seed(seed),
-        cross_attention_kwargs={"intensity": intensity},
-        callback_on_step_end=keep,
-        output_type="np",
-    ).images
+    try:
+        (image,) = pipe(
+            prompt,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            height=options.height,
+            width=options.width,
+            generator=torch.Generator().manual_seed(seed),
+            cross_attention_kwargs={"intensity": intensity},
+            callback_on_step_end=keep,
+            output_type="np",
+        ).images
+    except ValueError as error:
+        # How pipelines refuse sizes, prompts and numbers of steps.
+        raise OptionError(f"the pipeline refuses: {error}") from error
     moved = [np.sqrt(np.square(after - before).mean()) for before, after in itertools.pairwise(latents)]
     return np.asarray(image.transpose(2, 0, 1) * 2 - 1, np.float32), np.asarray(moved, np.float32)

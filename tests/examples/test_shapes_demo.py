@@ -1,22 +1,23 @@
-"""The demo: one command, one sheet of pictures, figures that say what SWS did."""
+"""The demo: the trained example through `sws-export sample`, and its pipeline with either UNet."""
 
-import subprocess
-import sys
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
-from examples.shapes import prompts
 from examples.shapes import sample as plain
+from examples.shapes.pipeline import ShapesPipeline
 from sws_export import ExportOptions, export
-from sws_export.runtime import Session
-from sws_export.runtime.sampling import sample
+from sws_export.runtime.diffusers import SWSUNet
 from tests import road
 from tests.conftest import ShapesOnnx
+from tests.road import error_line, run_command
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")
@@ -29,64 +30,89 @@ def shapes_sws(tmp_path_factory: pytest.TempPathFactory, shapes_onnx: ShapesOnnx
     )
 
 
-def run_demo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "examples.shapes.demo", *map(str, arguments)],
-        cwd=road.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_it_draws_and_measures(shapes_sws: Path, tmp_path: Path) -> None:
     out = tmp_path / "pictures.png"
-    done = run_demo(shapes_sws, "--out", out, "--steps", 4, "--prompt", "red circle center")
+    arguments = ["--steps", 4, "--guidance", 3, "--prompt", "red circle center", "--seed", 2, "--seed", 3]
+    # The folder's code runs from any place.
+    done = run_command(
+        *("sample", shapes_sws, plain.HERE, "--trust-code", "--out", out, "--json", *arguments), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(out)]
-    table = [[float(number) for number in line.split()] for line in done.stderr.splitlines()[-3:]]
-    intensity, difference, sharpness, change = np.array(table).T
-    assert list(intensity) == [0.0, 0.5, 1.0]
+    effects = json.loads(done.stdout)["effects"]
+    assert [effect["intensity"] for effect in effects] == [0.0, 0.5, 1.0]
+    difference = [effect["difference"] for effect in effects]
     assert 0 == difference[0] < difference[1] < difference[2]
-    assert (sharpness > 0).all()
-    assert (change > 0).all()
+    assert all(effect["sharpness"] > 0 and effect["step_change"] > 0 for effect in effects)
     # Two seeds, each with three pictures and the change, of 96 by 96 pixels.
     with Image.open(out) as image:
         assert image.width > 8 * 96
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 100
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-def test_intensity_zero_is_the_trained_model(shapes_sws: Path) -> None:
-    """The same sampler with the torch UNet gives the same pictures."""
-    wanted = ["red circle center", "blue cross top and white square bottom"]
-    expected = plain.sample(plain.load_unet(), wanted, steps=5, guidance=3.0, seed=4)
-    noise = [torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(4000 + i)) for i in range(2)]
-    found = sample(
-        Session.load(shapes_sws),
-        EulerDiscreteScheduler.from_pretrained(plain.HERE, subfolder="scheduler"),
-        torch.stack(noise).numpy(),
-        prompts.embed_all(wanted),
-        prompts.embed(""),
-        intensity=0.0,
-        steps=5,
-        guidance=3.0,
+def test_the_figures_are_said(shapes_sws: Path, tmp_path: Path) -> None:
+    arguments = ["--steps", 2, "--prompt", "red circle center", "--intensity", 0, "--intensity", 1]
+    done = run_command(
+        "sample", shapes_sws, plain.HERE, "--trust-code", "--out", tmp_path / "x.png", *arguments
     )
-    np.testing.assert_allclose(found.pictures.clip(-1, 1), expected, rtol=0, atol=1e-3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert re.search(r"^0 +0\.0000 +0\.\d{4} +\d\.\d{4}", done.stderr, re.MULTILINE)
+    assert re.search(r"^1 +0\.\d{4} +0\.\d{4} +\d\.\d{4}", done.stderr, re.MULTILINE)
+
+
+@pytest.fixture
+def pipe() -> ShapesPipeline:
+    pipe = ShapesPipeline.from_pretrained(plain.HERE, low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_intensity_zero_is_the_trained_model(shapes_sws: Path, pipe: ShapesPipeline) -> None:
+    """The same pipeline with the torch UNet gives the same pictures, and another with SWS."""
+
+    def draw(**arguments: object) -> object:
+        generator = torch.Generator().manual_seed(4)
+        return pipe(
+            "red circle center", num_inference_steps=5, generator=generator, output_type="np", **arguments
+        ).images
+
+    config = dict(pipe.unet.config)
+    expected = draw()
+    SWSUNet.load(shapes_sws, config=config).attach(pipe)
+    np.testing.assert_allclose(draw(cross_attention_kwargs={"intensity": 0.0}), expected, rtol=0, atol=1e-4)
+    shuffled = draw(cross_attention_kwargs={"intensity": 1.0})
+    assert np.abs(np.asarray(shuffled) - np.asarray(expected)).max() > 2e-3
+
+
+def test_the_pipeline_is_the_plain_sampler(pipe: ShapesPipeline) -> None:
+    expected = plain.sample(plain.load_unet(), ["blue cross top"], steps=3, seed=4)
+    found = pipe(
+        "blue cross top",
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(4000),
+        output_type="np",
+    ).images
+    np.testing.assert_allclose(found.transpose(0, 3, 1, 2) * 2 - 1, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("prompt", "trust", "message"),
     [
-        (["missing.onnx"], "demo: missing.onnx: no such file"),
+        ("red circle left", False, "is a ShapesPipeline, which is code in its pipeline.py; add --trust-code"),
         (
-            ["{graph}", "--prompt", "purple circle left"],
-            "demo: prompt 'purple circle left': unknown word 'purple'",
+            "purple circle left",
+            True,
+            "the pipeline refuses: prompt 'purple circle left': unknown word 'purple'",
         ),
     ],
 )
-def test_errors_are_one_line(shapes_sws: Path, arguments: list[str], message: str) -> None:
-    done = run_demo(*[argument.format(graph=shapes_sws) for argument in arguments])
+def test_errors_are_one_line(
+    shapes_sws: Path, tmp_path: Path, prompt: str, trust: bool, message: str
+) -> None:
+    trusted = ["--trust-code"] if trust else []
+    done = run_command(
+        "sample", shapes_sws, plain.HERE, *trusted, "--out", tmp_path / "x.png", "--prompt", prompt
+    )
     assert done.returncode == 1
-    assert done.stderr.startswith(message)
-    assert "Traceback" not in done.stderr
+    assert message in error_line(done.stderr)
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """A pipeline directory sampled with and without SWS."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.runtime.pipeline_sampling import SampleOptions, comparison_sheet, sample_pipeline
-from sws_export.runtime.sampling import Sampled
+from sws_export.runtime.sampling import Sampled, measure
 from tests import road
 
 pytestmark = [
@@ -118,15 +119,49 @@ def test_plain_pictures_are_the_pipelines_own(
 def test_the_change_is_enlarged(tmp_path: Path) -> None:
     grey, brighter = np.zeros((1, 3, 8, 8), np.float32), np.full((1, 3, 8, 8), 0.01, np.float32)
     runs = [Sampled(0.0, grey, np.zeros((1, 1))), Sampled(1.0, brighter, np.zeros((1, 1)))]  # type: ignore[arg-type]
-    sheet = comparison_sheet(runs, ["x"], [3], steps=2)
-    # 0.01 in [-1, 1], 80 times: 0.8, which is 230 of 255.
+    sheet = comparison_sheet(runs, [measure(run, runs[0]) for run in runs], ["x"], [3], steps=2)
+    # 0.01 in [-1, 1], 80 times: 0.8, which is 230 of 255; each pixel of the small picture 12 by 12.
     counts = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
-    assert counts[(230, 230, 230)] == 64
+    assert counts[(230, 230, 230)] == 64 * 12 * 12
 
 
 def test_what_is_no_pipeline(sws_graph: Path, random_unet: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a diffusers pipeline: model_index\.json is missing"):
         sample_pipeline(sws_graph, random_unet, tmp_path / "x.png", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "does not say the class of the pipeline"),
+        ("{}", "does not say the class of the pipeline"),
+        ('{"_class_name": "NoSuchPipeline"}', "has no pipeline NoSuchPipeline"),
+    ],
+)
+def test_pipelines_of_no_known_class(sws_graph: Path, tmp_path: Path, index: str, message: str) -> None:
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        sample_pipeline(sws_graph, tmp_path, tmp_path / "x.png", OPTIONS)
+
+
+def test_code_of_a_pipeline_runs_where_it_is_trusted_alone(sws_graph: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OwnPipeline"}')
+    (tmp_path / "pipeline.py").write_text("raise RuntimeError('it ran')")
+    with pytest.raises(
+        OptionError, match=r"is a OwnPipeline, which is code in its pipeline\.py; add --trust"
+    ):
+        sample_pipeline(sws_graph, tmp_path, tmp_path / "x.png", OPTIONS)
+    with pytest.raises(RuntimeError, match="it ran"):
+        sample_pipeline(
+            sws_graph, tmp_path, tmp_path / "x.png", dataclasses.replace(OPTIONS, trust_code=True)
+        )
+
+
+def test_what_the_pipeline_refuses(sws_graph: Path, pipeline: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match="the pipeline refuses: `height` and `width` have to be divisible by 8"
+    ):
+        sample_pipeline(sws_graph, pipeline, tmp_path / "x.png", dataclasses.replace(OPTIONS, height=20))
 
 
 @pytest.mark.parametrize(

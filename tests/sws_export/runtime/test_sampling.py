@@ -1,75 +1,14 @@
-"""Sampling with a session, its figures, and the sheet of pictures."""
+"""What is measured of sampled pictures, and the sheet that shows them."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 
 from sws_export.errors import OutputError
-from sws_export.runtime import Session
 from sws_export.runtime.picture_grid import draw_grid, save_picture, to_image
-from sws_export.runtime.sampling import Floats, Sampled, measure, sample, seeded_noise, sharpness
-
-# Of diffusers' schedulers, with numpy 2 and torch.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-
-STEPS, GUIDANCE = 3, 2.0
-TEXTS = np.random.default_rng(1).standard_normal((3, 5, 16)).astype(np.float32)
-
-
-def run(session: Session, noise: Floats, intensity: float) -> Sampled:
-    return sample(
-        session,
-        EulerDiscreteScheduler(beta_schedule="scaled_linear"),
-        noise,
-        TEXTS[: len(noise)],
-        TEXTS[2],
-        intensity=intensity,
-        steps=STEPS,
-        guidance=GUIDANCE,
-    )
-
-
-@torch.no_grad()
-def sampled_by_torch(folder: Path, noise: Floats) -> Floats:
-    """Plain guidance with the UNet itself, one prompt at a time."""
-    unet = UNet2DConditionModel.from_pretrained(folder).eval()
-    pictures = []
-    for start, text in zip(torch.from_numpy(noise), torch.from_numpy(TEXTS), strict=False):
-        scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear")
-        scheduler.set_timesteps(STEPS)
-        latent = start[None] * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(latent, timestep)
-            told, untold = (
-                unet(scaled, timestep, words[None]).sample for words in (text, torch.from_numpy(TEXTS[2]))
-            )
-            latent = scheduler.step(untold + GUIDANCE * (told - untold), timestep, latent).prev_sample
-        pictures.append(latent[0].numpy())
-    return np.stack(pictures)
-
-
-def test_intensity_zero_is_plain_sampling(sws_graph: Path, random_unet: Path) -> None:
-    noise = seeded_noise([1, 2], (4, 8, 8))
-    session = Session.load(sws_graph)
-    found = run(session, noise, 0.0)
-    expected = sampled_by_torch(random_unet, noise)
-    np.testing.assert_allclose(found.pictures, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-    assert found.changes.shape == (STEPS - 1, 2)
-    # A session that has a history begins anew.
-    assert np.array_equal(run(session, noise, 0.0).pictures, found.pictures)
-    shuffled = run(session, noise, 1.0)
-    assert not np.array_equal(shuffled.pictures, found.pictures)
-    assert np.array_equal(run(session, noise, 1.0).pictures, shuffled.pictures)
-
-
-def test_noise_depends_on_the_seed_alone() -> None:
-    one, other = seeded_noise([5, 6, 7], (1, 2, 2)), seeded_noise([7], (1, 2, 2))
-    assert np.array_equal(one[2], other[0])
-    assert not np.array_equal(one[0], one[1])
+from sws_export.runtime.sampling import Sampled, measure, sharpness
 
 
 def test_what_is_measured() -> None:
@@ -111,6 +50,9 @@ def test_a_sheet_shows_every_picture_once() -> None:
     sheet = draw_grid(rows, ["x", "y"], ["one", "two"], "title")
     counts = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
     assert [counts[colour] for colour in colours] == [2 * 10 * 20] * 4
+    noted = draw_grid(rows, ["x", "y"], ["one", "two"], "title", ["a note " * 20, "another"])
+    assert noted.height > sheet.height
+    assert noted.width > sheet.width
 
 
 def test_a_sheet_is_written_whole_or_not(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""The shapes model as a diffusers pipeline: no text encoder and no VAE, prompts of its own grammar.
+
+sws-export sample out/engine.onnx examples/shapes --trust-code --prompt "red circle center" --out sheet.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+# Relative, so that the folder is loaded from wherever it lies.
+from . import prompts
+
+
+class ShapesPipeline(DiffusionPipeline):
+    """Called as `StableDiffusionPipeline` is, as far as the model has what an argument speaks of."""
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """One picture, `height` by `width` pixels, multiples of 4.
+
+        Raises:
+            PromptError: The prompt is outside the grammar.
+        """
+        words = torch.from_numpy(prompts.embed_all([prompt, ""])).to(self.unet.device, self.unet.dtype)
+        side = self.unet.config.sample_size
+        shape = (1, self.unet.config.in_channels, height or side, width or side)
+        noise = torch.randn(shape, generator=generator).to(self.unet.device, self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = noise * self.scheduler.init_noise_sigma
+        for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            scaled = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+            both = self.unet(
+                scaled, timestep, words, cross_attention_kwargs=cross_attention_kwargs, return_dict=False
+            )
+            told, untold = both[0].chunk(2)
+            prediction = untold + guidance_scale * (told - untold)
+            latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, number, timestep, {"latents": latents})["latents"]
+        pictures = (latents / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
+        return ImagePipelineOutput(self.numpy_to_pil(pictures) if output_type == "pil" else pictures)
