@@ -1,0 +1,83 @@
+"""The graphs of benchmarks/step.py: made once, with one file of weights for all forms of a model."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from step_cases import FORMS, MODELS, Model
+
+ROOT = Path(__file__).resolve().parent.parent
+_SDXL_FORMS = ("plain", "sws", "sws-rows-1/8")
+
+
+def checkpoint_path(model: Model, folder: Path) -> Path:
+    """Where the checkpoint lies; it is made where it is missing."""
+    if model.family is None:
+        return ROOT / "examples" / "shapes" / "unet"
+    path = folder / f"{model.family}-{model.dtype}"
+    if not path.exists():
+        command = [sys.executable, str(ROOT / "examples" / "make_checkpoint.py"), "--family", model.family]
+        staged = path.with_name(f".{path.name}")
+        subprocess.run(
+            [*command, "--dtype", model.dtype, "--out", str(staged)], check=True, stdout=sys.stderr, cwd=ROOT
+        )
+        staged.rename(path)
+    return path
+
+
+def graph_path(folder: Path, model: str, form: str) -> Path:
+    """Where a graph lies."""
+    return folder / model / f"{form.replace('/', '-')}.onnx"
+
+
+def write_graphs(name: str, folder: Path, forms: list[str]) -> None:
+    """Write the forms of a model that are missing, the plain one first."""
+    from graph_passes.parameters import SwsParameters
+    from sws_export.checkpoint import open_checkpoint
+    from sws_export.onnx_export import export_plain
+    from sws_export.onnx_files import save_onnx, save_sharing
+    from sws_export.progress import Silent
+    from sws_export.rewrite import GuardOptions, finish_plain, rewrite
+
+    model = MODELS[name]
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    exported: Any = export_plain(open_checkpoint(checkpoint_path(model, folder)), model.precision)
+    scale_logits(exported, model.logits)
+    sizes = {"height": model.side, "width": model.side, "tokens": 77}
+    plain = exported.clone()
+    finish_plain(plain, sizes)
+    plain_path = graph_path(folder, name, "plain")
+    if not plain_path.exists():
+        save_onnx(plain, plain_path, Silent())
+    for form in forms:
+        path, made = graph_path(folder, name, form), FORMS[form]
+        if path.exists() or made.guard is None:
+            continue
+        graph = exported.clone()
+        parameters, guard = SwsParameters(**made.parameters), GuardOptions(made.guard, made.rows)
+        rewrite(graph, parameters, (), guard, model.target, Silent(), sizes=sizes)
+        save_sharing(graph, path, plain, plain_path, Silent())
+
+
+def scale_logits(model: Any, factor: float) -> None:
+    """Multiply the logits of all attentions."""
+    import onnx_ir as ir
+
+    for node in model.graph:
+        if node.op_type == "Attention":
+            scale = node.attributes.get_float("scale") or node.inputs[0].shape[3] ** -0.5
+            node.attributes["scale"] = ir.AttrFloat32("scale", factor * scale)
+
+
+def describe_graph(path: Path) -> dict[str, int]:
+    """Nodes, initializers and bytes, weights included."""
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    sizes = [value.const_value.nbytes for value in graph.initializers.values() if value.const_value]
+    return {
+        "nodes": sum(1 for _ in graph.all_nodes()),
+        "initializers": len(graph.initializers),
+        "initializer_bytes": sum(sizes),
+    }

@@ -1,0 +1,55 @@
+"""Results of benchmarks/step.py in words: one line a case, with its ratios to the plain UNet of its group."""
+
+from typing import Any
+
+Rows = dict[str, dict[str, Any]]
+
+
+def print_row(group: str, name: str, rows: Rows) -> None:
+    """One case as it is measured."""
+    row = rows[f"{group} | {name}"]
+    print(
+        "    " + (row.get("error") or "  ".join(filter(None, _cells(row, _plain_of(row, rows))))), flush=True
+    )
+
+
+def table(rows: Rows) -> str:
+    """All cases in Markdown, a table a group."""
+    lines = []
+    for group in dict.fromkeys(row["group"] for row in rows.values()):
+        first = next(row for row in rows.values() if row["group"] == group)
+        rtx = first["kind"] == "rtx"
+        lines += ["", f"**{group}**", ""]
+        lines += [
+            "| | build | peak | layers | plan | nodes |"
+            if rtx
+            else "| | wall | CPU | peak | attentions | nodes |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows.values():
+            if row["group"] == group:
+                cells = [row["error"]] if "error" in row else _cells(row, _plain_of(row, rows))
+                lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines[1:])
+
+
+def _plain_of(row: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """The plain UNet that a row is compared with: torch with torch, graphs with graphs."""
+    name = "torch plain" if row["kind"] == "torch" else "plain"
+    plain = rows.get(f"{row['group']} | {name}", {})
+    return {} if plain is row else plain
+
+
+def _cells(row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
+    wall = f"{row['seconds']:.3g} s" + _ratio(row, plain, "seconds")
+    peak = f"{row['peak_bytes'] / 1e9:.2f} GB" + _ratio(row, plain, "peak_bytes")
+    nodes = str(row["graph"]["nodes"]) if "graph" in row else ""
+    if row["kind"] == "rtx":
+        plan = f"{row['plan_bytes'] / 1e6:.1f} MB" + _ratio(row, plain, "plan_bytes", digits=3)
+        return [wall, peak, str(row["layers"]), plan, nodes]
+    cpu = f"{row['cpu_seconds']:.3g} s" + _ratio(row, plain, "cpu_seconds")
+    return [wall, cpu, peak, str(row.get("attentions", "")), nodes]
+
+
+def _ratio(row: dict[str, Any], plain: dict[str, Any], key: str, digits: int = 2) -> str:
+    return f" ({row[key] / plain[key]:.{digits}f} ×)" if key in plain else ""
