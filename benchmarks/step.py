@@ -5,10 +5,10 @@
     python benchmarks/step.py --table benchmarks/results/step.json
 
 One command makes everything: checkpoints of random weights and graphs in `--work` (25 GB, kept for the next
-run), and one JSON file. Each case of step_cases.py runs in a process of its own and is written as soon as it is
-measured; a case that fails, is killed or takes too long leaves its error. `--resume` measures only what the
-file lacks. What the guard of SWS costs depends on the step, so that there are several: how far sampling has
-come, how strong SWS is, whether the budget binds.
+run), and one JSON file. Each case of step_cases.py runs in a process of its own and is written as soon as it
+is measured; a case that fails, is killed or takes too long leaves its error. `--resume` measures only what
+the file lacks. What the guard of SWS costs depends on the step, so that there are several: how far sampling
+has come, how strong SWS is, whether the budget binds.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def worker(task: dict[str, Any]) -> Any:
     from step_work import build_rtx, run_graph
 
     path = graph_path(folder, case.model, case.form)
-    result = build_rtx(path, case) if case.kind == "rtx" else run_graph(path, case, task["threads"])
+    result = build_rtx(path) if case.kind == "rtx" else run_graph(path, case, task["threads"])
     return result | {"graph": describe_graph(path)}
 
 
@@ -125,16 +125,11 @@ def main() -> None:
         return
     if arguments.work is None or arguments.out is None:
         parser.error("--work and --out are needed")
-    chosen = [
-        case
-        for case in CASES
-        if any(
-            fnmatch.fnmatchcase(name, pattern)
-            for name in (case.key, case.group)
-            for pattern in arguments.only
-        )
-    ]
-    run(chosen, arguments)
+    run([case for case in CASES if any(_matches(case, pattern) for pattern in arguments.only)], arguments)
+
+
+def _matches(case: Case, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (case.key, case.group))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ Rows = dict[str, dict[str, Any]]
 def print_row(group: str, name: str, rows: Rows) -> None:
     """One case as it is measured."""
     row = rows[f"{group} | {name}"]
-    print(
-        "    " + (row.get("error") or "  ".join(filter(None, _cells(row, _plain_of(row, rows))))), flush=True
-    )
+    text = row.get("error") or "  ".join(filter(None, _cells(row, _plain_of(row, rows))))
+    print(f"    {text}", flush=True)
 
 
 def table(rows: Rows) -> str:
@@ -20,12 +19,8 @@ def table(rows: Rows) -> str:
         first = next(row for row in rows.values() if row["group"] == group)
         rtx = first["kind"] == "rtx"
         lines += ["", f"**{group}**", ""]
-        lines += [
-            "| | build | peak | layers | plan | nodes |"
-            if rtx
-            else "| | wall | CPU | peak | attentions | nodes |",
-            "|---|---|---|---|---|---|",
-        ]
+        names = ("build", "peak", "layers", "plan") if rtx else ("wall", "CPU", "peak", "attentions")
+        lines += [f"| | {' | '.join(names)} | nodes |", "|---|---|---|---|---|---|"]
         for row in rows.values():
             if row["group"] == group:
                 cells = [row["error"]] if "error" in row else _cells(row, _plain_of(row, rows))

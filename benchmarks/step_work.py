@@ -96,7 +96,7 @@ def executed_nodes(profile: Path) -> collections.Counter[str]:
     )
 
 
-def build_rtx(path: Path, case: Case) -> dict[str, Any]:
+def build_rtx(path: Path) -> dict[str, Any]:
     """Build an engine for batches of 1 to 2 at the size of the graph; what it took."""
     import onnx
 
