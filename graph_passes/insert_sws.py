@@ -50,6 +50,7 @@ class InsertSws(InPlacePass):
         guard_rows: Fraction = Fraction(1),
         branches: bool = False,
         debug_outputs: bool = False,
+        stored: bool = False,
     ) -> None:
         """Rewrite `sites`; the form of the guard is that of `build_functions`."""
         super().__init__()
@@ -58,6 +59,7 @@ class InsertSws(InPlacePass):
         self.guard: Guard = guard
         self.guard_rows = guard_rows
         self.branches = branches
+        self.stored = stored
         self.debug_outputs = debug_outputs
 
     def call(self, model: ir.Model) -> PassResult:
@@ -77,6 +79,7 @@ class InsertSws(InPlacePass):
             self.branches,
             self.debug_outputs,
             cross_attention=any(site.key_grid == TEXT for site in self.sites),
+            stored=self.stored,
         )
         for function in functions.values():
             model.functions[function.identifier()] = function

@@ -129,6 +129,8 @@ def rewrite(
                     guard.rows,
                     # TensorRT captures a step as one CUDA graph, which has no branches.
                     branches=target == "onnxruntime",
+                    # TensorRT-RTX has no kernel for float32 attention.
+                    stored=target == "tensorrt-rtx",
                     debug_outputs=debug_outputs,
                 )(model)
             stage.describe("lowering")

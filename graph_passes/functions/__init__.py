@@ -37,6 +37,7 @@ def build_functions(
     figures: bool = False,
     *,
     cross_attention: bool = False,
+    stored: bool = False,
 ) -> dict[str, ir.Function]:
     """All functions of domain `sws` by name, for a model whose activations have `dtype`.
 
@@ -48,6 +49,7 @@ def build_functions(
         branches: Let the fused guard have `If` nodes, likewise.
         figures: Let `Attention` give the figures of its site as a second output.
         cross_attention: Add what sites with keys of the text are made of.
+        stored: Let the fused guard store logits, see `build_key_guard`.
 
     Raises:
         GraphError: The parameters are outside the range in which the fused guard is exact, or the share of
@@ -58,7 +60,7 @@ def build_functions(
         build_schedule(parameters),
         build_transport(parameters),
         build_banded_transport(dtype),
-        build_key_guard(parameters, dtype, guard, branches),
+        build_key_guard(parameters, dtype, guard, branches, stored),
         build_attention(parameters, dtype, guard_rows, carries_values, figures),
     ]
     if cross_attention:

@@ -6,7 +6,12 @@ import onnx_ir as ir
 
 from graph_passes.functions.building import Op, attribute_int, cast, define_function, per_sample
 from graph_passes.functions.entropy_factor import entropy_factor
-from graph_passes.functions.key_guard_fused import branching_guard, check_fused_guard, straight_guard
+from graph_passes.functions.key_guard_fused import (
+    branching_guard,
+    check_fused_guard,
+    stored_guard,
+    straight_guard,
+)
 from graph_passes.parameters import SwsParameters
 
 FLOAT = ir.DataType.FLOAT
@@ -19,6 +24,7 @@ def build_key_guard(
     dtype: ir.DataType,
     guard: Guard = "literal",
     branches: bool = False,
+    stored: bool = False,
 ) -> ir.Function:
     """`KeyGuard(q, k, k_perm, tau_q, amplitude, kappa, key_gate, value_gain) -> alpha_k, a_v`.
 
@@ -34,6 +40,8 @@ def build_key_guard(
         branches: Let `fused` have `If` nodes, which skip evaluations that decide nothing and prove the step.
             Without them it is straight-line, and for extreme logits the step may be another one, see
             docs/performance.md.
+        stored: Let `fused` store the logits of one attention at a time, without branches: for a runtime that
+            does so anyway.
 
     Raises:
         GraphError: `fused`, and the parameters are outside the range in which it is exact.
@@ -45,7 +53,7 @@ def build_key_guard(
         tau_q, amplitude, kappa, key_gate, value_gain = per_batch
         shared = (q, k, k_perm, tau_q, amplitude, kappa)
         if guard == "fused":
-            fused_guard = branching_guard if branches else straight_guard
+            fused_guard = stored_guard if stored else branching_guard if branches else straight_guard
             share, mix = fused_guard(op, parameters, dtype, *shared, key_gate)
         else:
             share, mix = _literal_guard(op, parameters, dtype, *shared, key_gate)

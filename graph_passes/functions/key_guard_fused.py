@@ -20,6 +20,7 @@ from graph_passes.functions.building import Op, branch, mixed, true_for_any
 from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.functions.row_statistics import RowStatistics, join_heads, split_heads
 from graph_passes.functions.step_search import few_evaluations, proven_step
+from graph_passes.functions.stored_statistics import StoredStatistics
 from graph_passes.parameters import SwsParameters
 
 MIN_BUDGET = 1e-3
@@ -67,6 +68,27 @@ def straight_guard(
     divergence = rows.divergence(op)
     last = 2**parameters.bisection_steps - 1
     step = few_evaluations(op, lambda op, n: divergence(op, op.Mul(unit, n)), kappa, last)
+    return op.Mul(unit, step), mix
+
+
+def stored_guard(
+    op: Op,
+    parameters: SwsParameters,
+    dtype: ir.DataType,
+    q: Any,
+    k: Any,
+    k_perm: Any,
+    tau_q: Any,
+    amplitude: Any,
+    kappa: Any,
+    key_gate: Any,
+) -> tuple[Any, Any]:
+    """As `straight_guard`, for a runtime that stores logits anyway: it needs half as many nodes."""
+    rows = StoredStatistics(op, q, k, k_perm, tau_q, dtype)
+    mix = _mix(op, amplitude, rows)
+    unit = _unit(op, parameters, mix, key_gate)
+    last = 2**parameters.bisection_steps - 1
+    step = few_evaluations(op, lambda op, n: rows.divergence(op, op.Mul(unit, n)), kappa, last)
     return op.Mul(unit, step), mix
 
 
@@ -210,7 +232,7 @@ class _Search:
         return branch(op, binds, searched, lambda _: self.last, 1)
 
 
-def _mix(op: Op, amplitude: Any, rows: RowStatistics) -> Any:
+def _mix(op: Op, amplitude: Any, rows: RowStatistics | StoredStatistics) -> Any:
     return op.Clip(op.Mul(amplitude, entropy_factor(op, rows.entropy)), 0.0, 1.0)
 
 

@@ -1,5 +1,6 @@
 """The fused guards land on the literal guard's step: on the worst cases, not on the average."""
 
+import collections
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -22,7 +23,11 @@ HEADS, SIZE = 2, 16
 WIDTH = HEADS * SIZE
 FLOAT16 = ir.DataType.FLOAT16
 
-FORMS = [pytest.param(False, id="straight-line"), pytest.param(True, id="branches")]
+FORMS = [
+    pytest.param({"branches": False}, id="straight-line"),
+    pytest.param({"branches": True}, id="branches"),
+    pytest.param({"branches": False, "stored": True}, id="stored"),
+]
 
 Tokens = tuple[Array, Array, Array]
 
@@ -35,11 +40,12 @@ def guard(
     branches: bool = True,
     heads: int = HEADS,
     size: int = SIZE,
+    stored: bool = False,
 ) -> Call:
     rows = ["batch", "rows", heads * size]
     keys = ["batch", "tokens", heads * size]
     return Call(
-        build_functions(parameters, dtype, form, branches=branches),
+        build_functions(parameters, dtype, form, branches=branches, stored=stored),
         "KeyGuard",
         {"q": rows, "k": keys, "k_perm": keys},
         FLOAT,
@@ -135,12 +141,12 @@ CASES: dict[str, Callable[[Tokens], Tokens]] = {
 @pytest.mark.parametrize("count", [64, 250])
 @pytest.mark.parametrize("key_cap", [0.3, 1.0])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("branches", FORMS)
-def test_same_step(branches: bool, case: str, key_cap: float, count: int, kappa: float) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_same_step(form: dict[str, bool], case: str, key_cap: float, count: int, kappa: float) -> None:
     parameters = SwsParameters(key_cap=key_cap)
     tokens = CASES[case](noise(count))
     expected, share = steps(guard("literal", parameters), tokens, kappa, parameters)
-    found, found_share = steps(guard("fused", parameters, branches=branches), tokens, kappa, parameters)
+    found, found_share = steps(guard("fused", parameters, **form), tokens, kappa, parameters)
     # A divergence within 1e-4 of the budget may fall on either side.
     assert np.abs(found - expected).max() <= (1 if case == "offset" else 0)
     assert np.abs(found_share - share).max() < 1e-4
@@ -223,6 +229,8 @@ def test_a_row_beyond_every_eighth_key_is_read() -> None:
     assert oracle.largest_logit() > 200
     assert 0.2 < oracle.entropy().max() < 0.7
     assert value_share[0] / 0.6 == pytest.approx(oracle.entropy_factor(), abs=1e-3)
+    _, stored = guard("fused", branches=False, stored=True)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
+    assert stored[0] / 0.6 == pytest.approx(oracle.entropy_factor(), abs=1e-3)
     _, misread = guard("fused", branches=False)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
     assert abs(misread[0] / 0.6 - oracle.entropy_factor()) > 1e-2
 
@@ -245,10 +253,10 @@ def test_same_step_on_other_grids(bisection_steps: int) -> None:
         assert found.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("branches", FORMS)
-def test_samples_do_not_see_each_other(branches: bool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_do_not_see_each_other(form: dict[str, bool]) -> None:
     """One budget binds, one does not, one sample is gated, one has no amplitude; each as if it were alone."""
-    call = guard("fused", branches=branches)
+    call = guard("fused", **form)
     q, k, k_perm = (np.repeat(x[:1], 4, 0) for x in noise(64))
     q *= np.array([16, 1, 16, 4], np.float32)[:, None, None]
     inputs = {
@@ -270,7 +278,7 @@ def test_samples_do_not_see_each_other(branches: bool) -> None:
             k_perm=k_perm[i : i + 1],
             **{name: value[i : i + 1] for name, value in inputs.items()},
         )
-        np.testing.assert_allclose([alone[0][0], alone[1][0]], [alpha[i], value_share[i]], rtol=1e-5)
+        np.testing.assert_allclose([alone[0][0], alone[1][0]], [alpha[i], value_share[i]], rtol=3e-5)
 
 
 def test_a_sample_that_is_not_a_number_does_not_reach_its_neighbour() -> None:
@@ -421,6 +429,13 @@ def test_fused_guards_store_no_logits() -> None:
     straight = [node.op_type for node in guard("fused", branches=False).model.graph]
     assert straight.count("Attention") == 4
     assert "If" not in straight
+
+
+def test_the_stored_form_is_products_and_softmax_alone() -> None:
+    """Slices and paddings of dynamic shapes are a dozen layers each in TensorRT."""
+    kinds = collections.Counter(node.op_type for node in guard("fused", stored=True).model.graph.all_nodes())
+    assert (kinds["Softmax"], kinds["Einsum"], kinds["MatMul"]) == (4, 4, 4)
+    assert not {"Attention", "If", "Slice", "Pad", "Split"} & kinds.keys()
 
 
 @pytest.mark.slow
