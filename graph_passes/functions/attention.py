@@ -6,7 +6,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.errors import GraphError
-from graph_passes.functions.building import Op, cast, define_function, mixed, per_sample
+from graph_passes.functions.building import Op, attribute_int, cast, define_function, mixed, per_sample
 from graph_passes.functions.key_guard_fused import branching_site
 from graph_passes.parameters import STATE_RADIUS, SwsParameters
 
@@ -44,8 +44,7 @@ def build_attention(
         parameters: Constants of the method; `KeyGuard` carries those that its plugin needs.
         dtype: Of the model's activations.
         guard_rows: Share of the query rows that the guard sees: 1, or 1/2 to 1/16 for a lattice over the
-            grid. An approximation. The mean KL divergence survives it; the lowest and the highest entropy
-            are those of the rows seen, so that amplitudes come out a little different.
+            grid. An approximation, see `sampled_rows`.
         carries_values: Let the attention that evaluates the divergence be the site's own where it can: a
             fused guard with branches, on all rows of a float32 model.
         figures: Give a second output [B, 1, 6] float32: `SITE_FIGURES` of debug_outputs.
@@ -100,7 +99,7 @@ def build_attention(
             alpha_k, a_v, y = branching_site(op, parameters, q, k, v, k_perm, v_perm, *per_batch, attend)
         else:
             alpha_k, a_v = op.KeyGuard(
-                _lattice(op, q, query_grid, strides) if sampled else q,
+                sampled_rows(op, q, query_grid, strides, dtype) if sampled else q,
                 k,
                 k_perm,
                 *per_batch,
@@ -138,8 +137,22 @@ def _figures(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any, a_v:
     return op.Concat(*shares, op.Unsqueeze(computed, [1]), axis=2)
 
 
-def _lattice(op: Op, q: Any, size: Any, strides: tuple[int, int]) -> Any:
-    """Every so many rows and columns of the grid of `size` on which q [B, T, C] lies, as [B, T', C]."""
+def sampled_rows(op: Op, q: Any, size: Any, strides: tuple[int, int], dtype: ir.DataType) -> Any:
+    """Some of the rows of q [B, T, C], which lies on the grid of `size`, as [B, T', C].
+
+    First a lattice: of every so many rows and columns of the grid the second, so that the border is not seen
+    more often than it should be. Means over rows survive that. The lowest and the highest entropy do not:
+    of 32 rows of 256 they are far inside. Rows of long queries are certain and those of short ones are not,
+    so that the longest and the shortest query of each head come last; they count in means like any other.
+    """
     grid = op.Reshape(q, op.Concat([0], size, [-1], axis=0))
-    some = op.Slice(grid, [0, 0], [2**31, 2**31], [1, 2], list(strides))
-    return op.Reshape(some, op.Concat([0, -1], op.Shape(q, start=2, end=3), axis=0))
+    starts = [min(stride - 1, 1) for stride in strides]
+    some = op.Slice(grid, starts, [2**31, 2**31], [1, 2], list(strides))
+    lattice = op.Reshape(some, op.Concat([0, -1], op.Shape(q, start=2, end=3), axis=0))
+
+    heads = op.Reshape(q, op.Concat([0, 0], attribute_int(op, "num_heads"), [-1], axis=0))
+    squared = op.ReduceSumSquare(cast(op, heads, FLOAT, dtype), [3], keepdims=1)
+    places = op.Concat(op.ArgMax(squared, axis=1), op.ArgMin(squared, axis=1), axis=1)
+    channels = op.Concat([1, 1, 1], op.Shape(heads, start=3, end=4), axis=0)
+    extremes = op.GatherElements(heads, op.Expand(places, channels), axis=1)
+    return op.Concat(lattice, op.Reshape(extremes, [0, 0, -1]), axis=1)
