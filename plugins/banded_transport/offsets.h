@@ -1,8 +1,6 @@
 // The L1 diamond of a banded transport: which offset (dy, dx) entry j stands for, ordered by dy, then dx.
 #pragma once
 
-#include <cmath>
-
 #include "common/platform.h"
 
 namespace sws {
@@ -27,15 +25,6 @@ SWS_HD constexpr int offset_index(int radius, GridOffset offset) {
   const int reach = radius - absolute(offset.dy);
   const int upper = reach * reach + reach + sign * offset.dx;
   return offset.dy > 0 ? offset_count(radius) - 1 - upper : upper;
-}
-
-SWS_HD GridOffset offset_at(int radius, int index) {
-  const int upper_count = (radius + 1) * (radius + 1);
-  const bool lower = index >= upper_count;
-  const int upper = lower ? offset_count(radius) - 1 - index : index;
-  const int reach = static_cast<int>(sqrtf(static_cast<float>(upper) + 0.5f));
-  const GridOffset offset{reach - radius, upper - reach * reach - reach};
-  return lower ? GridOffset{-offset.dy, -offset.dx} : offset;
 }
 
 }  // namespace sws

@@ -79,7 +79,9 @@ SWS_KERNEL_BODY void transport_scalar(BlockType& block, TransportProblem const& 
   Shared<float> halo =
       block.template shared<float>(transport_weight_bytes(problem.radius), scalar_input_count(problem.radius));
 
-  stage_weights(block, problem, sample, origin, weights);
+  start_weights_copy(block, problem, sample, origin, weights);
+  block.commit_copies();
+  block.template wait_copies<0>();
   for (int chunk = range.first; chunk < range.last; ++chunk) {
     const int tensor = chunk / chunks.per_tensor;
     const int first_channel = (chunk % chunks.per_tensor) * kScalarChannels;

@@ -82,24 +82,35 @@ SWS_KERNEL_BODY void gather_band(BlockType& block, Shared<float> weights, int ra
   });
 }
 
-// Starts the copy of one channel chunk of the halo; tokens outside the grid and channels past the end become zeros.
+// Starts the copy of one channel chunk of the halo. Tokens outside the grid, channels past the end and the corners of
+// the halo that no diamond reaches become zeros. A thread keeps to one vector of the chunk and steps through the tokens;
+// it carries their place along instead of dividing for it.
 template <typename Element, int kReach, typename BlockType>
 SWS_KERNEL_BODY void start_chunk_copy(BlockType& block, TransportProblem const& problem, int sample,
                                       GridPosition origin, int chunk, Shared<Element> stage) {
   constexpr int kVectors = kChunkChannels / 8;
+  constexpr int kTokensAtOnce = kTransportThreads / kVectors;
+  static_assert(kTokensAtOnce >= kHaloColumns && kTokensAtOnce < 2 * kHaloColumns, "a step is a row and some columns");
   const ChannelChunks chunks = channel_chunks(problem, kChunkChannels);
   const auto* input = static_cast<const Element*>(input_of(problem, chunk / chunks.per_tensor));
   const int first_channel = (chunk % chunks.per_tensor) * kChunkChannels;
   block.each_thread([&](int thread) {
-    for (int i = thread; i < BandGeometry<kReach>::kHaloTokens * kVectors; i += kTransportThreads) {
-      const int token = i / kVectors;
-      const int vector = i % kVectors;
-      const GridPosition at{origin.y - kReach + token / kHaloColumns,
-                            origin.x - kMaxTransportRadius + token % kHaloColumns};
-      const int channel = first_channel + vector * 8;
-      const bool valid = in_grid(problem, at) && channel < problem.channels;
-      const Element* from = valid ? input + token_start(problem, sample, at) + channel : input;
+    const int vector = thread % kVectors;
+    const int channel = first_channel + vector * 8;
+    const bool has_channel = channel < problem.channels;
+    const Element* first_token = input + token_start(problem, sample, GridPosition{0, 0}) + (has_channel ? channel : 0);
+    int row = thread / kVectors / kHaloColumns;
+    int column = thread / kVectors % kHaloColumns;
+    for (int token = thread / kVectors; token < BandGeometry<kReach>::kHaloTokens; token += kTokensAtOnce) {
+      const GridPosition place{row - kReach, column - kMaxTransportRadius};
+      const GridPosition at{origin.y + place.y, origin.x + place.x};
+      const bool valid = has_channel & in_grid(problem, at) & (steps_to_tile(place) <= problem.radius);
+      const int64_t tokens_on = valid ? at.y * problem.width + at.x : 0;
+      const Element* from = first_token + tokens_on * problem.channels;
       block.copy_16_bytes(stage, token * kTokenStride + vector * 8, from, valid, thread);
+      column += kTokensAtOnce - kHaloColumns;
+      row += column < kHaloColumns ? 1 : 2;
+      column -= column < kHaloColumns ? 0 : kHaloColumns;
     }
   });
 }
@@ -193,7 +204,9 @@ SWS_KERNEL_BODY void transport_tensor_core(BlockType& block, TransportProblem co
 
   start_chunk_copy<Element, kReach>(block, problem, sample, origin, range.first, stage_of(range.first));
   block.commit_copies();
-  stage_weights(block, problem, sample, origin, weights);
+  start_weights_copy(block, problem, sample, origin, weights);
+  block.commit_copies();
+  block.template wait_copies<0>();
   block.sync();
   PerThread<BandFragments<Geometry::kSteps>, kTransportThreads> band;
   gather_band<Element, kReach>(block, weights, problem.radius, band);

@@ -22,7 +22,9 @@ struct GridPosition {
 };
 
 SWS_HD bool in_grid(TransportProblem const& problem, GridPosition position) {
-  return position.y >= 0 && position.y < problem.height && position.x >= 0 && position.x < problem.width;
+  // A negative number is a large unsigned one; `&` because a branch costs more than a comparison.
+  return (static_cast<unsigned>(position.y) < static_cast<unsigned>(problem.height)) &
+         (static_cast<unsigned>(position.x) < static_cast<unsigned>(problem.width));
 }
 
 SWS_HD int tile_columns(TransportProblem const& problem) { return (problem.width + kTileSide - 1) / kTileSide; }
@@ -44,26 +46,40 @@ SWS_HD constexpr int transport_weight_bytes(int radius) {
   return offset_count(radius) * kWeightStride * static_cast<int>(sizeof(float));
 }
 
-// Weights of the tile as [offset][token of the tile]. A weight whose neighbour (or whose token) lies outside the
-// grid becomes zero, whatever the tensor holds there.
+// Starts copying the weights of the tile as [offset][token of the tile]. A weight whose neighbour (or whose token) lies
+// outside the grid becomes zero, whatever the tensor holds there. A thread keeps to one token and takes every
+// kRowGroups-th row of the diamond, so that the loop computes little and waits for nothing.
 template <typename BlockType>
-SWS_KERNEL_BODY void stage_weights(BlockType& block, TransportProblem const& problem, int sample, GridPosition origin,
-                                   Shared<float> weights) {
-  const int count = offset_count(problem.radius) * kTileTokens;
+SWS_KERNEL_BODY void start_weights_copy(BlockType& block, TransportProblem const& problem, int sample,
+                                        GridPosition origin, Shared<float> weights) {
+  constexpr int kRowGroups = BlockType::kThreads / kTileTokens;
+  static_assert(kRowGroups * kTileTokens == BlockType::kThreads, "every token has as many threads");
+  const int radius = problem.radius;
   const int64_t plane = static_cast<int64_t>(problem.height) * problem.width;
+  const float* band = problem.weights + static_cast<int64_t>(sample) * offset_count(radius) * plane;
   block.each_thread([&](int thread) {
-    for (int i = thread; i < count; i += BlockType::kThreads) {
-      const int index = i / kTileTokens;
-      const int token = i % kTileTokens;
-      const GridPosition at{origin.y + token / kTileSide, origin.x + token % kTileSide};
-      const GridOffset offset = offset_at(problem.radius, index);
-      const bool inside = in_grid(problem, at) && in_grid(problem, GridPosition{at.y + offset.dy, at.x + offset.dx});
-      const int64_t source = (static_cast<int64_t>(sample) * offset_count(problem.radius) + index) * plane +
-                             static_cast<int64_t>(at.y) * problem.width + at.x;
-      weights.store(index * kWeightStride + token, inside ? problem.weights[source] : 0.0f, thread);
+    const int token = thread % kTileTokens;
+    const GridPosition at{origin.y + token / kTileSide, origin.x + token % kTileSide};
+    const bool exists = in_grid(problem, at);
+    const float* source = exists ? band + static_cast<int64_t>(at.y) * problem.width + at.x : band;
+    for (int dy = -radius + thread / kTileTokens; dy <= radius; dy += kRowGroups) {
+      const int reach = radius - absolute(dy);
+      int index = offset_index(radius, GridOffset{dy, -reach});
+      for (int dx = -reach; dx <= reach; ++dx, ++index) {
+        const bool inside = exists && in_grid(problem, GridPosition{at.y + dy, at.x + dx});
+        block.copy_4_bytes(weights, index * kWeightStride + token, inside ? source + index * plane : band, inside,
+                           thread);
+      }
     }
   });
 }
+
+// Steps from a place beside the tile to the nearest token of it; places are relative to the tile's first token.
+SWS_HD int larger(int a, int b) { return a < b ? b : a; }
+
+SWS_HD int steps_along(int place) { return larger(larger(-place, place - kTileSide + 1), 0); }
+
+SWS_HD int steps_to_tile(GridPosition place) { return steps_along(place.y) + steps_along(place.x); }
 
 // A choice rather than an index: indexing kernel parameters at run time would copy them to local memory.
 SWS_HD const void* input_of(TransportProblem const& problem, int tensor) {

@@ -78,6 +78,13 @@ class Block {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(bytes));
   }
 
+  // Four bytes, in the same way.
+  __device__ __forceinline__ void copy_4_bytes(Shared<float> to, int index, const float* from, bool valid, int) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to.at(index)));
+    const int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(address), "l"(from), "r"(bytes));
+  }
+
   // Closes the group of copies issued since the last call (an empty group counts too).
   __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::); }
 

@@ -45,8 +45,12 @@ struct AlphaNodes {
   SWS_HD float at(int node) const { return base + static_cast<float>(node) * stride; }
 };
 
-// Row sums at alpha = 0 and at kNodes alphas, all relative to the two peaks max x0 and max x1. Cheap: one exponential
-// for the first node and one for the step to the next. Fails, and says so, where the peaks of x0 and x1 lie so far
+// How far, in logits, a row of shared peaks lets x0 and x1 rise above its peaks before it rescales its sums. Rescaling
+// at every new maximum would happen in some thread of a warp at most steps; weights up to 2^4 cost no accuracy.
+constexpr float kPeakSlack = 4.0f;
+
+// Row sums at alpha = 0 and at kNodes alphas, all relative to two peaks: max x0 and max x1, or up to kPeakSlack less.
+// Cheap: one exponential for the first node and one for the step to the next. Fails, and says so, where the peaks of x0 and x1 lie so far
 // apart that no key is near (1 - alpha) max x0 + alpha max x1.
 // kMultiples: the nodes are stride, 2 stride, ..., so that the first weight needs no exponential of its own.
 template <int kNodeCount, bool kMultiplesOfStride>
@@ -96,7 +100,8 @@ SWS_HD void rebase(SharedPeakRow<kNodes, kMultiples>& row, float peak0, float pe
   row.field[Row::kPeak1] = peak1;
 }
 
-// 2^64 cuts off no weight: a pair that steep has x0 - peak0 < -64 / stride, hence weight 0 at every alpha <= 1/2.
+// 2^64 cuts off no weight that matters: a pair that steep has d > 64 / stride >= 256 for alpha = 2 stride <= 1/2, hence
+// x0 - peak0 < kPeakSlack - 256, and its weight at alpha is below 2^-122.
 constexpr float kLargestStepLog2 = 64.0f;
 
 // Adds keys whose logits are scale * y0 and scale * y1, scale > 0.
@@ -111,9 +116,14 @@ SWS_HD void absorb(SharedPeakRow<kNodes, kMultiples>& row, const float (&y0)[kCo
     greatest0 = fmaxf(greatest0, y0[i]);
     greatest1 = fmaxf(greatest1, y1[i]);
   }
-  const float peak0 = fmaxf(row.field[Row::kPeak0], scale * greatest0);
-  const float peak1 = fmaxf(row.field[Row::kPeak1], scale * greatest1);
-  if (peak0 > row.field[Row::kPeak0] || peak1 > row.field[Row::kPeak1]) rebase(row, peak0, peak1, nodes);
+  const bool rises = scale * greatest0 > row.field[Row::kPeak0] + kPeakSlack ||
+                     scale * greatest1 > row.field[Row::kPeak1] + kPeakSlack;
+  if (rises) {
+    rebase(row, fmaxf(row.field[Row::kPeak0], scale * greatest0), fmaxf(row.field[Row::kPeak1], scale * greatest1),
+           nodes);
+  }
+  const float peak0 = row.field[Row::kPeak0];
+  const float peak1 = row.field[Row::kPeak1];
   SWS_UNROLL
   for (int i = 0; i < kCount; ++i) {
     const float level = scale * y0[i] - peak0;
@@ -169,10 +179,11 @@ SWS_HD float row_slope(SharedPeakRow<kNodes, kMultiples> const& row, int node) {
 }
 
 // False where a node may have lost weights that matter. exp2(x0 - peak0) is zero below 2^-126; the pair's weight at
-// alpha may then still be 2^(-126 (1 - alpha)). 2^14 keys lose less than 2^-24 of the sum if it is 2^38 times that.
+// alpha <= 1/2 may then still be 2^(-126 (1 - alpha) + kPeakSlack / 2). 2^14 keys lose less than 2^-24 of the sum if it
+// is 2^40 times 2^(-126 (1 - alpha)).
 template <int kNodes, bool kMultiples>
 SWS_HD bool is_reliable(SharedPeakRow<kNodes, kMultiples> const& row, AlphaNodes nodes) {
-  const float least = fast_exp2(38.0f - 126.0f * (1.0f - nodes.at(kNodes - 1)));
+  const float least = fast_exp2(40.0f - 126.0f * (1.0f - nodes.at(kNodes - 1)));
   bool reliable = true;
   SWS_UNROLL
   for (int i = 0; i < kNodes; ++i)

@@ -47,21 +47,25 @@ SWS_HD int result_row(int thread, int r) {
   return thread / 32 * kWarpRows + r / 2 * 16 + r % 2 * 8 + lane_place(thread).group;
 }
 
+constexpr int kRowLanes = 8;  // threads that copy a row together
+
 // Starts copying `rows` rows of one head into shared memory; rows past the last token and the padding become zeros.
 template <typename Element, typename BlockType>
 SWS_KERNEL_BODY void start_rows_copy(BlockType& block, GuardProblem const& problem, int sample, int head,
                                      TokenRows tensor, int first_token, int rows, Shared<Element> to) {
   const auto* elements = static_cast<const Element*>(tensor.data);
-  const int vectors = padded_head_size(problem.head_size) / 8;
+  const Element* first_row = elements + head_start(problem, tensor, sample, first_token, head);
+  const int row_elements = problem.heads * problem.head_size;
+  const int columns = padded_head_size(problem.head_size);
   const int stride = head_stride(problem.head_size);
   block.each_thread([&](int thread) {
-    for (int i = thread; i < rows * vectors; i += kGuardThreads) {
-      const int row = i / vectors;
-      const int column = i % vectors * 8;
-      const int token = first_token + row;
-      const bool valid = token < tensor.tokens && column < problem.head_size;
-      const Element* from = valid ? elements + head_start(problem, tensor, sample, token, head) + column : elements;
-      block.copy_16_bytes(to, row * stride + column, from, valid, thread);
+    for (int row = thread / kRowLanes; row < rows; row += kGuardThreads / kRowLanes) {
+      const bool exists = first_token + row < tensor.tokens;
+      for (int column = thread % kRowLanes * 8; column < columns; column += kRowLanes * 8) {
+        const bool valid = exists && column < problem.head_size;
+        const Element* from = valid ? first_row + static_cast<int64_t>(row) * row_elements + column : elements;
+        block.copy_16_bytes(to, row * stride + column, from, valid, thread);
+      }
     }
   });
 }

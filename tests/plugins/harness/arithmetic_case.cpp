@@ -37,9 +37,10 @@ void write_widenings(const Case& test) {
 void write_offsets(const Case& test) {
   std::vector<int32_t> rows;
   for (int radius = 1; radius <= 8; ++radius) {
-    for (int index = 0; index < offset_count(radius); ++index) {
-      const GridOffset offset = offset_at(radius, index);
-      rows.insert(rows.end(), {radius, offset.dy, offset.dx, offset_index(radius, offset)});
+    for (int dy = -radius; dy <= radius; ++dy) {
+      for (int dx = absolute(dy) - radius; dx <= radius - absolute(dy); ++dx) {
+        rows.insert(rows.end(), {radius, dy, dx, offset_index(radius, GridOffset{dy, dx})});
+      }
     }
   }
   test.write("offsets", rows.data(), rows.size() * sizeof(int32_t));

@@ -94,16 +94,11 @@ class Block {
 
   template <typename Element>
   void copy_16_bytes(Shared<Element> to, int index, const Element* from, bool valid, int thread) {
-    constexpr int kElements = 16 / static_cast<int>(sizeof(Element));
-    Copy copy;
-    copy.offset = to.byte_of(index, kElements);
-    copy.thread = thread;
-    if (copy.offset % 16 != 0) throw std::runtime_error("16-byte copy to a misaligned shared address");
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) throw std::runtime_error("16-byte copy from a misaligned address");
-    std::memset(copy.data, 0, 16);
-    if (valid) std::memcpy(copy.data, from, 16);
-    arena_.begin_copy(copy.offset, 16, thread);
-    open_group_.push_back(copy);
+    start_copy(16, to.byte_of(index, 16 / static_cast<int>(sizeof(Element))), from, valid, thread);
+  }
+
+  void copy_4_bytes(Shared<float> to, int index, const float* from, bool valid, int thread) {
+    start_copy(4, to.byte_of(index, 1), from, valid, thread);
   }
 
   void commit_copies() {
@@ -114,7 +109,7 @@ class Block {
   template <int kPending>
   void wait_copies() {
     while (groups_.size() > static_cast<size_t>(kPending)) {
-      for (const Copy& copy : groups_.front()) arena_.end_copy(copy.offset, copy.data, 16, copy.thread);
+      for (const Copy& copy : groups_.front()) arena_.end_copy(copy.offset, copy.data, copy.size, copy.thread);
       groups_.pop_front();
     }
   }
@@ -175,8 +170,22 @@ class Block {
   }
 
  private:
+  void start_copy(size_t size, size_t offset, const void* from, bool valid, int thread) {
+    const std::string what = std::to_string(size) + "-byte copy ";
+    if (offset % size != 0) throw std::runtime_error(what + "to a misaligned shared address");
+    if (reinterpret_cast<uintptr_t>(from) % size != 0) throw std::runtime_error(what + "from a misaligned address");
+    Copy copy;
+    copy.offset = offset;
+    copy.size = size;
+    copy.thread = thread;
+    if (valid) std::memcpy(copy.data, from, size);
+    arena_.begin_copy(offset, size, thread);
+    open_group_.push_back(copy);
+  }
+
   struct Copy {
     size_t offset = 0;
+    size_t size = 0;
     int thread = 0;
     unsigned char data[16] = {};
   };
