@@ -42,7 +42,9 @@ Launch scalar_launch(int radius) {
 }
 
 Launch choose_launch(TransportProblem const& problem) {
-  const bool whole_vectors = problem.channels % 8 == 0;
+  const bool whole_vectors = problem.channels % 8 == 0 && is_aligned(problem.inputs[0]) &&
+                             is_aligned(problem.inputs[1]) && is_aligned(problem.outputs[0]) &&
+                             is_aligned(problem.outputs[1]);
   switch (problem.format) {
     case NumberFormat::kFloat16:
       return whole_vectors ? tensor_core_launch<Float16>(problem.radius) : scalar_launch<Float16>(problem.radius);
@@ -74,8 +76,8 @@ cudaError_t launch_banded_transport(TransportProblem const& problem, cudaStream_
   // Deal the channels out to enough blocks for two on each processor; more would gather the band more often.
   const int tiles = tile_rows(problem) * tile_columns(problem);
   const int chunks = channel_chunks(problem, launch.chunk_channels).total;
-  const int wanted = (2 * processors) / (tiles * problem.batch);
-  const int parts = wanted < 1 ? 1 : (wanted > chunks ? chunks : wanted);
+  const int64_t wanted = 2 * processors / (static_cast<int64_t>(tiles) * problem.batch);
+  const int parts = wanted < 1 ? 1 : (wanted > chunks ? chunks : static_cast<int>(wanted));
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(parts), static_cast<unsigned>(problem.batch));
   launch.kernel<<<grid, static_cast<unsigned>(launch.threads), static_cast<size_t>(launch.shared_bytes), stream>>>(
       problem, parts);

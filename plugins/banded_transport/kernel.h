@@ -8,7 +8,8 @@
 namespace sws {
 
 // Enqueues the transport on `stream`: no allocation, no synchronisation, so it can be captured in a CUDA graph.
-// Pointers must be aligned to 16 bytes. Returns the first CUDA error, cudaErrorInvalidValue for a shape out of range.
+// Tensors that are not aligned to 16 bytes go through the scalar kernel. Returns the first CUDA error,
+// cudaErrorInvalidValue for a shape out of range.
 cudaError_t launch_banded_transport(TransportProblem const& problem, cudaStream_t stream);
 
 }  // namespace sws

@@ -47,6 +47,7 @@ void BandedTransportPlugin::check_shapes(TensorShapes const& shapes) const {
   require_rank(weights, 4, "P");
   for (size_t axis : {0, 2, 3}) require_dimension(weights, axis, -1, "P");
   require_dimension(weights, 1, offset_count(radius_), "P");
+  require_batch(weights, "P");
   TensorShape const& first = shapes.inputs[kFirstTensor];
   const int64_t tokens = weights.dims[2] < 0 || weights.dims[3] < 0 ? -1 : weights.dims[2] * weights.dims[3];
   for (int n = 0; n < tensors_; ++n) {

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 namespace sws {
 
 constexpr int kMaxGridZ = 65535;
@@ -13,6 +15,9 @@ inline cudaError_t current_device_attribute(int* value, cudaDeviceAttr attribute
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   return cudaDeviceGetAttribute(value, attribute, device);
 }
+
+// Whether vectors of 16 bytes may be read from there.
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 inline cudaError_t processor_count(int* count) {
   return current_device_attribute(count, cudaDevAttrMultiProcessorCount);

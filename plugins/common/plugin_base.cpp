@@ -1,8 +1,10 @@
 #include "common/plugin_base.h"
 
 #include <exception>
+#include <limits>
 #include <stdexcept>
 
+#include "common/device.h"
 #include "common/plugin_log.h"
 
 namespace sws {
@@ -18,9 +20,9 @@ Result shielded(const char* where, Result failed, Work work) noexcept {
   try {
     return work();
   } catch (const std::exception& error) {
-    log_message(Severity::kERROR, where, error.what());
+    log_message(Severity::kERROR, where, {error.what()});
   } catch (...) {
-    log_message(Severity::kERROR, where, "unknown exception");
+    log_message(Severity::kERROR, where, {"unknown exception"});
   }
   return failed;
 }
@@ -65,10 +67,20 @@ void require_rank(TensorShape const& shape, size_t rank, const char* tensor) {
 
 void require_dimension(TensorShape const& shape, size_t axis, int64_t expected, const char* tensor) {
   const int64_t found = shape.dims.at(axis);
+  if (found > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument(std::string(tensor) + " " + describe_shape(shape) + ": more than 2^31 - 1 at axis " +
+                                std::to_string(axis));
+  }
   if (found == -1 || (found > 0 && (expected == -1 || found == expected))) return;
   throw std::invalid_argument(std::string(tensor) + " " + describe_shape(shape) + ": expected " +
                               (expected == -1 ? "a positive number" : std::to_string(expected)) + " at axis " +
                               std::to_string(axis));
+}
+
+void require_batch(TensorShape const& shape, const char* tensor) {
+  if (shape.dims.at(0) <= kMaxGridZ) return;
+  throw std::invalid_argument(std::string(tensor) + " " + describe_shape(shape) + ": a batch of at most " +
+                              std::to_string(kMaxGridZ) + " samples is possible");
 }
 
 NumberFormat number_format(DataType type) {
@@ -131,10 +143,11 @@ bool PluginBase::supportsFormatCombination(int32_t position, nvinfer1::DynamicPl
     const bool linear = tensors[position].desc.format == nvinfer1::TensorFormat::kLINEAR;
     const bool fits = linear && type_fits(position, tensors);
     if (!fits) {
+      const std::string type = std::to_string(static_cast<int>(tensors[position].desc.type));
+      const std::string format = std::to_string(static_cast<int>(tensors[position].desc.format));
       log_message(Severity::kVERBOSE, name_,
-                  "tensor " + std::to_string(position) + ": refused data type " +
-                      std::to_string(static_cast<int>(tensors[position].desc.type)) + " with format " +
-                      std::to_string(static_cast<int>(tensors[position].desc.format)));
+                  {"tensor ", std::to_string(position).c_str(), ": refused data type ", type.c_str(), " with format ",
+                   format.c_str()});
     }
     return fits;
   });
@@ -226,8 +239,7 @@ int32_t PluginBase::enqueue(nvinfer1::PluginTensorDesc const* input_descriptions
     const TensorShapes shapes = shapes_of(input_descriptions, input_count(), output_descriptions, output_count());
     const cudaError_t error = launch(shapes, inputs, outputs, workspace, stream);
     if (error == cudaSuccess) return 0;
-    log_message(Severity::kERROR, name_,
-                std::string("CUDA: ") + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+    log_message(Severity::kERROR, name_, {"CUDA: ", cudaGetErrorName(error), ", ", cudaGetErrorString(error)});
     return kFailed;
   });
 }

@@ -96,6 +96,9 @@ void require_rank(TensorShape const& shape, size_t rank, const char* tensor);
 // Throws unless the dimension is unknown or as expected (expected -1: anything positive).
 void require_dimension(TensorShape const& shape, size_t axis, int64_t expected, const char* tensor);
 
+// Throws if there are more samples than a launch can have.
+void require_batch(TensorShape const& shape, const char* tensor);
+
 std::string describe_shape(TensorShape const& shape);
 
 // Throws for a type no kernel exists for.

@@ -3,7 +3,7 @@
 
 #include <NvInferRuntime.h>
 
-#include <string>
+#include <exception>
 #include <vector>
 
 #include "common/plugin_log.h"
@@ -29,18 +29,14 @@ class PluginCreator final : public nvinfer1::IPluginCreatorV3One {
     try {
       return Plugin::create(fields, namespace_);
     } catch (const std::exception& error) {
-      log_message(Severity::kERROR, Plugin::kName, layer_of(name) + error.what());
+      log_message(Severity::kERROR, Plugin::kName, {"layer '", name == nullptr ? "" : name, "': ", error.what()});
     } catch (...) {
-      log_message(Severity::kERROR, Plugin::kName, layer_of(name) + "unknown exception");
+      log_message(Severity::kERROR, Plugin::kName, {"unknown exception"});
     }
     return nullptr;
   }
 
  private:
-  static std::string layer_of(const char* name) {
-    return name == nullptr || *name == '\0' ? std::string() : "layer '" + std::string(name) + "': ";
-  }
-
   const char* namespace_;
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection collection_{};

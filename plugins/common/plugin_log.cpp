@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <string>
 
 namespace sws {
 namespace {
@@ -12,9 +13,10 @@ std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept { logger_finder.store(finder); }
 
-void log_message(Severity severity, const std::string& where, const std::string& message) noexcept {
+void log_message(Severity severity, const char* where, std::initializer_list<const char*> parts) noexcept {
   try {
-    const std::string line = "sws::" + where + ": " + message;
+    std::string line = "sws::" + std::string(where) + ": ";
+    for (const char* part : parts) line += part;
     nvinfer1::ILoggerFinder* finder = logger_finder.load();
     nvinfer1::ILogger* logger = finder != nullptr ? finder->findLogger() : nullptr;
     if (logger != nullptr) {

@@ -3,7 +3,7 @@
 
 #include <NvInferRuntime.h>
 
-#include <string>
+#include <initializer_list>
 
 namespace sws {
 
@@ -11,7 +11,8 @@ using Severity = nvinfer1::ILogger::Severity;
 
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
-// Logs "sws::<where>: <message>"; to the standard error stream while nobody has set a logger.
-void log_message(Severity severity, const std::string& where, const std::string& message) noexcept;
+// Logs "sws::<where>: " and the parts one after the other; to the standard error stream while nobody has set a logger.
+// Takes no std::string, whose making may throw where this is called: in handlers of noexcept functions.
+void log_message(Severity severity, const char* where, std::initializer_list<const char*> parts) noexcept;
 
 }  // namespace sws

@@ -72,7 +72,9 @@ struct Plan {
 // Two stages where they fit, else one; 0 where not even that fits.
 cudaError_t choose_stages(GuardProblem const& problem, int* stages) {
   *stages = 0;
-  if (problem.format == NumberFormat::kFloat32 || problem.head_size % 8 != 0) return cudaSuccess;
+  const bool whole_vectors = problem.head_size % 8 == 0 && is_aligned(problem.queries) && is_aligned(problem.keys) &&
+                             is_aligned(problem.moved_keys);
+  if (problem.format == NumberFormat::kFloat32 || !whole_vectors) return cudaSuccess;
   int limit = 0;
   if (cudaError_t error = shared_memory_limit(&limit); error != cudaSuccess) return error;
   for (int candidate = 2; candidate >= 1; --candidate) {
@@ -133,7 +135,7 @@ cudaError_t launch_all(Plan const& plan) {
 }  // namespace
 
 cudaError_t launch_key_guard(GuardProblem const& problem, void* workspace, cudaStream_t stream) {
-  if (!is_valid(problem)) return cudaErrorInvalidValue;
+  if (!is_valid(problem) || workspace == nullptr || !is_aligned(workspace)) return cudaErrorInvalidValue;
   Plan plan;
   plan.problem = problem;
   plan.stream = stream;

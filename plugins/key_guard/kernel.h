@@ -10,8 +10,9 @@ namespace sws {
 constexpr int kMaxBisectionSteps = 16;
 
 // Enqueues the guard's launches on `stream`: no allocation, no synchronisation, so it can be captured in a CUDA graph.
-// `workspace` has guard_workspace_bytes(...) bytes, need not be initialised, and tensors are aligned to 16 bytes.
-// Returns the first CUDA error, cudaErrorInvalidValue for a shape or parameter out of range.
+// `workspace` has guard_workspace_bytes(...) bytes, is aligned to 16, and need not be initialised. Tensors that are not
+// aligned to 16 bytes go through the scalar kernels. Returns the first CUDA error, cudaErrorInvalidValue for a shape,
+// parameter or workspace that cannot be.
 cudaError_t launch_key_guard(GuardProblem const& problem, void* workspace, cudaStream_t stream);
 
 }  // namespace sws

@@ -79,7 +79,8 @@ void KeyGuardPlugin::check_shapes(TensorShapes const& shapes) const {
   TensorShape const& queries = shapes.inputs[kQueries];
   require_rank(queries, 3, "q");
   for (size_t axis : {0, 1, 2}) require_dimension(queries, axis, -1, "q");
-  if (queries.dims[2] % attributes_.num_heads != 0) {
+  require_batch(queries, "q");
+  if (queries.dims[2] >= 0 && queries.dims[2] % attributes_.num_heads != 0) {
     throw std::invalid_argument("q " + describe_shape(queries) + ": the last axis is no multiple of num_heads = " +
                                 std::to_string(attributes_.num_heads));
   }

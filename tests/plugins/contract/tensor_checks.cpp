@@ -137,6 +137,12 @@ void check_transport_shapes(Library& library) {
   inputs[1].dims[0] = 0;
   require_refused(library, plugin, inputs, outputs, "x [0, 60, 320]: expected 2 at axis 0");
   inputs = transport_inputs(DataType::kHALF);
+  inputs[0].dims[0] = 65536;
+  require_refused(library, plugin, inputs, outputs, "P [65536, 41, 6, 10]: a batch of at most 65535 samples is possible");
+  inputs = transport_inputs(DataType::kHALF);
+  inputs[0].dims[2] = int64_t{1} << 31;
+  require_refused(library, plugin, inputs, outputs, "more than 2^31 - 1 at axis 2");
+  inputs = transport_inputs(DataType::kHALF);
   inputs[0].type = DataType::kHALF;
   require_refused(library, plugin, inputs, outputs, "input 0: expected float32");
   inputs.pop_back();
@@ -158,6 +164,9 @@ void check_guard_shapes(Library& library) {
   inputs = guard_inputs(DataType::kBF16);
   for (size_t i = 0; i < 3; ++i) inputs[i].dims[2] = 321;
   require_refused(library, plugin, inputs, outputs, "is no multiple of num_heads = 8");
+  inputs = guard_inputs(DataType::kBF16);
+  inputs[0].dims[0] = 65536;
+  require_refused(library, plugin, inputs, outputs, "a batch of at most 65535 samples is possible");
   inputs = guard_inputs(DataType::kBF16);
   inputs[2].dims[1] = 59;
   require_refused(library, plugin, inputs, outputs, "k_perm [2, 59, 320]: expected 60 at axis 1");
@@ -208,7 +217,12 @@ void check_failed_launches(Library& library) {
   shapes[0].dims[1] = 0;
   in = descriptions(shapes);
   out = descriptions(guard_outputs());
-  require(guard.runtime()->enqueue(in.data(), out.data(), inputs, outputs, nullptr, nullptr) != 0, "launched");
+  alignas(16) unsigned char workspace[16];
+  require(guard.runtime()->enqueue(in.data(), out.data(), inputs, outputs, workspace, nullptr) != 0, "launched");
+  library.logger.require_complaint("cudaErrorInvalidValue");
+  in = descriptions(guard_inputs(DataType::kHALF));
+  require(guard.runtime()->enqueue(in.data(), out.data(), inputs, outputs, nullptr, nullptr) != 0,
+          "launched without a workspace");
   library.logger.require_complaint("cudaErrorInvalidValue");
 }
 
@@ -224,7 +238,8 @@ void check_missing_driver(Library& library) {
   const Plugin guard(make_guard(library));
   in = descriptions(guard_inputs(DataType::kHALF));
   out = descriptions(guard_outputs());
-  require(guard.runtime()->enqueue(in.data(), out.data(), inputs, outputs, nullptr, nullptr) != 0, "launched");
+  alignas(16) unsigned char workspace[16];
+  require(guard.runtime()->enqueue(in.data(), out.data(), inputs, outputs, workspace, nullptr) != 0, "launched");
   library.logger.require_complaint("CUDA: cudaError");
 }
 
