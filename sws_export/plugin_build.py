@@ -1,5 +1,6 @@
 """The TensorRT plugin library: find it, build it once for each state of its sources, ask what it holds."""
 
+import contextlib
 import ctypes
 import dataclasses
 import hashlib
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sws_export.errors import PluginError
@@ -23,6 +24,8 @@ DEFAULT_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 _SOURCE_PATTERNS = ("*.h", "*.cpp", "*.cu", "*.map", "*.cmake", "CMakeLists.txt")
 _LOG_NAME = "build.log"
+_LOCK_NAME = "build.lock"
+_SCRATCH_PREFIX = ".build-"
 _HASH_DIGITS = 16
 
 
@@ -64,16 +67,19 @@ def build_plugins(
 ) -> PluginInfo:
     """Build the plugin library, unless these sources have been built for these architectures before.
 
+    Of several builds of one library at a time, the first compiles and the others wait for it.
+
     Args:
         architectures: Compute capabilities without the point, ascending, like "90".
         output: Folder for the library; by default one in the user's cache, where `find_plugin_library` looks.
         tensorrt_include: Folder of NvInferRuntime.h; by default it is looked for, then fetched from PyPI.
         jobs: Compilations at a time; each takes about 1 GB.
         force: Build even if there is a library already.
-        progress: Receives one stage for configuring and one for compiling.
+        progress: Receives one stage for configuring, one for compiling, one for waiting if need be.
 
     Raises:
-        PluginError: No sources, no CMake, no nvcc, no TensorRT headers, or the compiler failed.
+        PluginError: No sources, no CMake, no nvcc, no TensorRT headers, the compiler failed, or the folder
+            cannot be written to.
     """
     source = _require_sources()
     for architecture in architectures:
@@ -86,7 +92,16 @@ def build_plugins(
     folder = output or _cached_folder(source, architectures)
     library = folder / LIBRARY_NAME
     if force or not _is_built(library, source, architectures):
-        _build(source, folder, architectures, tensorrt_include, jobs, progress or Silent())
+        progress = progress or Silent()
+        try:
+            with _alone_in(folder, progress):
+                # Another build may have made it meanwhile.
+                if force or not _is_built(library, source, architectures):
+                    _build(source, folder, architectures, tensorrt_include, jobs, progress)
+        except OSError as error:
+            raise PluginError(
+                f"cannot write to {folder}: {error.strerror or error}; choose another folder with --output"
+            ) from error
     return plugin_info(library)
 
 
@@ -197,6 +212,21 @@ def _read_facts(library: Path) -> dict[str, str]:
     return facts
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
+    """Make the folder and keep other builds out of it; a build that died keeps nobody out."""
+    import fcntl  # Linux, which the caller has made sure of.
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_NAME).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with progress.stage("waiting for another build of the plugin library"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _build(
     source: Path,
     folder: Path,
@@ -206,13 +236,14 @@ def _build(
     progress: Progress,
 ) -> None:
     cmake = _require_cmake()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PluginError(f"cannot write to {folder}: {error.strerror}; choose another output") from error
     log = folder / _LOG_NAME
     log.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as scratch:
+    for left_behind in folder.glob(f"{_SCRATCH_PREFIX}*"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    # Compilers that outlive an interrupt by a moment may still write while it is removed.
+    with tempfile.TemporaryDirectory(
+        prefix=_SCRATCH_PREFIX, dir=folder, ignore_cleanup_errors=True
+    ) as scratch:
         configure = [
             *(cmake, "-S", str(source), "-B", scratch),
             "-DCMAKE_BUILD_TYPE=Release",

@@ -24,7 +24,8 @@ if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   endif()
   if(NOT SWS_NVCC)
     message(FATAL_ERROR "The CUDA compiler nvcc was not found. Install a CUDA toolkit (12.8 or later), or "
-                        "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl, or set CUDACXX.")
+                        "pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cuda-crt "
+                        "nvidia-nvvm, or set CUDACXX.")
   endif()
   set(CMAKE_CUDA_COMPILER "${SWS_NVCC}" CACHE FILEPATH "CUDA compiler")
 endif()

@@ -8,18 +8,21 @@ set(KERNEL_LENS_SHA256 07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370
 function(sws_fetch_tensorrt_headers result)
   find_package(Python COMPONENTS Interpreter QUIET)
   if(NOT Python_EXECUTABLE)
+    set(SWS_FETCH_FAILURE " No Python was found to download them." PARENT_SCOPE)
     return()
   endif()
   set(folder "${CMAKE_BINARY_DIR}/tensorrt-headers")
   set(wheel "${folder}/kernel_lens-${KERNEL_LENS_VERSION}-py3-none-any.whl")
   if(NOT EXISTS "${wheel}")
     message(STATUS "Fetching the TensorRT headers (kernel-lens ${KERNEL_LENS_VERSION}) from PyPI")
+    # -I: where pip itself runs this build, PYTHONPATH hides the environment in which pip is.
     execute_process(
-      COMMAND "${Python_EXECUTABLE}" -m pip download --quiet --no-deps --no-input --disable-pip-version-check
+      COMMAND "${Python_EXECUTABLE}" -I -m pip download --quiet --no-deps --no-input --disable-pip-version-check
               "kernel-lens==${KERNEL_LENS_VERSION}" --dest "${folder}"
       RESULT_VARIABLE failed ERROR_VARIABLE log)
     if(failed OR NOT EXISTS "${wheel}")
-      message(STATUS "That failed: ${log}")
+      string(REGEX REPLACE "[ \n]+" " " log "${log}")
+      set(SWS_FETCH_FAILURE " The download from PyPI failed: ${log}" PARENT_SCOPE)
       return()
     endif()
   endif()
@@ -50,5 +53,5 @@ endif()
 if(NOT EXISTS "${SWS_TENSORRT_INCLUDE_DIR}/NvInferRuntime.h")
   message(FATAL_ERROR "The TensorRT headers (NvInferRuntime.h) were not found. Install a TensorRT SDK and set "
                       "TENSORRT_ROOT, or pass -DSWS_TENSORRT_INCLUDE_DIR=FOLDER, or allow a download from PyPI "
-                      "(kernel-lens==${KERNEL_LENS_VERSION}).")
+                      "(kernel-lens==${KERNEL_LENS_VERSION}).${SWS_FETCH_FAILURE}")
 endif()

@@ -1,6 +1,9 @@
 """Building and describing the plugin library, as far as that goes without a CUDA compiler."""
 
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,33 @@ def test_a_damaged_library_is_built_again(tmp_path: Path, fake_cmake: Path) -> N
     assert info.path == tmp_path / "out" / LIBRARY_NAME
 
 
+def test_two_builds_at_once_make_one(cache: Path, tmp_path: Path, fake_cmake: Path) -> None:
+    slow = tmp_path / "cmake"
+    slow.write_text(slow.read_text().replace("mkdir -p", "sleep 0.5 && mkdir -p"))
+    with ThreadPoolExecutor() as pool:
+        infos = list(pool.map(lambda _: build_plugins(architectures=["80", "90"]), range(2)))
+
+    assert infos[0] == infos[1]
+    assert len(fake_cmake.read_text().splitlines()) == 2
+
+
+def test_what_a_killed_build_left_behind_is_removed(tmp_path: Path, fake_cmake: Path) -> None:
+    left_behind = tmp_path / "out" / ".build-killed"
+    left_behind.mkdir(parents=True)
+
+    build_plugins(architectures=["80", "90"], output=tmp_path / "out")
+
+    assert not left_behind.exists()
+
+
+@pytest.mark.parametrize("place", ["a file/out", "/proc/out"])
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, fake_cmake: Path, place: str) -> None:
+    (tmp_path / "a file").write_text("")
+
+    with pytest.raises(PluginError, match=r"cannot write to .*out: .*; choose another folder with --output"):
+        build_plugins(architectures=["80", "90"], output=tmp_path / place)
+
+
 @pytest.mark.parametrize("architecture", ["9.0", "sm_90", "", "1234"])
 def test_a_malformed_architecture_is_refused(architecture: str) -> None:
     with pytest.raises(PluginError, match=r"expected a compute capability without its point, like 90"):
@@ -164,3 +194,31 @@ def test_the_hash_follows_names_and_contents(tmp_path: Path) -> None:
 
     assert len({once, changed, renamed}) == 3
     assert source_hash(tmp_path) == renamed
+
+
+def test_headers_are_fetched_where_pip_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a build that pip isolates: PYTHONPATH comes first and has no pip that runs."""
+    cmake = shutil.which("cmake")
+    source = plugin_build.find_sources()
+    if cmake is None or source is None or find_sdk_headers():
+        pytest.skip("no cmake, or headers of an SDK")
+    (tmp_path / "pip.py").write_text("raise ImportError('hidden')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(headers NONE)\n"
+        f"include({source}/cmake/FindTensorRTHeaders.cmake)\n"
+    )
+
+    command = [cmake, "-S", str(tmp_path), "-B", str(tmp_path / "b"), f"-DPython_EXECUTABLE={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "hidden" not in done.stderr
+    assert "No module named pip" not in done.stderr
+    if done.returncode != 0:
+        assert "The download from PyPI failed: " in done.stderr
+        pytest.skip("PyPI cannot be reached")
+    assert (tmp_path / "b/tensorrt-headers/kernel_lens/include/tensorrt/NvInferRuntime.h").is_file()
+
+
+def find_sdk_headers() -> bool:
+    return any(Path("/usr").glob("include/**/NvInferRuntime.h"))
