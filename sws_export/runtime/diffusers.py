@@ -89,6 +89,12 @@ class SWSUNet:
         """Become `pipe.unet` and follow `pipe.scheduler`, also when that is exchanged later."""
         pipe.unet = self
         self._pipe = pipe
+        # Pipelines note these when they are made, and it may have been without a UNet.
+        size = self.config.get("sample_size")
+        if hasattr(pipe, "_is_unet_config_sample_size_int"):
+            pipe._is_unet_config_sample_size_int = isinstance(size, int)
+        if hasattr(pipe, "default_sample_size") and size is not None:
+            pipe.default_sample_size = size
         return self
 
     @property

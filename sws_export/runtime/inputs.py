@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from sws_export.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec
 from sws_export.errors import OptionError
-from sws_export.profile import Shapes, concrete_shape
+from sws_export.profile import Shape, concrete_shape
 from sws_export.runtime.contract import SIZE_PLACES, Contract
 from sws_export.runtime.errors import StepError
+from sws_export.runtime.rebuild import rebuild_command
 
 Array = npt.NDArray[Any]
 
@@ -53,8 +54,8 @@ def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Arr
         if spec.name in contract.batch_wide:
             _check_shared(spec, arrays[spec.name])
     if contract.profile is not None:
-        for name, array in arrays.items():
-            _check_profile(name, array.shape, contract.profile)
+        for spec in contract.inputs:
+            _check_profile(contract, spec, arrays[spec.name].shape, contract.profile[spec.name])
     return arrays, sizes
 
 
@@ -170,11 +171,14 @@ def _check_shared(spec: TensorSpec, array: Array) -> None:
         )
 
 
-def _check_profile(name: str, shape: tuple[int, ...], profile: Shapes) -> None:
-    smallest, _, largest = profile[name]
+def _check_profile(
+    contract: Contract, spec: TensorSpec, shape: tuple[int, ...], profile: tuple[Shape, Shape, Shape]
+) -> None:
+    smallest, _, largest = profile
     for axis, (low, found, high) in enumerate(zip(smallest, shape, largest, strict=True)):
         if not low <= found <= high:
             raise StepError(
-                f"input {name}: dimension {axis} is {found}, the engine was built for {low} to {high}; build "
-                "one for this size with --batch, --height, --width or --tokens MIN:OPT:MAX"
+                f"input {spec.name}: dimension {axis} ({spec.shape[axis]}) is {found}, the engine was built "
+                f"for {low} to {high}; build it again with: "
+                f"{rebuild_command(contract, spec, axis, found)}, and the other options as before"
             )

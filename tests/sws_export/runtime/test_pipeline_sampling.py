@@ -1,7 +1,6 @@
 """A pipeline directory sampled with and without SWS."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,67 +8,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.runtime.pipeline_sampling import SampleOptions, comparison_sheet, sample_pipeline
 from sws_export.runtime.sampling import Sampled, measure
-from tests import road
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-
-
-def text_parts(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """A tokenizer of single letters and a text encoder of random weights."""
-    words = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    for letter in "abcdefghijklmnopqrstuvwxyz":
-        words |= {letter: len(words), letter + "</w>": len(words) + 1}
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(words))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return tokenizer, CLIPTextModel(config).eval()
-
-
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
-    """A Stable Diffusion pipeline directory around `random_unet`."""
-
-    def make(path: Path) -> None:
-        torch.manual_seed(2)
-        tokenizer, encoder = text_parts(path.with_name("words"))
-        StableDiffusionPipeline(
-            vae=AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4),
-            text_encoder=encoder,
-            tokenizer=tokenizer,
-            unet=UNet2DConditionModel.from_pretrained(random_unet),
-            scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        ).save_pretrained(path)
-
-    return road.shared(tmp_path_factory, "pipeline", make)
 
 
 OPTIONS = SampleOptions(prompts=("a cat", ""), seeds=(1, 2), steps=3, height=16, width=16)

@@ -305,14 +305,26 @@ def test_shape_outside_the_profile(edit_manifest: Callable[..., Path], inputs: M
         "intensity": [[1], [2]],
     }
     recorded = {name: {"min": low, "opt": low, "max": high} for name, (low, high) in profile.items()}
-    session = Session.load(edit_manifest(profile=recorded))
+    source = {"kind": "checkpoint", "file": "sd.safetensors", "vae_scale": 8}
+    session = Session.load(edit_manifest(profile=recorded, source=source))
     session.step(**inputs())
+    command = r"sws-export sd\.safetensors --out sws\.onnx --batch 1:1:{} --height 64:64:{} --width 48:48:48"
     with pytest.raises(
-        StepError, match=r"sample: dimension 0 is 3, the engine was built for 1 to 2; .*--batch"
+        StepError,
+        match=r"input sample: dimension 0 \(batch\) is 3, the engine was built for 1 to 2; build it again "
+        r"with: " + command.format(3, 64),
     ):
         session.step(**inputs(batch=3))
-    with pytest.raises(StepError, match=r"sample: dimension 2 is 12, the engine was built for 8 to 8"):
+    with pytest.raises(
+        StepError, match=r"dimension 2 \(height\) is 12, .* for 8 to 8; .*" + command.format(2, 96)
+    ):
         session.step(**inputs(height=12))
+    longer = inputs()
+    longer["encoder_hidden_states"] = np.zeros((2, 7, 16), np.float32)
+    with pytest.raises(
+        StepError, match=r"states: dimension 1 \(tokens\) is 7, .* 5 to 5; .*--tokens 5:5:7, and"
+    ):
+        session.step(**longer)
 
 
 def test_plain_graphs_take_neither_sigma_nor_intensity(traced: Path, inputs: MakeInputs) -> None:

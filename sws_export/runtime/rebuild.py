@@ -1,0 +1,36 @@
+"""The command that builds an engine again, for a size that its profile leaves out."""
+
+from sws_export.contract import TensorSpec
+from sws_export.runtime.contract import Contract
+
+_PLACES = {
+    "batch": ("sample", 0),
+    "height": ("sample", 2),
+    "width": ("sample", 3),
+    "tokens": ("encoder_hidden_states", 1),
+}
+
+
+def rebuild_command(contract: Contract, spec: TensorSpec, axis: int, found: int) -> str:
+    """The export of `contract`'s engine with the sizes of its profile, widened to take `found`.
+
+    Args:
+        contract: An engine, with a profile.
+        spec: The input that does not fit.
+        axis: Its dimension that does not.
+        found: Size of that dimension.
+    """
+    profile = contract.profile or {}
+    source = contract.manifest["source"]
+    name, _, divisor = str(spec.shape[axis]).partition("/")
+    wanted = found * int(divisor or 1)
+    options = []
+    for size, (tensor, place) in _PLACES.items():
+        if tensor not in profile:
+            continue
+        low, best, high = (shape[place] for shape in profile[tensor])
+        if size == name:
+            low, high = min(low, wanted), max(high, wanted)
+        scale = (source.get("vae_scale") or 1) if size in ("height", "width") else 1
+        options.append(f"--{size} {low * scale}:{best * scale}:{high * scale}")
+    return f"sws-export {source['file']} --out {contract.path.name} {' '.join(options)}"

@@ -1,0 +1,118 @@
+"""What docs/running.md tells to type does what it says."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sws_export import ExportOptions, export
+from sws_export.runtime import Session
+from tests import road
+from tests.conftest import ShapesOnnx
+
+PAGE = road.ROOT / "docs" / "running.md"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def blocks() -> list[str]:
+    """The indented blocks of the page, without their margin."""
+    found: list[list[str]] = [[]]
+    for line in PAGE.read_text("utf-8").splitlines():
+        if line.startswith("    "):
+            found[-1].append(line.removeprefix("    "))
+        elif line or (found[-1] and not found[-1][-1].startswith(("from ", "import "))):
+            found.append([])
+    return ["\n".join(lines) for lines in found if lines]
+
+
+def shell_commands() -> list[str]:
+    """Commands of the page, each on one line."""
+    starts = ("sws-export ", "SWS_MANIFEST=")
+    texts = [block.replace("\\\n", "") for block in blocks() if block.startswith(starts)]
+    return [line for text in texts for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory,
+    telling_graph: Path,
+    random_unet: Path,
+    pipeline: Path,
+    shapes_onnx: ShapesOnnx,
+) -> Path:
+    """A directory with what the page speaks of."""
+    directory = tmp_path_factory.mktemp("place")
+    shutil.copy(telling_graph, directory / "unet.onnx")
+    shutil.copy(f"{telling_graph}.json", directory / "unet.onnx.json")
+    (directory / "MODEL").symlink_to(random_unet)
+    (directory / "PIPELINE").symlink_to(pipeline)
+    (directory / "examples").symlink_to(road.ROOT / "examples")
+    (directory / "out").mkdir()
+    export(shapes_onnx("fp32"), directory / "out" / "engine.onnx", ExportOptions(validate=False))
+    return directory
+
+
+def test_the_page_has_the_commands_that_are_tested() -> None:
+    programs = [command.split()[:2] for command in shell_commands()]
+    assert [words[1] for words in programs if words[0] == "sws-export"] == [
+        *("sample", "sample", "report", "report", "triton", "triton")
+    ]
+    assert sum(command.startswith("SWS_MANIFEST=") for command in shell_commands()) == 1
+
+
+@pytest.mark.parametrize("command", shell_commands())
+def test_commands_run(place: Path, command: str) -> None:
+    # The manifest's sha256 is of the file under its first name, so that a copy is still the artefact.
+    done = subprocess.run(
+        ["bash", "-ec", command],
+        cwd=place,
+        env=os.environ
+        | {"PATH": f"{road.COMMAND.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(road.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def python_block(start: str) -> str:
+    """A block of the page without the lines that need a GPU."""
+    (block,) = [block for block in blocks() if block.startswith(start)]
+    return "\n".join(line for line in block.splitlines() if ".plan" not in line)
+
+
+def test_the_session_of_the_page(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    names: dict[str, Any] = {
+        "schedule": [(900.0, 9.0), (300.0, 1.0)],
+        "latent": np.ones((1, 4, 8, 6), np.float32),
+        "text": np.ones((1, 5, 16), np.float32),
+    }
+    exec(compile(python_block("from sws_export.runtime import Session"), PAGE.name, "exec"), names)
+    assert isinstance(names["session"], Session)
+    assert np.isfinite(names["noise"]).all()
+    assert not any(values.any() for values in names["session"].state().values())
+
+
+def test_the_drop_in_of_the_page(
+    place: Path, pipeline: Path, random_unet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    monkeypatch.chdir(place)
+    pipe = DiffusionPipeline.from_pretrained(pipeline, unet=None, low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    names: dict[str, Any] = {"pipe": pipe, "prompt": "a cat"}
+    exec(compile(python_block("from sws_export.runtime.diffusers import"), PAGE.name, "exec"), names)
+    assert pipe.unet is names["unet"]
+    assert names["image"].size == (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
