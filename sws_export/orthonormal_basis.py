@@ -1,5 +1,6 @@
 """The orthonormal basis by which the node brings queries and keys of different widths together."""
 
+import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,6 +10,7 @@ _WIDE_FACTOR = 1_000_003
 _NARROW_FACTOR = 9176
 
 
+@functools.cache
 def orthonormal_basis(wide: int, narrow: int) -> "Tensor":
     """Q of the reduced QR of a standard-normal matrix from torch's CPU generator, seeded by the two widths.
 
@@ -17,7 +19,8 @@ def orthonormal_basis(wide: int, narrow: int) -> "Tensor":
         narrow: The smaller width.
 
     Returns:
-        [wide, narrow], float32, on the CPU; its columns are orthonormal.
+        [wide, narrow], float32, on the CPU; its columns are orthonormal. Made once and shared: not to be
+        written to.
     """
     import torch
 

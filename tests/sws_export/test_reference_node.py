@@ -19,6 +19,7 @@ from sws_export.reference import (
     text_grid,
     transport_radius,
 )
+from sws_export.reference.node_guard import kl_divergence
 
 Array = npt.NDArray[np.float64]
 
@@ -259,6 +260,15 @@ def test_a_site_equals_the_transcription(
     assert float(found.alpha_k) == pytest.approx(expected.alpha, abs=1e-12)
     assert float(found.a_v) == pytest.approx(expected.a_v, abs=1e-12)
     assert float(found.kl) <= slope * (1 - remaining_noise(sigma)) + floor + 1e-15
+
+
+def test_logarithms_are_of_weights_above_the_floor() -> None:
+    plain = torch.tensor([[[1 - 1e-20, 1e-20]]], dtype=torch.float64)
+    even = torch.tensor([[[0.5, 0.5]]], dtype=torch.float64)
+    assert float(kl_divergence(even, plain)) == pytest.approx(
+        0.5 * math.log(0.5) + 0.5 * math.log(0.5 / 1e-8)
+    )
+    assert float(kl_divergence(plain, even)) == pytest.approx(math.log(2))
 
 
 def test_the_caps_bind_and_do_not() -> None:

@@ -159,6 +159,32 @@ def test_guard(
     np.testing.assert_allclose(alpha_k, expected.alpha_k.numpy(), rtol=2e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("budget", [5.0, 8.0, 10.0])
+def test_weights_below_the_floor(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that change places take weights of 1e-20 to 1: what that costs, the floor of 1e-8 decides."""
+    parameters = SwsParameters(kl_floor=budget, kl_slope=0.0, key_cap=4.5)
+    hidden, text = case(6, 6, 2, 7)
+    hidden *= 15
+    fresh = np.eye(7, dtype=np.float32)[None, [1, 0, 3, 2, 5, 4, 6]]
+
+    def alpha_of_reference() -> Any:
+        q, k, transport = (torch.from_numpy(x).double() for x in (hidden, text, fresh[0]))
+        now = node_schedule(torch.tensor([3.0], dtype=torch.float64), parameters)
+        none, one = torch.zeros_like(transport), torch.ones(1, dtype=torch.float64)
+        return node_patch(q, k, k, none, transport, now, one, parameters).alpha_k.numpy()
+
+    _, alpha_k, _ = call("NodeGuard", parameters)(
+        hidden=hidden,
+        keys=text,
+        previous=np.zeros_like(fresh),
+        fresh=fresh,
+        **scalars(3.0, 1.0, parameters),
+    )
+    np.testing.assert_allclose(alpha_k, alpha_of_reference(), rtol=1e-4)
+    monkeypatch.setattr("sws_export.reference.node_guard._LOG_FLOOR", 1e-300)
+    assert abs(alpha_of_reference() / alpha_k - 1) > 0.02
+
+
 @cache
 def free_share(caps: tuple[float, float]) -> float:
     parameters = SwsParameters(kl_floor=caps[0], kl_slope=caps[1])
