@@ -35,7 +35,10 @@ class LoadSwsEngine:
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "load"
     CATEGORY = "model_patches"
-    DESCRIPTION = "UNet exported by sws-export, from models/sws. Intensity 0 is the UNet without SWS."
+    DESCRIPTION = (
+        "UNet exported by sws-export, from models/sws. Intensity 0 is the UNet without SWS "
+        "(with --preset node, which keeps its temperature, it is not)."
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  (ComfyUI's name)

@@ -61,7 +61,8 @@ def sample_pipeline(
 ) -> list[Effect]:
     """Write one PNG with the pictures of every prompt, seed and intensity, and measure what SWS changes.
 
-    Pictures of one prompt and seed start from the same noise. They are made one at a time.
+    Pictures of one prompt and seed start from the same noise. They are made one at a time, each from an empty
+    state, also where the artefact's own rule is to let it last.
 
     Args:
         artefact: What `sws-export` made of the UNet of `pipeline`.
@@ -88,13 +89,17 @@ def sample_pipeline(
             pictures, changes = [], []
             for prompt, seed in itertools.product(options.prompts, options.seeds):
                 stage.describe(f"intensity {intensity:g}: {prompt}")
+                unet.reset()
                 picture, moved = _one(pipe, prompt, seed, intensity, options)
                 pictures.append(picture)
                 changes.append(moved)
                 stage.advance()
             runs.append(Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1)))
     effects = [measure(run, runs[0]) for run in runs]
-    save_picture(comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps), out)
+    # The node keeps its temperature at intensity 0.
+    zero = "plain" if unet.session.contract.preset == "sws" else "SWS 0"
+    sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
+    save_picture(sheet, out)
     return effects
 
 
@@ -104,6 +109,7 @@ def comparison_sheet(
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int,
+    zero: str = "plain",
 ) -> Image.Image:
     """Pictures of `runs` side by side, and enlarged the change from the first run to the last.
 
@@ -113,6 +119,7 @@ def comparison_sheet(
         prompts: One row each.
         seeds: One group of columns each.
         steps: Number of steps, for the title.
+        zero: What a run at intensity 0 is called.
     """
     scale = max(1, _NARROWEST // runs[0].pictures.shape[-1])
     change = runs[-1].pictures - runs[0].pictures
@@ -122,7 +129,7 @@ def comparison_sheet(
     for row, prompt in enumerate(prompts):
         numbers = range(row * len(seeds), (row + 1) * len(seeds))
         rows.append((prompt or "(no prompt)", [_shown(each[n], scale) for n in numbers for each in shown]))
-    labels = [run_label(run.intensity) for run in runs]
+    labels = [zero if run.intensity == 0 else f"SWS {run.intensity:g}" for run in runs]
     groups = [f"seed {seed}" for seed in seeds]
     title = f"The same seeds without and with SWS, {steps} steps"
     notes = [
@@ -131,11 +138,6 @@ def comparison_sheet(
         for label, effect in zip(labels, effects, strict=True)
     ]
     return draw_grid(rows, [*labels, f"change x {enlarged}"], groups, title, notes)
-
-
-def run_label(intensity: float) -> str:
-    """What a run is called on the sheet and in tables."""
-    return "plain" if intensity == 0 else f"SWS {intensity:g}"
 
 
 def _shown(picture: Floats, scale: int) -> Image.Image:

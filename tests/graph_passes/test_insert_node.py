@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from graph_passes.clean_graph import CleanGraph
+from graph_passes.debug_outputs import debug_output_names
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import find_sites
 from graph_passes.insert_node import InsertNode, basis_widths
@@ -201,6 +202,30 @@ def test_lowered_it_computes_the_same_and_holds_no_function(run_onnx: RunOnnx) -
     assert not LowerFunctions()(model).modified
     assert not CleanGraph()(model).modified
     assert graph_bytes(model) == before
+
+
+def test_debug_outputs_tell_of_each_site_and_change_nothing_else(run_onnx: RunOnnx) -> None:
+    expected = run_onnx(inserted(two_grids(12)), node_feeds(text_width=12))
+    model = two_grids(12)
+    sites = [s for s in find_sites(model, cross_attention=True)[0] if "attn2" in s.name]
+    bases = {widths: orthonormal_basis(*widths).numpy() for widths in basis_widths(sites)}
+    InsertNode(sites, SwsParameters(), bases, debug_outputs=True)(model)
+    found = run_onnx(model, node_feeds(text_width=12))
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found.pop(name), values)
+    assert tuple(found) == debug_output_names()
+    assert {values.shape for values in found.values()} == {(2, 3), (2,)}
+    u = node_schedule(torch.tensor([3.0]), SwsParameters()).u
+    np.testing.assert_allclose(found["sws_debug_kl_cap"], 0.08 * (1 - float(u)) + 0.01, rtol=1e-5)
+    low, mean, high = (found[f"sws_debug_entropy_{which}"] for which in ("min", "mean", "max"))
+    uncertainty = (mean - low) / (high - low)
+    amplitude = uncertainty * 4 * float(u) * (1 - float(u))
+    np.testing.assert_allclose(
+        found["sws_debug_a_v"], 0.6 * amplitude * (0.5 + 0.5 * (1 - float(u))), rtol=1e-4
+    )
+    # No budget binds here.
+    np.testing.assert_allclose(found["sws_debug_alpha_k"], 0.3 * amplitude * 127 / 128, rtol=1e-4)
+    assert (found["sws_debug_kl"] > 0).all()
 
 
 def test_no_sites_no_change() -> None:

@@ -44,6 +44,18 @@ def test_parameters_and_sites_are_read_from_the_graph(exported: Path, random_une
     assert {output.name for output in report.outputs} == {"out_sample", *states}
 
 
+def test_the_preset_is_read_from_the_graph(random_unet: Path, tmp_path: Path) -> None:
+    parameters = SwsParameters(beta=0.5, kl_floor=1e-5, kl_slope=0.0)
+    options = ExportOptions(
+        preset="node", parameters=parameters, sites=("up_blocks.*",), debug_outputs=True, validate=False
+    )
+    export(random_unet, tmp_path / "node.onnx", options)
+    report = validate(tmp_path / "node.onnx", random_unet)
+    assert report.passed
+    names = {output.name for output in report.outputs}
+    assert {"out_sample", "sws_state_text_out", "sws_debug_alpha_k", "sws_debug_kl_cap"} <= names
+
+
 def test_a_changed_weight_is_told_in_one_line(
     exported: Path, random_unet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

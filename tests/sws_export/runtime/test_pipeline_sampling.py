@@ -35,6 +35,24 @@ def test_pictures_and_effect(sws_graph: Path, pipeline: Path, tmp_path: Path) ->
         assert sheet.height > 2 * 16
 
 
+def test_every_picture_begins_from_an_empty_state(
+    node_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the node's, too, whose state would last: one picture twice is the same picture."""
+    named: list[Any] = []
+
+    def note(*arguments: Any) -> Image.Image:
+        named.append(arguments[-1])
+        return comparison_sheet(*arguments)
+
+    monkeypatch.setattr("sws_export.runtime.pipeline_sampling.comparison_sheet", note)
+    options = dataclasses.replace(OPTIONS, intensities=(1.0, 0.0, 1.0))
+    effects = sample_pipeline(node_graph, pipeline, tmp_path / "sheet.png", options)
+    assert effects[0].difference == effects[2].difference == 0 < effects[1].difference
+    # Its intensity 0 is not the plain UNet.
+    assert named == ["SWS 0"]
+
+
 def test_plain_pictures_are_the_pipelines_own(
     sws_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
