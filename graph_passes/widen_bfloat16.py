@@ -10,30 +10,29 @@ _FLOAT = ir.DataType.FLOAT
 class WidenBfloat16(InPlacePass):
     """Make the float32 twin of a bfloat16 graph: the same nodes and the same, rounded, weights.
 
-    Initializers are widened when they are read. What the twin does not show is the rounding of
-    activations; everything else of the graph is exercised.
+    Initializers stay bfloat16, wherever they are stored, and are cast in front of the nodes that take them.
+    What the twin does not show is the rounding of activations; everything else of the graph is exercised.
     """
 
     def call(self, model: ir.Model) -> PassResult:
-        """Widen inputs, initializers, casts and the declared types of all values."""
+        """Widen inputs, casts, constants and the declared types of all values; cast initializers."""
         modified = False
-        for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        for value in model.graph.inputs:
             modified |= _widen_value(value)
-        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        casts: dict[tuple[ir.Graph | ir.Function | None, ir.Value], ir.Node] = {}
+        for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
             for output in node.outputs:
                 modified |= _widen_value(output)
             modified |= _widen_attributes(node)
+            modified |= _cast_initializers(node, casts)
         return PassResult(model, modified=modified)
 
 
 def _widen_value(value: ir.Value) -> bool:
-    modified = value.dtype == _BF16
-    if modified:
-        value.dtype = _FLOAT
-    if value.const_value is not None and value.const_value.dtype == _BF16:
-        value.const_value = _widened(value.const_value)
-        modified = True
-    return modified
+    if value.dtype != _BF16:
+        return False
+    value.dtype = _FLOAT
+    return True
 
 
 def _widen_attributes(node: ir.Node) -> bool:
@@ -43,13 +42,30 @@ def _widen_attributes(node: ir.Node) -> bool:
             node.attributes[name] = ir.AttrInt64(name, int(_FLOAT))
             modified = True
         elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == _BF16:
-            node.attributes[name] = ir.AttrTensor(name, _widened(attribute.as_tensor()))
+            widened = ir.tensor(attribute.as_tensor().numpy().astype("float32"))
+            node.attributes[name] = ir.AttrTensor(name, widened)
             modified = True
     return modified
 
 
-def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
-    def widen() -> ir.TensorProtocol:
-        return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
-
-    return ir.LazyTensor(widen, dtype=_FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+def _cast_initializers(
+    node: ir.Node, casts: dict[tuple[ir.Graph | ir.Function | None, ir.Value], ir.Node]
+) -> bool:
+    """Give `node` its bfloat16 initializers through a cast, one for all nodes of a graph."""
+    if node.op_type == "Cast":
+        return False
+    modified = False
+    for place, value in enumerate(node.inputs):
+        if value is None or not value.is_initializer() or value.dtype != _BF16:
+            continue
+        if (node.graph, value) not in casts:
+            cast = ir.node("Cast", [value], {"to": int(_FLOAT)}, name=f"{value.name}/Cast")
+            cast.outputs[0].name = f"{value.name}/Cast"
+            cast.outputs[0].type = ir.TensorType(_FLOAT)
+            cast.outputs[0].shape = value.shape
+            assert node.graph is not None
+            node.graph.insert_before(node, cast)
+            casts[node.graph, value] = cast
+        node.replace_input_with(place, casts[node.graph, value].outputs[0])
+        modified = True
+    return modified

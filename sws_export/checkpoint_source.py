@@ -9,7 +9,6 @@ import onnx_ir as ir
 from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, verify_weights
 from sws_export.contract import DTYPE_NAMES, Precision, TensorSpec, size_multiple, unet_inputs
 from sws_export.errors import CheckpointError
-from sws_export.float32_twin import save_float32_twin
 from sws_export.lora import Lora, fuse, open_lora, parse_lora
 from sws_export.onnx_export import export_plain
 from sws_export.options import ExportOptions
@@ -108,15 +107,11 @@ class CheckpointSource:
         self,
         onnx_path: Path,
         shuffled: Shuffled,
-        scratch: Path,
         progress: Progress,
     ) -> ValidationReport:
         """Against the eager reference with the checkpoint's weights."""
-        graph = onnx_path
-        if self.precision == "bf16":
-            graph = save_float32_twin(onnx_path, scratch)
         return validate_against_reference(
-            graph,
+            onnx_path,
             self.checkpoint,
             self.inputs,
             shuffled,

@@ -67,7 +67,7 @@ class GraphMaking:
             return model, None
         shuffled = self._shuffled(rewritten)
         with self.log.measure("validate"):
-            validation = self.source.validate(path, shuffled, path.parent, self.progress)
+            validation = self.source.validate(path, shuffled, self.progress)
         _check_differences(validation.outputs, validation.reference)
         if not later:
             return model, validation

@@ -7,7 +7,6 @@ from typing import Any
 import onnx_ir as ir
 
 from sws_export.contract import Precision, TensorSpec
-from sws_export.float32_twin import save_float32_twin
 from sws_export.plain_graph import PlainGraph
 from sws_export.progress import Progress
 from sws_export.validation import Shuffled, ValidationReport, validate_against_plain
@@ -75,7 +74,6 @@ class GraphSource:
         self,
         onnx_path: Path,
         shuffled: Shuffled,
-        scratch: Path,
         progress: Progress,
     ) -> ValidationReport:
         """Against the plain graph at intensity 0."""
@@ -84,7 +82,6 @@ class GraphSource:
             for axis, name in enumerate(("batch", "", "height", "width")):
                 if spec.name == "sample" and name and isinstance(spec.shape[axis], int):
                     sizes[name] = int(spec.shape[axis])
-        plain, graph = self.path, onnx_path
-        if self.precision == "bf16":
-            plain, graph = save_float32_twin(plain, scratch), save_float32_twin(onnx_path, scratch)
-        return validate_against_plain(graph, plain, self.inputs, sizes, shuffled, self.precision, progress)
+        return validate_against_plain(
+            onnx_path, self.path, self.inputs, sizes, shuffled, self.precision, progress
+        )

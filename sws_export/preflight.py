@@ -10,15 +10,14 @@ from sws_export.contract import Precision
 from sws_export.engines import Backend, engine_memory_estimate
 from sws_export.options import ExportOptions
 from sws_export.sources import Source
-from sws_export.validation.validate import FLOAT64_PARAMETERS
 
 _BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Measured on SD1.5 and SDXL in float16: 0.67 and 0.8 GB. The weights are not read before they are written.
 _EXPORT_MEMORY = 800_000_000
-# ONNX Runtime computes float16 in float32 on a CPU and keeps both: 2.5 times the weights on SD1.5, 3.2 times
-# on SDXL, the mapped file included. A bfloat16 graph is validated by its float32 twin; that and float32 were
-# not measured at full size.
-_RUNTIME_FACTOR = {"fp32": 2.2, "fp16": 3.2, "bf16": 4.4}
+# On top of that, for a piece of the graph in ONNX Runtime and its float32 copies; 0.6 GB measured on SD1.5. A
+# graph of one piece holds them all.
+_PIECES_MEMORY = 800_000_000
+_RUNTIME_FACTOR = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +67,10 @@ def preflight(source: Source, backend: Backend | None, options: ExportOptions, o
     weights = source.parameters * _BYTES[source.precision]
     memory = {"export": _EXPORT_MEMORY}
     if options.validate:
-        reference = source.parameters * (8 if source.parameters <= FLOAT64_PARAMETERS else 4)
-        runtime = int(weights * _RUNTIME_FACTOR[source.precision])
-        memory["validation"] = _EXPORT_MEMORY + max(reference, runtime)
+        memory["validation"] = _EXPORT_MEMORY + min(weights * _RUNTIME_FACTOR, _PIECES_MEMORY)
     if backend is not None:
         memory["engine build"] = engine_memory_estimate(weights, backend)
     disk = weights * (2 if backend is not None else 1)
-    if options.validate and source.precision == "bf16":
-        disk += weights * 2  # the float32 twin
     return Preflight(
         memory=memory,
         disk=disk,

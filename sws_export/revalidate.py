@@ -1,7 +1,6 @@
 """Compare a graph exported earlier with its checkpoint again."""
 
 import dataclasses
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,7 @@ def validate(
             f"{described['source']['sha256'][:12]}…, {model} has {found['sha256'][:12]}…; "
             "give the checkpoint that it was exported from"
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        return source.validate(graph, _shuffled(described), Path(scratch), progress)
+    return source.validate(graph, _shuffled(described), progress)
 
 
 def _shuffled(described: dict[str, Any]) -> Shuffled:

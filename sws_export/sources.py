@@ -59,7 +59,6 @@ class Source(Protocol):
         self,
         onnx_path: Path,
         shuffled: Shuffled,
-        scratch: Path,
         progress: Progress,
     ) -> ValidationReport:
         """Compare the exported graph with what it should compute."""

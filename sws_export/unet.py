@@ -1,7 +1,7 @@
 """The UNet as a torch module: built from a config, called with the contract's inputs."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,12 @@ def build_unet(config: Mapping[str, Any], precision: Precision) -> UNet2DConditi
 
     On the `meta` device this takes no memory for weights.
     """
+    return _untrained_unet(config, getattr(torch, DTYPE_NAMES[precision]))
+
+
+def _untrained_unet(config: Mapping[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
     default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, DTYPE_NAMES[precision]))
+    torch.set_default_dtype(dtype)
     try:
         return UNet2DConditionModel.from_config(dict(config)).eval()
     finally:
@@ -37,16 +41,56 @@ def load_unet(
     Raises:
         CheckpointError: A tensor is missing or cannot be read.
     """
+    unet, readers = _empty_unet(checkpoint, dtype, fused)
+    unet.load_state_dict({name: read() for name, read in readers.items()}, assign=True)
+    return unet
+
+
+def stream_unet(
+    checkpoint: Checkpoint, dtype: torch.dtype, fused: FusedWeights | None = None
+) -> UNet2DConditionModel:
+    """As `load_unet`, but linear layers and convolutions hold a weight only while they run.
+
+    They read it again at each call: the peak of memory is that of the largest layer, not of the model.
+    """
+    unet, readers = _empty_unet(checkpoint, dtype, fused)
+    for path, layer in unet.named_modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            _read_when_run(layer, readers.pop(f"{path}.weight"))
+    unet.load_state_dict({name: read() for name, read in readers.items()}, strict=False, assign=True)
+    return unet
+
+
+def _empty_unet(
+    checkpoint: Checkpoint, dtype: torch.dtype, fused: FusedWeights | None
+) -> tuple[UNet2DConditionModel, dict[str, Callable[[], torch.Tensor]]]:
+    """The UNet on the meta device, and for each of its tensors a function that reads and converts it."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(checkpoint.config)).eval()
-    weights = {}
+        unet = _untrained_unet(checkpoint.config, dtype)
+    readers: dict[str, Callable[[], torch.Tensor]] = {}
     for name in unet.state_dict():
         if name not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
         read = (fused or {}).get(name) or functools.partial(read_tensor, checkpoint.tensors[name])
-        weights[name] = read().to(dtype)
-    unet.load_state_dict(weights, assign=True)
-    return unet
+        readers[name] = functools.partial(_converted, read, dtype)
+    return unet, readers
+
+
+def _converted(read: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    return read().to(dtype)
+
+
+def _read_when_run(layer: torch.nn.Linear | torch.nn.Conv2d, read: Callable[[], torch.Tensor]) -> None:
+    absent = layer.weight
+
+    def fetch(*_: object) -> None:
+        layer.weight = torch.nn.Parameter(read(), requires_grad=False)
+
+    def drop(*_: object) -> None:
+        layer.weight = absent
+
+    layer.register_forward_pre_hook(fetch)
+    layer.register_forward_hook(drop, always_call=True)
 
 
 def call_unet(unet: UNet2DConditionModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

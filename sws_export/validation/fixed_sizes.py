@@ -10,7 +10,7 @@ from sws_export.progress import Progress
 from sws_export.validation.compare import OutputDifference, compare_outputs, worst
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.tolerances import allowed_differences
-from sws_export.validation.trajectory import Trajectory
+from sws_export.validation.trajectory import Array, Trajectory
 from sws_export.validation.validate import Shuffled
 
 STEPS = 2
@@ -37,19 +37,16 @@ def compare_fixed_sizes(
         progress: Receives the stage.
     """
     trajectory = Trajectory(inputs, sizes, STEPS)
-    fed, expected, found = [], [], []
+    fed: list[dict[str, Array]] = []
+    expected: list[dict[str, Array]] = []
     with progress.stage("compare fixed sizes", total=2 * STEPS) as stage:
         runner = OnnxRunner(general)
         for step in trajectory.steps():
             fed.append(trajectory.inputs(step) | {"sigma": step.sigma, "intensity": trajectory.intensity})
-            expected.append(runner.step(fed[-1]))
+            expected += runner.run([fed[-1]], stage)
             trajectory.advance(step, expected[-1]["out_sample"].astype(np.float64))
-            stage.advance()
         del runner
-        runner = OnnxRunner(fixed)
-        for step_inputs in fed:
-            found.append(runner.step(step_inputs))
-            stage.advance()
+        found = OnnxRunner(fixed).run(fed, stage)
     allowed = allowed_differences(expected, shuffled.parameters, shuffled.guard_rows, precision)
     return worst(
         [

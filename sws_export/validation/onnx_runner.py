@@ -1,72 +1,125 @@
 """An exported graph in ONNX Runtime."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
+from graph_passes.widen_bfloat16 import WidenBfloat16
 from sws_export.errors import ExportError
+from sws_export.progress import Stage
+from sws_export.validation.graph_pieces import cut_graph
 from sws_export.validation.trajectory import Array
 
 STATE_PREFIX = "sws_state_"
+_ERRORS_ONLY = 3
 
 
 class OnnxRunner:
-    """An exported graph in ONNX Runtime on the CPU, its state fed back from step to step."""
+    """An exported graph in ONNX Runtime on the CPU, its state fed back from step to step.
+
+    A small graph is run as it is. Of a large one, a piece at a time is loaded, run for all steps and
+    dropped, so that a small share of the weights is in memory. ONNX Runtime cannot compute in bfloat16: of
+    such a graph its float32 twin is run.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Read the graph and have ONNX Runtime load it.
+
+        Raises:
+            ExportError: ONNX Runtime is not installed or refuses the graph.
+        """
+        self._runtime = _import_onnxruntime()
+        self._path = path
+        model = ir.load(path)
+        widened = WidenBfloat16()(model).modified
+        self._inputs = list(model.graph.inputs)
+        self._outputs = [str(value.name) for value in model.graph.outputs]
+        self._pieces = cut_graph(model)
+        # Of a graph in pieces, too: the file as a whole has to be one that ONNX Runtime takes.
+        whole = None if widened else self._session(path)
+        self._whole = whole if len(self._pieces) == 1 else None
+        self._states: dict[str, Array] | None = None
+
+    def run(self, steps: Sequence[Mapping[str, Array]], stage: Stage) -> list[dict[str, Array]]:
+        """Run `steps` one after the other, the first from the state of the last run, or a zero state.
+
+        Args:
+            steps: Inputs by name, without states. They are converted to the graph's dtypes; those that it
+                does not take are left out.
+            stage: Is advanced by one for each step.
+
+        Returns:
+            The outputs of each step by name.
+        """
+        known = [self._converted(inputs) for inputs in steps]
+        first = self._states or self._zero_states(steps[0])
+        for piece in self._pieces:
+            session = self._whole or self._session(ir.to_proto(piece).SerializeToString())
+            states = first
+            for values in known:
+                values |= states
+                self._run_piece(session, values)
+                # Made by the first piece, whichever takes them.
+                states = {name: values[f"{name}_out"] for name in states}
+                stage.advance(1 / len(self._pieces))
+        self._states = states
+        return [{name: values[name] for name in self._outputs} for values in known]
+
+    def _run_piece(self, session: Any, values: dict[str, Array]) -> None:
+        """Add what a piece computes of `values` to them."""
+        made = [output.name for output in session.get_outputs()]
+        taken = {node.name: values[node.name] for node in session.get_inputs()}
+        values |= zip(made, session.run(made, taken), strict=True)
+
+    def _session(self, model: Path | bytes) -> Any:
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if len(self._pieces) > 1:
+            # What makes a session fast over many runs takes copies of its weights.
+            options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        folder = str(self._path.parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
-            import onnxruntime
-        except ModuleNotFoundError as error:
-            raise ExportError(
-                "validation needs ONNX Runtime; install it with: pip install 'sws-export[cpu]', "
-                "or skip it with --no-validate"
-            ) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self._dtypes = {node.name: _numpy_dtype(node.type) for node in self._session.get_inputs()}
-        self._state: dict[str, Array] | None = None
+            return self._runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class
+            raise ExportError(f"ONNX Runtime refuses {self._path}: {error}") from error
 
-    def step(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """One step; inputs that the graph does not take are left out."""
-        feed = {
-            name: np.asarray(values, self._dtypes[name])
-            for name, values in inputs.items()
-            if name in self._dtypes
+    def _converted(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {
+            name: np.asarray(inputs[name], value.dtype.numpy())
+            for value in self._inputs
+            if (name := str(value.name)) in inputs and value.dtype is not None
         }
-        feed |= self._state if self._state is not None else self._zero_state(inputs)
-        outputs = dict(zip(self._outputs, self._session.run(self._outputs, feed), strict=True))
-        self._state = {
-            name.removesuffix("_out"): value
-            for name, value in outputs.items()
-            if name.startswith(STATE_PREFIX)
-        }
-        return outputs
 
-    def _zero_state(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def _zero_states(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         batch, _, height, width = inputs["sample"].shape
         tokens = inputs["encoder_hidden_states"].shape[1]
         sides = {"batch": batch, "height": height, "width": width, "tokens": tokens}
         return {
-            node.name: np.zeros([_size(dim, sides) for dim in node.shape], np.float32)
-            for node in self._session.get_inputs()
-            if node.name.startswith(STATE_PREFIX)
+            str(value.name): np.zeros([_size(dim, sides) for dim in value.shape or ()], np.float32)
+            for value in self._inputs
+            if str(value.name).startswith(STATE_PREFIX)
         }
 
 
-def _size(dimension: int | str, sides: Mapping[str, int]) -> int:
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            "validation needs ONNX Runtime; install it with: pip install 'sws-export[cpu]', "
+            "or skip it with --no-validate"
+        ) from error
+    return onnxruntime
+
+
+def _size(dimension: int | ir.SymbolicDim, sides: Mapping[str, int]) -> int:
     if isinstance(dimension, int):
         return dimension
-    name, _, divisor = dimension.partition("/")
+    name, _, divisor = str(dimension.value).partition("/")
     return sides[name] // int(divisor or 1)
-
-
-def _numpy_dtype(onnx_type: str) -> type[np.generic]:
-    types: dict[str, type[np.generic]] = {
-        "tensor(float)": np.float32,
-        "tensor(float16)": np.float16,
-        "tensor(int64)": np.int64,
-    }
-    return types[onnx_type]

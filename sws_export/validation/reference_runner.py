@@ -29,10 +29,10 @@ class ReferenceRunner:
         import torch
 
         from sws_export.reference import reference_unet
-        from sws_export.unet import load_unet
+        from sws_export.unet import stream_unet
 
         self._dtype = torch.float64 if double else torch.float32
-        self._unet = load_unet(checkpoint, self._dtype, fused)
+        self._unet = stream_unet(checkpoint, self._dtype, fused)
         self._shuffled = reference_unet(preset, self._unet, parameters, sites) if sites else None
         self._intensity = torch.from_numpy(np.asarray(intensity)).to(self._dtype)
         self._debug_sites = debug_sites

@@ -56,9 +56,10 @@ def test_needs_in_words() -> None:
     ]
 
 
-def test_a_bfloat16_graph_is_validated_by_a_twin_that_takes_disk_too(
+def test_validation_needs_no_disk_and_holds_a_small_graph_several_times(
     random_unet: Path, tmp_path: Path
 ) -> None:
-    found = needs(random_unet, tmp_path, precision="bf16")
-    assert found.disk == 3 * found.graph_size
-    assert needs(random_unet, tmp_path, precision="bf16", validate=False).disk == found.graph_size
+    for precision in ("fp32", "fp16", "bf16"):
+        found = needs(random_unet, tmp_path, precision=precision)
+        assert found.disk == found.graph_size
+        assert found.memory["validation"] == 800_000_000 + 5 * found.graph_size

@@ -141,7 +141,7 @@ def test_a_graph_is_validated_at_intensity_0(traced: Path, tmp_path: Path, size:
     parameters = SwsParameters()
     report = rewrite(graph, parameters, (), GuardOptions(), "onnxruntime", Silent())
     save_onnx(graph, made, Silent())
-    found = source.validate(made, Shuffled(parameters, report.site_names), tmp_path, Silent())
+    found = source.validate(made, Shuffled(parameters, report.site_names), Silent())
     assert found.passed
     assert found.outputs[0].maximum <= 1e-5
     assert found.remarks == (

@@ -10,10 +10,11 @@ from graph_passes.parameters import SwsParameters
 from sws_export import ExportOptions, export
 from sws_export.checkpoint import open_checkpoint
 from sws_export.contract import unet_inputs
-from sws_export.errors import ExportError
+from sws_export.errors import ExportError, ValidationError
 from sws_export.progress import Silent
 from sws_export.validation import OutputDifference, ValidationReport, validate_against_reference
 from sws_export.validation.onnx_runner import OnnxRunner
+from sws_export.validation.reference_runner import ReferenceRunner
 from sws_export.validation.validate import Shuffled, validation_sizes
 
 
@@ -79,24 +80,16 @@ def test_bisections_that_bind_have_a_tolerance_of_their_own(graph: Path, random_
     assert found["out_sample"].tolerance == 5e-4
 
 
+def test_a_reference_that_is_not_finite_is_no_fault_of_the_graph(
+    graph: Path, random_unet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {"out_sample": np.array([1.0, np.nan])}
+    monkeypatch.setattr(ReferenceRunner, "step", lambda *_: broken)
+    with pytest.raises(ValidationError, match="out_sample of the eager reference itself holds NaN or Inf"):
+        validated(graph, random_unet, SwsParameters())
+
+
 def test_validation_needs_onnx_runtime(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ExportError, match=r"pip install 'sws-export\[cpu\]', or skip it with --no-validate"):
         OnnxRunner(graph)
-
-
-def test_the_runner_feeds_the_state_back(graph: Path) -> None:
-    inputs = {
-        "sample": np.ones((1, 4, 8, 8)),
-        "timestep": np.ones(1),
-        "encoder_hidden_states": np.ones((1, 3, 16)),
-        "sigma": np.ones(1),
-        "intensity": np.ones(1),
-        "unknown": np.ones(1),
-    }
-    runner = OnnxRunner(graph)
-    first = runner.step(inputs)
-    second = runner.step(inputs | {"sigma": np.full(1, 10.0)})
-    again = OnnxRunner(graph).step(inputs | {"sigma": np.full(1, 10.0)})
-    assert first["sws_state_d2_out"].shape == (1, 145, 4, 4)
-    assert not np.allclose(second["sws_state_d2_out"], again["sws_state_d2_out"], atol=1e-4)

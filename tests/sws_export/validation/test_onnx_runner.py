@@ -1,0 +1,91 @@
+"""A graph in ONNX Runtime, whole and in pieces: the same outputs, and the state fed back."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from sws_export import ExportOptions, export
+from sws_export.errors import ExportError
+from sws_export.progress import Silent
+from sws_export.validation.graph_pieces import cut_graph
+from sws_export.validation.onnx_runner import OnnxRunner
+from sws_export.validation.trajectory import Array
+
+INPUTS: dict[str, Array] = {
+    "sample": np.random.default_rng(0).standard_normal((2, 4, 8, 6)),
+    "timestep": np.array([500.0, 300.0]),
+    "encoder_hidden_states": np.random.default_rng(1).standard_normal((2, 3, 16)),
+    "sigma": np.array([3.0, 1.0]),
+    "intensity": np.array([1.0, 0.5]),
+    "unknown": np.ones(1),
+}
+STEPS = [INPUTS | {"sigma": np.array(sigma)} for sigma in ([3.0, 1.0], [10.0, 2.0], [0.5, 0.4])]
+
+
+@pytest.fixture(scope="module")
+def graphs(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A graph of each precision, its weights in a file beside it."""
+    folder = tmp_path_factory.mktemp("graphs")
+    made = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        embedded = folder / f"{precision}-embedded.onnx"
+        export(random_unet, embedded, ExportOptions(precision=precision, validate=False))
+        made[precision] = folder / f"{precision}.onnx"
+        ir.save(ir.load(embedded), made[precision], external_data=f"{precision}.data")
+    return made
+
+
+def run(path: Path, steps: list[dict[str, Array]] = STEPS) -> list[dict[str, Array]]:
+    with Silent().stage("run") as stage:
+        return OnnxRunner(path).run(steps, stage)
+
+
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = functools.partial(cut_graph, limit=100_000)
+    monkeypatch.setattr("sws_export.validation.onnx_runner.cut_graph", cut)
+
+
+# In pieces nothing is fused over their borders, and float16 is rounded at them.
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 4e-3), ("bf16", 1e-5)])
+def test_pieces_compute_what_the_whole_does(
+    graphs: dict[str, Path], precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(graphs[precision])
+    small_pieces(monkeypatch)
+    assert len(OnnxRunner(graphs[precision])._pieces) > 10
+    pieces = run(graphs[precision])
+    assert [list(outputs) for outputs in pieces] == [list(outputs) for outputs in whole]
+    for ours, theirs in zip(pieces, whole, strict=True):
+        for name, value in theirs.items():
+            scale = np.abs(value).max()
+            np.testing.assert_allclose(ours[name], value, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_the_state_is_fed_back(
+    graphs: dict[str, Path], in_pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_pieces:
+        small_pieces(monkeypatch)
+    together = run(graphs["fp32"])
+    assert together[0]["sws_state_d2_out"].shape == (2, 145, 4, 3)
+    alone = run(graphs["fp32"], STEPS[2:])
+    assert not np.allclose(together[2]["sws_state_d2_out"], alone[0]["sws_state_d2_out"], atol=1e-4)
+    with Silent().stage("run") as stage:
+        runner = OnnxRunner(graphs["fp32"])
+        one_by_one = [outputs for step in STEPS for outputs in runner.run([step], stage)]
+    for a, b in zip(together, one_by_one, strict=True):
+        for name, value in a.items():
+            np.testing.assert_array_equal(b[name], value)
+
+
+def test_a_file_that_onnx_runtime_refuses(graphs: dict[str, Path], tmp_path: Path) -> None:
+    model = ir.load(graphs["fp32"])
+    model.graph.opset_imports[""] = 999
+    broken = tmp_path / "broken.onnx"
+    ir.save(model, broken)
+    with pytest.raises(ExportError, match=r"ONNX Runtime refuses .*broken.onnx: .*opset"):
+        OnnxRunner(broken)
