@@ -168,8 +168,8 @@ def _require_finite(outputs: Outputs) -> None:
     for name, values in outputs.items():
         if not np.isfinite(values).all():
             raise ValidationError(
-                f"{name} of the eager reference itself holds NaN or Inf, so no graph can be compared with it: the "
-                "model is broken, use another copy; or skip the comparison with --no-validate"
+                f"{name} of the eager reference itself holds NaN or Inf, so nothing can be compared with it: "
+                "the model is broken, use another copy; or skip the comparison with --no-validate"
             )
 
 
