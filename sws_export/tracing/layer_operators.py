@@ -1,19 +1,16 @@
 """Layers of a UNet as ONNX nodes: activations, linear and convolution, norms, attention, resizing."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from sws_export.tracing.registry import Tensor, Values, expect, handles
-
-if TYPE_CHECKING:
-    from sws_export.tracing.record import Recorder
+from sws_export.tracing.registry import Recording, Tensor, Values, expect, handles
 
 
 @handles(F.silu)
-def _silu(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, inplace: bool = False) -> Values:
+def _silu(rec: Recording, outputs: Sequence[Tensor], x: Tensor, inplace: bool = False) -> Values:
     # A module that overwrites its input would leave the recorder with the old value.
     expect(rec, not inplace, "an activation that does not overwrite its input")
     value = rec.value(x)
@@ -22,13 +19,13 @@ def _silu(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, inplace: bool =
 
 
 @handles(F.gelu)
-def _gelu(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, approximate: str = "none") -> Values:
+def _gelu(rec: Recording, outputs: Sequence[Tensor], x: Tensor, approximate: str = "none") -> Values:
     return rec.builder.node("Gelu", [rec.value(x)], outputs, {"approximate": approximate})
 
 
 @handles(F.linear)
 def _linear(
-    rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None
+    rec: Recording, outputs: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Values:
     biases = [rec.value(bias)] if bias is not None else []
     if x.ndim == 2:
@@ -41,7 +38,7 @@ def _linear(
 
 @handles(F.conv2d, torch.conv2d)
 def _conv(
-    rec: "Recorder",
+    rec: Recording,
     outputs: Sequence[Tensor],
     input: Tensor,
     weight: Tensor,
@@ -68,7 +65,7 @@ def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
 
 @handles(F.group_norm)
 def _group_norm(
-    rec: "Recorder",
+    rec: Recording,
     outputs: Sequence[Tensor],
     input: Tensor,
     num_groups: int,
@@ -83,7 +80,7 @@ def _group_norm(
 
 @handles(F.layer_norm)
 def _layer_norm(
-    rec: "Recorder",
+    rec: Recording,
     outputs: Sequence[Tensor],
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -108,7 +105,7 @@ OUTPUT_OF: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 @handles(F.scaled_dot_product_attention)
 def _attention(
-    rec: "Recorder",
+    rec: Recording,
     outputs: Sequence[Tensor],
     query: Tensor,
     key: Tensor,
@@ -128,7 +125,7 @@ def _attention(
 
 @handles(F.interpolate)
 def _interpolate(
-    rec: "Recorder", outputs: Sequence[Tensor], input: Tensor, mode: str = "nearest", **_: Any
+    rec: Recording, outputs: Sequence[Tensor], input: Tensor, mode: str = "nearest", **_: Any
 ) -> Values:
     expect(rec, mode == "nearest", "nearest-neighbour interpolation")
     scales = torch.tensor(
@@ -145,6 +142,6 @@ def _interpolate(
 
 @handles(F.embedding)
 def _embedding(
-    rec: "Recorder", outputs: Sequence[Tensor], input: Tensor, weight: Tensor, *_: Any, **__: Any
+    rec: Recording, outputs: Sequence[Tensor], input: Tensor, weight: Tensor, *_: Any, **__: Any
 ) -> Values:
     return rec.builder.node("Gather", [rec.value(weight), rec.value(input)], outputs, {"axis": 0})

@@ -1,21 +1,27 @@
 """Arithmetic on tensors and changes of their shape as ONNX nodes."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from sws_export.tracing.registry import Operator, Tensor, Values, as_value, cast_value, expect, handles
-
-if TYPE_CHECKING:
-    from sws_export.tracing.record import Recorder
+from sws_export.tracing.registry import (
+    Operator,
+    Recording,
+    Tensor,
+    Values,
+    as_value,
+    cast_value,
+    expect,
+    handles,
+)
 
 
 def _elementwise(op_type: str, neutral: float | None = None, *, reverse: bool = False) -> Operator:
     """An operator of two operands; `neutral` on the right, or on either side where it may, is left out."""
 
-    def operator(rec: "Recorder", outputs: Sequence[Tensor], left: Any, right: Any) -> Values:
+    def operator(rec: Recording, outputs: Sequence[Tensor], left: Any, right: Any) -> Values:
         (output,) = outputs
         left, right = (right, left) if reverse else (left, right)
         for number, other in ((right, left), (left, right)):
@@ -37,7 +43,7 @@ handles(torch.div, Tensor.div, Tensor.__truediv__)(_elementwise("Div", 1))
 
 
 def _unary(op_type: str) -> Operator:
-    def operator(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor) -> Values:
+    def operator(rec: Recording, outputs: Sequence[Tensor], x: Tensor) -> Values:
         return rec.builder.node(op_type, [rec.value(x)], outputs)
 
     return operator
@@ -49,21 +55,21 @@ for _function, _op_type in ((torch.sin, "Sin"), (torch.cos, "Cos"), (torch.exp, 
 
 @handles(torch.cat, torch.concat, torch.concatenate)
 def _concatenate(
-    rec: "Recorder", outputs: Sequence[Tensor], tensors: Sequence[Tensor], dim: int = 0
+    rec: Recording, outputs: Sequence[Tensor], tensors: Sequence[Tensor], dim: int = 0
 ) -> Values:
     inputs = [as_value(rec, tensor, outputs[0].dtype) for tensor in tensors]
     return rec.builder.node("Concat", inputs, outputs, {"axis": dim})
 
 
 @handles(torch.chunk, Tensor.chunk)
-def _chunk(rec: "Recorder", outputs: Sequence[Tensor], input: Tensor, chunks: int, dim: int = 0) -> Values:
+def _chunk(rec: Recording, outputs: Sequence[Tensor], input: Tensor, chunks: int, dim: int = 0) -> Values:
     expect(rec, len({tensor.shape for tensor in outputs}) == 1, "chunks of one size")
     attributes = {"axis": dim % input.ndim, "num_outputs": chunks}
     return rec.builder.node("Split", [rec.value(input)], outputs, attributes)
 
 
 @handles(Tensor.view, Tensor.reshape, Tensor.flatten, torch.flatten, torch.reshape)
-def _reshape(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, *_: Any, **__: Any) -> Values:
+def _reshape(rec: Recording, outputs: Sequence[Tensor], x: Tensor, *_: Any, **__: Any) -> Values:
     before, after = (rec.builder.sizes.shape(tensor.shape) for tensor in (x, outputs[0]))
     if before == after:
         return [rec.value(x)]
@@ -87,20 +93,20 @@ def _reshape(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, *_: Any, **_
 
 
 @handles(Tensor.transpose, torch.transpose)
-def _transpose(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, dim0: int, dim1: int) -> Values:
+def _transpose(rec: Recording, outputs: Sequence[Tensor], x: Tensor, dim0: int, dim1: int) -> Values:
     order = list(range(x.ndim))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return rec.builder.node("Transpose", [rec.value(x)], outputs, {"perm": tuple(order)})
 
 
 @handles(Tensor.permute, torch.permute)
-def _permute(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, *dims: Any) -> Values:
+def _permute(rec: Recording, outputs: Sequence[Tensor], x: Tensor, *dims: Any) -> Values:
     order = dims[0] if len(dims) == 1 else dims
     return rec.builder.node("Transpose", [rec.value(x)], outputs, {"perm": tuple(order)})
 
 
 @handles(Tensor.__getitem__)
-def _getitem(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, index: Any) -> Values:
+def _getitem(rec: Recording, outputs: Sequence[Tensor], x: Tensor, index: Any) -> Values:
     items = index if isinstance(index, tuple) else (index,)
     new_axes = [position for position, item in enumerate(items) if item is None]
     slices = [item for item in items if item is not None]
@@ -116,7 +122,7 @@ def _getitem(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, index: Any) 
 
 
 @handles(Tensor.unsqueeze, torch.unsqueeze)
-def _unsqueeze(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, dim: int) -> Values:
+def _unsqueeze(rec: Recording, outputs: Sequence[Tensor], x: Tensor, dim: int) -> Values:
     axes = rec.builder.integers([dim % (x.ndim + 1)])
     return rec.builder.node("Unsqueeze", [rec.value(x), axes], outputs)
 
@@ -131,7 +137,7 @@ def _unsqueeze(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, dim: int) 
     F.dropout,
     Tensor.clone,
 )
-def _same(rec: "Recorder", outputs: Sequence[Tensor], x: Tensor, *_: Any, **__: Any) -> Values:
+def _same(rec: Recording, outputs: Sequence[Tensor], x: Tensor, *_: Any, **__: Any) -> Values:
     """The same numbers in another dtype or layout."""
     expect(rec, outputs[0].shape == x.shape, "an expansion that changes no size")
     return [cast_value(rec, rec.value(x), x, outputs[0].dtype)]

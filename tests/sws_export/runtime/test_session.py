@@ -40,6 +40,23 @@ def test_state_is_fed_back(session: Session, sws_graph: Path, inputs: MakeInputs
     assert road.difference(session.stream().step(**steps[-1]), found[-1]) > 1e-5
 
 
+def test_state_stays_in_two_buffers(session: Session, inputs: MakeInputs) -> None:
+    """What a step writes is what the next one reads: the same memory, not a copy of it."""
+    stream = session.stream()
+    stream.step(**inputs(0))
+    loop: Any = stream._loop
+    places = [held["sws_state_d2"].data_ptr() for held in loop._sets]
+    assert places[0] != places[1]
+    current = []
+    for number in range(1, 5):
+        stream.step(**inputs(number))
+        current.append(loop._current)
+        held = loop._sets[loop._current]["sws_state_d2"]
+        assert np.array_equal(held.numpy(), stream.state()["sws_state_d2"])
+        assert [each["sws_state_d2"].data_ptr() for each in loop._sets] == places
+    assert current in ([0, 1, 0, 1], [1, 0, 1, 0])
+
+
 def test_numbers_stand_for_the_whole_batch(session: Session, inputs: MakeInputs) -> None:
     step = inputs()
     numbers = step | {"timestep": 500, "sigma": 3.0, "intensity": 0.5}
