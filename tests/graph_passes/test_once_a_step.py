@@ -1,0 +1,97 @@
+"""What does not depend on a site is in the finished graph once a step or once a grid, however many sites."""
+
+import collections
+from fractions import Fraction
+
+import onnx_ir as ir
+import pytest
+
+from graph_passes.insert_sws import InsertSws
+from graph_passes.parameters import SwsParameters
+from sws_export.progress import Silent
+from sws_export.rewrite import GuardOptions, Target, rewrite
+from tests.conftest import ShapesModel
+from tests.graph_passes.small_models import SiteSpec, build_model, op_counts, site_name
+
+SIZES = {"height": 8, "width": 12, "tokens": 5}
+NAMES = {
+    1: ["down_blocks.0", "up_blocks.1", "up_blocks.1.more", "down_blocks.0.more"],
+    2: ["mid_block", "up_blocks.0", "down_blocks.1"],
+}
+# Transport, its momentum and the schedule are made of these, a site of none.
+ONCE_A_GRID = ("Conv", "ConvTranspose")
+ON_TOKENS = {"Conv", "ConvTranspose", "Range", "Expand", "Reciprocal", "ReduceProd"}
+
+
+def finished(factors: list[int], sizes: dict[str, int], target: Target = "onnxruntime") -> ir.Model:
+    """A graph with a site for each of the downsamplings given."""
+    names = {factor: iter(paths) for factor, paths in NAMES.items()}
+    specs = [SiteSpec(name=site_name(next(names[factor])), factor=factor) for factor in factors]
+    model = build_model(specs, levels=2)
+    rewrite(model, SwsParameters(), (), GuardOptions("fused", Fraction(1)), target, Silent(), sizes=sizes)
+    return model
+
+
+def all_counts(model: ir.Model) -> collections.Counter[str]:
+    """Nodes of each type, those of branches too."""
+    return collections.Counter(node.op_type for node in model.graph.all_nodes())
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize("sizes", [{}, SIZES])
+def test_a_further_site_adds_nothing_of_the_transport(sizes: dict[str, int], target: Target) -> None:
+    two, three, four = (all_counts(finished([1] * count, sizes, target)) for count in (2, 3, 4))
+    assert two["Conv"] > 0
+    for op_type in ON_TOKENS:
+        assert two[op_type] == three[op_type] == four[op_type], op_type
+    # What a third and a fourth site add is the same, to the node.
+    assert three - two == four - three
+
+
+@pytest.mark.parametrize("sizes", [{}, SIZES])
+def test_a_further_grid_adds_a_transport_and_no_schedule(sizes: dict[str, int]) -> None:
+    one, two = (all_counts(finished(factors, sizes)) for factors in ([1], [1, 2]))
+    for op_type in ONCE_A_GRID:
+        assert two[op_type] == 2 * one[op_type]
+    model = finished([1, 2, 2], sizes)
+    sigma = next(value for value in model.graph.inputs if value.name == "sigma")
+    assert [node.op_type for node in sigma.consumers()] == ["Log"]
+
+
+@pytest.mark.parametrize("sizes", [{}, SIZES])
+def test_blend_and_momentum_are_once_a_grid(sizes: dict[str, int]) -> None:
+    model = finished([1, 1, 2], sizes)
+    states = [value for value in model.graph.inputs if str(value.name).startswith("sws_state")]
+    assert len(states) == 2
+    for state in states:
+        assert [node.op_type for node in state.consumers() if node.op_type != "Shape"] == ["Mul"]
+    blends = [node for node in model.graph if node.op_type == "MatMul" and "blend" in str(node.inputs[0])]
+    assert len(blends) == 2
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize("sizes", [{}, {"height": 32, "width": 32, "tokens": 77}])
+def test_nothing_is_unused_or_done_twice(
+    shapes_model: ShapesModel, sizes: dict[str, int], target: Target
+) -> None:
+    """On the example in float16, whose statistics are float32: no Cast is made twice, none is undone."""
+    model = shapes_model("fp16")
+    rewrite(model, SwsParameters(), (), GuardOptions("fused"), target, Silent(), sizes=sizes)
+    casts = collections.Counter()
+    for node in model.graph.all_nodes():
+        assert any(value.uses() or value.is_graph_output() for value in node.outputs), node.name
+        if node.op_type == "Cast":
+            casts[node.inputs[0], node.attributes["to"].value] += 1
+            source = node.inputs[0].producer() if node.inputs[0] is not None else None
+            assert source is None or source.op_type != "Cast", node.name
+    assert casts
+    assert max(casts.values()) == 1
+    for value in model.graph.initializers.values():
+        assert value.uses(), value.name
+
+
+def test_the_plain_graph_has_none_of_it() -> None:
+    """The counts above count what SWS adds."""
+    model = build_model([SiteSpec()])
+    assert not ON_TOKENS & op_counts(model).keys()
+    assert not InsertSws([], SwsParameters())(model).modified
