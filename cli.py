@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from sws_export.errors import SwsExportError
 
-_VERBS = ("inspect", "validate", "plugins", "sample", "report", "triton")
+_VERBS = ("inspect", "validate", "plugins", "sample", "report", "triton", "cache")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sws_export.errors import OutputError
@@ -47,8 +47,10 @@ def publish(staged: Path, out: Path) -> None:
     publish_together({staged: out})
 
 
-def publish_together(places: Mapping[Path, Path]) -> None:
+def publish_together(places: Mapping[Path, Path], obsolete: Sequence[Path] = ()) -> None:
     """Move staged files to their places in one directory, in the order given, replacing what was there.
+
+    Files that are `obsolete` by then are removed, if they exist.
 
     What takes long or may fail comes first; an interrupt then waits until the last file has moved, so that
     no artefact appears without those that belong to it.
@@ -63,6 +65,8 @@ def publish_together(places: Mapping[Path, Path]) -> None:
         with _uninterrupted():
             for staged, place in places.items():
                 staged.replace(place)
+            for file in obsolete:
+                file.unlink(missing_ok=True)
         _flush(last.parent)
 
 

@@ -1,6 +1,7 @@
 """A checkpoint as the start of an export."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, ve
 from sws_export.contract import DTYPE_NAMES, Precision, TensorSpec, size_multiple, unet_inputs
 from sws_export.errors import CheckpointError
 from sws_export.lora import Lora, fuse, open_lora, parse_lora
-from sws_export.onnx_export import export_plain
+from sws_export.onnx_export import export_plain, plain_weights
 from sws_export.options import ExportOptions
 from sws_export.progress import Progress
 from sws_export.validation import Shuffled, ValidationReport, validate_against_reference
@@ -58,6 +59,23 @@ class CheckpointSource:
         """Number of parameters of the UNet."""
         return self.checkpoint.parameters
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files."""
+        return self.checkpoint.files
+
+    def identity(self, sha256: str) -> dict[str, Any]:
+        """What the manifest says of it, which tensors of the files are taken, and its inputs."""
+        tensors = {
+            name: [tensor.file.name, tensor.dtype, tensor.offset, *tensor.shape]
+            for name, tensor in self.checkpoint.stored.items()
+        }
+        return {"manifest": self._describe(sha256), "tensors": tensors, "controlnet": self.controlnet}
+
+    def weights(self) -> Mapping[str, ir.TensorProtocol]:
+        """As `plain_model` attaches them."""
+        return plain_weights(self.checkpoint, self.precision, fuse(self.checkpoint, self.loras))
+
     def describe(self) -> list[str]:
         """Family, layout, size, and where the configuration comes from."""
         found = self.checkpoint
@@ -82,11 +100,14 @@ class CheckpointSource:
             unused = check_tensors(self.checkpoint)
         if unused:
             progress.warn(f"{unused} tensors of the checkpoint have no place in this UNet and are ignored")
+        return self._describe(verify_weights(self.checkpoint, progress))
+
+    def _describe(self, sha256: str) -> dict[str, Any]:
         found = self.checkpoint
         return {
             "kind": "checkpoint",
             "file": found.path.name,
-            "sha256": verify_weights(found, progress),
+            "sha256": sha256,
             "layout": found.layout,
             "family": found.family,
             "parameters": found.parameters,

@@ -9,13 +9,14 @@ from typing import Any
 import onnx_ir as ir
 
 from sws_export import manifest as manifests
+from sws_export.cached_graph import find_validation, store_validation
 from sws_export.errors import ValidationError
+from sws_export.job import Job
 from sws_export.onnx_export import OPSET
 from sws_export.onnx_files import save_onnx, save_sharing
-from sws_export.options import ExportOptions, guard_options
+from sws_export.options import guard_options
 from sws_export.progress import Progress, Silent
-from sws_export.rewrite import RewriteReport, Target, finish_plain, graph_specs, rewrite
-from sws_export.sources import Source
+from sws_export.rewrite import RewriteReport, finish_plain, graph_specs, rewrite
 from sws_export.stages import StageLog
 from sws_export.validation import OutputDifference, Shuffled, ValidationReport
 from sws_export.validation.fixed_sizes import STEPS, compare_fixed_sizes
@@ -29,20 +30,16 @@ class GraphMaking:
     """Makes the graph of one export.
 
     Attributes:
-        source: What is exported.
-        description: What the manifest says of it.
-        options: What was asked for.
-        target: Runtime that the graph is for.
-        sizes: batch, height and width (latent) and tokens, as far as the graph is fixed to them.
+        job: The export.
+        description: What the manifest says of the source.
+        key: What the graph of any size and its validation depend on.
         log: Takes times and memory.
         progress: Hears of the stages.
     """
 
-    source: Source
+    job: Job
     description: dict[str, Any]
-    options: ExportOptions
-    target: Target
-    sizes: Mapping[str, int]
+    key: str
     log: StageLog
     progress: Progress
 
@@ -56,44 +53,56 @@ class GraphMaking:
             ValidationError: The graph differs from the reference.
         """
         with self.log.measure("export"):
-            model = self.source.plain_model(self.progress)
-        later = self.sizes if self.options.validate else {}
+            model = self.job.source.plain_model(self.progress)
+        later = self.job.sizes if self.job.options.validate else {}
         plain = model.clone() if later else model
         with self.log.measure("rewrite"):
-            rewritten = self._finish(model, {} if later else self.sizes, self.progress)
+            rewritten = self._finish(model, {} if later else self.job.sizes, self.progress)
         with self.log.measure("save"):
             save_onnx(model, path, self.progress)
-        if not self.options.validate:
+        if not self.job.options.validate:
             return model, None
         shuffled = self._shuffled(rewritten)
-        with self.log.measure("validate"):
-            validation = self.source.validate(path, shuffled, self.progress)
-        _check_differences(validation.outputs, validation.reference)
+        validation = self._validate(path, shuffled)
         if not later:
             return model, validation
         with self.log.measure("fix sizes"):
             general = path.replace(path.with_name("any-size.onnx"))
-            self._finish(plain, self.sizes, Silent())
+            self._finish(plain, self.job.sizes, Silent())
             save_sharing(plain, path, model, general, self.progress)
             remark = self._compare(path, general, shuffled)
         remarks = (*validation.remarks, remark)
         return plain, dataclasses.replace(validation, remarks=remarks)
 
+    def _validate(self, path: Path, shuffled: Shuffled) -> ValidationReport:
+        """Compare the graph of any size with the reference, unless that was done before."""
+        known = find_validation(self.job.cache, self.key)
+        if known is not None:
+            validation, figures = known
+            self.job.progress.log(f"validation: from the cache ({self.key[:12]})")
+            self.log.recall(figures)
+            return validation
+        with self.log.measure("validate") as figures:
+            validation = self.job.source.validate(path, shuffled, self.progress)
+        _check_differences(validation.outputs, validation.reference)
+        store_validation(self.job.cache, self.key, validation, figures, self.job.what, self.job.progress)
+        return validation
+
     def _finish(self, model: ir.Model, sizes: Mapping[str, int], progress: Progress) -> RewriteReport | None:
         """Rewrite a plain model for `sizes`, in place, and let it say what it is."""
         rewritten = None
-        if self.options.plain:
+        if self.job.options.plain:
             finish_plain(model, sizes)
         else:
             rewritten = rewrite(
                 model,
-                self.options.parameters,
-                self.options.sites,
-                guard_options(self.options),
-                self.target,
+                self.job.options.parameters,
+                self.job.options.sites,
+                guard_options(self.job.options),
+                self.job.target,
                 progress,
-                preset=self.options.preset,
-                debug_outputs=self.options.debug_outputs,
+                preset=self.job.options.preset,
+                debug_outputs=self.job.options.debug_outputs,
                 sizes=sizes,
             )
         model.producer_name, model.producer_version = "sws-export", manifests.library_versions()["sws-export"]
@@ -103,11 +112,11 @@ class GraphMaking:
                 source=self.description,
                 inputs=graph_specs(model.graph.inputs),
                 outputs=graph_specs(model.graph.outputs),
-                parameters=self.options.parameters if rewritten else None,
+                parameters=self.job.options.parameters if rewritten else None,
                 rewrite=rewritten,
-                precision=self.source.precision,
-                target=self.target,
-                guard=guard_options(self.options) if rewritten else None,
+                precision=self.job.source.precision,
+                target=self.job.target,
+                guard=guard_options(self.job.options) if rewritten else None,
                 opset=OPSET,
             ),
         )
@@ -117,23 +126,27 @@ class GraphMaking:
         sites = rewritten.site_names if rewritten else ()
         debug_sites = rewritten.debug_sites if rewritten else ()
         return Shuffled(
-            self.options.parameters, sites, guard_options(self.options).rows, debug_sites, self.options.preset
+            self.job.options.parameters,
+            sites,
+            guard_options(self.job.options).rows,
+            debug_sites,
+            self.job.options.preset,
         )
 
     def _compare(self, fixed: Path, general: Path, shuffled: Shuffled) -> str:
         """Run the fixed graph beside the one of any size, if that is affordable; what to say of it."""
         text = "compared before " + ", ".join(
-            f"{name} was fixed to {size}" for name, size in self.sizes.items()
+            f"{name} was fixed to {size}" for name, size in self.job.sizes.items()
         )
-        side = 2 * self.source.multiple
-        sizes = {"batch": 1, "height": side, "width": side, "tokens": 7} | dict(self.sizes)
-        work = self.source.parameters * sizes["batch"] * sizes["height"] * sizes["width"]
+        side = 2 * self.job.source.multiple
+        sizes = {"batch": 1, "height": side, "width": side, "tokens": 7} | dict(self.job.sizes)
+        work = self.job.source.parameters * sizes["batch"] * sizes["height"] * sizes["width"]
         if work > _RUNNABLE:
             return f"{text}; the fixed graph was not run, a step on this processor would be long"
-        if self.source.precision == "bf16":
+        if self.job.source.precision == "bf16":
             return f"{text}; the fixed graph was not run, ONNX Runtime has no bfloat16"
         differences = compare_fixed_sizes(
-            fixed, general, self.source.inputs, sizes, shuffled, self.source.precision, self.progress
+            fixed, general, self.job.source.inputs, sizes, shuffled, self.job.source.precision, self.progress
         )
         _check_differences(differences, "graph that takes any size")
         largest = max(difference.maximum for difference in differences)

@@ -1,6 +1,7 @@
 """A plain ONNX graph as the start of an export."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ class GraphSource:
         """Elements of all initializers."""
         return self.graph.parameters
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The ONNX file and those of its external weights."""
+        return self.graph.files
+
+    def identity(self, sha256: str) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return self._describe(sha256)
+
+    def weights(self) -> Mapping[str, ir.TensorProtocol]:
+        """As the graph was read."""
+        return self.graph.weights
+
     def describe(self) -> list[str]:
         """Size and precision."""
         return [f"plain ONNX graph, {self.parameters / 1e6:.1f} M parameters, {self.precision}"]
@@ -64,7 +78,10 @@ class GraphSource:
             CheckpointError: A weight holds NaN or Inf.
         """
         self.graph.require_finite()
-        return {"kind": "onnx", "file": self.path.name, "sha256": self.graph.digest(progress)}
+        return self._describe(self.graph.digest(progress))
+
+    def _describe(self, sha256: str) -> dict[str, Any]:
+        return {"kind": "onnx", "file": self.path.name, "sha256": sha256}
 
     def plain_model(self, progress: Progress) -> ir.Model:  # noqa: ARG002  (nothing to wait for)
         """The graph as it was read."""

@@ -1,11 +1,10 @@
 """What a deployer needs to drive an artefact, as JSON beside it and inside the ONNX file."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from graph_passes.debug_outputs import PREFIX, debug_output_names
 from graph_passes.grids import TEXT
 from graph_passes.insert_sws import StatePair
 from graph_passes.parameters import SwsParameters
+from sws_export.cache import FileFacts
 from sws_export.contract import Precision, TensorSpec
 from sws_export.engines import EngineReport
 from sws_export.parameters import Preset, described_parameters
@@ -107,10 +107,10 @@ def _state(pair: StatePair, preset: Preset) -> dict[str, Any]:
     }
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that shape the graph."""
+def library_versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of the libraries that shape the graph, and of `more`."""
     versions = {}
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *more):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -129,7 +129,7 @@ def describe_profile(shapes: Shapes) -> dict[str, dict[str, list[int]]]:
 def complete(
     description: dict[str, Any],
     out: Path,
-    files: Sequence[Path],
+    files: Mapping[Path, FileFacts],
     validation: ValidationReport | None,
     engine: EngineReport | None,
     profile: dict[str, Any] | None,
@@ -138,7 +138,7 @@ def complete(
     """The manifest of an artefact: the graph's description and how this file came about."""
     return description | {
         "artefact": out.name,
-        "files": [_describe_file(file) for file in files],
+        "files": [{"name": file.name, **dataclasses.asdict(found)} for file, found in files.items()],
         "validation": validation.as_dict()
         if validation
         else {"passed": None, "reason": "skipped by --no-validate"},
@@ -146,12 +146,6 @@ def complete(
         "profile": profile,
         "stages": [dataclasses.asdict(figures) for figures in stages],
     }
-
-
-def _describe_file(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def embed(model: ir.Model, description: dict[str, Any]) -> None:

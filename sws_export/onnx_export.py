@@ -74,6 +74,15 @@ def export_plain(
     return model
 
 
+def plain_weights(
+    checkpoint: Checkpoint, precision: Precision, fused: FusedWeights
+) -> dict[str, ir.TensorProtocol]:
+    """The tensors that `export_plain` backs its initializers with, by name; none is read."""
+    return {
+        name: _weight(name, stored, precision, fused.get(name)) for name, stored in checkpoint.tensors.items()
+    }
+
+
 def _attach_weights(
     model: ir.Model, checkpoint: Checkpoint, precision: Precision, fused: FusedWeights
 ) -> None:

@@ -45,8 +45,13 @@ def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ..
     """
     total = weight_bytes(model)
     if total <= EMBED_LIMIT:
-        embedded = ir.external_data.load_to_model(model)
-        ir.save(embedded, path)
+        tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+        try:
+            ir.save(ir.external_data.load_to_model(model), path)
+        finally:
+            # The caller's model goes on reading its weights from where they are.
+            for name, tensor in tensors.items():
+                model.graph.initializers[name].const_value = tensor
         return (path,)
     with progress.stage("save", total=total) as stage:
 

@@ -55,6 +55,7 @@ class ExportOptions:
         weight_streaming: Let the runtime keep part of the weights outside GPU memory.
         validate: Compare the graph with the reference before anything is written.
         keep_onnx: Keep the ONNX graph beside an engine.
+        cache: Take results of earlier runs, and keep those of this one.
         dry_run: Stop after the preflight.
     """
 
@@ -89,6 +90,7 @@ class ExportOptions:
     weight_streaming: bool = False
     validate: bool = True
     keep_onnx: bool = False
+    cache: bool = True
     dry_run: bool = False
 
     def __post_init__(self) -> None:

@@ -6,16 +6,22 @@ from typing import Any
 
 from sws_export import manifest as manifests
 from sws_export.artefact import output_errors, publish_together, staged_directory
-from sws_export.engine_plan import choose_target, plan_engine, plan_graph_sizes
+from sws_export.cache import Cache, FileFacts, open_cache
+from sws_export.cache.store import file_facts
+from sws_export.cached_engine import engine_key, store_engine, take_engine
+from sws_export.cached_graph import GraphFacts, StaleEntryError
+from sws_export.contract import TensorSpec
+from sws_export.engine_plan import EnginePlan, choose_target, plan_engine, plan_graph_sizes
 from sws_export.engines import EngineReport, build_engine
+from sws_export.engines.build import tell_warnings
 from sws_export.errors import OutputError
-from sws_export.graph_making import GraphMaking
+from sws_export.graph_results import obtain_graph
+from sws_export.job import Job
 from sws_export.onnx_files import data_file
 from sws_export.options import ExportOptions, artefact_kind, guard_options
 from sws_export.preflight import Preflight, preflight
-from sws_export.profile import shapes_for
+from sws_export.profile import Shapes, shapes_for
 from sws_export.progress import Progress, Silent
-from sws_export.rewrite import graph_specs
 from sws_export.sources import open_source
 from sws_export.stages import StageFigures, StageLog
 from sws_export.validation import ValidationReport
@@ -67,12 +73,21 @@ def export(
     kind = artefact_kind(out)
     guard_options(options)
     _check_destination(model, out, keep_onnx=options.keep_onnx or kind == "onnx")
-    log = StageLog()
+    cache = open_cache(enabled=options.cache)
     source = open_source(model, options, progress)
     for line in source.describe():
         progress.log(line)
     engine_plan = plan_engine(source, options, progress) if kind == "engine" else None
-    sizes = engine_plan.sizes.fixed() if engine_plan else plan_graph_sizes(source, options)
+    job = Job(
+        source=source,
+        options=options,
+        out=out,
+        engine=engine_plan,
+        target=choose_target(options, engine_plan),
+        sizes=engine_plan.sizes.fixed() if engine_plan else plan_graph_sizes(source, options),
+        cache=cache,
+        progress=progress,
+    )
     needs = preflight(source, engine_plan.build.backend if engine_plan else None, options, out)
     for line in needs.describe():
         progress.log(line)
@@ -81,28 +96,36 @@ def export(
     if options.dry_run:
         return ExportReport((), {}, needs, None, None, ())
 
+    while True:
+        try:
+            return _make(job, needs)
+        except StaleEntryError as error:
+            # The entry is gone by now, so that this ends.
+            progress.warn(f"{error}: making it anew")
+
+
+def _make(job: Job, needs: Preflight) -> ExportReport:
+    """Make or find everything, beside its destination, and move it there."""
+    out, log = job.out, StageLog()
     with staged_directory(out) as scratch:
-        with log.measure("check"):
-            description = source.verify(progress)
-        graph_path = scratch / (out.name if kind == "onnx" else out.with_suffix(".onnx").name)
-        making = GraphMaking(
-            source, description, options, choose_target(options, engine_plan), sizes, log, progress
+        graph_path = scratch / (out.name if job.engine is None else out.with_suffix(".onnx").name)
+        graph = obtain_graph(
+            job, graph_path, log, lambda known: job.keeps_graph or not _knows_engine(job, known)
         )
-        graph, validation = making.make(graph_path)
-        engine, profile = None, None
-        if engine_plan is not None:
-            shapes = shapes_for(graph_specs(graph.graph.inputs), engine_plan.sizes)
-            profile = manifests.describe_profile(shapes)
-            with log.measure("build") as figures, output_errors(out):
-                engine = build_engine(graph_path, scratch / out.name, shapes, engine_plan.build, progress)
-                figures.peak_memory = engine.peak_memory
-        staged = _artefacts(scratch, graph_path, out, keep_onnx=options.keep_onnx)
-        with log.measure("hash"), progress.stage("hash"):
-            document = manifests.complete(
-                manifests.embedded(graph) or {}, out, staged, validation, engine, profile, log.stages
-            )
+        staged = _graph_files(graph_path) if job.keeps_graph else []
+        engine, profile, digests = None, None, {}
+        if job.engine is not None:
+            profile = manifests.describe_profile(_shapes(graph, job.engine))
+            engine, facts = _obtain_engine(job, job.engine, graph, graph_path, scratch / out.name, log)
+            digests[scratch / out.name] = facts
+            staged.append(scratch / out.name)
+        with log.measure("hash"), job.progress.stage("hash"):
+            digests = {file: digests.get(file) or file_facts(file) for file in staged}
+        document = manifests.complete(
+            graph.description, out, digests, graph.validation, engine, profile, log.stages
+        )
         files = _publish(staged, scratch, out, document)
-    return ExportReport(files, document, needs, validation, engine, tuple(log.stages))
+    return ExportReport(files, document, needs, graph.validation, engine, tuple(log.stages))
 
 
 def _check_destination(model: Path, out: Path, *, keep_onnx: bool) -> None:
@@ -118,14 +141,53 @@ def _check_destination(model: Path, out: Path, *, keep_onnx: bool) -> None:
         pass
 
 
-def _artefacts(scratch: Path, graph_path: Path, out: Path, *, keep_onnx: bool) -> list[Path]:
-    """The staged files that are to be kept, in the order in which they may appear."""
-    staged = [scratch / out.name]
-    if keep_onnx and graph_path.name != out.name:
-        staged.insert(0, graph_path)
-    # Weights first: an ONNX file must never lie there without them.
-    weights = [data_file(file) for file in staged if data_file(file).exists()]
-    return [*weights, *staged]
+def _shapes(graph: GraphFacts, plan: EnginePlan) -> Shapes:
+    inputs = [
+        TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in graph.description["inputs"]
+    ]
+    return shapes_for(tuple(inputs), plan.sizes)
+
+
+def _knows_engine(job: Job, graph: GraphFacts) -> bool:
+    """Whether the engine is in the cache."""
+    if job.engine is None or job.engine.build.timing_cache is not None:
+        return False
+    key = engine_key(graph.content, _shapes(graph, job.engine), job.engine.build)
+    return job.cache.find("engine", key) is not None
+
+
+def _obtain_engine(
+    job: Job, plan: EnginePlan, graph: GraphFacts, graph_path: Path, place: Path, log: StageLog
+) -> tuple[EngineReport, FileFacts]:
+    """Find the engine in the cache, or build it from the graph; its plan goes to `place`."""
+    shapes = _shapes(graph, plan)
+    key = engine_key(graph.content, shapes, plan.build)
+    # Kernel timings are an outcome of the build too, which the cache does not hold.
+    cache = job.cache if plan.build.timing_cache is None else Cache(None, 0)
+    with cache.exclusive("engine", key, job.progress), output_errors(job.out):
+        entry = cache.find("engine", key)
+        if entry is not None:
+            report, figures, facts = take_engine(cache, entry, place, job.out, job.progress)
+            job.progress.log(f"engine: from the cache ({key[:12]})")
+            tell_warnings(report, job.progress)
+            log.recall(figures)
+            return report, facts
+        if not graph_path.exists():
+            raise StaleEntryError(f"the engine {key[:12]} was removed from the cache")
+        with log.measure("build") as figures:
+            report = build_engine(graph_path, place, shapes, plan.build, job.progress)
+            figures.peak_memory = report.peak_memory
+        with job.progress.stage("hash"):
+            facts = file_facts(place)
+        sizes = " ".join(f"{name} {size}" for name, size in vars(plan.sizes).items())
+        what = f"{job.what}, {sizes}"
+        store_engine(cache, key, place, facts, report, figures, what, job.progress)
+    return report, facts
+
+
+def _graph_files(path: Path) -> list[Path]:
+    """A staged graph with its weights, which come first: an ONNX file must never lie there without them."""
+    return [file for file in (data_file(path), path) if file.exists()]
 
 
 def _publish(staged: list[Path], scratch: Path, out: Path, document: dict[str, Any]) -> tuple[Path, ...]:
@@ -133,5 +195,8 @@ def _publish(staged: list[Path], scratch: Path, out: Path, document: dict[str, A
     manifest = scratch / manifests.manifest_path(out).name
     manifests.write_manifest(document, manifest)
     places = {file: out.parent / file.name for file in (*staged, manifest)}
-    publish_together(places)
+    # A large graph that this one replaces had its weights in a file beside it.
+    graphs = [place for place in places.values() if place.suffix == ".onnx" and place.exists()]
+    obsolete = [data_file(place) for place in graphs if data_file(place) not in places.values()]
+    publish_together(places, obsolete)
     return tuple(sorted(places.values(), key=lambda file: file.name != out.name))

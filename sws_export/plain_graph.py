@@ -40,6 +40,8 @@ class PlainGraph:
         inputs: Its inputs under the contract's names for dimensions.
         precision: Precision of the UNet.
         vae_scale: Pixels a latent value covers, where the exporter recorded it.
+        files: The ONNX file, and those of its external weights in the order of their names.
+        weights: Its weights by name, whatever becomes of `model`.
     """
 
     path: Path
@@ -47,6 +49,8 @@ class PlainGraph:
     inputs: tuple[TensorSpec, ...]
     precision: Precision
     vae_scale: int | None
+    files: tuple[Path, ...]
+    weights: dict[str, ir.TensorProtocol]
 
     @property
     def multiple(self) -> int:
@@ -78,15 +82,9 @@ class PlainGraph:
 
     def digest(self, progress: Progress) -> str:
         """sha256 of the ONNX file's bytes, external weights after them in the order of their names."""
-        external = {
-            Path(value.const_value.path)
-            for value in self.model.graph.initializers.values()
-            if isinstance(value.const_value, ir.ExternalTensor)
-        }
-        files = [self.path, *sorted(external)]
         digest = hashlib.sha256()
-        with progress.stage("hash", total=sum(file.stat().st_size for file in files)) as stage:
-            for file in files:
+        with progress.stage("hash", total=sum(file.stat().st_size for file in self.files)) as stage:
+            for file in self.files:
                 with file.open("rb") as stream:
                     while chunk := stream.read(_CHUNK):
                         digest.update(chunk)
@@ -120,7 +118,21 @@ def open_graph(path: Path) -> PlainGraph:
             f"{path}: expected a sample of float32, float16 or bfloat16, found {inputs[0].dtype}"
         )
     recorded = manifest.embedded(model) or {}
-    return PlainGraph(path, model, inputs, precision, recorded.get("source", {}).get("vae_scale"))
+    weights = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    external = {Path(tensor.path) for tensor in weights.values() if isinstance(tensor, ir.ExternalTensor)}
+    return PlainGraph(
+        path,
+        model,
+        inputs,
+        precision,
+        recorded.get("source", {}).get("vae_scale"),
+        (path, *sorted(external)),
+        weights,
+    )
 
 
 def _check_weight_files(path: Path, model: ir.Model) -> None:

@@ -49,3 +49,26 @@ class Silent:
 
     def warn(self, message: str) -> None:
         """Drop the warning."""
+
+
+class Recording:
+    """A `Progress` that passes everything on and remembers the remarks and warnings."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.lines: list[tuple[bool, str]] = []
+        """What was said, in order: (is a warning, text)."""
+
+    def stage(self, name: str, total: float | None = None) -> contextlib.AbstractContextManager[Stage]:
+        """Open a stage."""
+        return self._progress.stage(name, total)
+
+    def log(self, message: str) -> None:
+        """Pass a remark on."""
+        self.lines.append((False, message))
+        self._progress.log(message)
+
+    def warn(self, message: str) -> None:
+        """Pass a warning on."""
+        self.lines.append((True, message))
+        self._progress.warn(message)

@@ -1,5 +1,6 @@
 """Where an export starts: a checkpoint, or a plain ONNX graph. Both offer the same steps."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,16 @@ class Source(Protocol):
     @property
     def parameters(self) -> int:
         """Number of parameters."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold graph and weights."""
+
+    def identity(self, sha256: str) -> dict[str, Any]:
+        """What an export of it depends on, as JSON values, where `sha256` is that of its files."""
+
+    def weights(self) -> Mapping[str, ir.TensorProtocol]:
+        """The weights of the plain graph by name, not read yet where they are large."""
 
     def describe(self) -> list[str]:
         """What it is, for the log."""

@@ -14,11 +14,15 @@ import psutil
 
 @dataclasses.dataclass
 class StageFigures:
-    """What one stage cost: seconds of wall time, and the process's largest resident memory in bytes."""
+    """What one stage cost: seconds of wall time, and the process's largest resident memory in bytes.
+
+    `cached` says that this run found the result; the figures are those of the run that made it.
+    """
 
     name: str
     seconds: float
     peak_memory: int
+    cached: bool = False
 
 
 class StageLog:
@@ -26,6 +30,10 @@ class StageLog:
 
     def __init__(self) -> None:
         self.stages: list[StageFigures] = []
+
+    def recall(self, figures: StageFigures) -> None:
+        """List a stage of an earlier run, whose result was found."""
+        self.stages.append(dataclasses.replace(figures, cached=True))
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[StageFigures]:

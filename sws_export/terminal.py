@@ -94,9 +94,14 @@ def print_export(console: Console, report: ExportReport) -> None:
     """Summary of an export: validation, stages, files, what to do next."""
     if report.validation is not None:
         print_validation(console, report.validation)
-    table = Table("stage", "seconds", "peak memory", box=None, header_style="dim", pad_edge=False)
+    table = Table("stage", "seconds", "peak memory", "", box=None, header_style="dim", pad_edge=False)
     for figures in report.stages:
-        table.add_row(figures.name, f"{figures.seconds:.1f}", f"{figures.peak_memory / 1e9:.2f} GB")
+        table.add_row(
+            figures.name,
+            f"{figures.seconds:.1f}",
+            f"{figures.peak_memory / 1e9:.2f} GB",
+            "from the cache" if figures.cached else "",
+        )
     if report.stages:
         console.print(table)
     for file in report.files:

@@ -1,6 +1,6 @@
 """Shared by all tests: the plain export of the trained example, and a way to run a graph as it is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,14 @@ SHAPES = ROOT / "examples" / "shapes" / "unet"
 RunOnnx = Callable[[ir.Model, Mapping[str, Any]], dict[str, Any]]
 ShapesOnnx = Callable[[str], Path]
 ShapesModel = Callable[[str], ir.Model]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache() -> Iterator[None]:
+    """Tests make everything anew, also in processes that they start, unless they set a cache up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWS_EXPORT_CACHE_SIZE", "0")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ other commands:
   sws-export report ARTEFACT [MODEL]   what SWS does at each site and step, as one HTML page
   sws-export triton ARTEFACT           a model repository for Triton Inference Server
   sws-export plugins build|info        the library of TensorRT plugins
+  sws-export cache list|clear          results of earlier runs
 
 Exit codes: 0 done, 1 something about the input or the machine, 2 wrong usage.
 """
@@ -38,16 +40,22 @@ def run(arguments: list[str]) -> int:
 
     progress, console = make_progress(parsed)
     report = export(parsed.model, parsed.out, options, progress)
-    if not parsed.quiet:
-        print_export(console, report)
-    if parsed.json:
-        print_json(
-            {
-                "files": [str(file) for file in report.files],
-                "preflight": dataclasses.asdict(report.preflight),
-                "manifest": report.manifest,
-            }
-        )
+    try:
+        if not parsed.quiet:
+            print_export(console, report)
+        if parsed.json:
+            print_json(
+                {
+                    "files": [str(file) for file in report.files],
+                    "preflight": dataclasses.asdict(report.preflight),
+                    "cached": [figures.name for figures in report.stages if figures.cached],
+                    "manifest": report.manifest,
+                }
+            )
+    except KeyboardInterrupt:
+        files = ", ".join(str(file) for file in report.files)
+        print(f"sws-export: interrupted; complete: {files or 'the dry run'}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -70,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_options(parser)
     parser.add_argument("--no-validate", action="store_true", help="do not compare with the reference")
     parser.add_argument("--keep-onnx", action="store_true", help="keep the graph beside the engine")
+    parser.add_argument("--no-cache", action="store_true", help="neither use nor keep results of other runs")
     parser.add_argument("--dry-run", action="store_true", help="say what will be needed and stop")
     add_output_options(parser)
     return parser
@@ -174,5 +183,6 @@ def _options(parsed: argparse.Namespace) -> "ExportOptions":
         weight_streaming=parsed.weight_streaming,
         validate=not parsed.no_validate,
         keep_onnx=parsed.keep_onnx,
+        cache=not parsed.no_cache,
         dry_run=parsed.dry_run,
     )

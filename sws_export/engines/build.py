@@ -113,7 +113,7 @@ def build_engine(
     finally:
         if not complete:
             out_path.unlink(missing_ok=True)
-    _tell_warnings(report, progress)
+    tell_warnings(report, progress)
     return report
 
 
@@ -241,7 +241,8 @@ def _report(outcome: Outcome, out_path: Path, options: BuildOptions, seconds: fl
     )
 
 
-def _tell_warnings(report: EngineReport, progress: Progress) -> None:
+def tell_warnings(report: EngineReport, progress: Progress) -> None:
+    """Say what the library warned of, the first few of it."""
     for text, count in list(report.warnings.items())[:_SHOWN_WARNINGS]:
         progress.warn(f"{report.backend}: {text}" + (f" ({count} times)" if count > 1 else ""))
     if len(report.warnings) > _SHOWN_WARNINGS:

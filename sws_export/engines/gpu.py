@@ -3,6 +3,22 @@
 import ctypes
 
 
+def gpu_names() -> list[str]:
+    """Name of each CUDA device and, last, the version of the driver's interface; empty without a driver."""
+    count = gpu_count()
+    if not count:
+        return []
+    driver = ctypes.CDLL("libcuda.so.1")
+    names, device, version = [], ctypes.c_int(0), ctypes.c_int(0)
+    for index in range(count):
+        text = ctypes.create_string_buffer(256)
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        driver.cuDeviceGetName(text, len(text), device)
+        names.append(text.value.decode())
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return [*names, f"driver interface {version.value}"]
+
+
 def gpu_count() -> int:
     """Number of CUDA devices that the driver reports; 0 without a driver.
 

@@ -254,7 +254,7 @@ def test_the_model_itself_is_not_overwritten(refuse: Refuse, traced: Path, out: 
 @pytest.mark.parametrize(
     "function",
     [
-        "sws_export.pipeline.save_onnx",
+        "sws_export.graph_making.save_onnx",
         "sws_export.pipeline.manifests.write_manifest",
         "sws_export.artefact.os.fsync",
     ],

@@ -11,6 +11,7 @@ from graph_passes.grids import TEXT, Grid
 from graph_passes.insert_sws import state_pair
 from graph_passes.parameters import SwsParameters
 from sws_export import manifest
+from sws_export.cache.store import file_facts
 from sws_export.contract import TensorSpec
 from sws_export.rewrite import GuardOptions, RewriteReport
 from sws_export.stages import StageFigures
@@ -111,7 +112,13 @@ def test_a_manifest_is_complete(tmp_path: Path) -> None:
     artefact.write_bytes(b"plan")
     profile = manifest.describe_profile({"sample": ((1, 4, 8, 8), (2, 4, 8, 8), (4, 4, 16, 8))})
     found = manifest.complete(
-        described(), artefact, [artefact], None, None, profile, [StageFigures("export", 1.5, 10**9)]
+        described(),
+        artefact,
+        {artefact: file_facts(artefact)},
+        None,
+        None,
+        profile,
+        [StageFigures("export", 1.5, 10**9)],
     )
     assert found["artefact"] == "e.plan"
     assert found["files"] == [
@@ -123,7 +130,7 @@ def test_a_manifest_is_complete(tmp_path: Path) -> None:
     ]
     assert found["profile"]["sample"] == {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [4, 4, 16, 8]}
     assert found["validation"]["passed"] is None
-    assert found["stages"] == [{"name": "export", "seconds": 1.5, "peak_memory": 10**9}]
+    assert found["stages"] == [{"name": "export", "seconds": 1.5, "peak_memory": 10**9, "cached": False}]
     path = manifest.manifest_path(artefact)
     manifest.write_manifest(found, path)
     assert path == tmp_path / "e.plan.json"

@@ -1,0 +1,15 @@
+"""Results of earlier runs, found again by what they were made of."""
+
+from sws_export.cache.keys import cache_key, code_version
+from sws_export.cache.settings import cache_directory, open_cache
+from sws_export.cache.store import Cache, Entry, FileFacts
+
+__all__ = [
+    "Cache",
+    "Entry",
+    "FileFacts",
+    "cache_directory",
+    "cache_key",
+    "code_version",
+    "open_cache",
+]
