@@ -179,7 +179,7 @@ def _obtain_engine(
             figures.peak_memory = report.peak_memory
         with job.progress.stage("hash"):
             facts = file_facts(place)
-        sizes = " ".join(f"{name} {size}" for name, size in vars(plan.sizes).items())
+        sizes = " ".join(f"{name} {size}" for name, size in plan.sizes.ranges().items())
         what = f"{job.what}, {sizes}"
         store_engine(cache, key, place, facts, report, figures, what, job.progress)
     return report, facts
