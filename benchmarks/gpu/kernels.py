@@ -25,7 +25,8 @@ class KernelError(RuntimeError):
 
 def find_nvcc() -> str:
     """The CUDA compiler on the path or in the usual place."""
-    search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    search = os.pathsep.join([os.environ.get("PATH", os.defpath), f"{home}/bin", "/usr/local/cuda/bin"])
     nvcc = shutil.which("nvcc", path=search)
     if nvcc is None:
         raise KernelError("nvcc was not found: put the CUDA toolkit's bin folder on the PATH")
@@ -41,7 +42,7 @@ def compile_kernels(architecture: str, folder: Path) -> Path:
     """
     plugins = ROOT / "plugins"
     command = [find_nvcc(), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-lineinfo"]
-    command += ["-shared", "-Xcompiler=-fPIC", "-cudart=static", f"-I{plugins}"]
+    command += ["-shared", "-Xcompiler=-fPIC", "-cudart=static", "--threads=0", f"-I{plugins}"]
     digest = hashlib.sha256("\0".join(command).encode())
     for path in sorted([*plugins.rglob("*.h"), *plugins.rglob("*.cu"), ROOT / SOURCES[-1]]):
         digest.update(path.read_bytes())

@@ -36,6 +36,25 @@ def make_weights(batch: int, side: tuple[int, int], radius: int, device: str, se
     return (weights / weights.sum(1, keepdim=True)).to(device)
 
 
+def rebalance_band(band: torch.Tensor, rounds: int) -> torch.Tensor:
+    """Rows, then columns, of a banded transport [B, K, H, W] divided by their sums, `rounds` times.
+
+    As the exported graph does it: convolutions with one-hot kernels bring the band to its targets and back.
+    """
+    radius = int((math.sqrt(2 * band.shape[1] - 1) - 1) / 2)
+    side = 2 * radius + 1
+    gather = band.new_zeros(band.shape[1], 1, side, side)
+    for index, (dy, dx) in enumerate(diamond(radius)):
+        gather[index, 0, radius + dy, radius + dx] = 1
+    for _ in range(rounds):
+        band = band / band.sum(1, keepdim=True).clamp_min(1e-8)
+        columns = torch.nn.functional.conv_transpose2d(band, gather, padding=radius)
+        band = band / torch.nn.functional.conv2d(columns.clamp_min(1e-8), gather, padding=radius).clamp_min(
+            1e-8
+        )
+    return band
+
+
 def split_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, T, h * D] as [B, h, T, D]."""
     batch, tokens, channels = tensor.shape

@@ -12,6 +12,7 @@ from benchmarks.gpu.references import (
     make_guard_inputs,
     make_weights,
     plain_attention,
+    rebalance_band,
 )
 from benchmarks.gpu.sites import Site
 from benchmarks.gpu.timing import time_graph
@@ -31,6 +32,7 @@ class SiteTimings:
     transport_two_launches: float
     dense_matmul: float
     copy_same_bytes: float
+    mix: float
     guard: float
     guard_tight_budget: float
     guard_idle: float
@@ -69,6 +71,12 @@ def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = to
         for x, y in zip((k, v), moved, strict=True):
             kernels.banded_transport(weights, [x], RADIUS, [y])
 
+    share = torch.full((site.batch, 1, 1), 0.25, dtype=dtype, device=device)
+
+    def mix() -> None:
+        for x, y in zip((k, v), moved, strict=True):
+            torch.lerp(x, y, share)
+
     # base, delta, log_a0 and the temporaries of one bisection step.
     literal_bytes = 8 * 4 * site.batch * site.heads * site.tokens**2
     return SiteTimings(
@@ -77,6 +85,7 @@ def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = to
         transport_two_launches=time_graph(two_launches),
         dense_matmul=time_graph(lambda: torch.bmm(dense, both)),
         copy_same_bytes=time_graph(lambda: target.copy_(source)),
+        mix=time_graph(mix),
         guard=guard(WIDE_BUDGET),
         guard_tight_budget=guard(TIGHT_BUDGET),
         guard_idle=guard(WIDE_BUDGET, amplitude=0.0),
@@ -87,3 +96,16 @@ def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = to
         ),
         attention=time_graph(lambda: plain_attention(q, k, v, site.heads)),
     )
+
+
+def time_state_update(site: Site, device: str) -> float:
+    """Microseconds of the new transport of a grid, needed once a step: blend and momentum."""
+    shape = (site.side, site.side)
+    scales = [make_weights(site.batch, shape, RADIUS, device, seed) for seed in range(3)]
+    state = make_weights(site.batch, shape, RADIUS, device, 3)
+
+    def update() -> torch.Tensor:
+        blend = rebalance_band(0.2 * scales[0] + 0.3 * scales[1] + 0.5 * scales[2], 2)
+        return rebalance_band(0.8 * state + 0.2 * blend, 2)
+
+    return time_graph(update)
