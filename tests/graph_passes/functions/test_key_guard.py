@@ -411,15 +411,51 @@ def rounded(tokens: Tokens, dtype: type) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("case", ["flat", "usual", "peaked", "one-hot rows", "equal rows", "needles"])
-def test_float16_inputs(case: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_float16_inputs(form: dict[str, bool], case: str) -> None:
     """float32 statistics on a float16 model: the step of its own rounded tensors."""
     narrow = rounded(CASES[case](noise(128)), np.float16)
     wide = tuple(array.astype(np.float32) for array in narrow)
     parameters = SwsParameters()
+    call = guard("fused", dtype=FLOAT16, **form)
     for kappa in (0.09, 0.02, 0.003):
         expected, _ = steps(guard("literal"), wide, kappa, parameters)  # type: ignore[arg-type]
-        found, _ = steps(guard("fused", dtype=FLOAT16), tuple(narrow), kappa, parameters)  # type: ignore[arg-type]
+        found, _ = steps(call, tuple(narrow), kappa, parameters)  # type: ignore[arg-type]
         assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kappa", [0.09, 0.02, 0.003])
+@pytest.mark.parametrize("case", ["usual", "peaked", "large logits", "needles"])
+def test_bfloat16_inputs(case: str, kappa: float) -> None:
+    """ONNX Runtime has no bfloat16: its numbers in float32, whose products are exact, as in the model."""
+    tokens = tuple(as_bfloat16(x) for x in CASES[case](noise(64)))
+    assert_proven(tokens, per_sample(kappa), SwsParameters(key_cap=1.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 0), ("bfloat16", 1)])
+def test_rounding_operands_to_16_bit_hardly_moves_the_step(dtype: str, largest: int) -> None:
+    """What tensor cores do: products of 16-bit queries and mixed keys, accumulated in float32."""
+    narrow = as_bfloat16 if dtype == "bfloat16" else lambda x: x.astype(np.float16).astype(np.float32)
+    parameters = SwsParameters(key_cap=1.0)
+    for seed in range(4):
+        q, k, k_perm = (narrow(x[0]) for x in CASES["peaked"](noise(64, seed)))
+        exact = Oracle(q, k, k_perm, HEADS, 1.3)
+        mix = exact.entropy_factor()
+        step = exact.largest_step(mix, 0.02, parameters)
+        assert 10 < step < 127
+        within = []
+        for n in range(step - 2, step + 4):
+            keys = narrow(k + np.float32(mix * n / 128) * (k_perm - k))
+            divergence = Oracle(narrow(q / np.float32(1.3)), k, keys, HEADS, 1.0).divergence(1.0)
+            within.append(divergence <= 0.02)
+        assert abs(sum(within) - 3) <= largest
+
+
+def as_bfloat16(x: Array) -> Array:
+    """The nearest bfloat16 numbers, in float32."""
+    bits = x.astype(np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return nearest.astype(np.uint32).view(np.float32)
 
 
 def test_fused_guards_store_no_logits() -> None:
@@ -440,20 +476,29 @@ def test_the_stored_form_is_products_and_softmax_alone() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1024, 4096, 16384])
-def test_same_step_at_real_sizes(count: int) -> None:
-    parameters = SwsParameters(bisection_steps=7)
+def test_step_is_proven_at_real_sizes(count: int) -> None:
+    """A head of 8 channels, against float64 a thousand rows at a time."""
+    parameters, size = SwsParameters(), 8
     for factor, kappa in ((2.0, 0.05), (4.0, 0.003)):
-        q, k, k_perm = noise(count, width=8)
-        tokens = (np.float32(factor) * q[:1], k[:1], k_perm[:1])
+        q, k, k_perm = (x[0] for x in noise(count, width=size))
+        q = np.float32(factor) * q
         inputs = {name: value[:1] for name, value in per_sample(kappa).items()}
-        found = [
-            guard(form, parameters, heads=1, size=8)(q=tokens[0], k=tokens[1], k_perm=tokens[2], **inputs)
-            for form in ("literal", "fused")
-        ]
-        (alpha, share), (fused_alpha, fused_share) = found
-        np.testing.assert_allclose(fused_share, share, rtol=1e-4)
-        limit = parameters.key_cap * share / inputs["value_gain"]
-        assert np.rint(fused_alpha / limit * 128) == np.rint(alpha / limit * 128)
+        call = guard("fused", parameters, heads=1, size=size)
+        alpha, value_share = call(q=q[None], k=k[None], k_perm=k_perm[None], **inputs)
+        unit = 0.3 * float(value_share[0]) / 0.6 / 128
+        step = round(float(alpha[0]) / unit)
+        entropies, divergences = [], []
+        for begin in range(0, count, 1024):
+            rows = Oracle(q[begin : begin + 1024], k, k_perm, 1, 1.0)
+            entropies.append(rows.entropy())
+            divergences.append([rows.divergence(unit * step), rows.divergence(unit * (step + 1))])
+        entropy = np.concatenate(entropies, 1)
+        factor_found = (entropy.mean() - entropy.min()) / np.ptp(entropy)
+        assert value_share[0] / 0.6 == pytest.approx(factor_found, abs=2e-5)
+        within, beyond = np.mean(divergences, 0)
+        assert within <= kappa * (1 + 1e-3)
+        assert step == 127 or beyond >= kappa * (1 - 1e-3)
+        assert (step < 127) == (kappa == 0.003)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,204 @@
+"""How exact the key guard's forms are: steps missed, 16-bit products, sampled rows.
+
+    python benchmarks/guard.py --model examples/shapes/unet --out benchmarks/results/guard.json
+
+`steps`: random queries whose lengths are log-normal with a given spread; in how many samples with a binding
+budget each fused form ends at another step of 128 than the literal one. `products`: by how many steps it
+moves when queries and mixed keys are rounded to 16 bit before each product, accumulated in float32 or wider.
+`rows`: error of the entropy factor from an eighth of the rows, for the model's own queries and keys along a
+sampling; with the lattice alone, and with the longest and the shortest query of each head.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+HEADS, SIZE, TOKENS, SEEDS = 2, 16, 64, 20
+BUDGETS = (0.09, 0.02, 0.003)
+Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def random_tokens(seed: int, spread: float) -> Tokens:
+    """Queries, keys and transported keys of two samples, [2, T, C]."""
+    rng = np.random.default_rng(seed)
+    q, k, e = (rng.standard_normal((2, TOKENS, HEADS * SIZE), dtype=np.float32) for _ in range(3))
+    k_perm = 0.5 * k + 0.3 * np.roll(k, 1, axis=1) + 0.1 * e
+    lengths = np.exp(np.random.default_rng(seed).normal(0, spread, q.shape[:2]))
+    return q * lengths[..., None].astype(np.float32), k, k_perm.astype(np.float32)
+
+
+def guard_steps(form: str, **options: bool) -> Callable[[Tokens, float], np.ndarray]:
+    """A guard with a cap of 1 as a function of tokens and budget; steps [2]."""
+    import onnx_ir as ir
+
+    from graph_passes.functions import build_functions
+    from graph_passes.parameters import SwsParameters
+    from tests.graph_passes.functions.calls import Call
+
+    parameters = SwsParameters(key_cap=1.0)
+    call = Call(
+        build_functions(parameters, ir.DataType.FLOAT, form, **options),
+        "KeyGuard",
+        {name: ["batch", "tokens", HEADS * SIZE] for name in ("q", "k", "k_perm")},
+        ir.DataType.FLOAT,
+        {"num_heads": HEADS, "scale": SIZE**-0.5},
+    )
+    ones = dict.fromkeys(("tau_q", "amplitude", "key_gate", "value_gain"), np.ones(2, np.float32))
+
+    def run(tokens: Tokens, budget: float) -> np.ndarray:
+        named = dict(zip(("q", "k", "k_perm"), tokens, strict=True))
+        alpha, mix = call(**named, **ones, kappa=np.full(2, budget, np.float32))
+        return np.rint(alpha / mix * 128)
+
+    return run
+
+
+def count_missed(spread: float, budget: float) -> dict[str, Any]:
+    """Samples with a binding budget, and for each fused form those it misses and by how much at most."""
+    literal = guard_steps("literal")
+    found = {
+        "branches": guard_steps("fused", branches=True),
+        "straight-line": guard_steps("fused"),
+        "stored": guard_steps("fused", stored=True),
+    }
+    row: dict[str, Any] = {"spread": spread, "budget": budget, "binding": 0}
+    row |= {name: {"missed": 0, "by": 0} for name in found}
+    for seed in range(SEEDS):
+        tokens = random_tokens(seed, spread)
+        expected = literal(tokens, budget)
+        binds = expected < 127
+        row["binding"] += int(binds.sum())
+        for name, guard in found.items():
+            off = np.abs(guard(tokens, budget) - expected)[binds]
+            row[name]["missed"] += int((off > 0).sum())
+            row[name]["by"] = max(row[name]["by"], int(off.max(initial=0)))
+    return row
+
+
+def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The nearest numbers of a 16-bit dtype, in float64."""
+    import torch
+
+    return torch.from_numpy(np.asarray(x, np.float32)).to(getattr(torch, dtype)).double().numpy()
+
+
+def moved_by_products(dtype: str, spread: float, budget: float) -> dict[str, Any]:
+    """How far steps move when operands are rounded; inputs are those of a model of `dtype` either way."""
+    from graph_passes.parameters import SwsParameters
+    from tests.graph_passes.functions.oracle import Oracle
+
+    moved = []
+    for seed in range(SEEDS):
+        q, k, k_perm = (rounded(x[0], dtype) for x in random_tokens(seed, spread))
+        exact = Oracle(q, k, k_perm, HEADS, 1.3)
+        mix = exact.entropy_factor()
+        expected = exact.largest_step(mix, budget, SwsParameters(key_cap=1.0))
+        if expected == 127:
+            continue
+        narrow_q = rounded(q / 1.3, dtype)
+        low, high = 0, 128
+        while high - low > 1:
+            middle = (low + high) // 2
+            keys = rounded(k + mix * middle / 128 * (k_perm - k), dtype)
+            within = Oracle(narrow_q, k, keys, HEADS, 1.0).divergence(1.0) <= budget
+            low, high = (middle, high) if within else (low, middle)
+        moved.append(abs(low - expected))
+    result = {"dtype": dtype, "spread": spread, "budget": budget, "binding": len(moved)}
+    return result | {"mean": float(np.mean(moved)), "largest": int(max(moved))} if moved else result
+
+
+def queries_and_keys(model: Path, side: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Heads, queries and keys [B, T, C] of every self-attention along one sampling of random text."""
+    import torch
+    from diffusers import DDIMScheduler
+
+    from sws_export.checkpoint import open_checkpoint
+    from sws_export.unet import load_unet
+
+    unet = load_unet(open_checkpoint(model), torch.float32)
+    found = []
+
+    def record(module: Any, positional: Any, named: Any) -> None:
+        x = positional[0] if positional else named["hidden_states"]
+        found.append((module.heads, module.to_q(x).numpy(), module.to_k(x).numpy()))
+
+    for name, module in unet.named_modules():
+        if name.endswith("attn1"):
+            module.register_forward_pre_hook(record, with_kwargs=True)
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(2, unet.config.in_channels, side, side, generator=generator)
+    text = torch.randn(2, 16, unet.config.cross_attention_dim, generator=generator)
+    scheduler = DDIMScheduler.from_pretrained(model.parent / "scheduler")
+    scheduler.set_timesteps(12)
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            noise = unet(latent, timestep, encoder_hidden_states=text).sample
+            latent = scheduler.step(noise, timestep, latent).prev_sample
+    return found
+
+
+def errors_of_rows(model: Path, side: int) -> list[dict[str, Any]]:
+    """Root mean square and largest error of the entropy factor from an eighth of the rows, by grid."""
+    from tests.graph_passes.functions.oracle import Oracle
+
+    errors: dict[int, dict[str, list[float]]] = {}
+    for heads, queries, keys in queries_and_keys(model, side):
+        tokens = queries.shape[1]
+        width = int(tokens**0.5)
+        lattice = np.arange(tokens).reshape(width, width)[1::4, 1::2].ravel()
+        for q, k in zip(queries, keys, strict=True):
+            oracle = Oracle(q, k, k, heads, 1.0)
+            entropy = oracle.entropy()
+            lengths = np.linalg.norm(q.reshape(tokens, heads, -1), axis=2)
+            extremes = [entropy[np.arange(heads), pick(lengths, axis=0)] for pick in (np.argmax, np.argmin)]
+            some = entropy[:, lattice]
+            with_extremes = np.concatenate([some, np.stack(extremes, 1)], 1)
+            for name, seen in (("lattice", some), ("lattice and extremes", with_extremes)):
+                factor = (seen.mean() - seen.min()) / np.ptp(seen)
+                rows = errors.setdefault(tokens, {}).setdefault(name, [])
+                rows.append(float(factor - oracle.entropy_factor()))
+    return [
+        {
+            "tokens": tokens,
+            **{
+                name: {"rms": float(np.sqrt(np.mean(np.square(rows)))), "largest": float(np.abs(rows).max())}
+                for name, rows in by_name.items()
+            },
+        }
+        for tokens, by_name in sorted(errors.items())
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How exact the key guard's forms are.")
+    parser.add_argument("--model", type=Path, required=True, help="UNet directory with a scheduler beside it")
+    parser.add_argument("--out", type=Path, help="JSON file with the results")
+    arguments = parser.parse_args()
+    results = {
+        "steps": [count_missed(spread, budget) for spread in (1.0, 1.5, 2.0, 3.0) for budget in BUDGETS],
+        "products": [
+            moved_by_products(dtype, spread, budget)
+            for dtype in ("float16", "bfloat16")
+            for spread in (0.5, 1.5)
+            for budget in BUDGETS
+        ],
+        "rows": [row for side in (32, 64) for row in errors_of_rows(arguments.model, side)],
+    }
+    for name, rows in results.items():
+        print(name)
+        for row in rows:
+            print("  ", row, flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
