@@ -64,6 +64,12 @@ class CheckpointSource:
         """The weight files."""
         return self.checkpoint.files
 
+    @property
+    def converts(self) -> bool:
+        """To another precision, or by a LoRA."""
+        stored = {_STORED_PRECISIONS.get(dtype) for dtype in self.checkpoint.dtypes}
+        return bool(self.loras) or stored != {self.precision}
+
     def identity(self, sha256: str) -> dict[str, Any]:
         """What the manifest says of it, which tensors of the files are taken, and its inputs."""
         tensors = {

@@ -59,6 +59,11 @@ class GraphSource:
         """The ONNX file and those of its external weights."""
         return self.graph.files
 
+    @property
+    def converts(self) -> bool:
+        """Never."""
+        return False
+
     def identity(self, sha256: str) -> dict[str, Any]:
         """What the manifest says of it."""
         return self._describe(sha256)

@@ -15,7 +15,7 @@ from sws_export.engine_plan import EnginePlan, choose_target, plan_engine, plan_
 from sws_export.engines import EngineReport, build_engine
 from sws_export.engines.build import tell_warnings
 from sws_export.errors import OutputError
-from sws_export.graph_results import obtain_graph
+from sws_export.graph_results import known_graph, obtain_graph
 from sws_export.job import Job
 from sws_export.onnx_files import data_file
 from sws_export.options import ExportOptions, artefact_kind, guard_options
@@ -88,7 +88,7 @@ def export(
         cache=cache,
         progress=progress,
     )
-    needs = preflight(source, engine_plan.build.backend if engine_plan else None, options, out)
+    needs = preflight(source, engine_plan, options, out, _known(job))
     for line in needs.describe():
         progress.log(line)
     for shortage in needs.shortages():
@@ -102,6 +102,14 @@ def export(
         except StaleEntryError as error:
             # The entry is gone by now, so that this ends.
             progress.warn(f"{error}: making it anew")
+
+
+def _known(job: Job) -> tuple[str, ...]:
+    """What is in the cache, as far as it can be told without reading the checkpoint."""
+    graph = known_graph(job)
+    if graph is None:
+        return ()
+    return ("graph", "engine") if _knows_engine(job, graph) else ("graph",)
 
 
 def _make(job: Job, needs: Preflight) -> ExportReport:

@@ -51,6 +51,10 @@ class Source(Protocol):
     def files(self) -> tuple[Path, ...]:
         """The files that hold graph and weights."""
 
+    @property
+    def converts(self) -> bool:
+        """Whether weights are changed on their way into the graph."""
+
     def identity(self, sha256: str) -> dict[str, Any]:
         """What an export of it depends on, as JSON values, where `sha256` is that of its files."""
 

@@ -1,22 +1,31 @@
 """What an export is expected to need."""
 
+import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sws_export import ExportOptions
+from sws_export.engine_plan import EnginePlan
+from sws_export.engines import BuildOptions
 from sws_export.engines.choice import named_backend
 from sws_export.preflight import Preflight, preflight
+from sws_export.profile import Range, Sizes
 from sws_export.progress import Silent
 from sws_export.sources import open_source
 
-RTX = named_backend("tensorrt-rtx")
+ONE = Range(1, 1, 1)
+ENGINE = EnginePlan(
+    Sizes(Range(1, 2, 4), ONE, ONE, Range(77, 77, 77)), BuildOptions(backend=named_backend("tensorrt-rtx"))
+)
 
 
 def needs(model: Path, out: Path, *, engine: bool = False, **options: object) -> Preflight:
     chosen = ExportOptions(**options)
-    return preflight(open_source(model, chosen, Silent()), RTX if engine else None, chosen, out / "e.plan")
+    return preflight(open_source(model, chosen, Silent()), ENGINE if engine else None, chosen, out / "e.plan")
 
 
 def test_stages_that_are_left_out_need_nothing(random_unet: Path, tmp_path: Path) -> None:
@@ -63,3 +72,75 @@ def test_validation_needs_no_disk_and_holds_a_small_graph_several_times(
         found = needs(random_unet, tmp_path, precision=precision)
         assert found.disk == found.graph_size
         assert found.memory["validation"] == 800_000_000 + 5 * found.graph_size
+
+
+def of_size(parameters: int, path: Path, *, converts: bool = False) -> Any:
+    """As much of a source as the preflight looks at: float16 weights in a file of holes."""
+    with path.open("wb") as file:
+        file.truncate(2 * parameters)
+    return SimpleNamespace(parameters=parameters, precision="fp16", files=(path,), converts=converts)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "plain", "seconds", "size"),
+    [
+        # What docs/full-size.md has: SD1.5 to a plan, plain and with SWS, and the plan of SDXL.
+        (859_500_000, True, 41.4, 1_745_052_116),
+        (859_500_000, False, 67.3, 1_797_284_324),
+        (2_567_000_000, False, None, 5_210_000_000),
+    ],
+)
+def test_time_and_engine_size_are_near_what_was_measured(
+    tmp_path: Path, parameters: int, plain: bool, seconds: float | None, size: int
+) -> None:
+    source = of_size(parameters, tmp_path / "weights")
+    found = preflight(source, ENGINE, ExportOptions(plain=plain), tmp_path / "e.plan")
+    assert found.engine_size == pytest.approx(size, rel=0.05)
+    assert found.seconds.keys() == {"export", "validation", "engine build"}
+    if seconds is not None:
+        assert sum(found.seconds.values()) == pytest.approx(seconds, rel=0.3)
+
+
+def test_conversion_takes_time(tmp_path: Path) -> None:
+    kept, changed = (
+        preflight(
+            of_size(10**9, tmp_path / "w", converts=converts), None, ExportOptions(), tmp_path / "g.onnx"
+        )
+        for converts in (False, True)
+    )
+    assert changed.seconds["export"] > kept.seconds["export"] + 3
+    assert kept.engine_size is None
+
+
+def test_what_is_cached_needs_nothing(tmp_path: Path) -> None:
+    source = of_size(10**9, tmp_path / "w")
+    graph = preflight(source, ENGINE, ExportOptions(), tmp_path / "e.plan", ("graph",))
+    assert graph.memory.keys() == graph.seconds.keys() == {"engine build"}
+    both = preflight(source, ENGINE, ExportOptions(), tmp_path / "e.plan", ("graph", "engine"))
+    assert both.memory == both.seconds == {}
+    assert both.describe()[0] == "in the cache: graph, engine"
+
+
+def test_time_and_engine_in_words(tmp_path: Path) -> None:
+    found = preflight(of_size(2 * 10**9, tmp_path / "w"), ENGINE, ExportOptions(), tmp_path / "e.plan")
+    time, engine = found.describe()[2:]
+    assert time.startswith(
+        "expected time: 3 min on two idle cores (export 18 s, validation 50 s, engine build 2"
+    )
+    assert engine == "expected engine: 4.15 GB ± 5% for batch 1:2:4, height 1, width 1, tokens 77"
+
+
+def test_turing_and_stripped_weights_change_the_plan(tmp_path: Path) -> None:
+    def size(**options: Any) -> int:
+        build = dataclasses.replace(ENGINE.build, **options)
+        engine = dataclasses.replace(ENGINE, build=build)
+        return (
+            preflight(of_size(10**9, tmp_path / "w"), engine, ExportOptions(), tmp_path / "e").engine_size
+            or 0
+        )
+
+    assert size(compute_capabilities=("7.5", "8.9")) == pytest.approx(
+        1.2 * size(compute_capabilities=("8.9",))
+    )
+    tensorrt = named_backend("tensorrt")
+    assert size(backend=tensorrt, strip_weights=True) < 10**8
