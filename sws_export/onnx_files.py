@@ -77,7 +77,11 @@ def save_sharing(model: ir.Model, path: Path, other: ir.Model, saved: Path, prog
     if not places:
         save_onnx(model, path, progress)
         return
-    # Of equal weights the clean-up keeps one, the same in both: all are found.
     for value in model.graph.initializers.values():
-        value.const_value = places.get(id(value.const_value), value.const_value)
+        tensor = value.const_value
+        if id(tensor) in places:
+            value.const_value = places[id(tensor)]
+        elif isinstance(tensor, ir.ExternalTensor):
+            # Of small weights that are equal the clean-up keeps one, and here another one than there.
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
     ir.save(model, path)

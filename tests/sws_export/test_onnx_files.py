@@ -130,3 +130,48 @@ def test_bfloat16_weights_survive(tmp_path: Path) -> None:
     assert loaded.dtype == ir.DataType.BFLOAT16
     assert loaded.const_value is not None
     assert loaded.const_value.tobytes() == array.tobytes()
+
+
+def test_weights_of_another_graph_are_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two equal weights each graph has kept another one: that is stored in the graph itself."""
+    monkeypatch.setattr(onnx_files, "EMBED_LIMIT", 0)
+    (tmp_path / "source").mkdir()
+    general = _external_model(tmp_path / "source")
+    model = general.clone()
+    large = next(name for name, value in model.graph.initializers.items() if _is_external(value))
+    kept = model.graph.initializers[large]
+    assert isinstance(kept.const_value, ir.ExternalTensor)
+    twin = ir.ExternalTensor(
+        kept.const_value.location,
+        kept.const_value.offset,
+        kept.const_value.length,
+        kept.const_value.dtype,
+        shape=kept.const_value.shape,
+        name=large,
+        base_dir=kept.const_value.base_dir,
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    save_onnx(general, out / "general.onnx", Silent())
+    size = data_file(out / "general.onnx").stat().st_size
+    for tensor, inside in ((kept.const_value, False), (twin, True)):
+        kept.const_value = tensor
+        onnx_files.save_sharing(model.clone(), out / "other.onnx", general, out / "general.onnx", Silent())
+        assert sorted(file.name for file in out.iterdir()) == [
+            "general.onnx",
+            "general.onnx.data",
+            "other.onnx",
+        ]
+        assert data_file(out / "general.onnx").stat().st_size == size
+        found = ir.load(out / "other.onnx").graph.initializers
+        assert isinstance(found[large].const_value, ir.ExternalTensor) != inside
+        for name, value in general.graph.initializers.items():
+            assert value.const_value is not None
+            assert found[name].const_value is not None
+            np.testing.assert_array_equal(found[name].const_value.numpy(), value.const_value.numpy())
+
+
+def _is_external(value: ir.Value) -> bool:
+    return isinstance(value.const_value, ir.ExternalTensor)
