@@ -30,7 +30,7 @@ VALIDATION_SECONDS_PER_BILLION = 25.0
 BUILD_SECONDS_PER_BILLION = {"plain": 20.0, "sws": 50.0}
 """17 s and 38 s on SD1.5; SDXL with SWS took 317 s beside other programs."""
 
-# Bytes of a plan: SD1.5 1.745 GB plain and 1.797 GB with SWS, of 1.719 GB; SDXL with SWS 5.21 GB, of 5.135 GB;
+# Bytes of a plan: SD1.5 1.745 GB plain and 1.797 GB with SWS, of 1.719 GB; SDXL with SWS 5.21 GB, of 5.135;
 # the example with SWS 40 MB, of 11 MB. The profile hardly counts: 1.80 and 1.81 GB for SD1.5 with SWS up to
 # 2 x 768 x 768 and 4 x 1024 x 1024 pixels.
 PLAN_KERNELS = {"plain": 10_000_000, "sws": 30_000_000}
