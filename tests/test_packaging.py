@@ -1,5 +1,7 @@
 """The wheel as a user installs it: what is in it, and a command that runs."""
 
+import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -11,21 +13,29 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: object) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+def run(*command: object, **variables: str) -> str:
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env=os.environ | variables
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the tracked files alone, as in a fresh clone."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files alone, as in a fresh clone."""
+    source = tmp_path_factory.mktemp("source")
     tracked = run("git", "-C", ROOT, "ls-files", "-z", "--", ".", ":!examples", ":!tests", ":!benchmarks")
     for name in filter(None, tracked.split("\0")):
         target = source / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source)
     (built,) = out.glob("*.whl")
     return built
@@ -71,3 +81,17 @@ def test_the_package_imports_without_its_dependencies(environment: Path) -> None
     said = run(environment / "bin" / "python", "-I", "-c", program)
     assert Path(said.strip()).parent.name == "sws_export"
     assert environment in Path(said.strip()).parents
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
+def test_the_plugins_are_built_into_the_package(source: Path, tmp_path: Path) -> None:
+    """With pip's own build isolation, which hides pip from the build."""
+    venv.create(tmp_path / "environment", with_pip=True)
+    python = tmp_path / "environment" / "bin" / "python"
+    options = ("--quiet", "--no-deps", "-C", "cmake.define.SWS_ARCHITECTURES=90")
+    run(python, "-m", "pip", "install", *options, source, SWS_BUILD_PLUGINS="1")
+
+    program = "from sws_export.plugin_build import plugin_info as i; print(i().architectures, i().is_current)"
+    assert run(python, "-I", "-c", program) == "('90',) True\n"

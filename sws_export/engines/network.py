@@ -21,7 +21,8 @@ def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path, options: BuildOp
         EngineError: The parser refuses the graph; its first error is quoted.
     """
     # From TensorRT 11 on every network is strongly typed; before, it has to be asked for.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    flag = trt.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if options.plugins:
         # A plugin wins over the model-local function of the same name.

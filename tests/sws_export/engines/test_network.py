@@ -5,6 +5,7 @@ Options that only `tensorrt` takes are set on a real configuration here; a build
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import onnx
@@ -144,6 +145,13 @@ def test_for_tensorrt_every_attention_is_decomposable(parse, small):
 
 def test_the_network_is_strongly_typed(parse, small):
     assert parse(small()).get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def test_a_library_without_weakly_typed_networks_is_not_asked_for_a_strong_one(tmp_path):
+    library, builder = MagicMock(), MagicMock()
+    library.NetworkDefinitionCreationFlag = SimpleNamespace(__members__={})
+    network.parse(library, builder, LOGGER, tmp_path / "m.onnx", PLAIN)
+    builder.create_network.assert_called_once_with(0)
 
 
 def test_the_first_parser_error_is_quoted_with_its_node(parse, small):
