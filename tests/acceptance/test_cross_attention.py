@@ -5,7 +5,7 @@ peaked, batch members differ, grids are not square, and the number of text token
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,15 @@ class Case:
     height: int
     width: int
     pooled: bool = False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Heads of a hundred tokens: more threads spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_twin(directory: Path, config: Mapping[str, Any]) -> None:
@@ -184,8 +193,8 @@ def test_equals_the_reference_over_ten_steps(case: Case, tmp_path: Path, pattern
 
 @pytest.mark.parametrize(
     ("parameters", "guard", "limit"),
-    # The fused guard may miss the bisection's step by one of 128, see docs/performance.md.
-    [(BINDING, "fused", 5e-4), (BINDING, "literal", 2e-5), (TIGHT, "literal", 2e-5)],
+    # One step of 128 off, at a few of 360 sites and steps, is what the fused guard may miss by.
+    [(BINDING, "fused", 2e-4), (BINDING, "literal", 2e-5), (TIGHT, "literal", 2e-5)],
 )
 def test_binding_caps(
     case: Case, tmp_path: Path, parameters: SwsParameters, guard: Any, limit: float

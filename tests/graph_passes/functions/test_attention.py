@@ -124,6 +124,62 @@ def test_both_guards_give_the_same_site() -> None:
     assert np.abs(run(site(Fraction(1)), q, amplitude=0.0) - literal).max() > 1e-3
 
 
+@cache
+def cross_site(rows: Fraction, form: Guard = "literal") -> Call:
+    shapes: dict[str, Sequence[int | str]] = {
+        "q": ["batch", "tokens", CHANNELS],
+        "k": ["batch", "text", CHANNELS],
+        "v": ["batch", "text", CHANNELS],
+        "transport": ["batch", 145, 1, "text"],
+        "query_grid": [2],
+    }
+    functions = build_functions(SwsParameters(), FLOAT, form, rows, cross_attention=True)
+    return Call(functions, "CrossAttention", shapes, FLOAT, {"num_heads": 2, "scale": 8**-0.5})
+
+
+def run_cross(call: Call, q: Array, text: int, kappa: float = 0.02) -> Array:
+    """The text is shorter or longer than the image; members differ in it and in their amplitude."""
+    rng = np.random.default_rng(1)
+    k, v = (2 * rng.standard_normal((2, text, CHANNELS), dtype=np.float32) for _ in range(2))
+    band = np.zeros((2, 145, 1, text), np.float32)
+    band[:, 72], band[:, 73, :, :-1] = 0.4, 0.6  # to itself and to the next token
+    inputs = {
+        "tau_q": np.array([1.0, 1.4], np.float32),
+        "amplitude": np.array([1.0, 0.5], np.float32),
+        "kappa": np.full(2, kappa, np.float32),
+        "key_gate": np.ones(2, np.float32),
+        "value_gain": np.full(2, 0.6, np.float32),
+    }
+    if any(value.name == "query_grid" for value in call.model.graph.inputs):
+        inputs["query_grid"] = np.array([HEIGHT, WIDTH])
+    (y,) = call(q=np.concatenate([q, 0.5 * q]), k=k, v=v, transport=band, **inputs)
+    return y
+
+
+@pytest.mark.parametrize("text", [1, 5, 77, 154])
+@pytest.mark.parametrize("kappa", [2e-3, 0.02, 1.0])
+def test_both_guards_give_the_same_cross_attention(text: int, kappa: float) -> None:
+    q = 2 * np.random.default_rng(0).standard_normal((1, TOKENS, CHANNELS), dtype=np.float32)
+    literal = run_cross(cross_site(Fraction(1)), q, text, kappa)
+    fused = run_cross(cross_site(Fraction(1), "fused"), q, text, kappa)
+    np.testing.assert_allclose(fused, literal, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["fused", "literal"])
+@pytest.mark.parametrize(("row", "seen"), [((2, 1), False), ((1, 1), True)])
+def test_lattice_of_cross_attention_is_the_images(row: tuple[int, int], seen: bool, form: Guard) -> None:
+    """A query of the same length in another direction changes the other rows where the guard sees it."""
+    q = np.random.default_rng(0).standard_normal((1, TOKENS, CHANNELS), dtype=np.float32)
+    q[:, 0] *= 5.0  # the longest and the shortest, which are seen in any case
+    q[:, 2] *= 0.05
+    turned, index = q.copy(), row[0] * WIDTH + row[1]
+    turned[0, index] = q[0, index].reshape(2, -1)[:, ::-1].ravel()
+    call = cross_site(Fraction(1, 4), form)
+    one, other = run_cross(call, q, 77), run_cross(call, turned, 77)
+    assert np.array_equal(one[:, : index - 1], other[:, : index - 1]) is not seen
+    assert not np.array_equal(one[:, index], other[:, index])
+
+
 def test_other_shares_are_refused() -> None:
     with pytest.raises(
         GraphError, match="guard rows: 1/3 is not supported; use one of 1, 1/2, 1/4, 1/8, 1/16"
