@@ -201,10 +201,10 @@ def site_costs() -> list[dict[str, Any]]:
         functions = build_functions(SwsParameters(), dtype, "fused", rows, branches=True)
         functions["BandedTransport"] = define_function(
             "BandedTransport",
-            lambda op, transport, x: op.Mul(x, 0.7),  # noqa: ARG005
-            {"transport": dtype, "x": dtype},
-            ["y"],
-            [ir.Attr("radius", ir.AttributeType.INT, None)],
+            lambda op, transport, k, v: (op.Mul(k, 0.7), op.Mul(v, 0.7)),  # noqa: ARG005
+            {"transport": dtype, "k": dtype, "v": dtype},
+            ["k_perm", "v_perm"],
+            [ir.Attr(name, ir.AttributeType.INT, None) for name in ("radius", "tensors")],
         )
         with_band = shapes | {"transport": ["batch", 145, "height", "width"]}
         attributes = {"num_heads": heads, "scale": (channels / heads) ** -0.5}

@@ -39,7 +39,7 @@ GRIDS = [
 
 
 def graph_of(form: str, height: int, width: int, channels: int, sites: int, batch: int) -> bytes:
-    """A graph that applies one transport to the tokens of so many sites."""
+    """A graph that applies one transport to keys and values of so many sites."""
     import onnx_ir as ir
 
     from graph_passes.clean_graph import CleanGraph
@@ -52,14 +52,23 @@ def graph_of(form: str, height: int, width: int, channels: int, sites: int, batc
     function = (build_dense_transport if form == "dense" else build_banded_transport)(ir.DataType.FLOAT)
     band = ir.Value(name="band", type=kind, shape=ir.Shape([batch, BAND, height, width]))
     tokens = [
-        ir.Value(name=f"x{i}", type=kind, shape=ir.Shape([batch, height * width, channels]))
+        [
+            ir.Value(name=f"{name}{i}", type=kind, shape=ir.Shape([batch, height * width, channels // 2]))
+            for name in "kv"
+        ]
         for i in range(sites)
     ]
-    calls = [ir.node(function.name, [band, x], domain="sws") for x in tokens]
-    for number, call in enumerate(calls):
-        call.outputs[0].name, call.outputs[0].type = f"y{number}", kind
-    outputs = [call.outputs[0] for call in calls]
-    graph = ir.Graph([band, *tokens], outputs, nodes=calls, opset_imports={"": 23, "sws": 1}, name=form)
+    calls = [ir.node(function.name, [band, *pair], domain="sws", num_outputs=2) for pair in tokens]
+    outputs = [output for call in calls for output in call.outputs]
+    for number, output in enumerate(outputs):
+        output.name, output.type = f"y{number}", kind
+    graph = ir.Graph(
+        [band, *(x for pair in tokens for x in pair)],
+        outputs,
+        nodes=calls,
+        opset_imports={"": 23, "sws": 1},
+        name=form,
+    )
     model = ir.Model(graph, ir_version=10, functions=[function])
     LowerFunctions()(model)
     FoldConstants()(model)

@@ -34,8 +34,11 @@ class ChooseTransport(InPlacePass):
         function = build_dense_transport(dtype)
         model.functions[function.identifier()] = function
         for node in chosen:
-            dense = ir.node(function.name, node.inputs, domain=DOMAIN, name=node.name)
-            dense.outputs[0].name = node.outputs[0].name
+            dense = ir.node(
+                function.name, node.inputs, domain=DOMAIN, name=node.name, num_outputs=len(node.outputs)
+            )
+            for value, replaced in zip(dense.outputs, node.outputs, strict=True):
+                value.name = replaced.name
             ir.convenience.replace_nodes_and_values(
                 model.graph, node, [node], [dense], node.outputs, dense.outputs
             )

@@ -74,13 +74,13 @@ def build_attention(
     ) -> Any:
         num_heads = ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT)
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
-        both = op.Concat(k, v, axis=2)
         if cross:
             # On a single row tiles of 8 x 8 in their surroundings of 24 x 24 would be nearly empty.
-            moved = op.DenseTransport(transport, both, _domain="sws")
+            k_perm, v_perm = op.DenseTransport(transport, k, v, _domain="sws", _outputs=2)
         else:
-            moved = op.BandedTransport(transport, both, radius=STATE_RADIUS, _domain="sws")
-        k_perm, v_perm = op.Split(moved, num_outputs=2, axis=2, _outputs=2)
+            k_perm, v_perm = op.BandedTransport(
+                transport, k, v, radius=STATE_RADIUS, tensors=2, _domain="sws", _outputs=2
+            )
         if sampled and not cross:
             query_grid = op.Shape(transport, start=2, end=4)
         per_batch = (tau_q, amplitude, kappa, key_gate, value_gain)

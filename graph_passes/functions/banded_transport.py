@@ -15,25 +15,27 @@ _HALO = TILE + 2 * STATE_RADIUS
 
 
 def build_banded_transport(dtype: ir.DataType) -> ir.Function:
-    """`BandedTransport(transport [B, 145, H, W] float32, x [B, T, C]) -> [B, T, C]` of `dtype`.
+    """`BandedTransport(transport [B, 145, H, W] float32, k, v [B, T, C]) -> k_perm, v_perm`, as k and v.
 
     The tokens of an 8 x 8 tile are sums over the 24 x 24 tokens around: one product [64, 576] x [576, C] a
     tile, a seventh of the dense product's work at 64 x 64 tokens. Tokens are gathered into tiles and out of
     them by indices that depend on the grid alone, so that all sites of a grid share them and the matrices.
-    Entries of `transport` that lead off the grid must be 0.
+    Keys and values go through one product. Entries of `transport` that lead off the grid must be 0.
     """
 
-    def body(op: Op, transport: Any, x: Any) -> Any:
+    def body(op: Op, transport: Any, k: Any, v: Any) -> Any:
         grid = _Grid(op, transport)
         matrices = _tile_matrices(op, cast(op, transport, dtype, FLOAT), grid)
-        gathered = op.Gather(x, grid.tokens_around_tiles(), axis=1)
-        tiles = op.MatMul(matrices, gathered)
-        flat = op.Reshape(tiles, op.Concat([0, -1], op.Shape(x, start=2, end=3), axis=0))
-        return op.Gather(flat, grid.places_in_tiles(), axis=1)
+        both = op.Concat(k, v, axis=2)
+        tiles = op.MatMul(matrices, op.Gather(both, grid.tokens_around_tiles(), axis=1))
+        flat = op.Reshape(tiles, op.Concat([0, -1], op.Shape(both, start=2, end=3), axis=0))
+        moved = op.Gather(flat, grid.places_in_tiles(), axis=1)
+        return op.Split(moved, num_outputs=2, axis=2, _outputs=2)
 
-    # Built into the body; a plugin that takes its place reads it.
-    radius = ir.Attr("radius", ir.AttributeType.INT, None)
-    return define_function("BandedTransport", body, {"transport": FLOAT, "x": dtype}, ["y"], [radius])
+    # Built into the body; a plugin that takes its place reads them.
+    attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("radius", "tensors")]
+    inputs = {"transport": FLOAT, "k": dtype, "v": dtype}
+    return define_function("BandedTransport", body, inputs, ["k_perm", "v_perm"], attributes)
 
 
 class _Grid:

@@ -12,14 +12,14 @@ FLOAT = ir.DataType.FLOAT
 
 
 def build_dense_transport(dtype: ir.DataType) -> ir.Function:
-    """`DenseTransport(transport [B, 145, H, W] float32, x [B, T, C]) -> [B, T, C]` of `dtype`.
+    """`DenseTransport(transport [B, 145, H, W] float32, k, v [B, T, C]) -> k_perm, v_perm`, as k and v.
 
-    What `BandedTransport` gives, as one product [T, T] x [T, C] with a matrix that all sites of a grid share:
+    What `BandedTransport` gives, as one product [T, T] x [T, 2 C] with a matrix that all sites of a grid share:
     no tokens are gathered into tiles and out of them. Entries of `transport` that lead off the grid must
     be 0.
     """
 
-    def body(op: Op, transport: Any, x: Any) -> Any:
+    def body(op: Op, transport: Any, k: Any, v: Any) -> Any:
         height, width = (op.Shape(transport, start=axis, end=axis + 1) for axis in (2, 3))
         window = band_window(op, cast(op, transport, dtype, FLOAT))
         columns = _places(op, op.Transpose(window, perm=[0, 3, 1, 4, 2]), 4, width, [0, 0, 0], [])
@@ -28,9 +28,12 @@ def build_dense_transport(dtype: ir.DataType) -> ir.Function:
         split = op.Reshape(rows, op.Concat([0, 0, 0], width, width, axis=0))
         by_token = op.Transpose(split, perm=[0, 1, 3, 2, 4])
         tokens = op.Mul(height, width)
-        return op.MatMul(op.Reshape(by_token, op.Concat([0], tokens, tokens, axis=0)), x)
+        matrix = op.Reshape(by_token, op.Concat([0], tokens, tokens, axis=0))
+        moved = op.MatMul(matrix, op.Concat(k, v, axis=2))
+        return op.Split(moved, num_outputs=2, axis=2, _outputs=2)
 
-    return define_function("DenseTransport", body, {"transport": FLOAT, "x": dtype}, ["y"])
+    inputs = {"transport": FLOAT, "k": dtype, "v": dtype}
+    return define_function("DenseTransport", body, inputs, ["k_perm", "v_perm"])
 
 
 def _places(op: Op, x: Any, axis: int, side: Any, before: list[int], behind: list[Any]) -> Any:

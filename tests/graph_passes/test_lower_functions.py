@@ -57,6 +57,9 @@ def test_kept_operators_carry_what_their_plugins_need() -> None:
     assert {node.attributes.get_float("key_cap") for node in guards} == {0.25}
     assert {node.attributes.get_int("bisection_steps") for node in guards} == {5}
     assert {node.attributes.get_int("radius") for node in transports} == {8}
+    # Keys and values as they are: no node joins them for the plugin.
+    assert {node.attributes.get_int("tensors") for node in transports} == {2}
+    assert {(len(node.inputs), len(node.outputs)) for node in transports} == {(3, 2)}
 
 
 @pytest.mark.parametrize("kept", [frozenset[str](), PLUGIN_OPERATORS], ids=["all", "plugins"])

@@ -14,19 +14,22 @@ from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 from tests.graph_passes.functions.calls import FLOAT, Array, Call
 
 CHANNELS = 5
+SHAPES = {
+    "transport": ["batch", 145, "height", "width"],
+    "k": ["batch", "tokens", CHANNELS],
+    "v": ["batch", "tokens", CHANNELS],
+}
 
 
 @cache
 def transport(dtype: ir.DataType = FLOAT) -> Call:
-    shapes = {"transport": ["batch", 145, "height", "width"], "x": ["batch", "tokens", CHANNELS]}
-    return Call(build_functions(SwsParameters(), dtype), "BandedTransport", shapes, dtype, {})
+    return Call(build_functions(SwsParameters(), dtype), "BandedTransport", SHAPES, dtype, {})
 
 
 @cache
 def dense_transport(dtype: ir.DataType = FLOAT) -> Call:
-    shapes = {"transport": ["batch", 145, "height", "width"], "x": ["batch", "tokens", CHANNELS]}
     function = build_dense_transport(dtype)
-    return Call({function.name: function}, function.name, shapes, dtype, {})
+    return Call({function.name: function}, function.name, SHAPES, dtype, {})
 
 
 def random_band(height: int, width: int) -> Array:
@@ -59,22 +62,23 @@ def dense(band: Array) -> Array:
 @pytest.mark.parametrize("form", [transport, dense_transport])
 def test_equals_the_dense_product(height: int, width: int, form: Callable[[], Call]) -> None:
     band = random_band(height, width)
-    x = np.random.default_rng(1).standard_normal((2, height * width, CHANNELS), dtype=np.float32)
-    (moved,) = form()(transport=band, x=x)
-    np.testing.assert_allclose(moved, dense(band) @ x, rtol=1e-5, atol=1e-4)
+    k, v = np.random.default_rng(1).standard_normal((2, 2, height * width, CHANNELS), dtype=np.float32)
+    k_perm, v_perm = form()(transport=band, k=k, v=v)
+    np.testing.assert_allclose(k_perm, dense(band) @ k, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(v_perm, dense(band) @ v, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", [transport, dense_transport])
 def test_float16_tokens(form: Callable[[ir.DataType], Call]) -> None:
     band = random_band(9, 10) / 60
-    x = np.random.default_rng(1).standard_normal((2, 90, CHANNELS)).astype(np.float16)
-    (moved,) = form(ir.DataType.FLOAT16)(transport=band, x=x)
-    assert moved.dtype == np.float16
-    np.testing.assert_allclose(moved, dense(band) @ x.astype(np.float32), atol=5e-3)
+    k, v = np.random.default_rng(1).standard_normal((2, 2, 90, CHANNELS)).astype(np.float16)
+    for moved, x in zip(form(ir.DataType.FLOAT16)(transport=band, k=k, v=v), (k, v), strict=True):
+        assert moved.dtype == np.float16
+        np.testing.assert_allclose(moved, dense(band) @ x.astype(np.float32), atol=5e-3)
 
 
 def test_sites_of_a_grid_share_matrices_and_indices() -> None:
-    """A transport applied to two tensors costs six nodes more than applied to one."""
+    """A second site on a grid costs eight nodes more than the first."""
     from graph_passes.clean_graph import CleanGraph
     from graph_passes.lower_functions import LowerFunctions
 
@@ -84,17 +88,21 @@ def test_sites_of_a_grid_share_matrices_and_indices() -> None:
         band = ir.Value(
             name="band", type=ir.TensorType(FLOAT), shape=ir.Shape(["batch", 145, "height", "width"])
         )
-        xs = [
-            ir.Value(name=f"x{i}", type=ir.TensorType(FLOAT), shape=ir.Shape(["batch", "tokens", CHANNELS]))
+        pairs = [
+            [
+                ir.Value(name=f"{x}{i}", type=ir.TensorType(FLOAT), shape=ir.Shape(SHAPES[x]))
+                for x in ("k", "v")
+            ]
             for i in range(count)
         ]
-        calls = [ir.node("BandedTransport", [band, x], domain="sws") for x in xs]
-        for i, call in enumerate(calls):
-            call.outputs[0].name = f"y{i}"
-            call.outputs[0].type = ir.TensorType(FLOAT)
+        calls = [ir.node("BandedTransport", [band, *pair], domain="sws", num_outputs=2) for pair in pairs]
+        outputs = [output for call in calls for output in call.outputs]
+        for i, output in enumerate(outputs):
+            output.name = f"y{i}"
+            output.type = ir.TensorType(FLOAT)
         graph = ir.Graph(
-            [band, *xs],
-            [call.outputs[0] for call in calls],
+            [band, *(x for pair in pairs for x in pair)],
+            outputs,
             nodes=calls,
             opset_imports={"": 23, "sws": 1},
             name="two",
@@ -104,5 +112,5 @@ def test_sites_of_a_grid_share_matrices_and_indices() -> None:
         CleanGraph()(model)
         return len(list(model.graph))
 
-    # Gather, MatMul, Reshape, Gather, and Shape and Concat of the Reshape.
-    assert nodes(2) - nodes(1) == 6
+    # Concat, Gather, MatMul, Reshape, Gather, Split, and Shape and Concat of the Reshape.
+    assert nodes(2) - nodes(1) == 8
