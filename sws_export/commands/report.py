@@ -56,5 +56,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _place(text: str) -> tuple[float, float]:
-    down, right = text.split(",")
-    return float(down), float(right)
+    try:
+        down, right = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected DOWN,RIGHT, such as 0.5,0.25, found '{text}'") from None
+    return down, right
