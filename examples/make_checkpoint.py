@@ -54,11 +54,11 @@ def family_config(family: str, twin: bool = False) -> dict[str, Any]:
         return family_config("sd15", twin=True)
     name = FAMILY_NAMES[family]
     config = next(row for row in FAMILIES if row.name == name).config()
-    return _shrink(config) if twin else config
+    return twin_config(config) if twin else config
 
 
-def _shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """32 channels on the first level, heads of 32 channels, at most two transformer layers in a row."""
+def twin_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A UNet of the same topology: 32 channels on the first level, heads of 32, at most two layers in a row."""
     channels = [32 * count // config["block_out_channels"][0] for count in config["block_out_channels"]]
     small = copy.deepcopy(config)
     small["block_out_channels"] = channels

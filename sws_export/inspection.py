@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sws_export import manifest
 from sws_export.contract import ENGINE_SUFFIXES
 from sws_export.errors import CheckpointError
 
@@ -54,9 +53,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _inspect_graph(path: Path) -> dict[str, Any]:
-
+    # Here and below: what a checkpoint does not need is not waited for.
     from graph_passes.find_sites import find_sites
     from graph_passes.grids import in_order
+    from sws_export import manifest
     from sws_export.onnx_files import load_onnx
     from sws_export.rewrite import graph_specs
 
@@ -89,6 +89,7 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
 def _inspect_engine(path: Path) -> dict[str, Any]:
     import dataclasses
 
+    from sws_export import manifest
     from sws_export.engines import plan_header
 
     facts = {"kind": "engine"} | dataclasses.asdict(plan_header(path))
