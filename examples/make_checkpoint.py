@@ -58,7 +58,7 @@ def family_config(family: str, twin: bool = False) -> dict[str, Any]:
 
 
 def twin_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A UNet of the same topology: 32 channels on the first level, heads of 32, at most two layers in a row."""
+    """A UNet of the same topology: 32 channels on the first level, heads of 32, short transformers."""
     channels = [32 * count // config["block_out_channels"][0] for count in config["block_out_channels"]]
     small = copy.deepcopy(config)
     small["block_out_channels"] = channels
