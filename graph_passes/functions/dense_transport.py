@@ -14,9 +14,9 @@ FLOAT = ir.DataType.FLOAT
 def build_dense_transport(dtype: ir.DataType) -> ir.Function:
     """`DenseTransport(transport [B, 145, H, W] float32, k, v [B, T, C]) -> k_perm, v_perm`, as k and v.
 
-    What `BandedTransport` gives, as one product [T, T] x [T, 2 C] with a matrix that all sites of a grid share:
-    no tokens are gathered into tiles and out of them. Entries of `transport` that lead off the grid must
-    be 0.
+    What `BandedTransport` gives, as one product [T, T] x [T, 2 C] with a matrix that all sites of a grid
+    share: no tokens are gathered into tiles and out of them. Entries of `transport` that lead off the grid
+    must be 0.
     """
 
     def body(op: Op, transport: Any, k: Any, v: Any) -> Any:
