@@ -160,6 +160,17 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         (("--ema",), "has no EMA weights"),
         (("--plain", "--sites", "mid_block.*"), "--plain"),
         (("--plain", "--sws", "beta=0.5"), "--plain"),
+        (("--preset", "node", "--plain"), "--plain has no meaning with --preset node"),
+        (
+            ("--preset", "node", "--guard", "fused"),
+            "--guard has no meaning with --preset node: its guard has",
+        ),
+        (("--preset", "node", "--guard-rows", "1/8"), "--guard-rows has no meaning with --preset node"),
+        (("--preset", "node", "--sws", "scales=1,2,3"), "--sws scales has no meaning with --preset node"),
+        (
+            ("--preset", "node", "--sites", "*.attn1"),
+            "--sites '*.attn1' matches no attention site; there are",
+        ),
     ],
 )
 def test_options_of_the_graph(refuse: Refuse, random_unet: Path, option: tuple[str, ...], said: str) -> None:
