@@ -146,6 +146,15 @@ def test_signals_end_it_with_one_line(
     assert error_line(capsys.readouterr().err) == "interrupted; nothing was written"
 
 
+@pytest.mark.usefixtures("asked")
+def test_an_interrupt_during_the_summary_tells_what_is_complete(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sws_export.terminal.print_export", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main(["unet", "--out", str(tmp_path / "g.onnx")]) == 1
+    assert error_line(capsys.readouterr().err) == f"interrupted; complete: {tmp_path / 'g.onnx'}"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sws_export.artefact import output_errors, publish, staged_directory
+from sws_export.artefact import output_errors, publish, publish_together, staged_directory
 from sws_export.errors import OutputError
 
 
@@ -104,6 +104,18 @@ def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
         assert out.read_bytes() == b"new"
         assert reader.read() == b"old", "who has the old file open keeps it"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_becomes_obsolete_goes_when_the_new_files_are_there(tmp_path: Path) -> None:
+    """The weights of a large graph that a small one replaces."""
+    graph, weights = tmp_path / "g.onnx", tmp_path / "g.onnx.data"
+    graph.write_bytes(b"large")
+    weights.write_bytes(b"weights")
+    staged = tmp_path / "staged"
+    staged.write_bytes(b"small")
+    publish_together({staged: graph}, [weights])
+    assert list(tmp_path.iterdir()) == [graph]
+    assert graph.read_bytes() == b"small"
 
 
 def test_publish_makes_the_bytes_durable_before_the_name(

@@ -157,6 +157,17 @@ def test_large_weights_in_a_file_of_their_own(
     assert all(after[name] == before[name] for name in ("graph.onnx", "graph.onnx.data"))
 
 
+def test_a_small_graph_takes_the_old_weights_away(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ExportOptions(validate=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**20)
+        export(model, out / "graph.onnx", options)
+    export(model, out / "graph.onnx", options)
+    assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
+
+
 def test_converted_weights(model: Path, out: Path) -> None:
     half = ExportOptions(precision="fp16")
     export(model, out / "a.onnx", half)
