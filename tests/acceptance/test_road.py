@@ -38,6 +38,7 @@ def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     done = run_command(
         trained,
         *("--out", directory / "shapes.plan", "--tokens", "1:8:8", "--batch", "1:2:4", "--vae-scale", "1"),
+        *("--height", "32:32:64", "--width", "32:32:64"),
         *("--keep-onnx", "--json", "--compute-capability", "8.9,12.0"),
     )
     assert done.returncode == 0, done.stderr
@@ -81,10 +82,10 @@ def test_the_manifest_says_how_to_drive_the_engine(made: tuple[Path, dict[str, A
     assert manifest["profile"]["sample"] == {
         "min": [1, 3, 32, 32],
         "opt": [2, 3, 32, 32],
-        "max": [4, 3, 32, 32],
+        "max": [4, 3, 64, 64],
     }
     assert manifest["profile"]["encoder_hidden_states"]["min"] == [1, 1, 64]
-    assert manifest["profile"]["sws_state_d4"]["max"] == [4, 145, 8, 8]
+    assert manifest["profile"]["sws_state_d4"]["max"] == [4, 145, 16, 16]
     assert manifest["profile"].keys() == shapes.keys()
 
 
