@@ -56,7 +56,7 @@ class OnnxRunner:
         """
         known = [self._converted(inputs) for inputs in steps]
         first = self._states or self._zero_states(steps[0])
-        for piece in self._pieces:
+        for place, piece in enumerate(self._pieces):
             session = self._whole or self._session(ir.to_proto(piece).SerializeToString())
             states = first
             for values in known:
@@ -65,8 +65,16 @@ class OnnxRunner:
                 # Made by the first piece, whichever takes them.
                 states = {name: values[f"{name}_out"] for name in states}
                 stage.advance(1 / len(self._pieces))
+            # Among what is of no use any more are transposed weights, once for each step.
+            later = self._taken_from(place + 1)
+            known = [{name: values[name] for name in values if name in later} for values in known]
         self._states = states
         return [{name: values[name] for name in self._outputs} for values in known]
+
+    def _taken_from(self, place: int) -> set[str | None]:
+        """Names of what the pieces from `place` on take, and of the outputs."""
+        inputs = (value.name for piece in self._pieces[place:] for value in piece.graph.inputs)
+        return {*inputs, *self._outputs}
 
     def _run_piece(self, session: Any, values: dict[str, Array]) -> None:
         """Add what a piece computes of `values` to them."""
