@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 
-
 # Looking through all objects for freed ones takes a third of a second once torch is loaded.
 _WORTH_COLLECTING = 200_000_000
 
