@@ -66,9 +66,10 @@ def plan_graph_sizes(source: Source, options: ExportOptions) -> dict[str, int]:
 def choose_target(options: ExportOptions, engine: EnginePlan | None) -> Target:
     """The runtime that the graph is lowered for.
 
-    An ONNX graph for `--backend tensorrt` keeps the operators that plugins implement, and their definitions
-    for runtimes without plugins.
+    An ONNX graph is for ONNX Runtime, unless `--backend` says who will build an engine of it. For `tensorrt`
+    it keeps the operators that plugins implement, and their definitions for runtimes without plugins.
     """
     if engine is None:
-        return "tensorrt" if options.backend == "tensorrt" else "onnxruntime"
+        targets: dict[str | None, Target] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+        return targets.get(options.backend, "onnxruntime")
     return "tensorrt" if engine.build.plugins else "tensorrt-rtx"

@@ -123,15 +123,19 @@ class TestTensorRt:
             for name, values in other.state().items():
                 np.testing.assert_allclose(stream.state()[name], values, rtol=0, atol=1e-6)
 
-    def test_the_parser_takes_the_graph_and_the_profile(self, text_graph: Path) -> None:
+    def test_the_parser_takes_the_graph_and_the_profile(self, traced: Path, tmp_path: Path) -> None:
+        from sws_export import ExportOptions, export
+
+        graph = tmp_path / "sws_text.onnx"
+        export(traced, graph, ExportOptions(sites=("*",), validate=False, backend="tensorrt-rtx"))
         logger = trt.Logger(trt.Logger.ERROR)
         builder = trt.Builder(logger)
-        check_graph(text_graph, foreign_operators=False)
+        check_graph(graph, foreign_operators=False)
         options = BuildOptions(named_backend("tensorrt-rtx"))
-        parsed = network.parse(trt, builder, logger, text_graph, options)
+        parsed = network.parse(trt, builder, logger, graph, options)
         names = [parsed.get_input(index).name for index in range(parsed.num_inputs)]
         assert names[-2:] == ["sws_state_d2", TEXT]
-        contract = read_contract(text_graph)
+        contract = read_contract(graph)
         specs = [*contract.inputs, *(pair.spec for pair in contract.states)]
         sizes = Sizes(Range(1, 2, 2), Range(8, 8, 16), Range(8, 8, 16), Range(77, 77, 231))
         shapes = shapes_for(specs, sizes)
