@@ -196,8 +196,12 @@ def weights_digest(path: Path, progress: Progress) -> str:
     with progress.stage("hash", total=sum(tensor.nbytes for tensor in tensors.values())) as stage:
         for name in sorted(tensors):
             digest.update(f"{name}\n".encode())
-            digest.update(tensors[name].tobytes())
-            stage.advance(tensors[name].nbytes)
+            tensor = tensors[name]
+            digest.update(tensor.tobytes())
+            stage.advance(tensor.nbytes)
+            if isinstance(tensor, ir.ExternalTensor):
+                # Else every page of the file that was read counts as memory of this process.
+                tensor.release()
     return digest.hexdigest()
 
 

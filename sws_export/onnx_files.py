@@ -21,6 +21,16 @@ def weight_bytes(model: ir.Model) -> int:
     )
 
 
+def release_weights(model: ir.Model) -> None:
+    """Unmap the weights that lie on disk; they are mapped anew when they are read.
+
+    A page that was read counts as memory of this process while it is mapped, and so do its neighbours.
+    """
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.release()
+
+
 def data_file(path: Path) -> Path:
     """Where the weights of `path` lie when they are too large for the file itself."""
     return path.with_name(path.name + ".data")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from sws_export import onnx_files
-from sws_export.onnx_files import data_file, save_onnx, weight_bytes
+from sws_export.onnx_files import data_file, release_weights, save_onnx, weight_bytes
 from sws_export.progress import Silent, Stage
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import SiteSpec, build_model, feeds
@@ -175,3 +175,16 @@ def test_weights_of_another_graph_are_not_written_again(
 
 def _is_external(value: ir.Value) -> bool:
     return isinstance(value.const_value, ir.ExternalTensor)
+
+
+def test_released_weights_are_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    np.arange(6, dtype=np.float32).tofile(file)
+    shape = ir.Shape([6])
+    tensor = ir.ExternalTensor(file.name, 0, 24, ir.DataType.FLOAT, shape=shape, name="w", base_dir=tmp_path)
+    value = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=shape, const_value=tensor)
+    graph = ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 23}, name="weights")
+    assert tensor.numpy().sum() == 15
+    release_weights(ir.Model(graph, ir_version=10))
+    assert tensor.raw is None
+    assert tensor.numpy().sum() == 15
