@@ -3,6 +3,7 @@
 import dataclasses
 
 from sws_export.engines import BuildOptions, choose_backend
+from sws_export.engines.choice import named_backend
 from sws_export.options import ExportOptions
 from sws_export.plugin_build import find_plugin_library
 from sws_export.profile import Range, Sizes
@@ -68,8 +69,12 @@ def choose_target(options: ExportOptions, engine: EnginePlan | None) -> Target:
 
     An ONNX graph is for ONNX Runtime, unless `--backend` says who will build an engine of it. For `tensorrt`
     it keeps the operators that plugins implement, and their definitions for runtimes without plugins.
+
+    Raises:
+        OptionError: There is no such backend.
     """
     if engine is None:
-        targets: dict[str | None, Target] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
-        return targets.get(options.backend, "onnxruntime")
+        if options.backend is None:
+            return "onnxruntime"
+        return "tensorrt" if named_backend(options.backend).plugins else "tensorrt-rtx"
     return "tensorrt" if engine.build.plugins else "tensorrt-rtx"

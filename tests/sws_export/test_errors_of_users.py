@@ -158,6 +158,7 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         (("--config", "/absent.json"), "cannot read /absent.json: No such file"),
         (("--variant", "fp17"), "fp17"),
         (("--ema",), "has no EMA weights"),
+        (("--backend", "openvino"), "--backend openvino is unknown; choose tensorrt-rtx or tensorrt"),
         (("--plain", "--sites", "mid_block.*"), "--plain"),
         (("--plain", "--sws", "beta=0.5"), "--plain"),
         (("--preset", "node", "--plain"), "--plain has no meaning with --preset node"),
