@@ -152,7 +152,8 @@ def rewrite(
         report = dataclasses.replace(report, debug_sites=columns)
     for line in describe_sites(report):
         progress.log(line)
-    progress.log(f"key guard: {guard.form}, {'all' if guard.rows == 1 else guard.rows} of the query rows")
+    if preset == "sws":
+        progress.log(f"key guard: {guard.form}, {'all' if guard.rows == 1 else guard.rows} of the query rows")
     return report
 
 

@@ -1,5 +1,6 @@
 """Graphs that are fixed to sizes: what they declare, hold and compute, and how they were compared."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ def test_a_fixed_graph_that_is_wrong_is_not_written(
     with pytest.raises(ValidationError, match="differs from the graph that takes any size: out_sample by"):
         export(random_unet, out / "graph.onnx", SIZES)
     assert listing(out) == {}
+
+
+def test_a_bfloat16_graph_runs_beside_the_one_of_any_size_too(random_unet: Path, out: Path) -> None:
+    report = export(random_unet, out / "graph.onnx", dataclasses.replace(SIZES, precision="bf16"))
+    assert report.validation is not None
+    assert any("the fixed graph differs by up to" in remark for remark in report.validation.remarks)
 
 
 def test_a_step_that_is_long_is_not_run(
