@@ -3,7 +3,7 @@
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from graph_passes.errors import GraphError
+from graph_passes.activation_dtype import activation_dtype
 from graph_passes.functions import DOMAIN
 from graph_passes.functions.dense_transport import build_dense_transport
 
@@ -28,9 +28,7 @@ class ChooseTransport(InPlacePass):
         chosen = [node for node in model.graph if self._is_small(node)]
         if not chosen:
             return PassResult(model, modified=False)
-        dtype = model.graph.outputs[0].dtype
-        if dtype is None:
-            raise GraphError("the dtype of the graph's output is unknown")
+        dtype = activation_dtype(model)
         function = build_dense_transport(dtype)
         model.functions[function.identifier()] = function
         for node in chosen:

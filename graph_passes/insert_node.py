@@ -8,13 +8,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from graph_passes.activation_dtype import activation_dtype
 from graph_passes.debug_outputs import append_debug_outputs
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
 from graph_passes.find_unprojected import Unprojected, find_unprojected
 from graph_passes.functions import DOMAIN, build_node_functions
 from graph_passes.grids import TEXT
-from graph_passes.insert_sws import add_input, sides, state_pair
+from graph_passes.insert_sws import add_input, require_plain, sides, state_pair
 from graph_passes.parameters import SwsParameters
 
 FLOAT = ir.DataType.FLOAT
@@ -59,11 +60,8 @@ class InsertNode(InPlacePass):
         """Rewrite the sites; nothing changes when there are none."""
         if not self.sites:
             return PassResult(model, modified=False)
-        if any(value.name == "sigma" for value in model.graph.inputs):
-            raise GraphError("the graph has SWS already (input 'sigma'); start from an export without SWS")
-        dtype = model.graph.outputs[0].dtype
-        if dtype is None:
-            raise GraphError("the dtype of the graph's output is unknown")
+        require_plain(model)
+        dtype = activation_dtype(model)
         for site in self.sites:
             if site.key_grid != TEXT:
                 raise GraphError(f"{site.name}: its keys are not of the text, and the node takes no others")

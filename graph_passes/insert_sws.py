@@ -7,6 +7,7 @@ from fractions import Fraction
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from graph_passes.activation_dtype import activation_dtype
 from graph_passes.debug_outputs import append_debug_outputs, debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
@@ -25,6 +26,16 @@ class StatePair:
     input: str
     output: str
     grid: Grid
+
+
+def require_plain(model: ir.Model) -> None:
+    """Refuse a graph that has SWS already.
+
+    Raises:
+        GraphError: It has the input `sigma`.
+    """
+    if any(value.name == "sigma" for value in model.graph.inputs):
+        raise GraphError("the graph has SWS already (input 'sigma'); start from an export without SWS")
 
 
 def state_pair(grid: Grid) -> StatePair:
@@ -66,11 +77,8 @@ class InsertSws(InPlacePass):
         """Rewrite the sites; nothing changes when there are none."""
         if not self.sites:
             return PassResult(model, modified=False)
-        if any(value.name == "sigma" for value in model.graph.inputs):
-            raise GraphError("the graph has SWS already (input 'sigma'); start from an export without SWS")
-        dtype = model.graph.outputs[0].dtype
-        if dtype is None:
-            raise GraphError("the dtype of the graph's output is unknown")
+        require_plain(model)
+        dtype = activation_dtype(model)
         functions = build_functions(
             self.parameters,
             dtype,

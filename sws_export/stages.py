@@ -47,10 +47,10 @@ class StageLog:
         start = time.monotonic()
         yield figures
         figures.seconds = time.monotonic() - start
-        grown = _peak() - before
-        figures.peak_memory = max(figures.peak_memory, before + grown)
+        peak = _peak()
+        figures.peak_memory = max(figures.peak_memory, peak)
         self.stages.append(figures)
-        if grown > _WORTH_COLLECTING:
+        if peak - before > _WORTH_COLLECTING:
             _give_back_memory()
 
 

@@ -9,7 +9,6 @@ from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.functions.key_guard_fused import (
     branching_guard,
     check_fused_guard,
-    stored_guard,
     straight_guard,
 )
 from graph_passes.parameters import SwsParameters
@@ -51,12 +50,13 @@ def build_key_guard(
 
     def body(op: Op, q: Any, k: Any, k_perm: Any, *per_batch: Any) -> tuple[Any, Any]:
         tau_q, amplitude, kappa, key_gate, value_gain = per_batch
-        shared = (q, k, k_perm, tau_q, amplitude, kappa)
-        if guard == "fused":
-            fused_guard = stored_guard if stored else branching_guard if branches else straight_guard
-            share, mix = fused_guard(op, parameters, dtype, *shared, key_gate)
+        shared = (op, parameters, dtype, q, k, k_perm, tau_q, amplitude, kappa, key_gate)
+        if guard == "literal":
+            share, mix = _literal_guard(*shared)
+        elif branches and not stored:
+            share, mix = branching_guard(*shared)
         else:
-            share, mix = _literal_guard(op, parameters, dtype, *shared, key_gate)
+            share, mix = straight_guard(*shared, stored=stored)
         return share, op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
 
     return define_function(

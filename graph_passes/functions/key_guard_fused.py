@@ -60,35 +60,20 @@ def straight_guard(
     amplitude: Any,
     kappa: Any,
     key_gate: Any,
+    *,
+    stored: bool,
 ) -> tuple[Any, Any]:
-    """The share of transported keys and the amplitude a, [B] float32 each; `dtype` is that of q and keys."""
-    rows = RowStatistics(op, q, k, k_perm, tau_q, dtype, branches=False)
+    """The share of transported keys and the amplitude a, [B] float32 each; `dtype` is that of q and keys.
+
+    `stored` is for a runtime that stores logits anyway: it needs half as many nodes.
+    """
+    given = (op, q, k, k_perm, tau_q, dtype)
+    rows = StoredStatistics(*given) if stored else RowStatistics(*given, branches=False)
     mix = _mix(op, amplitude, rows)
     unit = _unit(op, parameters, mix, key_gate)
-    divergence = rows.divergence(op)
+    divergence = rows.divergence if isinstance(rows, StoredStatistics) else rows.divergence(op)
     last = 2**parameters.bisection_steps - 1
     step = few_evaluations(op, lambda op, n: divergence(op, op.Mul(unit, n)), kappa, last)
-    return op.Mul(unit, step), mix
-
-
-def stored_guard(
-    op: Op,
-    parameters: SwsParameters,
-    dtype: ir.DataType,
-    q: Any,
-    k: Any,
-    k_perm: Any,
-    tau_q: Any,
-    amplitude: Any,
-    kappa: Any,
-    key_gate: Any,
-) -> tuple[Any, Any]:
-    """As `straight_guard`, for a runtime that stores logits anyway: it needs half as many nodes."""
-    rows = StoredStatistics(op, q, k, k_perm, tau_q, dtype)
-    mix = _mix(op, amplitude, rows)
-    unit = _unit(op, parameters, mix, key_gate)
-    last = 2**parameters.bisection_steps - 1
-    step = few_evaluations(op, lambda op, n: rows.divergence(op, op.Mul(unit, n)), kappa, last)
     return op.Mul(unit, step), mix
 
 

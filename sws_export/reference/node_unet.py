@@ -13,7 +13,7 @@ from sws_export.errors import ExportError
 from sws_export.reference.attention import SiteResult
 from sws_export.reference.node_guard import NodeSchedule, node_patch, node_schedule
 from sws_export.reference.node_transport import fresh_transport
-from sws_export.reference.unet import installed
+from sws_export.reference.unet import chosen_paths, installed
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -65,18 +65,7 @@ class NodeReferenceUNet:
         Raises:
             ExportError: A path is no cross-attention of the UNet, or no site is left.
         """
-        known = node_sites(unet)
-        if sites is not None and not callable(sites):
-            unknown = set(sites) - set(known)
-            if unknown:
-                raise ExportError(
-                    f"sites: no cross-attention at {', '.join(sorted(unknown))}; "
-                    f"the UNet has {', '.join(known) or 'none'}"
-                )
-            sites = frozenset(sites).__contains__
-        self.sites = [path for path in known if sites is None or sites(path)]
-        if not self.sites:
-            raise ExportError(f"sites: none chosen; the UNet has {', '.join(known) or 'none'}")
+        self.sites = chosen_paths(node_sites(unet), sites, "cross-attention")
         self.records = {}
         self._unet = unet
         self._parameters = parameters

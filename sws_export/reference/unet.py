@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +68,26 @@ def attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
     return sites
 
 
+def chosen_paths(
+    known: Sequence[str], sites: Callable[[str], bool] | Collection[str] | None, kind: str
+) -> list[str]:
+    """Those of the paths `known` that are named by `sites`, or that it is true of; None means all.
+
+    Raises:
+        ExportError: A path is no `kind` of the UNet, or no site is left.
+    """
+    there_are = f"the UNet has {', '.join(known) or 'none'}"
+    if sites is not None and not callable(sites):
+        unknown = set(sites) - set(known)
+        if unknown:
+            raise ExportError(f"sites: no {kind} at {', '.join(sorted(unknown))}; {there_are}")
+        sites = frozenset(sites).__contains__
+    chosen = [path for path in known if sites is None or sites(path)]
+    if not chosen:
+        raise ExportError(f"sites: none chosen; {there_are}")
+    return chosen
+
+
 class ReferenceUNet:
     """A UNet whose attention is shuffled, one sampling step a call.
 
@@ -100,19 +120,8 @@ class ReferenceUNet:
             ExportError: A path is no attention of the UNet, or no site is left.
         """
         known = self_attention_sites(unet) if sites is None else attention_sites(unet)
-        if sites is not None and not callable(sites):
-            unknown = set(sites) - {site.path for site in known}
-            if unknown:
-                raise ExportError(
-                    f"sites: no attention at {', '.join(sorted(unknown))}; "
-                    f"the UNet has {', '.join(site.path for site in known)}"
-                )
-            sites = frozenset(sites).__contains__
-        self.sites = [site for site in known if sites is None or sites(site.path)]
-        if not self.sites:
-            raise ExportError(
-                f"sites: none chosen; the UNet has {', '.join(s.path for s in known) or 'none'}"
-            )
+        chosen = frozenset(chosen_paths([site.path for site in known], sites, "attention"))
+        self.sites = [site for site in known if site.path in chosen]
         self.records = {}
         self._unet = unet
         self._parameters = parameters

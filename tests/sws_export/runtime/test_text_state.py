@@ -1,7 +1,6 @@
 """Everything that drives an artefact, with one whose cross-attention is shuffled too: states of two kinds."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from sws_export.runtime.diffusers import SWSUNet
 from sws_export.runtime.session import Stream
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
 from tests import road
-from tests.sws_export.runtime.test_comfyui import SIGMAS, Sampler
+from tests.sws_export.runtime.test_comfyui import Sampler, by_hand
 from tests.sws_export.runtime.test_contract import make_plan
 from tests.sws_export.runtime.test_diffusers import build, call, draw, vae
 from tests.sws_export.runtime.test_tensorrt_backend import FakeLibrary, HostDevice
@@ -84,15 +83,7 @@ class TestComfyUi:
     def test_conditions_of_two_lengths(self, session: Session) -> None:
         sampler = Sampler(SwsDiffusionModel(session, intensity=1.0), together=False)
         sampler.conds[1] = (sampler.conds[1][0], draw(1, 12, 16, seed=4))
-        streams = [session.stream() for _ in sampler.conds]
-        latent = draw(1, 4, 8, 6, seed=9) * SIGMAS[0]
-        for sigma, following in itertools.pairwise(SIGMAS):
-            x = latent / (sigma**2 + 1).sqrt()
-            told, untold = (
-                stream.step(x, 500.0, context, sigma=float(sigma), intensity=1.0)
-                for stream, (_, context) in zip(streams, sampler.conds, strict=True)
-            )
-            latent = latent + (following - sigma) * (untold + 3.0 * (told - untold))
+        latent, _ = by_hand(session, sampler)
         for _ in range(2):
             torch.testing.assert_close(sampler.run(), latent, rtol=0, atol=1e-4)
 
