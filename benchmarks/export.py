@@ -7,7 +7,7 @@
 Every run has a process of its own; its memory is the largest sum over that process and its children.
 Random weights are written to a temporary folder (`--scratch`) and deleted, as is every graph. optimum-onnx
 needs an older transformers and diffusers than sws-export has, so it is run by the Python of another
-environment: `pip install optimum-onnx 'diffusers<0.37' torch==2.13.0`.
+environment: `pip install optimum-onnx onnxruntime 'diffusers<0.37' torch==2.13.0`.
 """
 
 import argparse
@@ -118,7 +118,8 @@ def command_of(name: str, unet: Path, out: Path, arguments: argparse.Namespace) 
         python = sys.executable if name == "torchscript" else arguments.optimum_python
         script = ROOT / "benchmarks" / "export_peers.py"
         return [python, str(script), name, str(unet), str(out)] if python else None
-    command = [sys.executable, "-m", "cli", str(unet), "--out", str(out)]
+    # What a run before this one left would be found otherwise.
+    command = [sys.executable, "-m", "cli", str(unet), "--out", str(out), "--no-cache"]
     if "plain" in name:
         command.append("--plain")
     if name.startswith("road"):
