@@ -23,6 +23,7 @@ from graph_passes.grids import TEXT, Grid, in_order
 from graph_passes.insert_sws import InsertSws, StatePair, state_pair
 from graph_passes.lower_functions import PLUGIN_OPERATORS, LowerFunctions
 from graph_passes.parameters import SwsParameters
+from graph_passes.split_query_rows import SplitQueryRows
 from sws_export.contract import TensorSpec
 from sws_export.errors import ExportError, OptionError
 from sws_export.node_rewrite import insert_node, node_candidates
@@ -135,7 +136,9 @@ def rewrite(
                 )(model)
             stage.describe("lowering")
             FixSizes(declared_sizes(model) | dict(sizes or {}))(model)
-            if target == "tensorrt-rtx":
+            if target == "onnxruntime":
+                SplitQueryRows(guard.rows)(model)
+            elif target == "tensorrt-rtx":
                 DecomposeGuardAttention()(model)
             kept = _KEPT_OPERATORS[target]
             if not kept:

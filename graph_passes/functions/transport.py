@@ -56,9 +56,9 @@ def build_transport(parameters: SwsParameters) -> ir.Function:
         row_factor, column_factor = _rebalance_blend(
             op, diffuse, row, column, op.Unsqueeze(blend, [2, 3]), parameters.rebalance_iters
         )
-        scales = _scale_bands(op, gather, row, column, kernels)
+        rows = _rows_of_scales(op, gather, row, column, kernels)
         band_shape = op.Concat([-1, len(offsets)], size, axis=0)
-        blended = op.Reshape(op.MatMul(blend, op.Reshape(scales, [3, -1])), band_shape)
+        blended = op.Reshape(op.MatMul(_blend_rows(op, blend, kernels), rows), band_shape)
         current = op.Mul(op.Mul(blended, row_factor), gather(column_factor))
 
         momentum = op.Add(op.Mul(state, parameters.beta), op.Mul(current, 1.0 - parameters.beta))
@@ -100,11 +100,25 @@ def _rebalance_blend(
     return row_factor, column_factor
 
 
-def _scale_bands(op: Op, gather: Any, row: Any, column: Any, kernels: npt.NDArray[np.float32]) -> Any:
-    """The bands [3, 145, H, W] of the three scales, before blending."""
+def _rows_of_scales(op: Op, gather: Any, row: Any, column: Any, kernels: npt.NDArray[np.float32]) -> Any:
+    """The bands of the three scales before blending, [199, H W]: one row for each offset that a scale has.
+
+    A scale is 0 outside its diamond. The rows of zeros are left out, as these are constants of the plan
+    where the size of the grid is fixed.
+    """
     targets = gather(op.Transpose(column, perm=[1, 0, 2, 3]))
     weight = op.Constant(value=ir.tensor(kernels[:, :, None, None], name="kernels"))
-    return op.Mul(op.Mul(targets, weight), op.Transpose(row, perm=[1, 0, 2, 3]))
+    bands = op.Mul(op.Mul(targets, weight), op.Transpose(row, perm=[1, 0, 2, 3]))
+    kept = op.Constant(value=ir.tensor(np.flatnonzero(kernels), name="kept"))
+    return op.Gather(op.Reshape(bands, [kernels.size, -1]), kept, axis=0)
+
+
+def _blend_rows(op: Op, blend: Any, kernels: npt.NDArray[np.float32]) -> Any:
+    """The matrix [B, 145, 199] that adds up the rows of the scales, weighed by `blend` [B, 3]."""
+    scale, offset = np.nonzero(kernels)
+    places = (offset == np.arange(kernels.shape[1])[:, None]).astype(np.float32)
+    weights = op.Gather(blend, op.Constant(value=ir.tensor(scale, name="scale_of_rows")), axis=1)
+    return op.Mul(op.Unsqueeze(weights, [1]), op.Constant(value=ir.tensor(places, name="places")))
 
 
 def _rebalance_band(op: Op, gather: Any, scatter: Any, band: Any, iterations: int) -> Any:

@@ -65,8 +65,10 @@ def test_blend_and_momentum_are_once_a_grid(sizes: dict[str, int]) -> None:
     assert len(states) == 2
     for state in states:
         assert [node.op_type for node in state.consumers() if node.op_type != "Shape"] == ["Mul"]
-    blends = [node for node in model.graph if node.op_type == "MatMul" and "blend" in str(node.inputs[0])]
-    assert len(blends) == 2
+    (weights,) = (node for node in model.graph if node.op_type == "Gather" and "blend" in str(node.inputs[0]))
+    (spread,) = weights.outputs[0].consumers()
+    (matrix,) = spread.outputs[0].consumers()
+    assert [node.op_type for node in matrix.outputs[0].consumers()] == ["MatMul", "MatMul"]
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
