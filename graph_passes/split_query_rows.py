@@ -18,7 +18,8 @@ class SplitQueryRows(InPlacePass):
     Rows do not depend on each other. ONNX Runtime's `Attention` on a CPU stores the logits of all its rows;
     those of a part take less memory, and are still in the cache when the softmax and the product with the
     values read them (docs/performance.md). Run it after `FixSizes` and before `LowerFunctions`: sites on a
-    grid of unknown size stay as they are, and so does cross-attention, which has few keys.
+    grid of unknown size stay as they are, and so do attentions whose heads are together, and cross-attention,
+    which has few keys.
     """
 
     def __init__(self, guard_rows: Fraction = Fraction(1), logits: int = LOGITS) -> None:
@@ -49,7 +50,7 @@ class SplitQueryRows(InPlacePass):
             function = model.functions[DOMAIN, name, ""].clone()
             function.overload = overload
             for node in list(ir.traversal.RecursiveGraphIterator(function.graph)):
-                if (node.domain, node.op_type) == ("", "Attention"):
+                if (node.domain, node.op_type) == ("", "Attention") and "q_num_heads" not in node.attributes:
                     _split(node, parts)
                 elif (node.domain, node.op_type) == (DOMAIN, "KeyGuard"):
                     node.overload = self._split_function(model, "KeyGuard", logits * float(self.guard_rows))

@@ -46,7 +46,7 @@ def build_functions(
         dtype: Of the model's activations.
         guard: Form of `KeyGuard`, see `build_key_guard`.
         guard_rows: Share of the query rows that the guard sees, see `build_attention`.
-        branches: Let the fused guard have `If` nodes, likewise.
+        branches: For ONNX Runtime: let the fused guard have `If` nodes, likewise, and split heads with nodes.
         figures: Let `Attention` give the figures of its site as a second output.
         cross_attention: Add what sites with keys of the text are made of.
         stored: Let the fused guard store logits, see `build_key_guard`.
@@ -61,12 +61,14 @@ def build_functions(
         build_transport(parameters),
         build_banded_transport(dtype),
         build_key_guard(parameters, dtype, guard, branches, stored),
-        build_attention(parameters, dtype, guard_rows, carries_values, figures),
+        build_attention(parameters, dtype, guard_rows, carries_values, figures, heads_apart=branches),
     ]
     if cross_attention:
         functions += [
             build_dense_transport(dtype),
-            build_attention(parameters, dtype, guard_rows, carries_values, figures, cross=True),
+            build_attention(
+                parameters, dtype, guard_rows, carries_values, figures, cross=True, heads_apart=branches
+            ),
         ]
     if figures:
         functions.append(build_site_figures(dtype))

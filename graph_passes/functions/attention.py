@@ -32,6 +32,7 @@ def build_attention(
     figures: bool = False,
     *,
     cross: bool = False,
+    heads_apart: bool = False,
 ) -> ir.Function:
     """`Attention(q, k, v [B, T, C], transport, tau_q, amplitude, kappa, key_gate, value_gain) -> y`.
 
@@ -50,6 +51,8 @@ def build_attention(
             fused guard with branches, on all rows of a float32 model.
         figures: Give a second output [B, 1, 6] float32: `SITE_FIGURES` of debug_outputs.
         cross: Make `CrossAttention`.
+        heads_apart: Split the heads of the site's own attention with nodes. ONNX Runtime takes longer to do
+            that itself; TensorRT-RTX builds quicker where it does.
 
     Raises:
         GraphError: Another share.
@@ -87,13 +90,19 @@ def build_attention(
         per_batch = (tau_q, amplitude, kappa, key_gate, value_gain)
 
         def attend(op: Op, key_share: Any, value_share: Any) -> Any:
-            # With heads apart: ONNX Runtime takes longer to split those of [B, T, C] than the nodes here.
-            parts = (
+            inputs = (
                 op.Div(q, cast(op, per_sample(op, tau_q, 3), dtype, FLOAT)),
                 mixed(op, k, k_perm, cast(op, key_share, dtype, FLOAT)),
                 mixed(op, v, v_perm, cast(op, value_share, dtype, FLOAT)),
             )
-            return join_heads(op, op.Attention(*(split_heads(op, part) for part in parts), scale=scale))
+            if heads_apart:
+                return join_heads(op, op.Attention(*(split_heads(op, x) for x in inputs), scale=scale))
+            return op.Attention(
+                *inputs,
+                q_num_heads=ir.RefAttr("q_num_heads", "num_heads", ir.AttributeType.INT),
+                kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
+                scale=scale,
+            )
 
         if carries_values:
             alpha_k, a_v, y = branching_site(op, parameters, q, k, v, k_perm, v_perm, *per_batch, attend)
