@@ -12,10 +12,10 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+from step_work import measure
 
 TOKENS = 4096
 PARTS = (1, 2, 4, 8, 16)
@@ -24,7 +24,7 @@ ROUNDS = 3
 
 
 def run(heads: int, size: int, values: int, parts: int) -> dict[str, float]:
-    """Seconds of the fastest of four runs, and by how much the process has grown at its peak."""
+    """Seconds of the fastest of three runs, and by how much the process has grown at its peak."""
     import onnx_ir as ir
     import onnxruntime
 
@@ -36,11 +36,13 @@ def run(heads: int, size: int, values: int, parts: int) -> dict[str, float]:
         for name, width in shapes.items()
     }
     q, k, v = inputs.values()
-    nodes = [ir.node("Split", [q], {"axis": 2, "num_outputs": parts}, num_outputs=parts)]
-    nodes += [ir.node("Attention", [rows, k, v]) for rows in nodes[0].outputs]
-    nodes.append(ir.node("Concat", [node.outputs[0] for node in nodes[1:]], {"axis": 2}))
     if parts == 1:
         nodes = [ir.node("Attention", [q, k, v])]
+    else:
+        split = ir.node("Split", [q], {"axis": 2, "num_outputs": parts}, num_outputs=parts)
+        attentions = [ir.node("Attention", [rows, k, v]) for rows in split.outputs]
+        joined = ir.node("Concat", [node.outputs[0] for node in attentions], {"axis": 2})
+        nodes = [split, *attentions, joined]
     output = nodes[-1].outputs[0]
     output.name, output.type = "y", ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph([q, k, v], [output], nodes=nodes, opset_imports={"": 23}, name="attention")
@@ -54,14 +56,9 @@ def run(heads: int, size: int, values: int, parts: int) -> dict[str, float]:
         name: rng.standard_normal((1, heads, TOKENS, width), dtype=np.float32)
         for name, width in shapes.items()
     }
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        session.run(None, feed)
-        seconds.append(time.perf_counter() - begin)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"seconds": min(seconds), "peak_bytes": grown * 1024}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured = measure(lambda: session.run(None, feed), repeats=3)
+    return {"seconds": measured["seconds"], "peak_bytes": measured["peak_bytes"] - before}
 
 
 def main() -> None:

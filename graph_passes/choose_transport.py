@@ -6,6 +6,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from graph_passes.activation_dtype import activation_dtype
 from graph_passes.functions import DOMAIN
 from graph_passes.functions.dense_transport import build_dense_transport
+from graph_passes.grids import known_tokens
 
 DENSE_TOKENS = 1024
 """Tokens of the largest grid on which the dense product is the faster one (benchmarks/transport.py)."""
@@ -45,8 +46,4 @@ class ChooseTransport(InPlacePass):
     def _is_small(self, node: ir.Node) -> bool:
         if (node.domain, node.op_type) != (DOMAIN, "BandedTransport"):
             return False
-        band = node.inputs[0]
-        if band is None or band.shape is None:
-            return False
-        height, width = band.shape[2:]
-        return isinstance(height, int) and isinstance(width, int) and height * width <= self.dense_tokens
+        return 0 < known_tokens(node.inputs[0]) <= self.dense_tokens

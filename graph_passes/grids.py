@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Iterable
 
+import onnx_ir as ir
+
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
@@ -35,3 +37,11 @@ TEXT = Grid(None)
 def in_order(grids: Iterable[Grid]) -> list[Grid]:
     """Each grid once: the finest of the image first, the text last."""
     return sorted(set(grids), key=lambda grid: (grid.factor is None, grid.factor or 0))
+
+
+def known_tokens(transport: ir.Value | None) -> int:
+    """Tokens of the grid that a transport [B, 145, H, W] is of; 0 where the graph does not tell."""
+    if transport is None or transport.shape is None:
+        return 0
+    height, width = transport.shape[2:]
+    return height * width if isinstance(height, int) and isinstance(width, int) else 0

@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.functions import DOMAIN
+from graph_passes.grids import known_tokens
 
 LOGITS = 2**21
 """Logits of one head that a part has, about: 8 MiB in float32 (benchmarks/query_rows.py)."""
@@ -33,7 +34,7 @@ class SplitQueryRows(InPlacePass):
         modified = False
         for node in model.graph:
             if (node.domain, node.op_type, node.overload) == (DOMAIN, "Attention", ""):
-                node.overload = self._split_function(model, node.op_type, _tokens(node) ** 2)
+                node.overload = self._split_function(model, node.op_type, known_tokens(node.inputs[3]) ** 2)
                 modified |= node.overload != ""
         return PassResult(model, modified=modified)
 
@@ -56,15 +57,6 @@ class SplitQueryRows(InPlacePass):
                     node.overload = self._split_function(model, "KeyGuard", logits * float(self.guard_rows))
             model.functions[function.identifier()] = function
         return overload
-
-
-def _tokens(site: ir.Node) -> int:
-    """Of the grid of a site, as its transport [B, 145, H, W] tells; 0 where they are not known."""
-    transport = site.inputs[3]
-    if transport is None or transport.shape is None:
-        return 0
-    height, width = transport.shape[2:]
-    return height * width if isinstance(height, int) and isinstance(width, int) else 0
 
 
 def _split(node: ir.Node, parts: int) -> None:

@@ -90,15 +90,15 @@ def build_attention(
         per_batch = (tau_q, amplitude, kappa, key_gate, value_gain)
 
         def attend(op: Op, key_share: Any, value_share: Any) -> Any:
-            inputs = (
+            operands = (
                 op.Div(q, cast(op, per_sample(op, tau_q, 3), dtype, FLOAT)),
                 mixed(op, k, k_perm, cast(op, key_share, dtype, FLOAT)),
                 mixed(op, v, v_perm, cast(op, value_share, dtype, FLOAT)),
             )
             if heads_apart:
-                return join_heads(op, op.Attention(*(split_heads(op, x) for x in inputs), scale=scale))
+                return join_heads(op, op.Attention(*(split_heads(op, x) for x in operands), scale=scale))
             return op.Attention(
-                *inputs,
+                *operands,
                 q_num_heads=ir.RefAttr("q_num_heads", "num_heads", ir.AttributeType.INT),
                 kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
                 scale=scale,

@@ -101,10 +101,10 @@ def _rebalance_blend(
 
 
 def _rows_of_scales(op: Op, gather: Any, row: Any, column: Any, kernels: npt.NDArray[np.float32]) -> Any:
-    """The bands of the three scales before blending, [199, H W]: one row for each offset that a scale has.
+    """The bands of the three scales before blending, one row for each offset that a scale has.
 
-    A scale is 0 outside its diamond. The rows of zeros are left out, as these are constants of the plan
-    where the size of the grid is fixed.
+    That is [13 + 41 + 145, H W] for scales of 2, 4 and 8. A scale is 0 outside its diamond; the rows of zeros
+    are left out, as these are constants of the plan where the size of the grid is fixed.
     """
     targets = gather(op.Transpose(column, perm=[1, 0, 2, 3]))
     weight = op.Constant(value=ir.tensor(kernels[:, :, None, None], name="kernels"))
@@ -114,7 +114,7 @@ def _rows_of_scales(op: Op, gather: Any, row: Any, column: Any, kernels: npt.NDA
 
 
 def _blend_rows(op: Op, blend: Any, kernels: npt.NDArray[np.float32]) -> Any:
-    """The matrix [B, 145, 199] that adds up the rows of the scales, weighed by `blend` [B, 3]."""
+    """The matrix [B, 145, rows] that adds up the rows of the scales, weighed by `blend` [B, 3]."""
     scale, offset = np.nonzero(kernels)
     places = (offset == np.arange(kernels.shape[1])[:, None]).astype(np.float32)
     weights = op.Gather(blend, op.Constant(value=ir.tensor(scale, name="scale_of_rows")), axis=1)

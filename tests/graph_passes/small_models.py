@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.clean_graph import CleanGraph
+from graph_passes.fold_constants import FoldConstants
+from graph_passes.lower_functions import LowerFunctions
+
 CHANNELS = 8
 HEADS = 2
 FLOAT = ir.DataType.FLOAT
@@ -195,3 +199,11 @@ def op_counts(model: ir.Model) -> dict[str, int]:
 def graph_bytes(model: ir.Model) -> bytes:
     """The whole model, serialised: two models with the same bytes are the same."""
     return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def finished(model: ir.Model) -> ir.Model:
+    """The model itself with all functions of SWS lowered, folded and cleaned, as exports end."""
+    LowerFunctions()(model)
+    FoldConstants()(model)
+    CleanGraph()(model)
+    return model

@@ -5,15 +5,13 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.choose_transport import ChooseTransport
-from graph_passes.clean_graph import CleanGraph
 from graph_passes.find_sites import find_sites
 from graph_passes.fix_sizes import FixSizes
-from graph_passes.fold_constants import FoldConstants
 from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
 from tests.conftest import RunOnnx
-from tests.graph_passes.small_models import graph_bytes, op_counts
+from tests.graph_passes.small_models import finished, graph_bytes, op_counts
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 SIZES = {"height": 8, "width": 12}
@@ -25,13 +23,6 @@ def opened(sizes: dict[str, int]) -> ir.Model:
     model = inserted(two_grids())
     FixSizes(sizes)(model)
     LowerFunctions(frozenset({"BandedTransport"}))(model)
-    return model
-
-
-def finished(model: ir.Model) -> ir.Model:
-    LowerFunctions()(model)
-    FoldConstants()(model)
-    CleanGraph()(model)
     return model
 
 
