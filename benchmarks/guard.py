@@ -125,7 +125,7 @@ def queries_and_keys(model: Path, side: int) -> list[tuple[int, np.ndarray, np.n
     from diffusers import DDIMScheduler
 
     from sws_export.checkpoint import open_checkpoint
-    from sws_export.unet import load_unet
+    from sws_export.checkpoint.unet_module import load_unet
 
     unet = load_unet(open_checkpoint(model), torch.float32)
     found = []

@@ -35,10 +35,10 @@ def write_graphs(name: str, folder: Path, forms: list[str]) -> None:
     """Write the forms of a model that are missing, the plain one first."""
     from graph_passes.parameters import SwsParameters
     from sws_export.checkpoint import open_checkpoint
-    from sws_export.onnx_export import export_plain
     from sws_export.onnx_files import save_onnx, save_sharing
+    from sws_export.pipeline.rewrite import GuardOptions, finish_plain, rewrite
     from sws_export.progress import Silent
-    from sws_export.rewrite import GuardOptions, finish_plain, rewrite
+    from sws_export.tracing.export_unet import export_plain
 
     model = MODELS[name]
     (folder / name).mkdir(parents=True, exist_ok=True)

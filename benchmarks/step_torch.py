@@ -15,9 +15,9 @@ def run_torch(checkpoint_path: Path, case: Case, threads: int) -> dict[str, Any]
 
     from graph_passes.parameters import SwsParameters
     from sws_export.checkpoint import open_checkpoint
-    from sws_export.contract import unet_inputs
+    from sws_export.checkpoint.unet_io import unet_inputs
+    from sws_export.checkpoint.unet_module import call_unet, load_unet, unet_arguments
     from sws_export.reference import ReferenceUNet, attention
-    from sws_export.unet import call_unet, load_unet, unet_arguments
 
     torch.set_num_threads(threads)
     checkpoint = open_checkpoint(checkpoint_path)

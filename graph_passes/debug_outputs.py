@@ -9,7 +9,7 @@ from graph_passes.grids import in_order
 
 FLOAT = ir.DataType.FLOAT
 
-SITE_FIGURES = ("alpha_k", "a_v", "entropy_mean", "entropy_min", "entropy_max", "kl")
+SITE_METRICS = ("alpha_k", "a_v", "entropy_mean", "entropy_min", "entropy_max", "kl")
 """Figures of a site, as `sws.Attention` gives them in one vector."""
 
 PREFIX = "sws_debug_"
@@ -18,7 +18,7 @@ KL_CAP = f"{PREFIX}kl_cap"
 
 def debug_output_names() -> tuple[str, ...]:
     """Names of all debug outputs: `sws_debug_<figure>` [B, sites], and `sws_debug_kl_cap` [B]."""
-    return (*(f"{PREFIX}{figure}" for figure in SITE_FIGURES), KL_CAP)
+    return (*(f"{PREFIX}{figure}" for figure in SITE_METRICS), KL_CAP)
 
 
 def debug_order(sites: Sequence[Site]) -> list[Site]:
@@ -36,13 +36,13 @@ def append_debug_outputs(graph: ir.Graph, figures: Sequence[ir.Value], kl_cap: i
         kl_cap: [B].
     """
     joined = ir.node("Concat", figures, {"axis": 1}, name="sws/debug/join")
-    count = len(SITE_FIGURES)
+    count = len(SITE_METRICS)
     parts = ir.node(
         "Split", joined.outputs, {"axis": 2, "num_outputs": count}, num_outputs=count, name="sws/debug/split"
     )
     axis = ir.node("Constant", [], {"value_ints": [2]}, name="sws/debug/axis")
     nodes = [joined, parts, axis]
-    for figure, part in zip(SITE_FIGURES, parts.outputs, strict=True):
+    for figure, part in zip(SITE_METRICS, parts.outputs, strict=True):
         nodes.append(ir.node("Squeeze", [part, axis.outputs[0]], name=f"sws/debug/{figure}"))
         _append_output(graph, nodes[-1].outputs[0], f"{PREFIX}{figure}", ["batch", len(figures)])
     nodes.append(ir.node("Identity", [kl_cap], name="sws/debug/kl_cap"))

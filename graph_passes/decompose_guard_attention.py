@@ -5,11 +5,11 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.functions import DOMAIN
 
-_FUNCTIONS = ("KeyGuard", "SiteFigures")
+_FUNCTIONS = ("KeyGuard", "SiteMetrics")
 
 
 class DecomposeGuardAttention(InPlacePass):
-    """Replace `Attention` in `sws.KeyGuard` and `sws.SiteFigures` by products and a softmax.
+    """Replace `Attention` in `sws.KeyGuard` and `sws.SiteMetrics` by products and a softmax.
 
     Run before lowering.
 

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from sws_export.errors import SwsExportError
 
 if TYPE_CHECKING:
-    from sws_export.options import ExportOptions
+    from sws_export.options.options import ExportOptions
     from sws_export.parameters import SwsParameters
-    from sws_export.pipeline import ExportReport, export
+    from sws_export.pipeline.run import ExportReport, export
 
 __all__ = ["ExportOptions", "ExportReport", "SwsExportError", "SwsParameters", "export"]
 
 _HOMES = {
-    "ExportOptions": "sws_export.options",
-    "ExportReport": "sws_export.pipeline",
+    "ExportOptions": "sws_export.options.options",
+    "ExportReport": "sws_export.pipeline.run",
     "SwsParameters": "sws_export.parameters",
-    "export": "sws_export.pipeline",
+    "export": "sws_export.pipeline.run",
 }
 
 

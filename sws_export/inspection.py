@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sws_export.contract import ENGINE_SUFFIXES
 from sws_export.errors import CheckpointError
+from sws_export.files import ENGINE_SUFFIXES
 
 _MANIFEST_FACTS = (
     "precision",
@@ -57,8 +57,7 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
     from graph_passes.find_sites import find_sites
     from graph_passes.grids import in_order
     from sws_export import manifest
-    from sws_export.onnx_files import load_onnx
-    from sws_export.rewrite import graph_specs
+    from sws_export.onnx_files import graph_specs, load_onnx
 
     model = load_onnx(path)
     described = manifest.embedded(model)

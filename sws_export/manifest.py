@@ -14,13 +14,12 @@ from graph_passes.debug_outputs import PREFIX, debug_output_names
 from graph_passes.grids import TEXT
 from graph_passes.insert_sws import StatePair
 from graph_passes.parameters import SwsParameters
-from sws_export.cache import FileFacts
-from sws_export.contract import Precision, TensorSpec
+from sws_export.cache import FileDigest
 from sws_export.engines import EngineReport
 from sws_export.parameters import Preset, described_parameters
-from sws_export.profile import Shapes
-from sws_export.rewrite import GuardOptions, RewriteReport, Target
-from sws_export.stages import StageFigures
+from sws_export.pipeline.rewrite import GuardOptions, RewriteReport, Target
+from sws_export.stage_timings import StageTiming
+from sws_export.tensors import Precision, Shapes, TensorSpec
 from sws_export.validation import ValidationReport
 
 METADATA_KEY = "sws_export.manifest"
@@ -129,11 +128,11 @@ def describe_profile(shapes: Shapes) -> dict[str, dict[str, list[int]]]:
 def complete(
     description: dict[str, Any],
     out: Path,
-    files: Mapping[Path, FileFacts],
+    files: Mapping[Path, FileDigest],
     validation: ValidationReport | None,
     engine: EngineReport | None,
     profile: dict[str, Any] | None,
-    stages: Sequence[StageFigures],
+    stages: Sequence[StageTiming],
 ) -> dict[str, Any]:
     """The manifest of an artefact: the graph's description and how this file came about."""
     return description | {

@@ -1,12 +1,14 @@
 """ONNX models on disk."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from sws_export.errors import CheckpointError
+from sws_export.errors import CheckpointError, ExportError
 from sws_export.progress import Progress
+from sws_export.tensors import SIZE_AXES, TensorSpec
 
 EMBED_LIMIT = 256 * 2**20
 """Weights up to this many bytes are stored inside the ONNX file, larger ones in a file beside it."""
@@ -95,3 +97,34 @@ def save_sharing(model: ir.Model, path: Path, other: ir.Model, saved: Path, prog
             # Of small weights that are equal the clean-up keeps one, and here another one than there.
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
     ir.save(model, path)
+
+
+def declared_sizes(model: ir.Model) -> dict[str, int]:
+    """Sizes that are static in the graph already, by the symbols of `SIZE_AXES`."""
+    inputs = {value.name: value.shape for value in model.graph.inputs}
+    sizes = {}
+    for symbol, (name, axis) in SIZE_AXES.items():
+        shape = inputs.get(name)
+        dim = shape[axis] if shape is not None else None
+        if isinstance(dim, int):
+            sizes[symbol] = dim
+    return sizes
+
+
+def graph_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    """The contract of a graph's inputs or outputs, as the graph declares them.
+
+    Raises:
+        ExportError: A dtype or shape is not declared.
+    """
+    specs = []
+    for value in values:
+        if value.dtype is None or value.shape is None or value.name is None:
+            raise ExportError(f"input or output {value.name} of the graph has no declared type and shape")
+        dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        specs.append(TensorSpec(value.name, _dtype_name(value.dtype), dims))
+    return tuple(specs)
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    return {"float": "float32"}.get(dtype.name.lower(), dtype.name.lower())

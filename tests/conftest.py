@@ -51,9 +51,9 @@ def shapes_onnx(tmp_path_factory: pytest.TempPathFactory) -> ShapesOnnx:
     def path(precision: str) -> Path:
         if precision not in known:
             from sws_export.checkpoint import open_checkpoint
-            from sws_export.onnx_export import export_plain
             from sws_export.onnx_files import save_onnx
             from sws_export.progress import Silent
+            from sws_export.tracing.export_unet import export_plain
 
             file = tmp_path_factory.mktemp("shapes") / f"{precision}.onnx"
             save_onnx(export_plain(open_checkpoint(SHAPES), precision), file, Silent())

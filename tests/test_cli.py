@@ -13,8 +13,8 @@ from sws_export.cli import main
 
 from sws_export import ExportOptions, SwsParameters
 from sws_export.errors import CheckpointError
-from sws_export.pipeline import ExportReport
-from sws_export.preflight import Preflight
+from sws_export.pipeline.preflight import Preflight
+from sws_export.pipeline.run import ExportReport
 from tests.road import COMMAND, error_line
 
 PREFLIGHT = Preflight(memory={"export": 1}, disk=2, graph_size=2, available_memory=3, free_disk=4)
@@ -40,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, P
         out.write_bytes(b"x")
         return ExportReport((out,), {"artefact": out.name, "states": []}, PREFLIGHT, None, None, ())
 
-    monkeypatch.setattr("sws_export.pipeline.export", export)
+    monkeypatch.setattr("sws_export.pipeline.run.export", export)
     return calls
 
 
@@ -119,7 +119,7 @@ def test_an_error_is_one_line_and_exit_code_1(
     def export(*_: Any) -> None:
         raise CheckpointError("m.safetensors is broken; use another copy")
 
-    monkeypatch.setattr("sws_export.pipeline.export", export)
+    monkeypatch.setattr("sws_export.pipeline.run.export", export)
     assert main(["m.safetensors", "--out", "g.onnx"]) == 1
     assert error_line(capsys.readouterr().err) == "m.safetensors is broken; use another copy"
 
@@ -132,7 +132,7 @@ def test_a_message_of_several_lines_becomes_one(
     def export(*_: Any) -> None:
         raise CheckpointError("damaged: line 1\n  ^ here\n")
 
-    monkeypatch.setattr("sws_export.pipeline.export", export)
+    monkeypatch.setattr("sws_export.pipeline.run.export", export)
     assert main(["m.safetensors", "--out", "g.onnx", "--quiet"]) == 1
     assert capsys.readouterr().err == "sws-export: damaged: line 1 ^ here\n"
 
@@ -141,7 +141,7 @@ def test_a_message_of_several_lines_becomes_one(
 def test_signals_end_it_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    monkeypatch.setattr("sws_export.pipeline.export", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("sws_export.pipeline.run.export", lambda *_: signal.raise_signal(number))
     assert main(["unet", "--out", "g.onnx"]) == 1
     assert error_line(capsys.readouterr().err) == "interrupted; nothing was written"
 
@@ -150,7 +150,9 @@ def test_signals_end_it_with_one_line(
 def test_an_interrupt_during_the_summary_tells_what_is_complete(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sws_export.terminal.print_export", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        "sws_export.commands.terminal.print_export", lambda *_: signal.raise_signal(signal.SIGINT)
+    )
     assert main(["unet", "--out", str(tmp_path / "g.onnx")]) == 1
     assert error_line(capsys.readouterr().err) == f"interrupted; complete: {tmp_path / 'g.onnx'}"
 

@@ -14,7 +14,7 @@ LIBRARY = sorted(ROOT.glob("sws_export/**/*.py"))
 # What the command line imports at its start, by way of `--help` and of refusing options.
 CHEAP = (
     "sws_export",
-    "sws_export.artefact",
+    "sws_export.files",
     "sws_export.contract",
     "sws_export.engines",
     "sws_export.errors",

@@ -93,5 +93,8 @@ def test_the_plugins_are_built_into_the_package(source: Path, tmp_path: Path) ->
     options = ("--quiet", "--no-deps", "-C", "cmake.define.SWS_ARCHITECTURES=90")
     run(python, "-m", "pip", "install", *options, source, SWS_BUILD_PLUGINS="1")
 
-    program = "from sws_export.plugin_build import plugin_info as i; print(i().architectures, i().is_current)"
+    program = (
+        "from sws_export.engines.plugin_library import plugin_info as i; "
+        "print(i().architectures, i().is_current)"
+    )
     assert run(python, "-I", "-c", program) == "('90',) True\n"

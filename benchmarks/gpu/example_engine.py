@@ -21,7 +21,7 @@ def check_example_engine(folder: Path) -> dict[str, Any] | str:
             return f"{package} is not installed"
     from sws_export import export
     from sws_export.errors import OptionError
-    from sws_export.options import ExportOptions
+    from sws_export.options.options import ExportOptions
 
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     options = ExportOptions(

@@ -11,19 +11,22 @@ import onnx_ir as ir
 
 from graph_passes.functions.attention import build_attention
 from graph_passes.functions.banded_transport import build_banded_transport
+from graph_passes.functions.comfyui_node_attention import build_comfyui_node_attention
+from graph_passes.functions.comfyui_node_guard import build_comfyui_node_guard, build_comfyui_node_keys
+from graph_passes.functions.comfyui_node_schedule import build_comfyui_node_schedule
+from graph_passes.functions.comfyui_node_transport import (
+    build_comfyui_node_momentum,
+    build_comfyui_node_transport,
+)
 from graph_passes.functions.dense_transport import build_dense_transport
 from graph_passes.functions.key_guard import Guard, build_key_guard
 from graph_passes.functions.key_guard_fused import check_fused_guard
-from graph_passes.functions.node_attention import build_node_attention
-from graph_passes.functions.node_guard import build_node_guard, build_node_keys
-from graph_passes.functions.node_schedule import build_node_schedule
-from graph_passes.functions.node_transport import build_node_momentum, build_node_transport
 from graph_passes.functions.schedule import build_schedule
-from graph_passes.functions.site_figures import build_site_figures
+from graph_passes.functions.site_metrics import build_site_metrics
 from graph_passes.functions.transport import build_transport
 from graph_passes.parameters import SwsParameters
 
-__all__ = ["DOMAIN", "Guard", "build_functions", "build_node_functions", "check_fused_guard"]
+__all__ = ["DOMAIN", "Guard", "build_comfyui_node_functions", "build_functions", "check_fused_guard"]
 
 DOMAIN = "sws"
 
@@ -71,11 +74,11 @@ def build_functions(
             ),
         ]
     if figures:
-        functions.append(build_site_figures(dtype))
+        functions.append(build_site_metrics(dtype))
     return {function.name: function for function in functions}
 
 
-def build_node_functions(
+def build_comfyui_node_functions(
     parameters: SwsParameters, dtype: ir.DataType, figures: bool = False
 ) -> dict[str, ir.Function]:
     """All functions of the published node by name, for a model whose activations have `dtype`.
@@ -83,14 +86,14 @@ def build_node_functions(
     Args:
         parameters: Constants of the method.
         dtype: Of the model's activations.
-        figures: Let `NodeGuard` and `NodeAttention` give out what they find.
+        figures: Let `ComfyUINodeGuard` and `ComfyUINodeAttention` give out what they find.
     """
     functions = [
-        build_node_schedule(parameters),
-        build_node_transport(parameters, dtype),
-        build_node_momentum(parameters),
-        build_node_keys(dtype),
-        build_node_guard(parameters, dtype, figures),
-        build_node_attention(dtype, figures),
+        build_comfyui_node_schedule(parameters),
+        build_comfyui_node_transport(parameters, dtype),
+        build_comfyui_node_momentum(parameters),
+        build_comfyui_node_keys(dtype),
+        build_comfyui_node_guard(parameters, dtype, figures),
+        build_comfyui_node_attention(dtype, figures),
     ]
     return {function.name: function for function in functions}

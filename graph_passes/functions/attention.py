@@ -49,7 +49,7 @@ def build_attention(
             grid. An approximation, see `sampled_rows`.
         carries_values: Let the attention that evaluates the divergence be the site's own where it can: a
             fused guard with branches, on all rows of a float32 model.
-        figures: Give a second output [B, 1, 6] float32: `SITE_FIGURES` of debug_outputs.
+        figures: Give a second output [B, 1, 6] float32: `SITE_METRICS` of debug_outputs.
         cross: Make `CrossAttention`.
         heads_apart: Split the heads of the site's own attention with nodes. ONNX Runtime takes longer to do
             that itself; TensorRT-RTX builds quicker where it does.
@@ -136,12 +136,12 @@ def build_attention(
 
 
 def _figures(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any, a_v: Any) -> Any:
-    """alpha_k, a_v and what `SiteFigures` gives, [B, 1, 6] float32."""
+    """alpha_k, a_v and what `SiteMetrics` gives, [B, 1, 6] float32."""
     attributes = {
         "num_heads": ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT),
         "scale": ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
     }
-    computed = op.SiteFigures(q, k, k_perm, tau_q, alpha_k, **attributes, _domain="sws")
+    computed = op.SiteMetrics(q, k, k_perm, tau_q, alpha_k, **attributes, _domain="sws")
     shares = [op.Unsqueeze(share, [1, 2]) for share in (alpha_k, a_v)]
     return op.Concat(*shares, op.Unsqueeze(computed, [1]), axis=2)
 

@@ -8,8 +8,8 @@ from graph_passes.functions.building import Op, attribute_int, cast, define_func
 from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.functions.key_guard_fused import (
     branching_guard,
+    branchless_guard,
     check_fused_guard,
-    straight_guard,
 )
 from graph_passes.parameters import SwsParameters
 
@@ -56,7 +56,7 @@ def build_key_guard(
         elif branches and not stored:
             share, mix = branching_guard(*shared)
         else:
-            share, mix = straight_guard(*shared, stored=stored)
+            share, mix = branchless_guard(*shared, stored=stored)
         return share, op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
 
     return define_function(

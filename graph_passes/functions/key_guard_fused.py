@@ -18,9 +18,9 @@ import onnx_ir as ir
 from graph_passes.errors import GraphError
 from graph_passes.functions.building import Op, branch, mixed, true_for_any
 from graph_passes.functions.entropy_factor import entropy_factor
+from graph_passes.functions.materialized_statistics import MaterializedStatistics
 from graph_passes.functions.row_statistics import RowStatistics, join_heads, split_heads
 from graph_passes.functions.step_search import few_evaluations, proven_step
-from graph_passes.functions.stored_statistics import StoredStatistics
 from graph_passes.parameters import SwsParameters
 
 MIN_BUDGET = 1e-3
@@ -49,7 +49,7 @@ def check_fused_guard(parameters: SwsParameters) -> None:
         )
 
 
-def straight_guard(
+def branchless_guard(
     op: Op,
     parameters: SwsParameters,
     dtype: ir.DataType,
@@ -68,10 +68,10 @@ def straight_guard(
     `stored` is for a runtime that stores logits anyway: it needs half as many nodes.
     """
     given = (op, q, k, k_perm, tau_q, dtype)
-    rows = StoredStatistics(*given) if stored else RowStatistics(*given, branches=False)
+    rows = MaterializedStatistics(*given) if stored else RowStatistics(*given, branches=False)
     mix = _mix(op, amplitude, rows)
     unit = _unit(op, parameters, mix, key_gate)
-    divergence = rows.divergence if isinstance(rows, StoredStatistics) else rows.divergence(op)
+    divergence = rows.divergence if isinstance(rows, MaterializedStatistics) else rows.divergence(op)
     last = 2**parameters.bisection_steps - 1
     step = few_evaluations(op, lambda op, n: divergence(op, op.Mul(unit, n)), kappa, last)
     return op.Mul(unit, step), mix
@@ -89,7 +89,7 @@ def branching_guard(
     kappa: Any,
     key_gate: Any,
 ) -> tuple[Any, Any]:
-    """As `straight_guard`, with branches; nothing is computed where no sample has an amplitude."""
+    """As `branchless_guard`, with branches; nothing is computed where no sample has an amplitude."""
 
     def found(op: Op) -> tuple[Any, Any]:
         rows = RowStatistics(op, q, k, k_perm, tau_q, dtype, branches=True)
@@ -217,7 +217,7 @@ class _Search:
         return branch(op, binds, searched, lambda _: self.last, 1)
 
 
-def _mix(op: Op, amplitude: Any, rows: RowStatistics | StoredStatistics) -> Any:
+def _mix(op: Op, amplitude: Any, rows: RowStatistics | MaterializedStatistics) -> Any:
     return op.Clip(op.Mul(amplitude, entropy_factor(op, rows.entropy)), 0.0, 1.0)
 
 

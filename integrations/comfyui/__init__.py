@@ -9,7 +9,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import folder_paths
 
-from sws_export.runtime.comfyui import SwsDiffusionModel, family_of
+from sws_export.adapters.comfyui import SwsDiffusionModel, family_of
 
 FOLDER = "sws"
 SUFFIXES = {".onnx", ".plan", ".engine"}

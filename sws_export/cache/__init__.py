@@ -2,12 +2,12 @@
 
 from sws_export.cache.keys import cache_key, code_version
 from sws_export.cache.settings import cache_directory, open_cache
-from sws_export.cache.store import Cache, Entry, FileFacts
+from sws_export.cache.store import Cache, Entry, FileDigest
 
 __all__ = [
     "Cache",
     "Entry",
-    "FileFacts",
+    "FileDigest",
     "cache_directory",
     "cache_key",
     "code_version",

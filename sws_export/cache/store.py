@@ -39,7 +39,7 @@ _UNUSED_LOCK_SECONDS = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileDigest:
     """Size in bytes and sha256 (hex) of a file."""
 
     bytes: int
@@ -62,7 +62,7 @@ class Entry:
     kind: Kind
     key: str
     facts: dict[str, Any]
-    files: dict[str, FileFacts]
+    files: dict[str, FileDigest]
     directory: Path
     used: float
 
@@ -122,7 +122,7 @@ class Cache:
         except FileNotFoundError:
             place.unlink(missing_ok=True)
             return False
-        if file_facts(place) != entry.files[name]:
+        if file_digest(place) != entry.files[name]:
             place.unlink()
             self.discard(entry)
             return False
@@ -133,7 +133,7 @@ class Cache:
         kind: Kind,
         key: str,
         facts: Mapping[str, Any],
-        files: Mapping[Path, FileFacts],
+        files: Mapping[Path, FileDigest],
         progress: Progress,
     ) -> None:
         """Keep a result, and remove what was not used for longest. An export never fails for it."""
@@ -256,11 +256,11 @@ def _rename(unfinished: Path, place: Path) -> None:
             raise
 
 
-def file_facts(file: Path) -> FileFacts:
+def file_digest(file: Path) -> FileDigest:
     """Size and sha256 of `file`."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return FileFacts(os.fstat(stream.fileno()).st_size, digest)
+        return FileDigest(os.fstat(stream.fileno()).st_size, digest)
 
 
 def _signed(content: Mapping[str, Any]) -> str:
@@ -277,7 +277,7 @@ def _read(directory: Path) -> Entry | None:
         content = signed["content"]
         if json.loads(_signed(content)) != signed or kind not in KINDS:
             return None
-        files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
+        files = {name: FileDigest(**facts) for name, facts in content["files"].items()}
         if any((directory / name).stat().st_size != facts.bytes for name, facts in files.items()):
             return None
         return Entry(kind, key, content["facts"], files, directory, file.stat().st_mtime)

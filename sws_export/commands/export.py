@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sws_export.commands.shared import add_checkpoint_options, add_output_options, make_progress, print_json
 
 if TYPE_CHECKING:
-    from sws_export.options import ExportOptions
+    from sws_export.options.options import ExportOptions
 
 _EXPORT_HELP = """\
 examples:
@@ -35,8 +35,8 @@ def run(arguments: list[str]) -> int:
     """Export a UNet."""
     parsed = _parser().parse_args(arguments)
     options = _options(parsed)
-    from sws_export.pipeline import export
-    from sws_export.terminal import print_export
+    from sws_export.commands.terminal import print_export
+    from sws_export.pipeline.run import export
 
     progress, console = make_progress(parsed)
     report = export(parsed.model, parsed.out, options, progress)
@@ -147,7 +147,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def _options(parsed: argparse.Namespace) -> "ExportOptions":
     from sws_export.engines import parse_capabilities
-    from sws_export.options import ExportOptions
+    from sws_export.options.options import ExportOptions
     from sws_export.parameters import parse_parameters
 
     capabilities = parsed.compute_capability

@@ -18,7 +18,7 @@ def run(arguments: list[str]) -> int:
     if parsed.json:
         print_json(facts)
     else:
-        from sws_export.terminal import print_facts
+        from sws_export.commands.terminal import print_facts
 
         print_facts(facts)
     return 0

@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> int:
     for verb in (build, info):
         add_output_options(verb)
     parsed = parser.parse_args(arguments)
-    from sws_export import plugin_build
+    from sws_export.engines import plugin_library as plugin_build
 
     progress, _ = make_progress(parsed)
     if parsed.verb == "build":
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
     if parsed.json:
         print_json(facts)
     elif not parsed.quiet:
-        from sws_export.terminal import print_facts
+        from sws_export.commands.terminal import print_facts
 
         print_facts(facts)
     return 0

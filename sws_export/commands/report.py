@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
     )
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
-    from sws_export.runtime.report import TOKENS, write_report
+    from sws_export.report.report import TOKENS, write_report
 
     progress, _ = make_progress(parsed)
     write_report(

@@ -28,8 +28,8 @@ def run(arguments: list[str]) -> int:
     )
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
-    from sws_export.runtime.pipeline_sampling import SampleOptions, sample_pipeline
-    from sws_export.terminal import print_effects
+    from sws_export.commands.terminal import print_effects
+    from sws_export.sampling.sample import SampleOptions, sample_pipeline
 
     progress, console = make_progress(parsed)
     options = SampleOptions(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sws_export.options import ExportOptions
+    from sws_export.options.options import ExportOptions
     from sws_export.progress import Progress
 
 
@@ -46,7 +46,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def checkpoint_options(parsed: argparse.Namespace) -> "ExportOptions":
     """The options of `add_checkpoint_options`."""
-    from sws_export.options import ExportOptions
+    from sws_export.options.options import ExportOptions
 
     return ExportOptions(
         config=parsed.config,
@@ -59,7 +59,7 @@ def checkpoint_options(parsed: argparse.Namespace) -> "ExportOptions":
 
 def make_progress(parsed: argparse.Namespace) -> tuple["Progress", "Console"]:
     """Where progress goes, and the console for a summary; both write to stderr."""
-    from sws_export.terminal import QuietProgress, TerminalProgress
+    from sws_export.commands.terminal import QuietProgress, TerminalProgress
 
     terminal = TerminalProgress()
     return (QuietProgress() if parsed.quiet else terminal), terminal.console

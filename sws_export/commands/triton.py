@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--max-batch", type=int, help="sequences in one batch")
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
-    from sws_export.triton import TritonOptions, write_repository
+    from sws_export.adapters.triton.repository import TritonOptions, write_repository
 
     options = TritonOptions(
         name=parsed.name,

@@ -24,8 +24,8 @@ def run(arguments: list[str]) -> int:
     add_checkpoint_options(parser)
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
-    from sws_export.revalidate import validate
-    from sws_export.terminal import print_validation
+    from sws_export.commands.terminal import print_validation
+    from sws_export.pipeline.revalidate import validate
 
     progress, console = make_progress(parsed)
     report = validate(parsed.graph, parsed.model, checkpoint_options(parsed), progress)

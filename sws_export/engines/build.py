@@ -22,8 +22,8 @@ from sws_export.engines.events import EventReader
 from sws_export.engines.header import plan_header
 from sws_export.engines.memory import WHAT_TO_DO, peak_memory, tells_of_lack
 from sws_export.errors import EngineError
-from sws_export.profile import Shapes
 from sws_export.progress import Progress, Silent, Stage
+from sws_export.tensors import Shapes
 
 _POLL_SECONDS = 0.5
 """How often the memory of the child is looked at."""

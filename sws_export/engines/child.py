@@ -21,7 +21,7 @@ from sws_export.engines.graph_check import check_graph
 from sws_export.engines.memory import WHAT_TO_DO, peak_memory, tells_of_lack
 from sws_export.engines.monitor import make_logger, make_monitor
 from sws_export.errors import EngineError, SwsExportError
-from sws_export.profile import Shapes
+from sws_export.tensors import Shapes
 
 _PR_SET_PDEATHSIG = 1
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sws_export.engines.backend import BuildOptions, capability_member
 from sws_export.errors import EngineError, OptionError
-from sws_export.profile import Shapes
+from sws_export.tensors import Shapes
 
 
 def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path, options: BuildOptions) -> Any:

@@ -7,9 +7,19 @@ a live diffusers UNet in `unet`. What the published node computes instead is in 
 """
 
 from sws_export.reference.attention import SiteResult, attention_site, kl_divergence, largest_mixing
-from sws_export.reference.node_guard import NodeResult, NodeSchedule, node_patch, node_schedule
-from sws_export.reference.node_transport import fresh_transport, moving_average, text_grid, transport_radius
-from sws_export.reference.node_unet import NodeReferenceUNet, node_sites
+from sws_export.reference.comfyui_node_guard import (
+    ComfyUINodeSchedule,
+    NodeResult,
+    comfyui_node_schedule,
+    node_patch,
+)
+from sws_export.reference.comfyui_node_transport import (
+    fresh_transport,
+    moving_average,
+    text_grid,
+    transport_radius,
+)
+from sws_export.reference.comfyui_node_unet import ComfyUINodeReferenceUNet, node_sites
 from sws_export.reference.noise_schedule import Schedule, blend_weights, schedule
 from sws_export.reference.presets import reference_unet
 from sws_export.reference.transport import (
@@ -23,9 +33,9 @@ from sws_export.reference.transport import (
 from sws_export.reference.unet import ReferenceUNet, Site, attention_sites, self_attention_sites
 
 __all__ = [
-    "NodeReferenceUNet",
+    "ComfyUINodeReferenceUNet",
+    "ComfyUINodeSchedule",
     "NodeResult",
-    "NodeSchedule",
     "ReferenceUNet",
     "Schedule",
     "Site",
@@ -35,6 +45,7 @@ __all__ = [
     "band_from_dense",
     "blend_weights",
     "blended_transport",
+    "comfyui_node_schedule",
     "dense_from_band",
     "fresh_transport",
     "kl_divergence",
@@ -42,7 +53,6 @@ __all__ = [
     "momentum",
     "moving_average",
     "node_patch",
-    "node_schedule",
     "node_sites",
     "rebalance",
     "reference_unet",

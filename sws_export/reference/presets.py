@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from graph_passes.parameters import SwsParameters
 from sws_export.parameters import Preset
-from sws_export.reference.node_unet import NodeReferenceUNet
+from sws_export.reference.comfyui_node_unet import ComfyUINodeReferenceUNet
 from sws_export.reference.unet import ReferenceUNet
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def reference_unet(
     unet: "UNet2DConditionModel",
     parameters: SwsParameters,
     sites: Callable[[str], bool] | Collection[str] | None = None,
-) -> ReferenceUNet | NodeReferenceUNet:
+) -> ReferenceUNet | ComfyUINodeReferenceUNet:
     """What graphs of `preset` are compared with; arguments and errors are those of the classes."""
-    kind = NodeReferenceUNet if preset == "node" else ReferenceUNet
+    kind = ComfyUINodeReferenceUNet if preset == "node" else ReferenceUNet
     return kind(unet, parameters, sites)

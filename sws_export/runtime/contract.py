@@ -7,24 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sws_export.contract import ENGINE_SUFFIXES, TensorSpec
 from sws_export.engines import plan_header
 from sws_export.errors import EngineError
+from sws_export.files import ENGINE_SUFFIXES
 from sws_export.manifest import FORMAT_VERSION, METADATA_KEY, manifest_path
 from sws_export.parameters import Preset
-from sws_export.profile import Shapes
+from sws_export.tensors import SIZE_AXES, Shapes, TensorSpec
 
 PREDICTION = "out_sample"
 _DECIDED_BY_GRAPH = ("inputs", "outputs", "states", "preset", "sws", "precision", "debug_outputs")
-
-
-SIZE_PLACES = {
-    "batch": ("sample", 0),
-    "height": ("sample", 2),
-    "width": ("sample", 3),
-    "tokens": ("encoder_hidden_states", 1),
-}
-"""The inputs that tell a size first, and their dimension that does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +62,7 @@ class Contract:
     def fixed_sizes(self) -> dict[str, int]:
         """batch, height and width (latent) and tokens, as far as the graph is fixed to them."""
         shapes = {spec.name: spec.shape for spec in self.inputs}
-        found = {
-            name: shapes[tensor][axis] for name, (tensor, axis) in SIZE_PLACES.items() if tensor in shapes
-        }
+        found = {name: shapes[tensor][axis] for name, (tensor, axis) in SIZE_AXES.items() if tensor in shapes}
         return {name: size for name, size in found.items() if isinstance(size, int)}
 
     @property
@@ -103,7 +92,7 @@ class Contract:
         return (self.prediction, *self.figures.values())
 
     @property
-    def figure_sites(self) -> tuple[str, ...]:
+    def metric_sites(self) -> tuple[str, ...]:
         """The sites that the columns of the figures are of."""
         return tuple(self.manifest.get("debug_outputs", {}).get("sites", ()))
 

@@ -7,12 +7,11 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from sws_export.contract import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec
 from sws_export.errors import OptionError
-from sws_export.profile import Shape, concrete_shape
-from sws_export.runtime.contract import SIZE_PLACES, Contract
+from sws_export.runtime.contract import Contract
 from sws_export.runtime.errors import StepError
 from sws_export.runtime.rebuild import rebuild_command
+from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, SIZE_AXES, Shape, TensorSpec, concrete_shape
 
 Array = npt.NDArray[Any]
 
@@ -142,7 +141,7 @@ def _take_sizes(spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
 
 def _how_fixed(spec: TensorSpec, axis: int) -> str:
     """What to do where a size was fixed by the export; of channels there is no choice."""
-    option = next((name for name, place in SIZE_PLACES.items() if place == (spec.name, axis)), None)
+    option = next((name for name, place in SIZE_AXES.items() if place == (spec.name, axis)), None)
     if option is None or isinstance(spec.shape[axis], str):
         return ""
     return f"; the size was fixed by the export: export again with another --{option}"

@@ -1,14 +1,7 @@
 """The command that builds an engine again, for a size that its profile leaves out."""
 
-from sws_export.contract import TensorSpec
 from sws_export.runtime.contract import Contract
-
-_PLACES = {
-    "batch": ("sample", 0),
-    "height": ("sample", 2),
-    "width": ("sample", 3),
-    "tokens": ("encoder_hidden_states", 1),
-}
+from sws_export.tensors import SIZE_AXES, TensorSpec
 
 
 def rebuild_command(contract: Contract, spec: TensorSpec, axis: int, found: int) -> str:
@@ -25,7 +18,7 @@ def rebuild_command(contract: Contract, spec: TensorSpec, axis: int, found: int)
     name, _, divisor = str(spec.shape[axis]).partition("/")
     wanted = found * int(divisor or 1)
     options = []
-    for size, (tensor, place) in _PLACES.items():
+    for size, (tensor, place) in SIZE_AXES.items():
         if tensor not in profile:
             continue
         low, best, high = (shape[place] for shape in profile[tensor])

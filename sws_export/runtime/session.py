@@ -8,11 +8,11 @@ from typing import Any, Self
 import numpy as np
 
 from sws_export.errors import OptionError
-from sws_export.profile import concrete_shape
 from sws_export.runtime.backend import Backend, Loop
 from sws_export.runtime.contract import Contract, read_contract
 from sws_export.runtime.errors import StepError
 from sws_export.runtime.inputs import Array, like, numpy_dtype, prepare, state_shapes
+from sws_export.tensors import concrete_shape
 
 RECOMMENDED_INTENSITY = 0.5
 
@@ -94,7 +94,7 @@ class Stream:
 
         Returns:
             float32 arrays of the caller's own: `alpha_k`, `a_v`, `entropy_mean`, `entropy_min`,
-            `entropy_max` and `kl`, each [B, sites] with the sites of `Contract.figure_sites`, and `kl_cap`
+            `entropy_max` and `kl`, each [B, sites] with the sites of `Contract.metric_sites`, and `kl_cap`
             [B]. Entropies and KL divergences are in nats.
 
         Raises:

@@ -10,9 +10,8 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from sws_export.contract import TensorSpec
 from sws_export.errors import ExportError
-from sws_export.profile import concrete_shape
+from sws_export.tensors import TensorSpec, concrete_shape
 from sws_export.tracing import tensor_operators  # noqa: F401  (registers its operators)
 from sws_export.tracing.graph import GraphBuilder, graph_text, model_of
 from sws_export.tracing.layer_operators import OUTPUT_OF

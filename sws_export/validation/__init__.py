@@ -2,7 +2,7 @@
 
 from sws_export.validation.compare import OutputDifference
 from sws_export.validation.validate import (
-    Shuffled,
+    SwsSpec,
     ValidationReport,
     validate_against_plain,
     validate_against_reference,
@@ -10,7 +10,7 @@ from sws_export.validation.validate import (
 
 __all__ = [
     "OutputDifference",
-    "Shuffled",
+    "SwsSpec",
     "ValidationReport",
     "validate_against_plain",
     "validate_against_reference",

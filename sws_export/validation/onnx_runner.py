@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.widen_bfloat16 import WidenBfloat16
+from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from sws_export.errors import ExportError
 from sws_export.progress import Stage
-from sws_export.validation.graph_pieces import cut_graph
+from sws_export.validation.partition import partition_graph
 from sws_export.validation.trajectory import Array
 
 STATE_PREFIX = "sws_state_"
@@ -34,10 +34,10 @@ class OnnxRunner:
         self._runtime = _import_onnxruntime()
         self._path = path
         model = ir.load(path)
-        widened = WidenBfloat16()(model).modified
+        widened = UpcastBfloat16()(model).modified
         self._inputs = list(model.graph.inputs)
         self._outputs = [str(value.name) for value in model.graph.outputs]
-        self._pieces = cut_graph(model)
+        self._pieces = partition_graph(model)
         # Of a graph in pieces, too: the file as a whole has to be one that ONNX Runtime takes.
         whole = None if widened else self._session(path)
         self._whole = whole if len(self._pieces) == 1 else None

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from graph_passes.debug_outputs import KL_CAP, PREFIX, SITE_FIGURES
+from graph_passes.debug_outputs import KL_CAP, PREFIX, SITE_METRICS
 from graph_passes.parameters import SwsParameters
 from sws_export.checkpoint import Checkpoint, FusedWeights
 from sws_export.parameters import Preset
@@ -28,8 +28,8 @@ class ReferenceRunner:
     ) -> None:
         import torch
 
+        from sws_export.checkpoint.unet_module import stream_unet
         from sws_export.reference import reference_unet
-        from sws_export.unet import stream_unet
 
         self._dtype = torch.float64 if double else torch.float32
         self._unet = stream_unet(checkpoint, self._dtype, fused)
@@ -42,7 +42,7 @@ class ReferenceRunner:
         """One step; the state is fed back, and returned under the names of the graph's outputs."""
         import torch
 
-        from sws_export.unet import call_unet, unet_arguments
+        from sws_export.checkpoint.unet_module import call_unet, unet_arguments
 
         tensors = {
             name: torch.from_numpy(values).to(self._dtype if values.dtype.kind == "f" else torch.int64)
@@ -70,6 +70,6 @@ class ReferenceRunner:
         records = [self._shuffled.records[site] for site in self._debug_sites]
         figures = {
             f"{PREFIX}{figure}": torch.stack([getattr(record, figure) for record in records], dim=1).numpy()
-            for figure in SITE_FIGURES
+            for figure in SITE_METRICS
         }
         return figures | {KL_CAP: self._shuffled.schedule.kappa.expand(batch).numpy()}

@@ -7,7 +7,7 @@ import numpy as np
 
 from graph_passes.debug_outputs import PREFIX
 from graph_passes.parameters import SwsParameters
-from sws_export.contract import Precision
+from sws_export.tensors import Precision
 from sws_export.validation.onnx_runner import STATE_PREFIX
 from sws_export.validation.trajectory import Array
 

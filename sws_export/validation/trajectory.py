@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sws_export.contract import TensorSpec
-from sws_export.profile import concrete_shape
+from sws_export.tensors import TensorSpec, concrete_shape
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float64]

@@ -11,12 +11,12 @@ import numpy as np
 
 from graph_passes.parameters import SwsParameters
 from sws_export.checkpoint import Checkpoint, FusedWeights
-from sws_export.contract import Precision, TensorSpec, size_multiple
+from sws_export.checkpoint.unet_io import size_multiple
 from sws_export.errors import ValidationError
-from sws_export.onnx_files import load_onnx
+from sws_export.onnx_files import declared_sizes, load_onnx
 from sws_export.parameters import Preset, bypass_level
 from sws_export.progress import Progress
-from sws_export.rewrite import declared_sizes
+from sws_export.tensors import Precision, TensorSpec
 from sws_export.validation.compare import OutputDifference, compare_outputs, worst
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.reference_runner import ReferenceRunner
@@ -35,7 +35,7 @@ Outputs = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Shuffled:
+class SwsSpec:
     """The SWS in a graph.
 
     Attributes:
@@ -102,7 +102,7 @@ def validate_against_reference(
     onnx_path: Path,
     checkpoint: Checkpoint,
     inputs: Sequence[TensorSpec],
-    shuffled: Shuffled,
+    shuffled: SwsSpec,
     precision: Precision,
     progress: Progress,
     fused: FusedWeights | None = None,
@@ -183,7 +183,7 @@ def validate_against_plain(
     plain_path: Path,
     inputs: Sequence[TensorSpec],
     sizes: Mapping[str, int],
-    shuffled: Shuffled,
+    shuffled: SwsSpec,
     precision: Precision,
     progress: Progress,
 ) -> ValidationReport:

@@ -28,7 +28,7 @@ def export_trained(shapes_onnx: ShapesOnnx, tmp_path_factory: pytest.TempPathFac
         out = tmp_path_factory.mktemp("trained") / "graph.onnx"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                "sws_export.checkpoint_source.export_plain",
+                "sws_export.sources.checkpoint.export_plain",
                 lambda _, precision, *__, **___: ir.load(shapes_onnx(precision)),
             )
             export(TRAINED, out, options)
@@ -114,8 +114,8 @@ def reference_run() -> Callable[[SwsParameters], Run]:
     import torch
 
     from sws_export.checkpoint import open_checkpoint
+    from sws_export.checkpoint.unet_module import load_unet
     from sws_export.reference import ReferenceUNet
-    from sws_export.unet import load_unet
 
     unet = load_unet(open_checkpoint(TRAINED), torch.float64)
     known: dict[SwsParameters, Run] = {}

@@ -140,7 +140,7 @@ def by_reference(
 ) -> tuple[list[tuple[Array, Outputs]], Look]:
     """Prediction, state, and what each site did, step by step."""
     from sws_export.checkpoint import open_checkpoint
-    from sws_export.unet import load_unet, unet_arguments
+    from sws_export.checkpoint.unet_module import load_unet, unet_arguments
 
     reference = ReferenceUNet(load_unet(open_checkpoint(case.model), torch.float64), parameters, take)
     results, looks = [], []

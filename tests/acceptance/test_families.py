@@ -7,11 +7,12 @@ import onnx_ir as ir
 import pytest
 
 from examples.make_checkpoint import family_config, twin_config, write_checkpoint
-from sws_export import ExportOptions, export, pipeline
+from sws_export import ExportOptions, export
 from sws_export.checkpoint.families import FAMILIES, Family
 from sws_export.engines import EngineReport
 from sws_export.engines import network as steps
 from sws_export.manifest import METADATA_KEY
+from sws_export.pipeline import run as pipeline
 from sws_export.validation import validate
 
 by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

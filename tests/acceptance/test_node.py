@@ -13,9 +13,9 @@ from diffusers import UNet2DConditionModel
 from graph_passes.parameters import SwsParameters
 from sws_export import ExportOptions, export
 from sws_export.checkpoint import open_checkpoint
-from sws_export.reference import NodeReferenceUNet, node_sites
+from sws_export.checkpoint.unet_module import load_unet, unet_arguments
+from sws_export.reference import ComfyUINodeReferenceUNet, node_sites
 from sws_export.reference.attention import SiteResult
-from sws_export.unet import load_unet, unet_arguments
 from tests.acceptance.conftest import ExportTrained
 from tests.road import TRAINED, Array, Outputs, Session, difference
 
@@ -65,7 +65,7 @@ class Case:
         self, steps: list[Outputs], parameters: SwsParameters
     ) -> Iterator[tuple[Array, Array, dict[str, SiteResult]]]:
         """Prediction, state and what the sites did, step by step."""
-        reference, state = NodeReferenceUNet(self.unet, parameters), None
+        reference, state = ComfyUINodeReferenceUNet(self.unet, parameters), None
         for inputs in steps:
             tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
             out, state = reference.step(**unet_arguments(tensors), state=state)

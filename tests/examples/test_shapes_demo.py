@@ -12,7 +12,7 @@ from PIL import Image
 from examples.shapes import sample as plain
 from examples.shapes.pipeline import ShapesPipeline
 from sws_export import ExportOptions, export
-from sws_export.runtime.diffusers import SWSUNet
+from sws_export.adapters.diffusers import SWSUNet
 from tests import road
 from tests.conftest import ShapesOnnx
 from tests.road import error_line, run_command

@@ -12,7 +12,7 @@ from graph_passes.find_sites import find_sites
 from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
-from graph_passes.widen_bfloat16 import WidenBfloat16
+from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from tests.conftest import RunOnnx, ShapesModel
 from tests.graph_passes.small_models import feeds, graph_bytes
 from tests.graph_passes.test_insert_sws import sws_feeds, two_grids
@@ -137,7 +137,7 @@ def test_the_float32_twin_has_bfloat16_in_its_weights_alone(shapes_model: Shapes
     model = finished(model=shapes_model("bf16"))
     bfloat16 = ir.DataType.BFLOAT16
     assert any(value.dtype == bfloat16 for value in model.graph.initializers.values())
-    WidenBfloat16()(model)
+    UpcastBfloat16()(model)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     casts = [node for node in model.graph.all_nodes() if node.op_type == "Cast"]
     assert all(node.attributes["to"].value != bfloat16 for node in casts)

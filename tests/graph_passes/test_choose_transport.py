@@ -6,10 +6,10 @@ import pytest
 
 from graph_passes.choose_transport import ChooseTransport
 from graph_passes.find_sites import find_sites
-from graph_passes.fix_sizes import FixSizes
 from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
+from graph_passes.set_static_shapes import SetStaticShapes
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import finished, graph_bytes, op_counts
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
@@ -21,7 +21,7 @@ TILES, DENSE = "sws.BandedTransport", "sws.DenseTransport"
 def opened(sizes: dict[str, int]) -> ir.Model:
     """Two sites on the latent's grid and one on half of it, the transports still calls."""
     model = inserted(two_grids())
-    FixSizes(sizes)(model)
+    SetStaticShapes(sizes)(model)
     LowerFunctions(frozenset({"BandedTransport"}))(model)
     return model
 
@@ -46,7 +46,7 @@ def test_a_grid_has_one_matrix_that_its_sites_share() -> None:
     for names in (1, 2):
         taken = ("down_blocks", "up_blocks")[:names]
         model = inserted(two_grids(), lambda name, taken=taken: name.startswith(taken))
-        FixSizes(SIZES)(model)
+        SetStaticShapes(SIZES)(model)
         LowerFunctions(frozenset({"BandedTransport"}))(model)
         ChooseTransport()(model)
         grids[names] = op_counts(finished(model))
@@ -80,7 +80,7 @@ def test_a_plugin_keeps_its_call() -> None:
     """Inside `sws.Attention`, as graphs for TensorRT have it until plugins are kept, nothing is chosen."""
     model = two_grids()
     InsertSws(find_sites(model)[0], SwsParameters())(model)
-    FixSizes(SIZES)(model)
+    SetStaticShapes(SIZES)(model)
     assert not ChooseTransport()(model).modified
 
 

@@ -34,7 +34,7 @@ def test_the_nodes_and_outputs_it_adds() -> None:
     # As many squeezes as a site has figures.
     added = {"Concat": 2, "Split": 1, "Constant": 1, "Squeeze": 6, "Identity": 1}
     assert op_counts(model) == {**op_counts(plain), **added}
-    assert "SiteFigures" in [name for _, name, _ in model.functions]
+    assert "SiteMetrics" in [name for _, name, _ in model.functions]
     outputs = model.graph.outputs[len(plain.graph.outputs) :]
     assert [value.name for value in outputs] == list(debug_output_names())
     shapes = [[str(getattr(dim, "value", dim)) for dim in value.shape or ()] for value in outputs]
@@ -60,7 +60,7 @@ def test_without_the_option_nothing_is_there() -> None:
     model = two_grids()
     InsertSws(find_sites(model)[0], PARAMETERS, "fused")(model)
     assert b"sws_debug" not in graph_bytes(model)
-    assert b"SiteFigures" not in graph_bytes(model)
+    assert b"SiteMetrics" not in graph_bytes(model)
 
 
 def test_figures_obey_the_method(run_onnx: RunOnnx) -> None:
@@ -91,7 +91,7 @@ def test_figures_obey_the_method(run_onnx: RunOnnx) -> None:
 def test_spelled_out_they_are_the_same(run_onnx: RunOnnx) -> None:
     plain, spelled_out = debugged(), debugged()
     assert DecomposeGuardAttention()(spelled_out).modified
-    body = [node.op_type for node in spelled_out.functions["sws", "SiteFigures", ""]]
+    body = [node.op_type for node in spelled_out.functions["sws", "SiteMetrics", ""]]
     assert (body.count("Attention"), body.count("Einsum")) == (0, 4)
     feeds = sws_feeds(plain)
     expected, found = run_onnx(lowered(plain), feeds), run_onnx(lowered(spelled_out), feeds)

@@ -6,11 +6,11 @@ import pytest
 
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.find_sites import find_sites
-from graph_passes.fix_sizes import FixSizes
 from graph_passes.fold_constants import FoldConstants
 from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
+from graph_passes.set_static_shapes import SetStaticShapes
 from tests.conftest import RunOnnx, ShapesModel
 from tests.graph_passes.small_models import (
     FLOAT,
@@ -30,7 +30,7 @@ ON_SIZES = {"Shape", "Range", "Expand", "Squeeze", "ReduceProd", "Min"}
 def lowered(sizes: dict[str, int]) -> ir.Model:
     model = two_grids()
     InsertSws(find_sites(model)[0], SwsParameters(), "literal")(model)
-    FixSizes(sizes)(model)
+    SetStaticShapes(sizes)(model)
     LowerFunctions()(model)
     return model
 
@@ -149,7 +149,7 @@ def test_the_example_keeps_its_weights(shapes_model: ShapesModel) -> None:
     model = shapes_model("fp32")
     weights = {name for name in model.graph.initializers if name.endswith((".weight", ".bias"))}
     InsertSws(find_sites(model)[0], SwsParameters(), "fused")(model)
-    FixSizes({"height": 32, "width": 32, "tokens": 77})(model)
+    SetStaticShapes({"height": 32, "width": 32, "tokens": 77})(model)
     LowerFunctions()(model)
     FoldConstants()(model)
     CleanGraph()(model)

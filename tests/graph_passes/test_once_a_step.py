@@ -8,8 +8,8 @@ import pytest
 
 from graph_passes.insert_sws import InsertSws
 from graph_passes.parameters import SwsParameters
+from sws_export.pipeline.rewrite import GuardOptions, Target, rewrite
 from sws_export.progress import Silent
-from sws_export.rewrite import GuardOptions, Target, rewrite
 from tests.conftest import ShapesModel
 from tests.graph_passes.small_models import SiteSpec, build_model, op_counts, site_name
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.ptxas_report import parse_ptxas_log
-from sws_export.plugin_build import DEFAULT_ARCHITECTURES, plugin_info, source_hash
+from sws_export.engines.plugin_library import DEFAULT_ARCHITECTURES, plugin_info, source_hash
 from tests.plugins.toolchain import PLUGINS, build_library, cuobjdump, run
 
 KERNELS = {

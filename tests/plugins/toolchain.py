@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from sws_export.engines.plugin_library import build_plugins, source_hash
 from sws_export.errors import PluginError
-from sws_export.plugin_build import build_plugins, source_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"

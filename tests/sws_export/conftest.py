@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from sws_export.checkpoint import Checkpoint
-from sws_export.contract import Precision
+from sws_export.tensors import Precision
 from tests import road
 
 
@@ -27,7 +27,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
 def quick_trace(monkeypatch: pytest.MonkeyPatch, traced: Path) -> None:
     """Exports of `random_unet` in float32 take its graph from disk in place of tracing it anew."""
 
-    from sws_export.onnx_export import export_plain
+    from sws_export.tracing.export_unet import export_plain
 
     def load(checkpoint: Checkpoint, precision: Precision, *rest: Any, **named: Any) -> ir.Model:
         if precision != "fp32":
@@ -36,7 +36,7 @@ def quick_trace(monkeypatch: pytest.MonkeyPatch, traced: Path) -> None:
         model.metadata_props.clear()
         return model
 
-    monkeypatch.setattr("sws_export.checkpoint_source.export_plain", load)
+    monkeypatch.setattr("sws_export.sources.checkpoint.export_plain", load)
 
 
 @pytest.fixture

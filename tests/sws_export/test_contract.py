@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from sws_export.contract import TensorSpec, size_multiple, unet_inputs, unet_output
+from sws_export.checkpoint.unet_io import size_multiple, unet_inputs, unet_output
 from sws_export.errors import ExportError
+from sws_export.tensors import TensorSpec
 
 SD15: dict[str, Any] = {
     "in_channels": 4,

@@ -266,9 +266,9 @@ def test_the_model_itself_is_not_overwritten(refuse: Refuse, traced: Path, out: 
 @pytest.mark.parametrize(
     "function",
     [
-        "sws_export.graph_making.save_onnx",
-        "sws_export.pipeline.manifests.write_manifest",
-        "sws_export.artefact.os.fsync",
+        "sws_export.pipeline.graph.save_onnx",
+        "sws_export.pipeline.run.manifests.write_manifest",
+        "sws_export.files.os.fsync",
     ],
 )
 def test_a_full_disk(
@@ -294,7 +294,7 @@ def test_a_full_disk_in_the_engine_build(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    monkeypatch.setattr("sws_export.pipeline.build_engine", full)
+    monkeypatch.setattr("sws_export.pipeline.run.build_engine", full)
     said = refuse(random_unet, "--no-validate", "--vae-scale", "1", name="engine.plan")
     assert "engine.plan: the disk is full (" in said
 
@@ -336,7 +336,9 @@ def test_a_disk_too_small_is_foretold(
     random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(out)
-    monkeypatch.setattr("sws_export.preflight.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(
+        "sws_export.pipeline.preflight.shutil.disk_usage", lambda _: usage._replace(free=1000)
+    )
     assert main([str(random_unet), "--out", str(out / "graph.onnx"), "--dry-run", "--quiet"]) == 0
     assert "GB of disk are needed" in capsys.readouterr().err
 

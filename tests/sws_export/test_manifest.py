@@ -11,10 +11,10 @@ from graph_passes.grids import TEXT, Grid
 from graph_passes.insert_sws import state_pair
 from graph_passes.parameters import SwsParameters
 from sws_export import manifest
-from sws_export.cache.store import file_facts
-from sws_export.contract import TensorSpec
-from sws_export.rewrite import GuardOptions, RewriteReport
-from sws_export.stages import StageFigures
+from sws_export.cache.store import file_digest
+from sws_export.pipeline.rewrite import GuardOptions, RewriteReport
+from sws_export.stage_timings import StageTiming
+from sws_export.tensors import TensorSpec
 
 SAMPLE = TensorSpec("sample", "float16", ("batch", 4, "height", "width"))
 REWRITE = RewriteReport(
@@ -114,11 +114,11 @@ def test_a_manifest_is_complete(tmp_path: Path) -> None:
     found = manifest.complete(
         described(),
         artefact,
-        {artefact: file_facts(artefact)},
+        {artefact: file_digest(artefact)},
         None,
         None,
         profile,
-        [StageFigures("export", 1.5, 10**9)],
+        [StageTiming("export", 1.5, 10**9)],
     )
     assert found["artefact"] == "e.plan"
     assert found["files"] == [

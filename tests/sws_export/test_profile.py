@@ -2,9 +2,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sws_export.contract import TensorSpec
 from sws_export.errors import OptionError
-from sws_export.profile import Range, Sizes, concrete_shape, parse_range, resolve_sizes, shapes_for
+from sws_export.tensors import (
+    Range,
+    Sizes,
+    TensorSpec,
+    concrete_shape,
+    parse_range,
+    resolve_sizes,
+    shapes_for,
+)
 
 
 def sizes(**changes):

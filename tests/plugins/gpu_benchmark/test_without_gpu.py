@@ -25,7 +25,7 @@ from benchmarks.gpu.references import (
 from benchmarks.gpu.sites import SITES
 from benchmarks.gpu.summary import as_markdown, summarize
 from sws_export import export
-from sws_export.options import ExportOptions
+from sws_export.options.options import ExportOptions
 from sws_export.reference import band_from_dense, dense_from_band, rebalance
 from tests.plugins.banded_transport import reference as transport_reference
 from tests.plugins.key_guard.reference import GuardCase, bisection_step, value_mix

@@ -15,7 +15,7 @@ import pytest
 from sws_export.cache import sharing
 from sws_export.cache.keys import cache_key, code_version
 from sws_export.cache.settings import cache_directory, open_cache
-from sws_export.cache.store import Cache, file_facts
+from sws_export.cache.store import Cache, file_digest
 from sws_export.errors import OptionError
 from sws_export.progress import Recording, Silent
 
@@ -33,7 +33,7 @@ def store(cache: Cache, key: str = KEY, size: int = 1000, said: Recording | None
     file = cache.root.parent / f"{key[:4]}.plan"
     file.unlink(missing_ok=True)
     file.write_bytes(key[:1].encode() * size)
-    cache.store("engine", key, {"number": 1.5}, {file: file_facts(file)}, said or Recording(Silent()))
+    cache.store("engine", key, {"number": 1.5}, {file: file_digest(file)}, said or Recording(Silent()))
     return file
 
 

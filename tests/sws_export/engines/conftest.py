@@ -9,8 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sws_export.contract import TensorSpec
-from sws_export.profile import Shapes, resolve_sizes, shapes_for
+from sws_export.tensors import Shapes, TensorSpec, resolve_sizes, shapes_for
 
 FEATURES = 4
 ONNX_TYPES = {

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from sws_export.contract import TensorSpec
+from sws_export.adapters.comfyui import SwsDiffusionModel, embed_sizes, family_of, split_adm
 from sws_export.runtime import Session, StepError
-from sws_export.runtime.comfyui import SwsDiffusionModel, embed_sizes, family_of, split_adm
+from sws_export.tensors import TensorSpec
 from tests import road
 from tests.sws_export.runtime.conftest import POOLED, TOKENS
 

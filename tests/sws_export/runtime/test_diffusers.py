@@ -22,9 +22,9 @@ from diffusers import (
 from PIL import Image
 
 from sws_export import ExportOptions, export
+from sws_export.adapters.diffusers import SWSUNet
 from sws_export.errors import EngineError
 from sws_export.runtime import StepError
-from sws_export.runtime.diffusers import SWSUNet
 from tests.sws_export.runtime.conftest import POOLED, TOKENS
 
 pytestmark = [

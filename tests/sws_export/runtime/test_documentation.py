@@ -131,6 +131,6 @@ def test_the_drop_in_of_the_page(
     pipe = DiffusionPipeline.from_pretrained(pipeline, unet=None, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     names: dict[str, Any] = {"pipe": pipe, "prompt": "a cat"}
-    exec(compile(python_block("from sws_export.runtime.diffusers import"), PAGE.name, "exec"), names)
+    exec(compile(python_block("from sws_export.adapters.diffusers import"), PAGE.name, "exec"), names)
     assert pipe.unet is names["unet"]
     assert names["image"].size == (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2

@@ -14,15 +14,15 @@ import torch
 from graph_passes.debug_outputs import PREFIX, debug_output_names
 from sws_export import ExportOptions
 from sws_export.checkpoint import open_checkpoint
+from sws_export.checkpoint.unet_module import load_unet
 from sws_export.errors import OptionError
 from sws_export.parameters import SwsParameters
+from sws_export.pipeline.revalidate import validate
 from sws_export.reference import ReferenceUNet, schedule
-from sws_export.revalidate import validate
 from sws_export.runtime import Session, StepError
 from sws_export.runtime.contract import read_contract
 from sws_export.runtime.session import Stream
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
-from sws_export.unet import load_unet
 from tests.sws_export.runtime.test_contract import make_plan
 from tests.sws_export.runtime.test_tensorrt_backend import FakeLibrary, HostDevice
 
@@ -50,7 +50,7 @@ def test_they_are_the_references(telling_graph: Path, random_unet: Path, inputs:
     unet = load_unet(open_checkpoint(random_unet), torch.float64)
     reference = ReferenceUNet(unet, SwsParameters())
     stream = Session.load(telling_graph)
-    sites = stream.contract.figure_sites
+    sites = stream.contract.metric_sites
     state = None
     for number in range(3):
         given = inputs(number)

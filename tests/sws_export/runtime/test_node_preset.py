@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
+from sws_export.adapters.comfyui import SwsDiffusionModel
+from sws_export.adapters.diffusers import SWSUNet
 from sws_export.parameters import SwsParameters
-from sws_export.reference import fresh_transport, moving_average, node_schedule
+from sws_export.reference import comfyui_node_schedule, fresh_transport, moving_average
+from sws_export.report.report import write_report
 from sws_export.runtime import Session, StepError
-from sws_export.runtime.comfyui import SwsDiffusionModel
-from sws_export.runtime.diffusers import SWSUNet
-from sws_export.runtime.report import write_report
 from tests import road
 from tests.sws_export.runtime.conftest import TOKENS
 from tests.sws_export.runtime.test_comfyui import SIGMAS, Sampler, draw
@@ -43,7 +43,7 @@ def step(inputs: MakeInputs) -> MakeInputs:
 def moved(state: Any, sigma: float, times: int = SITES) -> Any:
     """The state after as many sites, each of which averages the same transport in."""
     tokens = state.shape[1]
-    u = node_schedule(torch.tensor([sigma], dtype=torch.float64), SwsParameters()).u
+    u = comfyui_node_schedule(torch.tensor([sigma], dtype=torch.float64), SwsParameters()).u
     fresh = fresh_transport(tokens, u, SwsParameters())
     kept = torch.from_numpy(np.asarray(state[0], np.float64))
     for _ in range(times):

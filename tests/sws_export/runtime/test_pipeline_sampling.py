@@ -13,8 +13,8 @@ from diffusers import (
 from PIL import Image
 
 from sws_export.errors import CheckpointError, OptionError
-from sws_export.runtime.pipeline_sampling import SampleOptions, comparison_sheet, sample_pipeline
-from sws_export.runtime.sampling import Sampled, measure
+from sws_export.sampling.effects import Sampled, measure
+from sws_export.sampling.sample import SampleOptions, comparison_sheet, sample_pipeline
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
@@ -45,7 +45,7 @@ def test_every_picture_begins_from_an_empty_state(
         named.append(arguments[-1])
         return comparison_sheet(*arguments)
 
-    monkeypatch.setattr("sws_export.runtime.pipeline_sampling.comparison_sheet", note)
+    monkeypatch.setattr("sws_export.sampling.sample.comparison_sheet", note)
     options = dataclasses.replace(OPTIONS, intensities=(1.0, 0.0, 1.0))
     effects = sample_pipeline(node_graph, pipeline, tmp_path / "sheet.png", options)
     assert effects[0].difference == effects[2].difference == 0 < effects[1].difference
@@ -62,7 +62,7 @@ def test_plain_pictures_are_the_pipelines_own(
         drawn.extend(runs)
         return comparison_sheet(runs, *arguments)
 
-    monkeypatch.setattr("sws_export.runtime.pipeline_sampling.comparison_sheet", note)
+    monkeypatch.setattr("sws_export.sampling.sample.comparison_sheet", note)
     sample_pipeline(sws_graph, pipeline, tmp_path / "sheet.png", OPTIONS)
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)

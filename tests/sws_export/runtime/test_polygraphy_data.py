@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sws_export.adapters import polygraphy as polygraphy_data
 from sws_export.errors import OptionError
-from sws_export.runtime import Session, polygraphy_data
+from sws_export.runtime import Session
 from tests import road
 
 SIZES = "batch=2,height=8,width=6,tokens=5"

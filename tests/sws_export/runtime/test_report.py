@@ -13,9 +13,9 @@ from graph_passes.parameters import SwsParameters, diamond_offsets
 from sws_export import ExportOptions, export
 from sws_export.errors import OptionError
 from sws_export.reference import band_from_dense, blended_transport, dense_from_band
-from sws_export.runtime.explanation import Explanation
-from sws_export.runtime.report import write_report
-from sws_export.runtime.report_charts import line_chart, spread
+from sws_export.report.charts import line_chart, spread
+from sws_export.report.explanation import Explanation
+from sws_export.report.report import write_report
 
 STEPS = 3
 MAPS = 6

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from sws_export.errors import OutputError
-from sws_export.runtime.picture_grid import draw_grid, save_picture, to_image
-from sws_export.runtime.sampling import Sampled, measure, sharpness
+from sws_export.sampling.effects import Sampled, measure, sharpness
+from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
 
 
 def test_what_is_measured() -> None:

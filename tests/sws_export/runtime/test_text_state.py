@@ -11,16 +11,17 @@ import tensorrt_rtx as trt
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+from sws_export.adapters import polygraphy as polygraphy_data
+from sws_export.adapters.comfyui import SwsDiffusionModel
+from sws_export.adapters.diffusers import SWSUNet
 from sws_export.engines import BuildOptions, network
 from sws_export.engines.choice import named_backend
 from sws_export.engines.graph_check import check_graph
-from sws_export.profile import Range, Sizes, shapes_for
-from sws_export.runtime import Session, polygraphy_data
-from sws_export.runtime.comfyui import SwsDiffusionModel
+from sws_export.runtime import Session
 from sws_export.runtime.contract import read_contract
-from sws_export.runtime.diffusers import SWSUNet
 from sws_export.runtime.session import Stream
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
+from sws_export.tensors import Range, Sizes, shapes_for
 from tests import road
 from tests.sws_export.runtime.test_comfyui import Sampler, by_hand
 from tests.sws_export.runtime.test_contract import make_plan
@@ -175,8 +176,8 @@ def test_the_graph_for_tensorrt_keeps_the_guard_as_a_plugin_alone(
     import onnx_ir as ir
 
     from graph_passes.parameters import SwsParameters
+    from sws_export.pipeline.rewrite import GuardOptions, rewrite
     from sws_export.progress import Silent
-    from sws_export.rewrite import GuardOptions, rewrite
 
     model = ir.load(traced)
     rewrite(model, SwsParameters(), ["*"], GuardOptions("fused"), "tensorrt", Silent())

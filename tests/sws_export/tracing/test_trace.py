@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sws_export.contract import TensorSpec
 from sws_export.errors import ExportError
+from sws_export.tensors import TensorSpec
 from sws_export.tracing import trace
 
 SAMPLE = TensorSpec("sample", "float32", ("batch", 4, "height", "width"))

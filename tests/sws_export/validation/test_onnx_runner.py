@@ -10,8 +10,8 @@ import pytest
 from sws_export import ExportOptions, export
 from sws_export.errors import ExportError
 from sws_export.progress import Silent
-from sws_export.validation.graph_pieces import cut_graph
 from sws_export.validation.onnx_runner import OnnxRunner
+from sws_export.validation.partition import partition_graph
 from sws_export.validation.trajectory import Array
 
 INPUTS: dict[str, Array] = {
@@ -44,8 +44,8 @@ def run(path: Path, steps: list[dict[str, Array]] = STEPS) -> list[dict[str, Arr
 
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = functools.partial(cut_graph, limit=100_000)
-    monkeypatch.setattr("sws_export.validation.onnx_runner.cut_graph", cut)
+    cut = functools.partial(partition_graph, limit=100_000)
+    monkeypatch.setattr("sws_export.validation.onnx_runner.partition_graph", cut)
 
 
 # In pieces nothing is fused over their borders, and float16 is rounded at them.

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sws_export.contract import TensorSpec
+from sws_export.tensors import TensorSpec
 from sws_export.validation.trajectory import Trajectory, TrajectoryStep, timestep_of
 
 INPUTS = (

@@ -9,13 +9,13 @@ import pytest
 from graph_passes.parameters import SwsParameters
 from sws_export import ExportOptions, export
 from sws_export.checkpoint import open_checkpoint
-from sws_export.contract import unet_inputs
+from sws_export.checkpoint.unet_io import unet_inputs
 from sws_export.errors import ExportError, ValidationError
 from sws_export.progress import Silent
 from sws_export.validation import OutputDifference, ValidationReport, validate_against_reference
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.reference_runner import ReferenceRunner
-from sws_export.validation.validate import Shuffled, validation_sizes
+from sws_export.validation.validate import SwsSpec, validation_sizes
 
 
 def test_sizes_are_not_square_and_fit_the_unet() -> None:
@@ -55,14 +55,14 @@ def graph(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def validated(graph: Path, random_unet: Path, parameters: SwsParameters) -> dict[str, OutputDifference]:
+    from sws_export.checkpoint.unet_module import build_unet
     from sws_export.reference import self_attention_sites
-    from sws_export.unet import build_unet
 
     checkpoint = open_checkpoint(random_unet)
     sites = tuple(site.path for site in self_attention_sites(build_unet(checkpoint.config, "fp32")))
     inputs = unet_inputs(checkpoint.config, "float32")
     report = validate_against_reference(
-        graph, checkpoint, inputs, Shuffled(parameters, sites), "fp32", Silent()
+        graph, checkpoint, inputs, SwsSpec(parameters, sites), "fp32", Silent()
     )
     return {output.name: output for output in report.outputs}
 

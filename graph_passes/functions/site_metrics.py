@@ -1,0 +1,101 @@
+"""`sws.SiteMetrics`: what the key mixing does to the attention of a site, for whoever wants to look.
+
+No T x T tensor outlives an `Attention` node: means over the keys are attention outputs. The log-sum-exp of a
+row comes from one more channel, in which queries carry -c / scale and keys 1, and one more key of zeros. The
+row's logits are S - c and 0 then, the other keys have the share o = e^LSE / (e^LSE + e^c), and
+LSE = c + log(o / (1 - o)). The mean logit under the row's own weights lies at most log(T) below LSE, so that
+a c near it reads LSE to the digits of float32, however peaked the row is.
+"""
+
+import math
+from typing import Any
+
+import onnx_ir as ir
+
+from graph_passes.functions.building import Op, attribute_int, cast, define_function, per_sample
+
+FLOAT = ir.DataType.FLOAT
+_ABOVE_ROW_MEAN = 5.0
+"""About the middle of [0, log(T)] for the grids of a UNet."""
+_LEAST = math.ulp(1.0)
+
+
+def build_site_metrics(dtype: ir.DataType) -> ir.Function:
+    """`SiteMetrics(q, k, k_perm [B, T, C], tau_q, alpha_k [B]) -> figures`, [B, 4] float32.
+
+    The figures are mean, lowest and highest entropy of the rows of plain attention, and the KL divergence
+    from it at `alpha_k`, mean over heads and rows; all in nats. Attributes `num_heads` and `scale`.
+
+    Args:
+        dtype: Of q, k and k_perm; the figures are computed in float32 from all query rows.
+    """
+
+    def body(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any) -> Any:
+        rows = _Rows(op, op.Div(cast(op, q, FLOAT, dtype), per_sample(op, tau_q, 3)))
+        wide_k = cast(op, k, FLOAT, dtype)
+        change = _split_heads(op, op.Sub(cast(op, k_perm, FLOAT, dtype), wide_k))
+        # A vector added to all keys changes no weight, and costs digits.
+        keys = _split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
+        share = per_sample(op, alpha_k, 4)
+        mixed = op.Add(keys, op.Mul(share, change))
+
+        mean_logit, log_sum, _ = rows.statistics(keys, keys)
+        _, mixed_log_sum, mean_change = rows.statistics(mixed, change)
+        entropy = op.Max(op.Sub(log_sum, mean_logit), 0.0)
+        divergence = op.Sub(op.Mul(share, mean_change), op.Sub(mixed_log_sum, log_sum))
+
+        axes = [1, 2, 3]
+        figures = [
+            op.ReduceMean(entropy, axes, keepdims=0),
+            op.ReduceMin(entropy, axes, keepdims=0),
+            op.ReduceMax(entropy, axes, keepdims=0),
+            op.Max(op.ReduceMean(divergence, axes, keepdims=0), 0.0),
+        ]
+        return op.Concat(*(op.Unsqueeze(figure, [1]) for figure in figures), axis=1)
+
+    return define_function(
+        "SiteMetrics",
+        body,
+        {"q": dtype, "k": dtype, "k_perm": dtype, "tau_q": FLOAT, "alpha_k": FLOAT},
+        ["figures"],
+        [ir.Attr("num_heads", ir.AttributeType.INT, None), ir.Attr("scale", ir.AttributeType.FLOAT, None)],
+    )
+
+
+class _Rows:
+    """Queries as [B, h, T, D], and what their rows of attention are like; all float32."""
+
+    def __init__(self, op: Op, q: Any) -> None:
+        self.op = op
+        self.queries = _split_heads(op, q)
+        self.scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
+
+    def statistics(self, keys: Any, values: Any) -> tuple[Any, Any, Any]:
+        """Mean logit, log-sum-exp of the logits, and mean of q . values, [B, h, T, 1] each."""
+        op = self.op
+        mean_logit = self._logit(self._attention(self.queries, keys, keys))
+        level = op.Add(mean_logit, _ABOVE_ROW_MEAN)
+        lowered = op.Concat(self.queries, op.Neg(op.Div(level, self.scale)), axis=3)
+        out = self._attention(lowered, _with_sentinel(op, keys), _with_sentinel(op, values))
+        share = op.Max(op.Slice(out, [-1], [2**31], [3]), _LEAST)
+        rest = op.Max(op.Sub(1.0, share), _LEAST)
+        mean = op.Div(self._logit(op.Slice(out, [0], [-1], [3])), share)
+        return mean_logit, op.Add(level, op.Log(op.Div(share, rest))), mean
+
+    def _logit(self, key: Any) -> Any:
+        """Logits of keys that each row has for itself, [B, h, T, 1]."""
+        return self.op.Mul(self.op.ReduceSum(self.op.Mul(self.queries, key), [3], keepdims=1), self.scale)
+
+    def _attention(self, q: Any, k: Any, v: Any) -> Any:
+        return self.op.Attention(q, k, v, scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT))
+
+
+def _split_heads(op: Op, x: Any) -> Any:
+    """[B, T, C] as [B, h, T, D]."""
+    shape = op.Concat([0, 0], attribute_int(op, "num_heads"), [-1], axis=0)
+    return op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1, 3])
+
+
+def _with_sentinel(op: Op, x: Any) -> Any:
+    """[B, h, T, D] with a channel of ones, and then a row of zeros."""
+    return op.Pad(op.Pad(x, [0, 1], 1.0, [3]), [0, 1], None, [2])

@@ -1,0 +1,176 @@
+"""Replace cross-attention sites by what the published node makes of them, with one state for all."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from graph_passes.activation_dtype import activation_dtype
+from graph_passes.debug_outputs import append_debug_outputs
+from graph_passes.errors import GraphError
+from graph_passes.find_sites import Site
+from graph_passes.find_unprojected import Unprojected, find_unprojected
+from graph_passes.functions import DOMAIN, build_comfyui_node_functions
+from graph_passes.grids import TEXT
+from graph_passes.insert_sws import add_input, require_plain, sides, state_pair
+from graph_passes.parameters import SwsParameters
+
+FLOAT = ir.DataType.FLOAT
+Bases = Mapping[tuple[int, int], npt.NDArray[np.float32]]
+"""Orthonormal bases [wide, narrow] by their two widths."""
+
+
+def basis_widths(sites: Sequence[Site]) -> set[tuple[int, int]]:
+    """Widths, the wider one first, between which `sites` need an orthonormal basis.
+
+    Raises:
+        GraphError: What a site's projections are of cannot be found.
+    """
+    pairs = ((found.hidden_width, found.text_width) for found in map(find_unprojected, sites))
+    return {(max(pair), min(pair)) for pair in pairs if pair[0] != pair[1]}
+
+
+class InsertComfyUINode(InPlacePass):
+    """Insert one `ComfyUINodeSchedule`, one `ComfyUINodeTransport`, and a `ComfyUINodeAttention` per site.
+
+    Adds the inputs `sigma` and `intensity` [B] and the pair `sws_state_text` / `sws_state_text_out`
+    [1, tokens, tokens], which the sites hand to each other in graph order: each depends on the one before
+    already, so that this is the order of execution. Keys in float32 are made once for each width of the
+    hidden states. On request also the debug outputs. The rest of the graph is not touched.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        parameters: SwsParameters,
+        bases: Bases,
+        debug_outputs: bool = False,
+    ) -> None:
+        """Rewrite `sites`, all cross-attention; `bases` has those of `basis_widths`."""
+        super().__init__()
+        self.sites = sites
+        self.parameters = parameters
+        self.bases = bases
+        self.debug_outputs = debug_outputs
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite the sites; nothing changes when there are none."""
+        if not self.sites:
+            return PassResult(model, modified=False)
+        require_plain(model)
+        dtype = activation_dtype(model)
+        for site in self.sites:
+            if site.key_grid != TEXT:
+                raise GraphError(f"{site.name}: its keys are not of the text, and the node takes no others")
+        origins = [find_unprojected(site) for site in self.sites]
+        for function in build_comfyui_node_functions(self.parameters, dtype, self.debug_outputs).values():
+            model.functions[function.identifier()] = function
+        model.graph.opset_imports[DOMAIN] = 1
+        insertion = _Insertion(model.graph, origins[0].text, dtype, self.bases)
+        insertion.insert(self.sites, origins, self.debug_outputs)
+        return PassResult(model, modified=True)
+
+
+class _Insertion:
+    def __init__(self, graph: ir.Graph, text: ir.Value, dtype: ir.DataType, bases: Bases) -> None:
+        self.graph = graph
+        self.text = text
+        self.dtype = dtype
+        self.bases = bases
+        self.keys: dict[int, ir.Value] = {}
+
+    def insert(self, sites: Sequence[Site], origins: Sequence[Unprojected], debug_outputs: bool) -> None:
+        graph, first = self.graph, sites[0].node
+        sigma, intensity = (add_input(graph, name, ["batch"]) for name in ("sigma", "intensity"))
+        pair, shape = state_pair(TEXT), [1, *[sides(graph, TEXT)[1]] * 2]
+        state = add_input(graph, pair.input, shape)
+        schedule = self._call("ComfyUINodeSchedule", [sigma, intensity], "sws/schedule", first, outputs=6)
+        for output, name in zip(
+            schedule, ("u", "tau", "amplitude", "kappa", "key_gate", "value_gain"), strict=True
+        ):
+            output.name = f"sws/{name}"
+        u, *scalars = schedule
+        (fresh,) = self._call("ComfyUINodeTransport", [self.text, u], "sws/transport", first)
+        fresh.name = "sws/fresh"
+        figures = []
+        for site, origin in zip(sites, origins, strict=True):
+            keys = self._keys(site, origin)
+            y, state, *told = self._call(
+                "ComfyUINodeAttention",
+                [site.q, site.k, site.v, origin.hidden, keys, state, fresh, *scalars],
+                f"sws/{site.name}",
+                site.node,
+                outputs=3 if debug_outputs else 2,
+                attributes={
+                    "num_heads": site.heads,
+                    "scale": site.scale,
+                    "guard_scale": 1.0 / math.sqrt(min(origin.hidden_width, origin.text_width)),
+                },
+            )
+            y.name, state.name = f"sws/{site.name}/y", f"sws/{site.name}/transport"
+            y.type, y.shape = site.y.type, site.y.shape
+            figures += told
+            ir.convenience.replace_all_uses_with(site.y, y)
+        state.name, state.type, state.shape = pair.output, ir.TensorType(FLOAT), ir.Shape(shape)
+        graph.outputs.append(state)
+        if debug_outputs:
+            self._append_figures(figures, sigma, kappa=scalars[2])
+
+    def _append_figures(self, figures: Sequence[ir.Value], sigma: ir.Value, kappa: ir.Value) -> None:
+        """The debug outputs, in which each sample has what is the batch's."""
+        for index, value in enumerate(figures):
+            value.name = f"sws/debug/site_{index}"
+        batch = ir.node("Shape", [sigma], name="sws/debug/batch")
+        spread = ir.node("Expand", [kappa, batch.outputs[0]], name="sws/debug/spread")
+        self.graph.extend([batch, spread])
+        append_debug_outputs(self.graph, figures, kl_cap=spread.outputs[0])
+
+    def _keys(self, site: Site, origin: Unprojected) -> ir.Value:
+        """The text in float32, [B, n, C], brought to the width of the site's hidden states."""
+        width = origin.hidden_width
+        if width not in self.keys:
+            before, name = site.node, f"sws/keys_{width}"
+            if width != origin.text_width:
+                inputs = [self.text, self._basis(width, origin.text_width)]
+                (self.keys[width],) = self._call("ComfyUINodeKeys", inputs, name, before)
+                self.keys[width].name = name
+            else:
+                self.keys[width] = _widened(self.graph, self.text, self.dtype, name, before)
+        return self.keys[width]
+
+    def _basis(self, width: int, text_width: int) -> ir.Value:
+        """[text_width, width]: the orthonormal basis, or its transpose where the text is the narrower."""
+        basis = self.bases[max(width, text_width), min(width, text_width)]
+        array = np.ascontiguousarray(basis if text_width > width else basis.T)
+        name = f"sws/basis_{text_width}_{width}"
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(
+            name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(array.shape), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def _call(
+        self,
+        name: str,
+        inputs: Sequence[ir.Value],
+        node_name: str,
+        before: ir.Node,
+        outputs: int = 1,
+        attributes: Mapping[str, int | float] | None = None,
+    ) -> Sequence[ir.Value]:
+        node = ir.node(name, inputs, attributes, domain=DOMAIN, num_outputs=outputs, name=node_name)
+        self.graph.insert_before(before, node)
+        return node.outputs
+
+
+def _widened(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str, before: ir.Node) -> ir.Value:
+    if dtype == FLOAT:
+        return value
+    node = ir.node("Cast", [value], {"to": int(FLOAT)}, name=name)
+    node.outputs[0].name = name
+    graph.insert_before(before, node)
+    return node.outputs[0]

@@ -1,0 +1,54 @@
+"""Give dimensions that are known a number."""
+
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+
+class SetStaticShapes(InPlacePass):
+    """Replace named sizes by numbers in all shapes of the graph.
+
+    A dimension is a name, `height`, or a product of names and a division, `height/2` or `height*width/64`.
+    One with a name that has no number stays. Nodes are left alone: `FoldConstants` does away with those that
+    compute what is known now.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        """Fix the dimensions named in `sizes`; height and width are those of the latent."""
+        super().__init__()
+        self.sizes = sizes
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite the shapes of inputs, outputs and values in between."""
+        modified = False
+        for value in _values(model.graph):
+            if value.shape is None:
+                continue
+            dims = [self._fixed(dim) for dim in value.shape]
+            if dims != list(value.shape):
+                value.shape = ir.Shape(dims)
+                modified = True
+        return PassResult(model, modified=modified)
+
+    def _fixed(self, dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(dim, int) or dim.value is None:
+            return dim
+        product, _, divisor = dim.value.partition("/")
+        factors = [self._number(name) for name in product.split("*")]
+        if None in factors or not (divisor or "1").isdigit():
+            return dim
+        size = Fraction(1, int(divisor or 1))
+        for factor in factors:
+            size *= factor or 0
+        return int(size) if size.denominator == 1 else dim
+
+    def _number(self, name: str) -> int | None:
+        return int(name) if name.isdigit() else self.sizes.get(name)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        yield from node.outputs

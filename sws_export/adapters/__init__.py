@@ -1,0 +1,1 @@
+"""Sessions inside other programs: diffusers, ComfyUI, Triton Inference Server, polygraphy."""

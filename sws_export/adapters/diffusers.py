@@ -1,0 +1,217 @@
+"""An exported UNet in the place of the one of a diffusers pipeline."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from sws_export.errors import EngineError
+from sws_export.runtime.errors import StepError
+from sws_export.runtime.inputs import to_numpy
+from sws_export.runtime.noise_levels import noise_levels
+from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session
+from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, PRECISIONS
+
+INTENSITY_ARGUMENT = "intensity"
+
+_NOT_IN_THE_GRAPH = {
+    "attention_mask": "",
+    "encoder_attention_mask": "",
+    "down_intrablock_additional_residuals": " (T2I-Adapter)",
+}
+
+
+class SWSUNet:
+    """What `StableDiffusionPipeline` and its relatives expect of `pipe.unet`, run by a session.
+
+        unet = SWSUNet.load("unet.onnx").attach(pipe)
+        pipe(prompt, cross_attention_kwargs={"intensity": 0.7})
+
+    The noise level comes from the pipeline's scheduler; the state begins anew with every trajectory: when the
+    scheduler was given new timesteps, when the noise rises, when the batch or size changes. A state that
+    lasts (`--preset node`) begins anew with `reset` only.
+
+    Attributes:
+        intensity: Strength of SWS where a call does not say its own, in [0, 1].
+        scheduler: The scheduler whose timesteps come in, or None: see `attach`.
+        session: What runs the UNet.
+        config: Configuration of the UNet, as diffusers has it.
+    """
+
+    def __init__(self, session: Session, config: Mapping[str, Any], intensity: float) -> None:
+        self.session = session
+        self.config = FrozenDict(config)
+        self.intensity = intensity
+        self._pipe: Any = None
+        self._scheduler: Any = None
+        self._trajectory: Any = None
+        self._last = float("inf")
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        scheduler: Any = None,
+        config: Mapping[str, Any] | None = None,
+        intensity: float = RECOMMENDED_INTENSITY,
+        **session_options: Any,
+    ) -> Self:
+        """Load what `sws-export` wrote.
+
+        Args:
+            path: `.onnx`, `.plan` or `.engine`.
+            scheduler: The scheduler whose timesteps will come in; `attach` is the better way to say it.
+            config: Configuration of the UNet; needed where the artefact was made from a plain .onnx graph.
+            intensity: Strength of SWS where a call does not say its own.
+            session_options: See `Session.load`.
+
+        Raises:
+            EngineError: As `Session.load`; or the manifest has no configuration and none is given.
+        """
+        session = Session.load(path, **session_options)
+        config = config or session.contract.manifest["source"].get("config")
+        if config is None:
+            raise EngineError(
+                f"{path} was made from a plain .onnx graph: its manifest does not say how the UNet is "
+                "configured; give config=, the contents of the UNet's config.json"
+            )
+        unet = cls(session, config, intensity)
+        unet._scheduler = scheduler
+        return unet
+
+    def attach(self, pipe: Any) -> Self:
+        """Become `pipe.unet` and follow `pipe.scheduler`, also when that is exchanged later."""
+        pipe.unet = self
+        self._pipe = pipe
+        # Pipelines note these when they are made, and it may have been without a UNet.
+        size = self.config.get("sample_size")
+        if hasattr(pipe, "_is_unet_config_sample_size_int"):
+            pipe._is_unet_config_sample_size_int = isinstance(size, int)
+        if hasattr(pipe, "default_sample_size") and size is not None:
+            pipe.default_sample_size = size
+        return self
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler whose timesteps come in; None where it is not known."""
+        return self._pipe.scheduler if self._pipe is not None else self._scheduler
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the exported UNet."""
+        dtype: torch.dtype = getattr(torch, PRECISIONS[self.session.contract.manifest["precision"]].dtype)
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the session runs."""
+        return torch.device(self.session.device)
+
+    @property
+    def add_embedding(self) -> SimpleNamespace:
+        """Stands for the layer of which SDXL's pipelines ask the number of features."""
+        features = self.config.projection_class_embeddings_input_dim
+        return SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
+
+    def reset(self) -> None:
+        """Begin a new trajectory, with an empty state, at the next call."""
+        self._trajectory = None
+        self._last = float("inf")
+        self.session.reset()
+
+    def __call__(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, torch.Tensor] | None = None,
+        down_block_additional_residuals: Sequence[torch.Tensor] | None = None,
+        mid_block_additional_residual: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        """One prediction; arguments and result are those of diffusers' `UNet2DConditionModel`.
+
+        `cross_attention_kwargs` may hold `intensity`, a number or [B].
+
+        Raises:
+            StepError: An argument asks for what is not in the graph, or has a shape it does not take.
+        """
+        _refuse_others(others)
+        intensity = _intensity(cross_attention_kwargs, self.intensity)
+        scheduler = self.scheduler
+        if scheduler is None and self._last == float("inf"):
+            warnings.warn(
+                "SWSUNet does not know the pipeline's scheduler and takes the noise levels that Stable "
+                "Diffusion was trained with; call unet.attach(pipe)",
+                stacklevel=2,
+            )
+        sigma = noise_levels(scheduler, to_numpy(timestep))
+        self._follow(scheduler, float(sigma.max()))
+        prediction = self.session.step(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            sigma=sigma,
+            intensity=intensity,
+            class_labels=class_labels,
+            timestep_cond=timestep_cond,
+            **(added_cond_kwargs or {}),
+            **self._residuals(down_block_additional_residuals, mid_block_additional_residual),
+        )
+        self._last = float(sigma.max())
+        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _residuals(
+        self, down: Sequence[torch.Tensor] | None, mid: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """A ControlNet's residuals by the names of the graph's inputs."""
+        if down is None and mid is None:
+            return {}
+        if all(spec.name != MID_RESIDUAL for spec in self.session.contract.inputs):
+            raise StepError(
+                f"{self.session.contract.path.name} takes no ControlNet: export it again with --controlnet"
+            )
+        named = {f"{DOWN_RESIDUAL}{index}": tensor for index, tensor in enumerate(down or ())}
+        return named if mid is None else named | {MID_RESIDUAL: mid}
+
+    def _follow(self, scheduler: Any, sigma: float) -> None:
+        """Reset the state where a new trajectory begins."""
+        # Every call of a pipeline sets the timesteps anew, and that makes a new tensor. Holding the one seen
+        # last keeps its identity from being used again.
+        trajectory = getattr(scheduler, "timesteps", None)
+        begins = trajectory is not self._trajectory or sigma > self._last
+        if begins and self.session.contract.begins_anew:
+            self.session.reset()
+        self._trajectory = trajectory
+
+
+def _intensity(arguments: Mapping[str, Any] | None, default: float) -> Any:
+    given = dict(arguments or {})
+    intensity = given.pop(INTENSITY_ARGUMENT, default)
+    if given:
+        raise StepError(
+            f"cross_attention_kwargs: {', '.join(given)} is not in the exported graph, which takes "
+            f"'{INTENSITY_ARGUMENT}' only; a LoRA is fused at the export"
+        )
+    return intensity
+
+
+def _refuse_others(others: Mapping[str, Any]) -> None:
+    for name, value in others.items():
+        if name not in _NOT_IN_THE_GRAPH:
+            raise TypeError(f"SWSUNet has no argument {name!r}")
+        if value is not None:
+            raise StepError(
+                f"{name}{_NOT_IN_THE_GRAPH[name]}: the exported graph has no such input; use the torch UNet "
+                "for this pipeline"
+            )

@@ -1,0 +1,79 @@
+"""Inputs of an artefact for Polygraphy, with the states empty as at the first step of an image.
+
+    SWS_MANIFEST=unet.onnx.json SWS_SIZES=batch=2,height=64,width=64,tokens=77 \\
+        polygraphy run unet.onnx --onnxrt --data-loader-script .../sws_export/runtime/polygraphy_data.py
+
+Polygraphy calls `load_data`. Sizes are those of the latent and fall back to the best ones of an engine's
+profile.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sws_export.errors import OptionError
+from sws_export.runtime.inputs import Array, numpy_dtype
+from sws_export.tensors import TensorSpec, concrete_shape
+
+_ITERATIONS = 3
+_DIMENSIONS = ("batch", "height", "width", "tokens")
+_SIGMAS = (10.0, 3.0, 0.5)
+
+
+def load_data() -> Iterator[dict[str, Array]]:
+    """Inputs of a few steps at falling noise levels, each by its name.
+
+    Raises:
+        OptionError: `SWS_MANIFEST` names no manifest, or a size is missing in `SWS_SIZES`.
+    """
+    manifest = json.loads(_manifest_path().read_text("utf-8"))
+    sizes = _sizes(os.environ.get("SWS_SIZES", ""), manifest)
+    specs = [TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in manifest["inputs"]]
+    states = {pair["input"] for pair in manifest["states"]}
+    random = np.random.default_rng(0)
+    for step in range(_ITERATIONS):
+        yield {spec.name: _values(spec, spec.name in states, sizes, step, random) for spec in specs}
+
+
+def _manifest_path() -> Path:
+    path = Path(os.environ.get("SWS_MANIFEST", ""))
+    if not path.is_file():
+        raise OptionError(f"SWS_MANIFEST={path}: no such file; name the .json that lies beside the artefact")
+    return path
+
+
+def _sizes(text: str, manifest: Mapping[str, Any]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    if manifest.get("profile"):
+        sample = manifest["profile"]["sample"]["opt"]
+        tokens = manifest["profile"]["encoder_hidden_states"]["opt"][1]
+        sizes = {"batch": sample[0], "height": sample[2], "width": sample[3], "tokens": tokens}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in _DIMENSIONS or not value.isdigit():
+            raise OptionError(
+                f"SWS_SIZES: '{part}' is not NAME=NUMBER with a name of {', '.join(_DIMENSIONS)}"
+            )
+        sizes[name] = int(value)
+    if missing := [name for name in _DIMENSIONS if name not in sizes]:
+        raise OptionError(f"SWS_SIZES: {', '.join(missing)} is missing; write {missing[0]}=NUMBER")
+    return sizes
+
+
+def _values(
+    spec: TensorSpec, is_state: bool, sizes: Mapping[str, int], step: int, random: np.random.Generator
+) -> Array:
+    shape, dtype = concrete_shape(spec, sizes), numpy_dtype(spec.dtype)
+    if is_state or spec.dtype == "int64":
+        return np.zeros(shape, dtype)
+    if spec.name == "sigma":
+        return np.full(shape, _SIGMAS[step], dtype)
+    if spec.name == "timestep":
+        return np.full(shape, 900.0 - 300.0 * step, dtype)
+    if spec.name == "intensity":
+        return np.full(shape, 0.5, dtype)
+    return random.standard_normal(shape, np.float32).astype(dtype)

@@ -1,0 +1,1 @@
+"""LoRA files: reading them, matching their names, fusing them into the weights."""

@@ -1,0 +1,141 @@
+"""What an export will need, before any long work, and what the machine has."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from sws_export.engines import engine_memory_estimate
+from sws_export.options.options import ExportOptions
+from sws_export.pipeline import estimates
+from sws_export.pipeline.engine_config import EngineConfig
+from sws_export.sources.source import Source
+
+_MINUTES = 100.0
+"""Seconds from which on a time is told in minutes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """Expected needs of each stage in bytes and seconds, and what there is.
+
+    Attributes:
+        memory: Peak memory by stage.
+        disk: Space for the artefacts and what is staged on the way.
+        graph_size: Bytes of the ONNX graph with its weights.
+        available_memory: Memory that is free now.
+        free_disk: Space that is free where the artefacts go.
+        seconds: Wall time by stage, on two idle processor cores.
+        engine_size: Bytes of the plan; None for an ONNX graph.
+        profile: Smallest, best and largest size of each dimension of the engine.
+        cached: What is in the cache and needs nothing: `graph`, `engine`.
+    """
+
+    memory: dict[str, int]
+    disk: int
+    graph_size: int
+    available_memory: int
+    free_disk: int
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    engine_size: int | None = None
+    profile: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cached: tuple[str, ...] = ()
+
+    def describe(self) -> list[str]:
+        """The needs in words."""
+        lines = [f"in the cache: {', '.join(self.cached)}"] if self.cached else []
+        if self.memory:
+            stages = ", ".join(f"{stage} {size / 1e9:.1f} GB" for stage, size in self.memory.items())
+            lines.append(f"expected memory: {stages}; {self.available_memory / 1e9:.1f} GB available")
+        lines.append(
+            f"expected disk: {self.disk / 1e9:.2f} GB, of it the graph {self.graph_size / 1e9:.2f} GB; "
+            f"{self.free_disk / 1e9:.1f} GB free"
+        )
+        if self.seconds:
+            stages = ", ".join(f"{stage} {_duration(time)}" for stage, time in self.seconds.items())
+            total = _duration(sum(self.seconds.values()))
+            lines.append(f"expected time: {total} on two idle cores ({stages}); longer beside other programs")
+        if self.engine_size is not None:
+            sizes = ", ".join(f"{name} {size}" for name, size in self.profile.items())
+            lines.append(
+                f"expected engine: {self.engine_size / 1e9:.2f} GB ± {estimates.PLAN_SPREAD:.0%} for {sizes}"
+            )
+        return lines
+
+    def shortages(self) -> list[str]:
+        """What will probably not fit."""
+        found = [
+            f"{stage} needs about {size / 1e9:.1f} GB of memory and {self.available_memory / 1e9:.1f} GB are "
+            "available; it may be killed"
+            for stage, size in self.memory.items()
+            if size > self.available_memory
+        ]
+        if self.disk > self.free_disk:
+            found.append(
+                f"about {self.disk / 1e9:.1f} GB of disk are needed, {self.free_disk / 1e9:.1f} GB are free"
+            )
+        return found
+
+
+def preflight(
+    source: Source,
+    engine: EngineConfig | None,
+    options: ExportOptions,
+    out: Path,
+    cached: tuple[str, ...] = (),
+) -> Preflight:
+    """Estimate memory, disk, time and size from measured figures, see docs/full-size.md.
+
+    Args:
+        source: What is exported.
+        engine: What is built; None for an ONNX graph.
+        options: What was asked for.
+        out: Where the artefacts go.
+        cached: What is in the cache: `graph` (with its validation), `engine`.
+    """
+    weights = source.parameters * estimates.WEIGHT_BYTES[source.precision]
+    billions = source.parameters / 1e9
+    kind = "plain" if options.plain else "sws"
+    memory: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    if "graph" not in cached:
+        memory["export"] = estimates.EXPORT_MEMORY
+        seconds["export"] = _export_seconds(source, weights)
+        if options.validate:
+            whole = weights * estimates.VALIDATION_FACTOR
+            memory["validation"] = estimates.EXPORT_MEMORY + min(whole, estimates.VALIDATION_PIECE_MEMORY)
+            seconds["validation"] = billions * estimates.VALIDATION_SECONDS_PER_BILLION
+    if engine is not None and "engine" not in cached:
+        memory["engine build"] = engine_memory_estimate(weights, engine.build.backend)
+        seconds["engine build"] = billions * estimates.BUILD_SECONDS_PER_BILLION[kind]
+    return Preflight(
+        memory=memory,
+        disk=weights * (2 if engine is not None else 1),
+        graph_size=weights,
+        available_memory=psutil.virtual_memory().available,
+        free_disk=shutil.disk_usage(out.parent).free,
+        seconds=seconds,
+        engine_size=_plan_size(weights, engine, kind) if engine else None,
+        profile={name: str(size) for name, size in engine.sizes.ranges().items()} if engine else {},
+        cached=cached,
+    )
+
+
+def _export_seconds(source: Source, weights: int) -> float:
+    """Reading all that is stored once, then recording and writing the graph."""
+    stored = sum(file.stat().st_size for file in source.files)
+    seconds = estimates.START_SECONDS + stored / 1e9 * estimates.CHECK_SECONDS_PER_GB
+    seconds += weights / 1e9 * estimates.EXPORT_SECONDS_PER_GB
+    return seconds + (weights / 1e9 * estimates.CONVERT_SECONDS_PER_GB if source.converts else 0.0)
+
+
+def _plan_size(weights: int, engine: EngineConfig, kind: str) -> int:
+    stored = 0.0 if engine.build.strip_weights else weights * estimates.PLAN_FACTOR[kind]
+    size = estimates.PLAN_KERNELS[kind] + stored
+    return int(size * (estimates.PLAN_TURING if "7.5" in engine.build.targets else 1.0))
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < _MINUTES else f"{seconds / 60:.0f} min"

@@ -1,0 +1,1 @@
+"""The presets: which method is inserted into the graph."""

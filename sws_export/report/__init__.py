@@ -1,0 +1,1 @@
+"""The HTML report: what SWS does at each site and step."""

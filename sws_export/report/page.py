@@ -1,0 +1,239 @@
+"""The page of `report`: HTML with its styles and pictures inside."""
+
+import html
+from collections.abc import Callable
+from importlib.resources import files
+from string import Template
+
+import numpy as np
+
+from sws_export.report.charts import figure, heat_map, line_chart, picture, spread, table
+from sws_export.report.explanation import Explanation, SiteMetrics, StepMetrics
+from sws_export.report.site_labels import site_labels
+from sws_export.report.tables import (
+    definitions,
+    duration,
+    parameters_list,
+    stages_table,
+    steps_table,
+    validation_table,
+)
+
+_SHOWN_STEPS = 4
+_MOST_TICKS = 6
+
+_Value = Callable[[SiteMetrics, StepMetrics], float]
+_MAPS: tuple[tuple[str, str, str, _Value], ...] = (
+    (
+        "Keys mixed, α<sub>k</sub>",
+        "Share of each key that comes from its neighbourhood. None where u is u_stop or more.",
+        ".1%",
+        lambda site, _: site.alpha_k,
+    ),
+    (
+        "Values mixed, a<sub>v</sub>",
+        "Share of each value that comes from its neighbourhood.",
+        ".1%",
+        lambda site, _: site.a_v,
+    ),
+    (
+        "KL divergence, share of its cap",
+        "How far mixing the keys moves the attention, against what the step allows. At 100 % the cap binds.",
+        ".1%",
+        lambda site, step: site.kl / step.kl_cap,
+    ),
+    (
+        "Entropy, nats",
+        "Mean over the rows of plain attention: low where each token looks at few others.",
+        ".2f",
+        lambda site, _: site.entropy_mean,
+    ),
+    (
+        "Lowest and highest entropy, nats apart",
+        "Between the row that looks at fewest tokens and the one that looks at most.",
+        ".2f",
+        lambda site, _: site.entropy_max - site.entropy_min,
+    ),
+    (
+        "Uncertainty",
+        "Where the mean entropy lies between the lowest and the highest. Mixing is in proportion to it.",
+        ".2f",
+        lambda site, _: site.uncertainty,
+    ),
+)
+
+
+def render(explanation: Explanation) -> str:
+    """The page as text."""
+    template = Template(files("sws_export.report").joinpath("report.html").read_text("utf-8"))
+    return template.substitute(
+        title=html.escape(explanation.artefact),
+        facts=_facts(explanation),
+        highlights=_highlights(explanation),
+        charts=_charts(explanation),
+        source=_source(explanation),
+        maps="".join(_map(explanation, *column) for column in _MAPS),
+        numbers=_site_numbers(explanation),
+        transports="".join(_transports(explanation, name) for name in explanation.steps[0].states),
+        steps=steps_table(explanation),
+        validation=validation_table(explanation),
+        stages=stages_table(explanation),
+        parameters=parameters_list(explanation),
+    )
+
+
+def _facts(explanation: Explanation) -> str:
+    manifest, sizes = explanation.manifest, explanation.sizes
+    source = manifest["source"]
+    entries = {
+        "model": f"{source['file']} ({source.get('family') or 'no known family'})",
+        "preset": manifest.get("preset") or "sws",
+        "precision": manifest["precision"],
+        "intensity": f"{explanation.intensity:g}",
+        "sites": str(len(explanation.steps[0].sites)),
+        "steps": f"{len(explanation.steps)}, σ {explanation.steps[0].sigma:.3g} to "
+        f"{explanation.steps[-1].sigma:.3g}",
+        "latent": f"{sizes['height']} × {sizes['width']}, {explanation.text}",
+    }
+    return definitions(entries)
+
+
+def _highlights(explanation: Explanation) -> str:
+    """The few numbers that one looks for first, and where they are from."""
+    steps = explanation.steps
+    effect = max(range(len(steps)), key=lambda index: steps[index].effect)
+    entries = [
+        ("keys mixed, at most", *_peak(explanation, lambda site, _: site.alpha_k)),
+        ("values mixed, at most", *_peak(explanation, lambda site, _: site.a_v)),
+        ("of the KL cap used, at most", *_peak(explanation, lambda site, step: site.kl / step.kl_cap)),
+        ("of the prediction changed, at most", f"{steps[effect].effect:.2%}", f"step {effect + 1}"),
+    ]
+    errors = [step.error for step in steps if step.error is not None]
+    if errors:
+        entries.append(("off the reference, at most", f"{max(errors):.1e}", "of the largest value"))
+    typical = float(np.median([step.seconds for step in steps]))
+    entries.append(("a step", duration(typical), "median, on this machine"))
+    return "".join(
+        f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd><dd>{html.escape(where)}</dd></div>"
+        for name, value, where in entries
+    )
+
+
+def _peak(explanation: Explanation, value: _Value) -> tuple[str, str]:
+    labels = site_labels(explanation.steps[0].sites)
+    found = [
+        (value(site, step), f"{labels[path]}, step {index}")
+        for index, step in enumerate(explanation.steps, start=1)
+        for path, site in step.sites.items()
+    ]
+    largest, where = max(found)
+    return f"{largest:.1%}", where
+
+
+def _ticks(explanation: Explanation) -> list[str]:
+    """Noise levels of a few steps, as text; nothing at the others."""
+    count = len(explanation.steps)
+    shown = {round(place) for place in np.linspace(0, count - 1, min(_MOST_TICKS, count))}
+    return [f"{step.sigma:.2g}" if index in shown else "" for index, step in enumerate(explanation.steps)]
+
+
+def _charts(explanation: Explanation) -> str:
+    steps, ticks = explanation.steps, _ticks(explanation)
+    norms = {
+        name.removeprefix("sws_state_"): [float(np.linalg.norm(step.states[name])) for step in steps]
+        for name in steps[0].states
+    }
+    divergences = [[site.kl for site in step.sites.values()] for step in steps]
+    charts = [
+        (
+            "Effect",
+            "What SWS changes in the prediction, root mean square, relative to it.",
+            {"effect": [step.effect for step in steps]},
+            ".2%",
+        ),
+        (
+            "KL divergence, nats",
+            "The most divergent site and the mean of all, below what is allowed.",
+            {
+                "cap": [step.kl_cap for step in steps],
+                "highest site": [max(values) for values in divergences],
+                "mean": [float(np.mean(values)) for values in divergences],
+            },
+            ".3f",
+        ),
+        (
+            "Mixing, largest of the sites",
+            "Keys are left alone where u is u_stop or more, values are not.",
+            {
+                "keys": [max(site.alpha_k for site in step.sites.values()) for step in steps],
+                "values": [max(site.a_v for site in step.sites.values()) for step in steps],
+            },
+            ".0%",
+        ),
+        ("State norms", "Of the transport of each grid: low where tokens are sent far.", norms, ".1f"),
+    ]
+    return "".join(
+        figure(title, meaning, line_chart(series, ticks, unit)) for title, meaning, series, unit in charts
+    )
+
+
+def _source(explanation: Explanation) -> str:
+    if explanation.told_by == "artefact":
+        return "The figures are the artefact's own, by its debug outputs."
+    return (
+        "The figures are those of the eager reference on the artefact's inputs; the column <i>error</i> "
+        "below says how far the artefact is from it."
+    )
+
+
+def _values(explanation: Explanation, value: _Value) -> dict[str, list[float]]:
+    return {
+        label: [value(step.sites[path], step) for step in explanation.steps]
+        for path, label in site_labels(explanation.steps[0].sites).items()
+    }
+
+
+def _map(explanation: Explanation, title: str, meaning: str, unit: str, value: _Value) -> str:
+    rows = _values(explanation, value)
+    largest = max(max(row) for row in rows.values())
+    return figure(title, meaning, heat_map(rows, _ticks(explanation), largest, unit))
+
+
+def _site_numbers(explanation: Explanation) -> str:
+    """What the maps show, as numbers, folded away."""
+    head = ["site", *(str(number) for number in range(1, len(explanation.steps) + 1))]
+    parts = []
+    for title, _, unit, value in _MAPS:
+        rows = [
+            [label, *(format(number, unit) for number in row)]
+            for label, row in _values(explanation, value).items()
+        ]
+        parts.append(f"<h3>{title}</h3>{table(head, rows)}")
+    return "".join(parts)
+
+
+def _transports(explanation: Explanation, name: str) -> str:
+    """Where chosen tokens of a grid are sent, at a few steps."""
+    steps = explanation.steps
+    shown = sorted({round(place) for place in np.linspace(0, len(steps) - 1, min(_SHOWN_STEPS, len(steps)))})
+    height, width = steps[0].states[name].shape[1:]
+    places: dict[tuple[int, int], str] = {}
+    for label, (down, right) in explanation.tokens.items():
+        token = min(int(down * height), height - 1), min(int(right * width), width - 1)
+        # On a coarse grid, or the single row of the text, several places may be one token.
+        places.setdefault(token, label)
+    rows = [
+        (label, [spread(steps[index].states[name], *token) for index in shown])
+        for token, label in places.items()
+    ]
+    largest = max(float(shares.max()) for _, drawn in rows for shares in drawn)
+    head = "".join(f'<th scope="col">step {index + 1}<br>σ {steps[index].sigma:.2g}</th>' for index in shown)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(label)}</th>'
+        + "".join(f"<td>{picture(shares, largest, f'{html.escape(label)} token')}</td>" for shares in drawn)
+        + "</tr>"
+        for label, drawn in rows
+    )
+    content = f'<table class="pictures"><tr><th></th>{head}</tr>{body}</table>'
+    title = f"{html.escape(name.removeprefix('sws_state_'))}: {height} × {width} tokens"
+    return figure(title, "", content, note=f"strongest: {largest:.2f}")

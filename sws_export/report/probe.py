@@ -1,0 +1,153 @@
+"""Looks into the sites of a running artefact, by its own outputs or by the eager reference beside it."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sws_export.errors import OptionError, ValidationError
+from sws_export.parameters import bypass_level, recorded_parameters
+from sws_export.progress import Progress
+from sws_export.report.explanation import Floats, SiteMetrics, StepMetrics
+from sws_export.runtime.contract import Contract
+from sws_export.runtime.session import Session
+from sws_export.validation.trajectory import TrajectoryStep
+
+
+class Probe:
+    """The artefact with SWS and without on the same inputs, and the reference beside it."""
+
+    def __init__(self, session: Session, reference: "Reference | None", intensity: float) -> None:
+        self._stream, self._plain = session.stream(), session.stream()
+        self._contract = session.contract
+        self._parameters = recorded_parameters(session.contract.manifest["sws"])
+        self._bypass_level = bypass_level(session.contract.preset, self._parameters)
+        self._reference = reference
+        self._intensity = intensity
+
+    def look(
+        self, step: TrajectoryStep, inputs: Mapping[str, Any]
+    ) -> tuple[StepMetrics, npt.NDArray[np.float64]]:
+        """Figures of one step, and the artefact's prediction in float64."""
+        begin = time.perf_counter()
+        found = self._stream.step(**inputs, sigma=step.sigma, intensity=self._intensity).astype(np.float64)
+        seconds = time.perf_counter() - begin
+        level = step.sigma if self._bypass_level is None else self._bypass_level
+        plain = self._plain.step(**inputs, sigma=level, intensity=0.0).astype(np.float64)
+        error: float | None = None
+        sites: dict[str, SiteMetrics] = {}
+        if self._reference is not None:
+            expected, sites = self._reference.look(step, inputs)
+            error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        u, kappa = self._schedule(step)
+        figures = StepMetrics(
+            sigma=float(step.sigma[0]),
+            progress=u,
+            kl_cap=kappa,
+            seconds=seconds,
+            effect=float(np.sqrt(np.square(found - plain).mean() / np.square(plain).mean())),
+            error=error,
+            sites=self._told() if self._contract.figures else sites,
+            states={name: _banded(self._contract, values) for name, values in self._stream.state().items()},
+        )
+        return figures, found
+
+    def _schedule(self, step: TrajectoryStep) -> tuple[float, float]:
+        """u and the KL cap of a step."""
+        import torch
+
+        from sws_export.reference import comfyui_node_schedule, schedule
+
+        sigma = torch.from_numpy(step.sigma)
+        if self._contract.preset == "node":
+            node = comfyui_node_schedule(sigma, self._parameters)
+            return float(node.u[0]), float(node.kappa[0])
+        now = schedule(sigma, torch.full_like(sigma, self._intensity), self._parameters)
+        return float(now.u[0]), float(now.kappa[0])
+
+    def _told(self) -> dict[str, SiteMetrics]:
+        """Figures that the artefact gives, by site."""
+        columns = self._stream.figures()
+        del columns["kl_cap"]
+        return {
+            site: SiteMetrics(**{name: float(values[0, column]) for name, values in columns.items()})
+            for column, site in enumerate(self._contract.metric_sites)
+        }
+
+
+def _banded(contract: Contract, state: Floats) -> Floats:
+    """The transport of the first sample, [145, H, W]; the node's is dense and of the whole batch."""
+    if contract.preset != "node":
+        return np.asarray(state[0], np.float32)
+    import torch
+
+    from sws_export.reference import band_from_dense, text_grid
+
+    band = band_from_dense(torch.from_numpy(state), *text_grid(state.shape[1]))
+    return np.asarray(band[0].numpy(), np.float32)
+
+
+class Reference:
+    """The eager reference with a state of its own."""
+
+    def __init__(self, model: Path, contract: Contract, intensity: float, progress: Progress) -> None:
+        from sws_export.reference import reference_unet
+
+        manifest = contract.manifest
+        sites = [name for names in manifest["sites"].values() for name in names]
+        unet = _load_checked(model, manifest, progress)
+        self._unet = reference_unet(contract.preset, unet, recorded_parameters(manifest["sws"]), sites)
+        self._intensity = intensity
+        self._state: dict[str, Any] | None = None
+
+    def look(self, step: TrajectoryStep, inputs: Mapping[str, Any]) -> tuple[Floats, dict[str, SiteMetrics]]:
+        """The prediction of one step, and the figures of all sites."""
+        import torch
+
+        from sws_export.checkpoint.unet_module import unet_arguments
+
+        sigma = torch.from_numpy(step.sigma).float()
+        tensors = {
+            name: torch.from_numpy(value).float() if value.dtype.kind == "f" else torch.from_numpy(value)
+            for name, value in inputs.items()
+        }
+        prediction, self._state = self._unet.step(
+            **unet_arguments(tensors),
+            sigma=sigma,
+            intensity=torch.full_like(sigma, self._intensity),
+            state=self._state,
+        )
+        sites = {path: _site_metrics(record) for path, record in self._unet.records.items()}
+        return prediction.numpy(), sites
+
+
+def _site_metrics(record: Any) -> SiteMetrics:
+    names = SiteMetrics.__dataclass_fields__
+    return SiteMetrics(**{name: float(getattr(record, name)[0]) for name in names})
+
+
+def _load_checked(model: Path, manifest: Mapping[str, Any], progress: Progress) -> Any:
+    """The UNet in float32, if it is the one the artefact was made from."""
+    import torch
+
+    from sws_export.checkpoint import open_checkpoint, verify_weights
+    from sws_export.checkpoint.unet_module import load_unet
+
+    recorded = manifest["source"]
+    if recorded.get("loras"):
+        raise OptionError(
+            f"{recorded['file']} was exported with LoRA weights fused, which the reference of the report has "
+            "not; leave the checkpoint away and export with --debug-outputs, or export without --lora"
+        )
+    checkpoint = open_checkpoint(model)
+    if recorded["kind"] == "checkpoint":
+        found = verify_weights(checkpoint, progress)
+        if found != recorded["sha256"]:
+            raise ValidationError(
+                f"the artefact was exported from {recorded['file']} with sha256 {recorded['sha256'][:12]}…, "
+                f"{model} has {found[:12]}…; give the checkpoint that it was exported from"
+            )
+    return load_unet(checkpoint, torch.float32)

@@ -1,0 +1,145 @@
+"""What SWS does in a model, step by step and site by site, as one HTML page."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sws_export.checkpoint.unet_io import size_multiple
+from sws_export.errors import OptionError
+from sws_export.files import publish, staged_directory
+from sws_export.progress import Progress, Silent
+from sws_export.report.explanation import Explanation, Floats, StepMetrics
+from sws_export.report.page import render
+from sws_export.report.probe import Probe, Reference
+from sws_export.runtime.contract import Contract
+from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session
+from sws_export.validation.trajectory import Trajectory
+
+TOKENS = {"centre": (0.5, 0.5), "edge": (0.0, 0.5), "corner": (0.0, 0.0)}
+"""Places whose transport is drawn: down and right, as shares of the picture."""
+
+_TEXT_TOKENS = 8
+_GRIDS_PER_SIDE = 4
+_LARGEST_SIDE = 32
+# Every Stable Diffusion UNet halves the latent three times or less.
+_MULTIPLE = 8
+
+
+def write_report(
+    artefact: Path,
+    model: Path | None,
+    out: Path,
+    *,
+    steps: int = 12,
+    intensity: float = RECOMMENDED_INTENSITY,
+    encoder_hidden_states: Floats | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    tokens: Mapping[str, tuple[float, float]] = TOKENS,
+    progress: Progress | None = None,
+) -> Explanation:
+    """Sample with the artefact, look into every site, and write a page.
+
+    The figures of the sites are the artefact's own where it was exported with `--debug-outputs`; else they
+    are those of the eager reference on the same inputs, and the page says how far the two are apart.
+
+    Args:
+        artefact: What `sws-export` wrote.
+        model: The checkpoint that it was exported from; may be None for an artefact with debug outputs,
+            which is compared with nothing then.
+        out: The HTML file; it needs no other file.
+        steps: Steps from sigma 14 to 0.3.
+        intensity: Strength of SWS.
+        encoder_hidden_states: Text embeddings [1, L, X]; random ones where None.
+        height: Of the latent; None takes the best of an engine's profile, else at most 32.
+        width: Of the latent.
+        tokens: Places whose transport is drawn, by the names that the page gives them.
+        progress: Hears of the steps.
+
+    Raises:
+        SwsExportError: A file cannot be read or written, the checkpoint is another one, or a value is out of
+            range.
+    """
+    if steps < 2:
+        raise OptionError(f"steps {steps} is out of range; at least 2 are needed")
+    if not 0 < intensity <= 1:
+        raise OptionError(f"intensity {intensity:g} is out of range; allowed is above 0 to 1")
+    for down, right in tokens.values():
+        if not (0 <= down <= 1 and 0 <= right <= 1):
+            raise OptionError(f"token {down:g},{right:g} is out of range; both are 0 to 1")
+    progress = progress or Silent()
+    session = Session.load(artefact)
+    contract = session.contract
+    if not contract.manifest["sws"]:
+        raise OptionError(f"{artefact} was exported with --plain: there is no SWS in it to report on")
+    if model is None and not contract.figures:
+        raise OptionError(
+            f"{artefact} does not tell what its sites do: name the checkpoint that it was exported from, or "
+            "export it again with --debug-outputs"
+        )
+    reference = Reference(model, contract, intensity, progress) if model is not None else None
+    sizes = _sizes(contract, height, width, encoder_hidden_states)
+    figures = _sample(session, reference, sizes, steps, intensity, encoder_hidden_states, progress)
+    explanation = Explanation(
+        manifest=contract.manifest,
+        artefact=artefact.name,
+        intensity=intensity,
+        sizes=sizes,
+        text="random text embeddings" if encoder_hidden_states is None else "text embeddings of the caller",
+        told_by="artefact" if contract.figures else "reference",
+        tokens=tokens,
+        steps=figures,
+    )
+    with staged_directory(out) as scratch:
+        page = scratch / out.name
+        page.write_text(render(explanation), "utf-8")
+        publish(page, out)
+    return explanation
+
+
+def _sizes(contract: Contract, height: int | None, width: int | None, text: Floats | None) -> dict[str, int]:
+    """The sizes to sample at: what the graph is fixed to, what was asked for, what suits."""
+    return _open_sizes(contract, height, width, text) | contract.fixed_sizes
+
+
+def _open_sizes(
+    contract: Contract, height: int | None, width: int | None, text: Floats | None
+) -> dict[str, int]:
+    tokens = _TEXT_TOKENS if text is None else text.shape[1]
+    if contract.profile is not None:
+        _, best, _ = contract.profile["sample"]
+        low, _, high = contract.profile["encoder_hidden_states"]
+        tokens = int(np.clip(tokens, low[1], high[1])) if text is None else tokens
+        return {"batch": 1, "height": height or best[2], "width": width or best[3], "tokens": tokens}
+    config = contract.manifest["source"].get("config")
+    multiple = size_multiple(config) if config else _MULTIPLE
+    trained = (config or {}).get("sample_size")
+    side = min(trained if isinstance(trained, int) else _LARGEST_SIDE, _LARGEST_SIDE)
+    side = max(_GRIDS_PER_SIDE * multiple, side // multiple * multiple)
+    return {"batch": 1, "height": height or side, "width": width or side, "tokens": tokens}
+
+
+def _sample(
+    session: Session,
+    reference: Reference | None,
+    sizes: Mapping[str, int],
+    steps: int,
+    intensity: float,
+    text: Floats | None,
+    progress: Progress,
+) -> tuple[StepMetrics, ...]:
+    specs = [spec for spec in session.contract.inputs if spec.name not in ("sigma", "intensity")]
+    trajectory = Trajectory(specs, sizes, steps)
+    probe = Probe(session, reference, intensity)
+    figures = []
+    with progress.stage("report", total=steps) as stage:
+        for step in trajectory.steps():
+            inputs = trajectory.inputs(step)
+            if text is not None:
+                inputs["encoder_hidden_states"] = np.asarray(text)
+            found, prediction = probe.look(step, inputs)
+            figures.append(found)
+            trajectory.advance(step, prediction)
+            stage.advance()
+    return tuple(figures)

@@ -1,0 +1,1 @@
+"""Pictures with and without SWS, side by side."""

@@ -1,0 +1,101 @@
+"""Labelled pictures side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+_MARGIN = 12
+_GAP = 4
+_GROUP_GAP = 14
+_LABEL_WIDTH = 150
+_LINE = 18
+_PAPER, _INK, _FAINT = (250, 250, 248), (30, 30, 34), (110, 110, 116)
+
+
+def draw_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    columns: Sequence[str],
+    groups: Sequence[str],
+    title: str,
+    notes: Sequence[str] = (),
+) -> Image.Image:
+    """A sheet of pictures of one size: a labelled row each, columns in groups of equal width.
+
+    Args:
+        rows: Label and pictures of each row; as many pictures as groups times columns.
+        columns: Labels of the columns of one group.
+        groups: Labels above the groups.
+        title: One line above everything.
+        notes: Lines below everything.
+    """
+    width, height = rows[0][1][0].size
+    lefts = _lefts(width, len(columns), len(groups))
+    top = _MARGIN + 3 * _LINE + 8
+    bottom = top + len(rows) * (height + _GAP) - _GAP + _MARGIN
+    small, large = ImageFont.load_default(13), ImageFont.load_default(15)
+    texts = [int(font.getlength(text)) for text, font in ((title, large), *((note, small) for note in notes))]
+    sheet = Image.new(
+        "RGB",
+        (
+            max(lefts[-1] + width, _MARGIN + max(texts)) + _MARGIN,
+            bottom + (len(notes) * _LINE + _MARGIN if notes else 0),
+        ),
+        _PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 2), title, _INK, large)
+    for number, left in enumerate(lefts):
+        if number % len(columns) == 0:
+            draw.text((left, _MARGIN + _LINE + 4), groups[number // len(columns)], _INK, small)
+        draw.text((left, _MARGIN + 2 * _LINE + 4), columns[number % len(columns)], _FAINT, small)
+    for row, (label, pictures) in enumerate(rows):
+        y = top + row * (height + _GAP)
+        text = _wrapped(label, small)
+        draw.multiline_text((_MARGIN, y + height // 2), text, _INK, small, anchor="lm", spacing=3)
+        for left, picture in zip(lefts, pictures, strict=True):
+            sheet.paste(picture, (left, y))
+    for number, note in enumerate(notes):
+        draw.text((_MARGIN, bottom + number * _LINE), note, _INK, small)
+    return sheet
+
+
+def to_image(picture: npt.NDArray[np.floating], scale: int = 1) -> Image.Image:
+    """RGB image of values [3, H, W] in [-1, 1], each pixel enlarged to `scale` by `scale`."""
+    pixels = np.clip((picture.transpose(1, 2, 0) + 1.0) * 127.5, 0.0, 255.0).round().astype(np.uint8)
+    image = Image.fromarray(pixels)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write `image` so that it is complete or not there.
+
+    Raises:
+        OutputError: The directory is missing or not writable, or the disk is full.
+    """
+    from sws_export.files import publish, staged_directory
+
+    with staged_directory(path) as scratch:
+        image.save(scratch / path.name, format="PNG")
+        publish(scratch / path.name, path)
+
+
+def _lefts(width: int, columns: int, groups: int) -> list[int]:
+    step = width + _GAP
+    group = columns * step - _GAP + _GROUP_GAP
+    start = _MARGIN + _LABEL_WIDTH
+    return [start + g * group + c * step for g in range(groups) for c in range(columns)]
+
+
+def _wrapped(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`label` in lines that fit beside the pictures."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > _LABEL_WIDTH - 10 and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""Sampling a whole diffusers pipeline with its UNet replaced by an artefact, with and without SWS."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sws_export.errors import CheckpointError, OptionError
+from sws_export.progress import Progress, Silent
+from sws_export.sampling.effects import Effect, Floats, Sampled, measure
+from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
+from sws_export.sampling.pipeline_class import pipeline_class
+
+_LARGEST_SHOWN = 0.8
+# What changes more than nearly all pixels may be cut off, so that the others are seen.
+_SHOWN_QUANTILE = 0.99
+_NARROWEST, _WIDEST = 96, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """What to sample.
+
+    Attributes:
+        prompts: One row of pictures each.
+        seeds: One group of columns each.
+        intensities: One column of each group; the first is what the others are compared with.
+        steps: Steps of the scheduler.
+        guidance: Scale of classifier-free guidance.
+        height: Pixels; None takes the size the UNet was trained on.
+        width: Pixels.
+        trust_code: Run the pipeline directory's own `pipeline.py`, where diffusers does not know its class.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    intensities: tuple[float, ...] = (0.0, 0.5, 1.0)
+    steps: int = 25
+    guidance: float = 5.0
+    height: int | None = None
+    width: int | None = None
+    trust_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "seeds", "intensities"):
+            if not getattr(self, name):
+                raise OptionError(f"nothing to sample: give at least one of {name}")
+        for intensity in self.intensities:
+            if not 0.0 <= intensity <= 1.0:
+                raise OptionError(f"intensity {intensity:g} is out of range; allowed is 0 to 1")
+        if self.steps < 1:
+            raise OptionError(f"steps {self.steps} is out of range; at least 1 is needed")
+
+
+def sample_pipeline(
+    artefact: Path, pipeline: Path, out: Path, options: SampleOptions, progress: Progress | None = None
+) -> list[Effect]:
+    """Write one PNG with the pictures of every prompt, seed and intensity, and measure what SWS changes.
+
+    Pictures of one prompt and seed start from the same noise. They are made one at a time, each from an empty
+    state, also where the artefact's own rule is to let it last.
+
+    Args:
+        artefact: What `sws-export` made of the UNet of `pipeline`.
+        pipeline: A diffusers pipeline directory with its other parts; nothing is fetched from elsewhere.
+        out: The PNG.
+        options: What to sample.
+        progress: Hears of each picture.
+
+    Returns:
+        One entry for each intensity. Pictures are in [-1, 1]; `step_change` is that of the latents.
+
+    Raises:
+        SwsExportError: A file is missing or does not fit the other, or the PNG cannot be written.
+    """
+    from sws_export.adapters.diffusers import SWSUNet
+
+    pipe = _load_pipeline(pipeline, trust_code=options.trust_code)
+    unet = SWSUNet.load(artefact, config=_unet_config(pipeline))
+    unet.attach(pipe)
+    total = len(options.prompts) * len(options.seeds) * len(options.intensities)
+    runs = []
+    with (progress or Silent()).stage("sample", total=total) as stage:
+        for intensity in options.intensities:
+            pictures, changes = [], []
+            for prompt, seed in itertools.product(options.prompts, options.seeds):
+                stage.describe(f"intensity {intensity:g}: {prompt}")
+                unet.reset()
+                picture, moved = _one(pipe, prompt, seed, intensity, options)
+                pictures.append(picture)
+                changes.append(moved)
+                stage.advance()
+            runs.append(Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1)))
+    effects = [measure(run, runs[0]) for run in runs]
+    # The node keeps its temperature at intensity 0.
+    zero = "plain" if unet.session.contract.preset == "sws" else "SWS 0"
+    sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
+    save_picture(sheet, out)
+    return effects
+
+
+def comparison_sheet(
+    runs: Sequence[Sampled],
+    effects: Sequence[Effect],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    zero: str = "plain",
+) -> Image.Image:
+    """Pictures of `runs` side by side, and enlarged the change from the first run to the last.
+
+    Args:
+        runs: Pictures in [-1, 1], prompt by prompt and within a prompt seed by seed.
+        effects: What was measured of each run; written below.
+        prompts: One row each.
+        seeds: One group of columns each.
+        steps: Number of steps, for the title.
+        zero: What a run at intensity 0 is called.
+    """
+    scale = max(1, _NARROWEST // runs[0].pictures.shape[-1])
+    change = runs[-1].pictures - runs[0].pictures
+    enlarged = max(1, int(_LARGEST_SHOWN / max(float(np.quantile(np.abs(change), _SHOWN_QUANTILE)), 1e-6)))
+    shown = [*(run.pictures for run in runs), change * enlarged]
+    rows = []
+    for row, prompt in enumerate(prompts):
+        numbers = range(row * len(seeds), (row + 1) * len(seeds))
+        rows.append((prompt or "(no prompt)", [_shown(each[n], scale) for n in numbers for each in shown]))
+    labels = [zero if run.intensity == 0 else f"SWS {run.intensity:g}" for run in runs]
+    groups = [f"seed {seed}" for seed in seeds]
+    title = f"The same seeds without and with SWS, {steps} steps"
+    notes = [
+        f"{label}: differs by {effect.difference:.4f}, sharpness {effect.sharpness:.4f}, "
+        f"step-to-step change {effect.step_change:.4f}"
+        for label, effect in zip(labels, effects, strict=True)
+    ]
+    return draw_grid(rows, [*labels, f"change x {enlarged}"], groups, title, notes)
+
+
+def _shown(picture: Floats, scale: int) -> Image.Image:
+    image = to_image(picture, scale)
+    image.thumbnail((_WIDEST, _WIDEST))
+    return image
+
+
+def _unet_config(pipeline: Path) -> dict[str, Any]:
+    from diffusers import UNet2DConditionModel
+
+    try:
+        return dict(UNet2DConditionModel.load_config(pipeline, subfolder="unet", local_files_only=True))
+    except OSError as error:
+        raise CheckpointError(f"{pipeline} has no unet/config.json: {error}") from error
+
+
+def _load_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
+    """The pipeline without its UNet, whose weights are not read."""
+    from diffusers.utils import logging
+
+    kind = pipeline_class(pipeline, trust_code=trust_code)
+    # The stage above tells how far the work is.
+    logging.disable_progress_bar()
+    try:
+        pipe = kind.from_pretrained(pipeline, unet=None, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"diffusers cannot load the pipeline {pipeline}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _one(
+    pipe: Any, prompt: str, seed: int, intensity: float, options: SampleOptions
+) -> tuple[Floats, Floats]:
+    """One picture [3, H, W] in [-1, 1], and how far the latents moved at each step but the first."""
+    import torch
+
+    latents: list[Floats] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+        latents.append(tensors["latents"].float().cpu().numpy())
+        return tensors
+
+    try:
+        (image,) = pipe(
+            prompt,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            height=options.height,
+            width=options.width,
+            generator=torch.Generator().manual_seed(seed),
+            cross_attention_kwargs={"intensity": intensity},
+            callback_on_step_end=keep,
+            output_type="np",
+        ).images
+    except ValueError as error:
+        # How pipelines refuse sizes, prompts and numbers of steps.
+        raise OptionError(f"the pipeline refuses: {error}") from error
+    moved = [np.sqrt(np.square(after - before).mean()) for before, after in itertools.pairwise(latents)]
+    return np.asarray(image.transpose(2, 0, 1) * 2 - 1, np.float32), np.asarray(moved, np.float32)

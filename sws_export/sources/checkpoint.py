@@ -1,0 +1,190 @@
+"""A checkpoint as the start of an export."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, verify_weights
+from sws_export.checkpoint.unet_io import size_multiple, unet_inputs
+from sws_export.errors import CheckpointError
+from sws_export.lora.fuse import Lora, fuse, open_lora, parse_lora
+from sws_export.options.options import ExportOptions
+from sws_export.progress import Progress
+from sws_export.tensors import PRECISIONS, Precision, TensorSpec
+from sws_export.tracing.export_unet import export_plain, plain_weights
+from sws_export.validation import SwsSpec, ValidationReport, validate_against_reference
+
+_SHOWN = 3
+_STORED_PRECISIONS: dict[str, Precision] = {"F32": "fp32", "F64": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSource:
+    """A checkpoint, exported in `precision` with `loras` fused, and inputs for a ControlNet if asked for."""
+
+    checkpoint: Checkpoint
+    precision: Precision
+    loras: tuple[Lora, ...] = ()
+    controlnet: bool = False
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        return self.checkpoint.path
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The UNet's inputs, from its configuration."""
+        return unet_inputs(
+            self.checkpoint.config, PRECISIONS[self.precision].dtype, controlnet=self.controlnet
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The UNet's configuration."""
+        return self.checkpoint.config
+
+    @property
+    def multiple(self) -> int:
+        """One halving a level but the last."""
+        return size_multiple(self.checkpoint.config)
+
+    @property
+    def vae_scale(self) -> int | None:
+        """As the checkpoint or its family says."""
+        return self.checkpoint.vae_scale
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the UNet."""
+        return self.checkpoint.parameters
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files."""
+        return self.checkpoint.files
+
+    @property
+    def converts(self) -> bool:
+        """To another precision, or by a LoRA."""
+        stored = {_STORED_PRECISIONS.get(dtype) for dtype in self.checkpoint.dtypes}
+        return bool(self.loras) or stored != {self.precision}
+
+    def identity(self, sha256: str) -> dict[str, Any]:
+        """What the manifest says of it, which tensors of the files are taken, and its inputs."""
+        tensors = {
+            name: [tensor.file.name, tensor.dtype, tensor.offset, *tensor.shape]
+            for name, tensor in self.checkpoint.stored.items()
+        }
+        return {"manifest": self._describe(sha256), "tensors": tensors, "controlnet": self.controlnet}
+
+    def weights(self) -> Mapping[str, ir.TensorProtocol]:
+        """As `plain_model` attaches them."""
+        return plain_weights(self.checkpoint, self.precision, fuse(self.checkpoint, self.loras))
+
+    def describe(self) -> list[str]:
+        """Family, layout, size, and where the configuration comes from."""
+        found = self.checkpoint
+        ignored = [f"ignored {count} tensors: {reason}" for reason, count in found.ignored.items()]
+        return [
+            f"{found.family or 'UNet2DConditionModel'}, {found.layout} layout, "
+            f"{found.parameters / 1e6:.1f} M parameters, {'/'.join(found.dtypes)} -> {self.precision}",
+            f"configuration: {found.config_source}",
+            *(f"LoRA {lora.path.name} at {lora.scale:g}: {len(lora.changes)} weights" for lora in self.loras),
+            *ignored,
+            *found.remarks,
+        ]
+
+    def verify(self, progress: Progress) -> dict[str, Any]:
+        """Names, shapes, and every byte of the weights.
+
+        Raises:
+            CheckpointError: A tensor is missing, misshapen, or holds NaN or Inf.
+        """
+        with progress.stage("check tensors") as stage:
+            stage.describe("comparing names and shapes with the architecture")
+            unused = check_tensors(self.checkpoint)
+        if unused:
+            progress.warn(f"{unused} tensors of the checkpoint have no place in this UNet and are ignored")
+        return self._describe(verify_weights(self.checkpoint, progress))
+
+    def _describe(self, sha256: str) -> dict[str, Any]:
+        found = self.checkpoint
+        return {
+            "kind": "checkpoint",
+            "file": found.path.name,
+            "sha256": sha256,
+            "layout": found.layout,
+            "family": found.family,
+            "parameters": found.parameters,
+            "prediction_type": found.prediction_type,
+            "vae_scale": found.vae_scale,
+            "config": found.config,
+            "loras": [
+                {"file": lora.path.name, "scale": lora.scale, "sha256": lora.sha256()} for lora in self.loras
+            ],
+        }
+
+    def plain_model(self, progress: Progress) -> ir.Model:
+        """Traced and translated; the weights stay on disk."""
+        fused = fuse(self.checkpoint, self.loras)
+        return export_plain(self.checkpoint, self.precision, progress, fused, controlnet=self.controlnet)
+
+    def validate(
+        self,
+        onnx_path: Path,
+        shuffled: SwsSpec,
+        progress: Progress,
+    ) -> ValidationReport:
+        """Against the eager reference with the checkpoint's weights."""
+        return validate_against_reference(
+            onnx_path,
+            self.checkpoint,
+            self.inputs,
+            shuffled,
+            self.precision,
+            progress,
+            fuse(self.checkpoint, self.loras),
+        )
+
+
+def open_checkpoint_source(model: Path, options: ExportOptions, progress: Progress) -> CheckpointSource:
+    """Read the headers of a checkpoint and of the LoRAs to be fused.
+
+    Raises:
+        CheckpointError: There is no UNet at `model`, or a LoRA belongs to another.
+        OptionError: A LoRA is named in a wrong way.
+    """
+    with progress.stage("open") as stage:
+        stage.describe("reading headers")
+        checkpoint = open_checkpoint(
+            model,
+            options.config,
+            ema=options.ema,
+            variant=options.variant,
+            attention_head_dim=options.attention_head_dim,
+            prediction_type=options.prediction_type,
+        )
+    loras = tuple(open_lora(file, checkpoint, scale) for file, scale in map(parse_lora, options.loras))
+    for lora in loras:
+        if lora.unmatched:
+            shown = ", ".join(lora.unmatched[:_SHOWN]) + (", …" if len(lora.unmatched) > _SHOWN else "")
+            progress.warn(
+                f"{lora.path}: {len(lora.unmatched)} keys have no counterpart in this UNet and are left out: "
+                f"{shown}"
+            )
+    return CheckpointSource(
+        checkpoint, options.precision or _stored_precision(checkpoint), loras, options.controlnet
+    )
+
+
+def _stored_precision(checkpoint: Checkpoint) -> Precision:
+    stored = next(iter(checkpoint.dtypes))
+    if stored not in _STORED_PRECISIONS:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {stored} weights; choose --precision fp32, fp16 or bf16"
+        )
+    return _STORED_PRECISIONS[stored]

@@ -1,0 +1,208 @@
+"""Names, dtypes, symbolic shapes and size ranges of the inputs and outputs of an exported graph."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from sws_export.errors import OptionError
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+DOWN_RESIDUAL = "down_block_additional_residual_"
+"""Prefix of the ControlNet residuals of the down blocks, followed by their index from 0."""
+MID_RESIDUAL = "mid_block_additional_residual"
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
+"""Smallest, best and largest shape of each input, by its name."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    Attributes:
+        name: Name in the graph, as in diffusers.
+        dtype: `float32`, `float16`, `bfloat16` or `int64`.
+        shape: An int for a static dimension; otherwise a symbol of `SIZE_AXES`, or an exact division of one
+            such as `height/2`. Height and width are those of the latent.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class SizeAxis(NamedTuple):
+    """The input and the axis that define a size: `sample` axis 2 is the latent's height."""
+
+    input: str
+    axis: int
+
+
+SIZE_AXES: Mapping[str, SizeAxis] = {
+    "batch": SizeAxis("sample", 0),
+    "height": SizeAxis("sample", 2),
+    "width": SizeAxis("sample", 3),
+    "tokens": SizeAxis("encoder_hidden_states", 1),
+}
+"""The dimensions that can vary, by their symbol."""
+
+
+@dataclass(frozen=True)
+class PrecisionFormat:
+    """How one precision is named elsewhere.
+
+    Attributes:
+        dtype: Name in numpy, torch and the manifest.
+        safetensors: Name in a safetensors header.
+        itemsize: Bytes of one value.
+    """
+
+    dtype: str
+    safetensors: str
+    itemsize: int
+
+
+PRECISIONS: Mapping[Precision, PrecisionFormat] = {
+    "fp32": PrecisionFormat("float32", "F32", 4),
+    "fp16": PrecisionFormat("float16", "F16", 2),
+    "bf16": PrecisionFormat("bfloat16", "BF16", 2),
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes of one dimension: the engine takes `minimum` to `maximum` and is fastest at `optimum`."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+    def __str__(self) -> str:
+        if self.minimum == self.maximum:
+            return str(self.minimum)
+        return f"{self.minimum}:{self.optimum}:{self.maximum}"
+
+    def values(self) -> tuple[int, int, int]:
+        """Minimum, optimum, maximum."""
+        return self.minimum, self.optimum, self.maximum
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the four dimensions that can vary; height and width in units of the latent, not pixels."""
+
+    batch: Range
+    height: Range
+    width: Range
+    tokens: Range
+
+    def ranges(self) -> dict[str, Range]:
+        """Each by its name."""
+        return {name: getattr(self, name) for name in SIZE_AXES}
+
+    def fixed(self) -> dict[str, int]:
+        """Those of one size only."""
+        return {name: size.minimum for name, size in self.ranges().items() if size.minimum == size.maximum}
+
+
+def parse_range(text: str, option: str) -> Range:
+    """Read MIN:OPT:MAX, or one number for a fixed size; `option` is named in errors.
+
+    Raises:
+        OptionError: The text is neither, a size is below 1, or the three are not in ascending order.
+    """
+    if not re.fullmatch(r"\d{1,9}(:\d{1,9}:\d{1,9})?", text.strip()):
+        raise OptionError(f"{option} {text}: expected one number or MIN:OPT:MAX, such as 1:2:4")
+    numbers = [int(part) for part in text.split(":")]
+    minimum, optimum, maximum = numbers if len(numbers) == 3 else numbers * 3
+    if minimum < 1:
+        raise OptionError(f"{option} {text}: sizes begin at 1, found {minimum}")
+    if not minimum <= optimum <= maximum:
+        raise OptionError(
+            f"{option} {text}: expected MIN <= OPT <= MAX, found {minimum}, {optimum}, {maximum}"
+        )
+    return Range(minimum, optimum, maximum)
+
+
+def resolve_sizes(
+    *, batch: str, height: str, width: str, tokens: str, vae_scale: int, multiple: int
+) -> Sizes:
+    """Read the four size options; height and width come in pixels and leave in units of the latent.
+
+    Args:
+        batch: Text of `--batch`.
+        height: Text of `--height`, pixels.
+        width: Text of `--width`, pixels.
+        tokens: Text of `--tokens`.
+        vae_scale: Pixels for each latent element, 8 for Stable Diffusion.
+        multiple: What height and width of the latent must be multiples of, 2 ** (levels - 1) for a UNet.
+
+    Raises:
+        OptionError: A text is malformed, or a size in pixels is not a multiple of `vae_scale * multiple`.
+    """
+    return Sizes(
+        batch=parse_range(batch, "--batch"),
+        height=latent_range(height, "--height", vae_scale, multiple),
+        width=latent_range(width, "--width", vae_scale, multiple),
+        tokens=parse_range(tokens, "--tokens"),
+    )
+
+
+def latent_range(text: str, option: str, vae_scale: int, multiple: int) -> Range:
+    """Read a size option in pixels, as `parse_range` does; the result is in units of the latent.
+
+    Raises:
+        OptionError: The text is malformed, or a size is not a multiple of `vae_scale * multiple`.
+    """
+    pixels = parse_range(text, option)
+    step = vae_scale * multiple
+    for size in pixels.values():
+        if size % step:
+            below, above = size // step * step, (size // step + 1) * step
+            nearest = f"{below} or {above}" if below else str(above)
+            raise OptionError(
+                f"{option} {text}: {size} is not a multiple of {step} ({vae_scale} pixels a latent element, "
+                f"times {multiple} for the UNet's levels); the nearest valid size is {nearest}"
+            )
+    return Range(*(size // vae_scale for size in pixels.values()))
+
+
+def shapes_for(inputs: Iterable[TensorSpec], sizes: Sizes) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Smallest, best and largest shape of each input.
+
+    Raises:
+        OptionError: A divided dimension such as `height/2` does not come out whole.
+    """
+    return {
+        spec.name: (
+            concrete_shape(spec, {name: getattr(sizes, name).minimum for name in SIZE_AXES}),
+            concrete_shape(spec, {name: getattr(sizes, name).optimum for name in SIZE_AXES}),
+            concrete_shape(spec, {name: getattr(sizes, name).maximum for name in SIZE_AXES}),
+        )
+        for spec in inputs
+    }
+
+
+def concrete_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:
+    """The shape of `spec` where `batch`, `height`, `width` (latent) and `tokens` have the sizes given.
+
+    Raises:
+        OptionError: A divided dimension such as `height/2` does not come out whole.
+    """
+    return tuple(
+        dimension if isinstance(dimension, int) else _dimension(spec, dimension, sizes)
+        for dimension in spec.shape
+    )
+
+
+def _dimension(spec: TensorSpec, dimension: str, sizes: Mapping[str, int]) -> int:
+    name, _, divisor = dimension.partition("/")
+    size, rest = divmod(sizes[name], int(divisor or 1))
+    if rest:
+        raise OptionError(
+            f"input {spec.name} needs a latent {name} that is a multiple of {divisor}, found {sizes[name]}"
+        )
+    return size

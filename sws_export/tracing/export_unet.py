@@ -1,0 +1,134 @@
+"""Checkpoint to plain ONNX: the UNet as diffusers computes it, without SWS.
+
+The module is built and run on the meta device, so no weight is in memory while the graph is made. Each
+initializer then points at its bytes in the checkpoint and is converted, where it must be, when it is saved.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from sws_export.checkpoint import Checkpoint, FusedWeights, StoredTensor, read_tensor
+from sws_export.checkpoint.unet_io import size_multiple, unet_inputs, unet_output
+from sws_export.errors import ExportError
+from sws_export.progress import Progress, Silent
+from sws_export.tensors import PRECISIONS, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+OPSET = 23
+IR_DTYPES: dict[Precision, ir.DataType] = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+_STORED_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+
+def export_plain(
+    checkpoint: Checkpoint,
+    precision: Precision = "fp32",
+    progress: Progress | None = None,
+    fused: FusedWeights | None = None,
+    *,
+    controlnet: bool = False,
+) -> ir.Model:
+    """The UNet of `checkpoint` as an ONNX model with dynamic batch, height, width and tokens.
+
+    Args:
+        checkpoint: An opened checkpoint; its weights stay on disk.
+        precision: Precision of weights and activations.
+        progress: Receives the stages.
+        fused: Weights that take the place of stored ones, such as those with LoRAs.
+        controlnet: Take the residuals of a ControlNet as inputs.
+
+    Returns:
+        A model of opset 23 with one `Attention` node a site. Its initializers are named as in the
+        diffusers state dict and read from the checkpoint's files on demand.
+
+    Raises:
+        ExportError: The architecture takes inputs that are not supported.
+    """
+    progress = progress or Silent()
+    inputs = unet_inputs(checkpoint.config, PRECISIONS[precision].dtype, controlnet=controlnet)
+    output = unet_output(checkpoint.config, PRECISIONS[precision].dtype)
+    with progress.stage("export") as stage:
+        stage.describe("loading torch and diffusers")
+        import torch
+
+        from sws_export.checkpoint.unet_module import build_unet, call_unet
+        from sws_export.tracing import trace
+
+        stage.describe("tracing the UNet")
+        with torch.device("meta"):
+            unet = build_unet(checkpoint.config, precision)
+        model = trace(
+            unet, functools.partial(call_unet, unet), inputs, size_multiple(checkpoint.config), OPSET
+        )
+        (result,) = model.graph.outputs
+        result.name, result.shape = output.name, ir.Shape(output.shape)
+        _attach_weights(model, checkpoint, precision, fused or {})
+    return model
+
+
+def plain_weights(
+    checkpoint: Checkpoint, precision: Precision, fused: FusedWeights
+) -> dict[str, ir.TensorProtocol]:
+    """The tensors that `export_plain` backs its initializers with, by name; none is read."""
+    return {
+        name: _weight(name, stored, precision, fused.get(name)) for name, stored in checkpoint.tensors.items()
+    }
+
+
+def _attach_weights(
+    model: ir.Model, checkpoint: Checkpoint, precision: Precision, fused: FusedWeights
+) -> None:
+    """Back each weight of the graph by the checkpoint's files."""
+    for value in model.graph.initializers.values():
+        assert value.name is not None
+        if value.const_value is not None:
+            continue
+        stored = checkpoint.tensors.get(value.name)
+        if stored is None:
+            raise ExportError(f"{checkpoint.path}: tensor {value.name} is missing")
+        value.const_value = _weight(value.name, stored, precision, fused.get(value.name))
+
+
+def _weight(
+    name: str, stored: StoredTensor, precision: Precision, fused: "Callable[[], torch.Tensor] | None"
+) -> ir.TensorProtocol:
+    """A tensor that reads its bytes from the checkpoint when asked to, and converts where it must."""
+    target = IR_DTYPES[precision]
+    if fused is None and _STORED_DTYPES.get(stored.dtype) == precision:
+        return ir.ExternalTensor(
+            stored.file.name,
+            stored.offset,
+            stored.nbytes,
+            target,
+            shape=ir.Shape(stored.shape),
+            name=name,
+            base_dir=stored.file.parent,
+        )
+
+    read = fused or functools.partial(read_tensor, stored)
+
+    def convert() -> ir.TensorProtocol:
+        return ir.tensor_adapters.TorchTensor(_cast(name, read(), precision), name=name)
+
+    return ir.LazyTensor(convert, dtype=target, shape=ir.Shape(stored.shape), name=name)
+
+
+def _cast(name: str, tensor: "torch.Tensor", precision: Precision) -> "torch.Tensor":
+    import torch
+
+    cast = tensor.to(getattr(torch, PRECISIONS[precision].dtype))
+    if not math.isfinite(cast.abs().max().item()):
+        raise ExportError(
+            f"{name}: a weight of {tensor.abs().max().item():.3g} does not fit {precision}; "
+            "export with --precision bf16 or fp32"
+        )
+    return cast

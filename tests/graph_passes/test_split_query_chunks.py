@@ -1,0 +1,89 @@
+"""Sites of many tokens get attentions that each take a part of the query rows."""
+
+from fractions import Fraction
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graph_passes.find_sites import find_sites
+from graph_passes.insert_sws import InsertSws
+from graph_passes.parameters import SwsParameters
+from graph_passes.set_static_shapes import SetStaticShapes
+from graph_passes.split_query_chunks import SplitQueryChunks
+from tests.conftest import RunOnnx
+from tests.graph_passes.small_models import finished, graph_bytes
+from tests.graph_passes.test_insert_sws import sws_feeds, two_grids
+
+SIZES = {"height": 8, "width": 12}
+FOUR_PARTS = 8 * 12 * 8 * 12 // 4
+"""Logits a part, of which the finer grid has four times as many and the coarser one a quarter."""
+
+
+def fused(sizes: dict[str, int], rows: Fraction = Fraction(1), cap: float = 0.3) -> ir.Model:
+    """Two sites on a grid of 8 x 12 and one on 4 x 6, with branches, not yet lowered."""
+    model = two_grids()
+    parameters = SwsParameters(key_cap=cap, kl_floor=1e-3, kl_slope=0.0)
+    InsertSws(find_sites(model)[0], parameters, "fused", rows, branches=True)(model)
+    SetStaticShapes(sizes)(model)
+    return model
+
+
+def test_the_functions_it_leaves() -> None:
+    model = fused(SIZES)
+    assert SplitQueryChunks(logits=FOUR_PARTS)(model).modified
+    overloads = [node.overload for node in model.graph if node.op_type == "Attention" and node.domain]
+    assert overloads == ["in_4_parts", "", "in_4_parts"]
+    split, whole = (model.functions["sws", "Attention", overload] for overload in ("in_4_parts", ""))
+
+    def count(function: ir.Function) -> int:
+        return sum(node.op_type == "Attention" for node in function.all_nodes())
+
+    assert count(split) == 4 * count(whole) > 0
+    finished(model)
+    assert not any(node.domain == "sws" for node in model.graph.all_nodes())
+
+
+@pytest.mark.parametrize("rows", [Fraction(1), Fraction(1, 2)])
+@pytest.mark.parametrize("logits", [FOUR_PARTS, FOUR_PARTS * 4 // 7])
+def test_the_numbers_stay_the_same(run_onnx: RunOnnx, rows: Fraction, logits: int) -> None:
+    """Where the budget binds, with four parts and with seven, of which the last is the smallest."""
+    whole, split = fused(SIZES, rows, cap=1.0), fused(SIZES, rows, cap=1.0)
+    SplitQueryChunks(rows, logits)(split)
+    finished(whole)
+    finished(split)
+    assert graph_bytes(whole) != graph_bytes(split)
+    values = sws_feeds(whole, height=8, width=12)
+    before, after = run_onnx(whole, values), run_onnx(split, values)
+    for name, value in before.items():
+        np.testing.assert_allclose(after[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    still = run_onnx(split, values | {"intensity": np.zeros_like(values["intensity"])})
+    assert np.abs(still["out_sample"] - before["out_sample"]).max() > 1e-4
+
+
+def test_the_guard_is_split_by_the_rows_that_it_sees() -> None:
+    model = fused(SIZES, Fraction(1, 2))
+    SplitQueryChunks(Fraction(1, 2), FOUR_PARTS)(model)
+    site = model.functions["sws", "Attention", "in_4_parts"]
+    (guard,) = (node for node in site if node.op_type == "KeyGuard")
+    assert guard.overload == "in_2_parts"
+    assert ("sws", "KeyGuard", "in_2_parts") in model.functions
+    # The attentions of two sites in four parts of 24 rows, and the coarser grid's, which has no more.
+    queries = [node.inputs[0] for node in finished(model).graph if node.op_type == "Attention"]
+    rows = [value.shape[2] for value in queries if value is not None and value.shape is not None]
+    assert rows.count(24) == 2 * 4 + 1
+
+
+def test_sites_of_unknown_size_and_small_ones_stay_whole() -> None:
+    for model in (fused({}), fused({"height": 8}), fused(SIZES)):
+        before = graph_bytes(model)
+        assert not SplitQueryChunks()(model).modified
+        assert graph_bytes(model) == before
+
+
+def test_a_second_run_changes_nothing() -> None:
+    model = fused(SIZES)
+    SplitQueryChunks(logits=FOUR_PARTS)(model)
+    before = graph_bytes(model)
+    assert not SplitQueryChunks(logits=FOUR_PARTS)(model).modified
+    assert graph_bytes(model) == before

@@ -1,0 +1,338 @@
+"""Model repositories for Triton: the configuration by Triton's own protobuf, the model by Triton itself."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+
+from sws_export import ExportOptions, export
+from sws_export.adapters.triton.repository import TritonOptions, write_repository
+from sws_export.errors import EngineError, OptionError, OutputError
+from sws_export.runtime import Session
+from tests import road
+
+triton = pytest.importorskip("tritonclient.grpc")
+model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+
+ADDRESS = "127.0.0.1:18731"
+TOKENS = 5
+
+
+@pytest.fixture(scope="session")
+def graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
+    """A small UNet with SWS on one grid, height/2 by width/2."""
+    return road.shared(
+        tmp_path_factory, "sws.onnx", lambda path: export(traced, path, ExportOptions(validate=False))
+    )
+
+
+@pytest.fixture
+def engine(graph: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """What looks like a plan of the graph, of `tensorrt` or `tensorrt-rtx`, and its manifest."""
+
+    def make(backend: str) -> Path:
+        plan = tmp_path / "engine.plan"
+        magic = b"vtrt" if backend == "tensorrt-rtx" else b"ftrt"
+        plan.write_bytes(magic + bytes(12) + (64).to_bytes(8, "little") + bytes(40))
+        document = json.loads(graph.with_name("sws.onnx.json").read_text())
+        shapes = {"min": [1, 4, 8, 8], "opt": [2, 4, 16, 24], "max": [4, 4, 32, 32]}
+        document |= {"artefact": plan.name, "files": [], "engine": {"backend": backend}}
+        tokens = {"min": [1, 7, 16], "opt": [2, 9, 16], "max": [4, 99, 16]}
+        document["profile"] = {"sample": shapes, "encoder_hidden_states": tokens}
+        plan.with_name("engine.plan.json").write_text(json.dumps(document))
+        return plan
+
+    return make
+
+
+def read_config(folder: Path) -> Any:
+    return text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def test_native_model(graph: Path, tmp_path: Path) -> None:
+    written = write_repository(graph, tmp_path / "models", TritonOptions(name="unet", height=16, width=8))
+    folder = tmp_path / "models" / "unet"
+    assert written[0] == folder / "config.pbtxt"
+    assert names(folder) == ["1/model.onnx", "1/model.onnx.json", "config.pbtxt"]
+    assert sorted(str(file.relative_to(folder)) for file in written) == names(folder)
+    config = read_config(folder)
+    assert (config.name, config.backend, config.max_batch_size) == ("unet", "onnxruntime", 8)
+    tensors = {tensor.name: tensor for tensor in config.input}
+    assert list(tensors) == ["sample", "timestep", "encoder_hidden_states", "sigma", "intensity"]
+    assert list(tensors["sample"].dims) == [4, 16, 8]
+    assert list(tensors["encoder_hidden_states"].dims) == [-1, 16]
+    # [B] has no dimension beside the batch: Triton wants one, and takes it away again.
+    assert list(tensors["sigma"].dims) == [1]
+    assert tensors["sigma"].HasField("reshape")
+    assert list(tensors["sigma"].reshape.shape) == []
+    assert [tensor.name for tensor in config.output] == ["out_sample"]
+    assert config.version_policy.latest.num_versions == 1
+
+
+def test_figures_of_the_sites_are_outputs(traced: Path, tmp_path: Path) -> None:
+    graph = tmp_path / "telling.onnx"
+    export(traced, graph, ExportOptions(validate=False, debug_outputs=True))
+    for variant, dims in (("native", ([4], [1])), ("python", ([-1, 4], [-1]))):
+        options = TritonOptions(name=variant, variant=variant, height=16, width=8)  # type: ignore[arg-type]
+        write_repository(graph, tmp_path / "models", options)
+        tensors = {tensor.name: tensor for tensor in read_config(tmp_path / "models" / variant).output}
+        assert len(tensors) == 8
+        assert (tensors["sws_debug_kl"].dims, tensors["sws_debug_kl_cap"].dims) == dims
+        assert tensors["sws_debug_kl"].data_type == model_config_pb2.TYPE_FP32
+
+
+@pytest.fixture(scope="session")
+def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
+    """The same UNet with SWS in all its attention."""
+    options = ExportOptions(sites=("*",), validate=False)
+    return road.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
+
+
+def test_a_state_of_the_text_has_one_number_of_tokens(text_graph: Path, tmp_path: Path) -> None:
+    write_repository(text_graph, tmp_path, TritonOptions(height=16, width=8, tokens=77))
+    config = read_config(tmp_path / "sws_text")
+    image, text = config.sequence_batching.state
+    assert (list(image.dims), list(text.dims)) == ([145, 8, 4], [145, 1, 77])
+    assert (text.input_name, text.output_name) == ("sws_state_text", "sws_state_text_out")
+    assert list(text.initial_state[0].dims) == [145, 1, 77]
+    assert text.initial_state[0].zero_data
+    tensors = {tensor.name: list(tensor.dims) for tensor in config.input}
+    assert tensors["encoder_hidden_states"] == [77, 16]
+    with pytest.raises(OptionError, match=r"give height and width \(of the latent\), and the number of"):
+        write_repository(text_graph, tmp_path / "models", TritonOptions(height=16, width=8))
+    write_repository(text_graph, tmp_path / "models", TritonOptions(variant="python"))
+
+
+def test_every_state_starts_from_zeros(graph: Path, tmp_path: Path) -> None:
+    write_repository(graph, tmp_path, TritonOptions(height=16, width=8, max_sequences=5, idle_seconds=7))
+    batching = read_config(tmp_path / "sws").sequence_batching
+    assert batching.max_sequence_idle_microseconds == 7_000_000
+    assert batching.oldest.max_candidate_sequences == 5
+    (state,) = batching.state
+    assert (state.input_name, state.output_name) == ("sws_state_d2", "sws_state_d2_out")
+    assert list(state.dims) == [145, 8, 4]
+    (initial,) = state.initial_state
+    assert list(initial.dims) == [145, 8, 4]
+    assert initial.zero_data
+    assert initial.data_type == state.data_type == model_config_pb2.TYPE_FP32
+
+
+@pytest.fixture(scope="session")
+def node_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
+    """A small UNet with the published node, whose one state is of no sample."""
+    options = ExportOptions(preset="node", validate=False)
+    return road.shared(tmp_path_factory, "node_served.onnx", lambda path: export(traced, path, options))
+
+
+def test_a_state_that_a_batch_shares_is_not_batched(node_graph: Path, tmp_path: Path) -> None:
+    write_repository(node_graph, tmp_path, TritonOptions(name="node", tokens=77, max_sequences=5))
+    config = read_config(tmp_path / "node")
+    assert config.max_batch_size == 0
+    assert [list(tensor.dims) for tensor in config.input] == [[-1, 4, -1, -1], [-1], [-1, 77, 16], [-1], [-1]]
+    assert [list(tensor.dims) for tensor in config.output] == [[-1, 4, -1, -1]]
+    batching = config.sequence_batching
+    assert batching.oldest.max_candidate_sequences == 5
+    assert not batching.oldest.preferred_batch_size
+    (state,) = batching.state
+    assert (state.input_name, state.output_name) == ("sws_state_text", "sws_state_text_out")
+    assert list(state.dims) == list(state.initial_state[0].dims) == [1, 77, 77]
+    assert state.initial_state[0].zero_data
+
+
+def test_what_a_shared_state_forbids(node_graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="needs one for its state: give the number of text tokens, or use"):
+        write_repository(node_graph, tmp_path)
+    with pytest.raises(OptionError, match=r"max_batch 4 has no meaning for node_served\.onnx"):
+        write_repository(node_graph, tmp_path, TritonOptions(tokens=77, max_batch=4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_models_have_no_sequences(traced: Path, tmp_path: Path) -> None:
+    write_repository(traced, tmp_path, TritonOptions(name="plain", height=16, width=8))
+    config = read_config(tmp_path / "plain")
+    assert not config.HasField("sequence_batching")
+    assert config.dynamic_batching.max_queue_delay_microseconds == 1000
+
+
+def test_engine_takes_sizes_from_its_profile(engine: Callable[[str], Path], tmp_path: Path) -> None:
+    write_repository(engine("tensorrt"), tmp_path / "models")
+    folder = tmp_path / "models" / "engine"
+    assert names(folder) == ["1/model.plan", "1/model.plan.json", "config.pbtxt"]
+    config = read_config(folder)
+    assert (config.backend, config.max_batch_size) == ("tensorrt", 4)
+    assert list(config.sequence_batching.state[0].dims) == [145, 8, 12]
+    assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
+
+
+def test_weights_beside_the_graph_keep_their_name(graph: Path, tmp_path: Path) -> None:
+    for file in (graph, graph.with_name("sws.onnx.json")):
+        shutil.copy(file, tmp_path / file.name.replace("sws", "large"))
+    (tmp_path / "large.onnx.data").write_bytes(b"weights")
+    write_repository(tmp_path / "large.onnx", tmp_path / "models", TritonOptions(height=8, width=8))
+    assert "1/large.onnx.data" in names(tmp_path / "models" / "large")
+
+
+def test_python_model(graph: Path, tmp_path: Path) -> None:
+    write_repository(graph, tmp_path, TritonOptions(variant="python", max_sequences=3))
+    assert names(tmp_path / "sws") == ["1/model.onnx", "1/model.onnx.json", "1/model.py", "config.pbtxt"]
+    config = read_config(tmp_path / "sws")
+    assert (config.backend, config.max_batch_size) == ("python", 0)
+    assert list(config.input[0].dims) == [-1, 4, -1, -1]
+    controls = {entry.name: entry.control[0].kind for entry in config.sequence_batching.control_input}
+    kinds = model_config_pb2.ModelSequenceBatching.Control
+    assert controls == {
+        "START": kinds.CONTROL_SEQUENCE_START,
+        "END": kinds.CONTROL_SEQUENCE_END,
+        "CORRID": kinds.CONTROL_SEQUENCE_CORRID,
+    }
+    assert config.parameters["max_sequences"].string_value == "3"
+
+
+def test_a_model_that_is_there_already(graph: Path, tmp_path: Path) -> None:
+    options = TritonOptions(height=8, width=8)
+    write_repository(graph, tmp_path, options)
+    before = road.listing(tmp_path)
+    with pytest.raises(OutputError, match="is there already; remove it, or choose another name"):
+        write_repository(graph, tmp_path, options)
+    assert road.listing(tmp_path) == before
+
+
+def test_what_triton_cannot_serve(graph: Path, engine: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"does not run engine\.plan, an engine of TensorRT for RTX"):
+        write_repository(engine("tensorrt-rtx"), tmp_path / "models")
+    with pytest.raises(OptionError, match=r"takes any size, and Triton needs one.*give height and width"):
+        write_repository(graph, tmp_path / "models")
+    with pytest.raises(OptionError, match="width 64 is outside the engine's profile, 8 to 32"):
+        write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(width=64))
+    with pytest.raises(OptionError, match="tokens 6 is outside the engine's profile, 7 to 99"):
+        write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(tokens=6))
+    with pytest.raises(OptionError, match="max_batch 5 is outside what the artefact takes, which ends at 4"):
+        write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(max_batch=5))
+    assert not (tmp_path / "models" / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "a/b"}, "name 'a/b': expected letters"),
+        ({"variant": "ruby"}, "variant 'ruby' is unknown"),
+        ({"max_batch": 0}, "max_batch 0 is out of range"),
+    ],
+)
+def test_options_that_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        TritonOptions(**change)
+
+
+def make_inputs(sequence: int, step: int, batch: int = 1) -> dict[str, Any]:
+    random = np.random.default_rng((sequence, step))
+    return {
+        "sample": random.standard_normal((batch, 4, 8, 6), np.float32),
+        "timestep": np.full(batch, 900.0 - 100 * step, np.float32),
+        "encoder_hidden_states": random.standard_normal((batch, TOKENS, 16), np.float32),
+        "sigma": np.full(batch, 9.0 / (step + 1), np.float32),
+        "intensity": np.full(batch, 1.0, np.float32),
+    }
+
+
+@pytest.fixture(scope="session")
+def triton_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triton's server and its Python backend out of nvidia-pytriton, which is not installed for it."""
+    folder = tmp_path_factory.mktemp("triton")
+    fetched = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", folder, "nvidia-pytriton==0.7.0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if fetched.returncode:
+        pytest.skip(f"nvidia-pytriton cannot be had here: {fetched.stderr[-300:]}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    server = folder / "pytriton" / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = server / "backends" / "python" / "triton_python_backend_stub"
+    shutil.copy(server / "python_backend_stubs" / version / stub.name, stub)
+    for program in (stub, server / "bin" / "tritonserver"):
+        program.chmod(0o755)
+    return server
+
+
+@pytest.fixture
+def served(triton_folder: Path, graph: Path, tmp_path: Path) -> Iterator[Any]:
+    """A client of a server on this machine alone that serves the model `unet` in Python."""
+    repository = tmp_path / "models"
+    write_repository(graph, repository, TritonOptions(name="unet", variant="python", max_sequences=2))
+    log = tmp_path / "triton.log"
+    host, port = ADDRESS.split(":")
+    command = [triton_folder / "bin" / "tritonserver", "--model-repository", repository]
+    command += ["--backend-directory", triton_folder / "backends", "--allow-http=false"]
+    command += ["--allow-metrics=false", "--exit-timeout-secs=1", "--grpc-address", host, "--grpc-port", port]
+    paths = [str(road.ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        )
+    client = triton.InferenceServerClient(ADDRESS)
+    try:
+        for _ in range(300):
+            try:
+                if client.is_model_ready("unet"):
+                    break
+            except triton.InferenceServerException:
+                assert server.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.2)
+        else:
+            pytest.fail(log.read_text()[-3000:])
+        yield client
+    finally:
+        client.close()
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+
+
+def ask(client: Any, sequence: int, given: dict[str, Any], **flags: bool) -> Any:
+    tensors = []
+    for name, array in given.items():
+        tensors.append(triton.InferInput(name, array.shape, "FP32"))
+        tensors[-1].set_data_from_numpy(array)
+    return client.infer("unet", tensors, sequence_id=sequence, **flags).as_numpy("out_sample")
+
+
+@pytest.mark.slow
+def test_two_sequences_at_a_real_server(served: Any, graph: Path) -> None:
+    """Interleaved steps give what two sessions give, and a new start forgets."""
+    session = Session.load(graph)
+    streams = {7: session.stream(), 9: session.stream()}
+    for step in range(4):
+        for sequence, stream in streams.items():
+            given = make_inputs(sequence, step, batch=2)
+            found = ask(served, sequence, given, sequence_start=step == 0, sequence_end=step == 3)
+            np.testing.assert_allclose(found, stream.step(**given), rtol=0, atol=1e-6)
+    given = make_inputs(7, 0)
+    for _ in range(2):
+        found = ask(served, 7, given, sequence_start=True)
+        np.testing.assert_allclose(found, session.stream().step(**given), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_errors_reach_the_client(served: Any) -> None:
+    given = make_inputs(1, 0) | {"intensity": np.full(1, 2.0, np.float32)}
+    with pytest.raises(triton.InferenceServerException, match="intensity: expected 0 to 1, found 2"):
+        ask(served, 3, given, sequence_start=True)

@@ -1,0 +1,138 @@
+"""What people see: progress, summaries, tables, facts."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sws_export.commands.terminal import (
+    QuietProgress,
+    TerminalProgress,
+    print_export,
+    print_facts,
+    print_validation,
+)
+from sws_export.pipeline.preflight import Preflight
+from sws_export.pipeline.run import ExportReport
+from sws_export.stage_timings import StageTiming
+from sws_export.validation import OutputDifference, ValidationReport
+
+PREFLIGHT = Preflight(memory={"export": 1}, disk=2, graph_size=2, available_memory=3, free_disk=4)
+VALIDATION = ValidationReport(
+    reference="eager reference in float64",
+    remarks=("a remark [with brackets]",),
+    steps=5,
+    sizes={"batch": 2, "height": 16, "width": 12, "tokens": 7},
+    outputs=(
+        OutputDifference("out_sample", 1e-3, 1e-5, 1e-4, 2e-4),
+        OutputDifference("sws_state_d2_out", 1e-7, 1e-9, 1e-8, 1e-5),
+    ),
+    seconds=3.2,
+)
+
+
+def console(*, terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=100, highlight=False, soft_wrap=True)
+
+
+def text(shown: Console) -> str:
+    assert isinstance(shown.file, io.StringIO)
+    return shown.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(terminal: bool) -> None:
+    progress = TerminalProgress(console(terminal=terminal))
+    with progress.stage("Check weights", total=2) as stage:
+        stage.describe("a name [/] in brackets")
+        stage.advance()
+    progress.log("model [/weird].safetensors")
+    progress.warn("no room [left]")
+    said = text(progress.console)
+    assert ("Check weights …" in said) == (not terminal)
+    assert "model [/weird].safetensors" in said
+    assert "warning: no room [left]" in said
+
+
+def test_only_slow_stages_are_told_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = TerminalProgress(console())
+    clock = iter([0.0, 0.5, 10.0, 12.5])
+    monkeypatch.setattr("sws_export.commands.terminal.time.monotonic", lambda: next(clock))
+    for name in ("fast", "slow"):
+        with progress.stage(name):
+            pass
+    assert text(progress.console) == "fast …\nslow …\n✓ slow 2.5 s\n"
+
+
+def test_a_stage_that_fails_shows_no_tick() -> None:
+    progress = TerminalProgress(console())
+    with pytest.raises(KeyError), progress.stage("export"):
+        raise KeyError
+    assert text(progress.console) == "export …\n"
+
+
+def test_quiet_progress_shows_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = QuietProgress()
+    with progress.stage("export", total=3) as stage:
+        stage.advance()
+        stage.describe("tracing")
+    progress.log("a remark")
+    progress.warn("a warning")
+    assert capsys.readouterr() == ("", "warning: a warning\n")
+
+
+def test_the_table_of_a_validation() -> None:
+    shown = console()
+    print_validation(shown, VALIDATION)
+    said = text(shown)
+    assert "against the eager reference in float64: 5 steps, batch 2, latent 16 x 12, 3 s" in said
+    first, second = (line.split() for line in said.splitlines() if "e-0" in line)
+    assert first == ["out_sample", "1.0e-03", "1.0e-05", "1.0e-04", "2.0e-04", "over"]
+    assert second == ["sws_state_d2_out", "1.0e-07", "1.0e-09", "1.0e-08", "1.0e-05", "ok"]
+    assert "note: a remark [with brackets]" in said
+
+
+def test_the_summary_of_an_export(tmp_path: Path) -> None:
+    file = tmp_path / "graph [1].onnx"
+    file.write_bytes(b"x" * 1_500_000)
+    stages = (StageTiming("export", 22.61, 630_000_000),)
+    state = {"input": "sws_state_d2", "output": "sws_state_d2_out"}
+    shown = console()
+    print_export(shown, ExportReport((file,), {"states": [state]}, PREFLIGHT, VALIDATION, None, stages))
+    said = text(shown)
+    assert "out_sample" in said
+    assert "22.6" in said
+    assert "0.63 GB" in said
+    assert f"wrote {file}  1.50 MB" in said
+    assert "then feed back sws_state_d2_out -> sws_state_d2" in said
+
+
+def test_the_summary_of_a_dry_run() -> None:
+    shown = console()
+    print_export(shown, ExportReport((), {}, PREFLIGHT, None, None, ()))
+    assert text(shown) == "dry run: nothing was written\n"
+
+
+def test_facts_are_nested(capsys: pytest.CaptureFixture[str]) -> None:
+    print_facts(
+        {
+            "kind": "engine",
+            "family": None,
+            "sites": {"d2": ["a", "b"], "d4": []},
+            "shape": [1, 4, 8],
+            "states": [{"input": "s", "output": "s_out"}],
+        }
+    )
+    assert capsys.readouterr().out == (
+        "kind: engine\n"
+        "family: not known\n"
+        "sites:\n"
+        "  d2:\n"
+        "    a\n"
+        "    b\n"
+        "  d4: none\n"
+        "shape: 1 4 8\n"
+        "states:\n"
+        "  input s, output s_out\n"
+    )

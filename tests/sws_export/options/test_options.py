@@ -1,0 +1,63 @@
+"""Options that contradict each other, the model, or the graph."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sws_export import ExportOptions, SwsParameters
+from sws_export.errors import OptionError
+from sws_export.options.options import artefact_kind, guard_options
+from sws_export.pipeline.rewrite import GuardOptions
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.onnx", "onnx"), ("a.plan", "engine"), ("a.b.engine", "engine")]
+)
+def test_the_suffix_decides(name: str, kind: str) -> None:
+    assert artefact_kind(Path(name)) == kind
+
+
+@pytest.mark.parametrize("name", ["engine", "engine.trt", "plan", ".onnx"])
+def test_other_suffixes(name: str) -> None:
+    with pytest.raises(OptionError, match=r"expected a name ending in \.onnx, \.plan or \.engine"):
+        artefact_kind(Path(name))
+
+
+@pytest.mark.parametrize("options", [{"sites": ("mid*",)}, {"parameters": SwsParameters(beta=0.1)}])
+def test_plain_has_no_parameters(options: dict[str, Any]) -> None:
+    with pytest.raises(
+        OptionError, match="--plain exports the UNet without SWS; leave out --sws, --sites and"
+    ):
+        ExportOptions(plain=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plain": True}, "--plain has no meaning with --preset node: it exports the UNet without SWS"),
+        ({"guard": "fused"}, "--guard has no meaning with --preset node: its guard has one form"),
+        ({"guard_rows": "1/8"}, "--guard-rows has no meaning with --preset node"),
+        ({"parameters": SwsParameters(scales=(1, 2, 3))}, "--sws scales has no meaning with --preset node"),
+        ({"parameters": SwsParameters(schedule="noise")}, "--sws schedule has no meaning .*; leave it out"),
+    ],
+)
+def test_what_has_no_meaning_with_the_node(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ExportOptions(preset="node", **options)
+
+
+def test_the_nodes_guard_has_one_form() -> None:
+    assert guard_options(ExportOptions(preset="node")) == GuardOptions("literal", Fraction(1))
+
+
+def test_a_preset_that_does_not_exist() -> None:
+    with pytest.raises(OptionError, match="--preset nodes is unknown; choose sws or node"):
+        ExportOptions(preset="nodes")
+
+
+@pytest.mark.parametrize("scale", [0, -8])
+def test_a_scale_that_is_none(scale: int) -> None:
+    with pytest.raises(OptionError, match=f"--vae-scale {scale}: expected 1 or more"):
+        ExportOptions(vae_scale=scale)

@@ -1,0 +1,478 @@
+"""A second run finds what the first one made, and makes what is another."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import struct
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import save_file
+from sws_export.cli import main
+
+from sws_export import ExportOptions, SwsParameters, export
+from sws_export.cache import Cache, open_cache
+from sws_export.cache.digests import Digests
+from sws_export.checkpoint import Checkpoint
+from sws_export.engines import EngineReport
+from sws_export.engines.build import tell_warnings
+from sws_export.errors import ValidationError
+from sws_export.pipeline import run as pipeline
+from sws_export.pipeline.cached_graph import NOT_OF_THE_GRAPH
+from sws_export.pipeline.run import ExportReport
+from sws_export.progress import Recording, Silent
+from sws_export.tensors import Precision
+from sws_export.tracing.export_unet import export_plain, plain_weights
+from sws_export.validation import OutputDifference, ValidationReport
+from tests.road import listing
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+SIDE = "16:16:32"
+PLAN = ExportOptions(vae_scale=1, height=SIDE, width=SIDE, tokens="1:77:77", compute_capabilities=("8.9",))
+STAGES = ["check", "export", "rewrite", "save", "validate", "digest"]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """An empty cache, for which every file is old enough to be remembered."""
+    monkeypatch.setenv("SWS_EXPORT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("SWS_EXPORT_CACHE_SIZE", "1GB")
+    monkeypatch.setattr("sws_export.cache.digests.FRESH_SECONDS", -1.0)
+    return open_cache()
+
+
+@pytest.fixture
+def model(random_unet: Path, tmp_path: Path) -> Path:
+    """A UNet that a test may change."""
+    return Path(shutil.copytree(random_unet, tmp_path / "model"))
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Engines are a few bytes; the list grows with each that is built."""
+    calls: list[Any] = []
+
+    def build(graph: Path, out: Path, shapes: Any, options: Any, progress: Any) -> EngineReport:
+        assert graph.is_file()
+        calls.append(shapes)
+        out.write_bytes(b"plan %d" % len(calls))
+        report = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 6, 1.0, 0.5, 0.5, 10**6, 3, 0, {"slow": 2})
+        tell_warnings(report, progress)
+        return report
+
+    monkeypatch.setattr(pipeline, "build_engine", build)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, traced: Path) -> None:
+    """Graphs in float32 are read from disk in place of being traced; their weights are the checkpoint's.
+
+    Their comparison with the reference is not repeated here: what it found is made up.
+    """
+
+    def load(checkpoint: Checkpoint, precision: Precision, *rest: Any, **named: Any) -> ir.Model:
+        if precision != "fp32" or named.get("controlnet"):
+            return export_plain(checkpoint, precision, *rest, **named)
+        model = ir.load(traced)
+        model.metadata_props.clear()
+        weights = plain_weights(checkpoint, precision, rest[1])
+        for name, value in model.graph.initializers.items():
+            value.const_value = weights.get(name, value.const_value)
+        return model
+
+    def compare(graph: Path, *_: Any) -> ValidationReport:
+        assert graph.is_file()
+        sizes = {"batch": 2, "height": 8, "width": 6, "tokens": 7}
+        outputs = (OutputDifference("out_sample", 1.25e-6, 1e-7, 1e-6, 2e-4),)
+        return ValidationReport("the reference", ("a remark",), 5, sizes, outputs, 0.123456)
+
+    monkeypatch.setattr("sws_export.sources.checkpoint.export_plain", load)
+    monkeypatch.setattr("sws_export.sources.checkpoint.validate_against_reference", compare)
+
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def cached(report: ExportReport) -> list[str]:
+    return [figures.name for figures in report.stages if figures.cached]
+
+
+def change_weights(model: Path) -> None:
+    """Another last weight; everything else about the file, its length and its header, stays."""
+    with (model / WEIGHTS).open("r+b") as stream:
+        stream.seek(-4, 2)
+        stream.write(struct.pack("<f", 0.5))
+
+
+def write_lora(file: Path, value: float) -> Path:
+    save_file(
+        {
+            f"{LAYER}.lora.down.weight": torch.full((2, 64), value),
+            f"{LAYER}.lora.up.weight": torch.full((64, 2), value),
+        },
+        file,
+    )
+    return file
+
+
+# Hits
+
+
+def test_the_same_graph_again(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = export(model, out / "graph.onnx")
+    before = listing(out)
+    assert cached(first) == []
+    for name in ("check_tensors", "verify_weights", "export_plain", "validate_against_reference"):
+        monkeypatch.setattr(f"sws_export.sources.checkpoint.{name}", None)
+    said = Recording(Silent())
+    second = export(model, out / "graph.onnx", progress=said)
+    assert cached(second) == ["check", "export", "rewrite", "validate", "digest"]
+    after = listing(out)
+    assert after["graph.onnx"] == before["graph.onnx"]
+    assert any("graph and validation: from the cache" in text for _, text in said.lines)
+    assert any(text.startswith("SWS at ") for _, text in said.lines)
+    # As complete as that of the first: all but what this run cost is the same.
+    assert second.validation == first.validation
+    assert [figures.name for figures in second.stages] == [figures.name for figures in first.stages]
+    assert second.manifest | {"stages": []} == first.manifest | {"stages": []}
+    assert json.loads((out / "graph.onnx.json").read_text()) == second.manifest
+
+
+def test_large_weights_in_a_file_of_their_own(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, cache: Cache
+) -> None:
+    monkeypatch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**20)
+    export(model, out / "graph.onnx")
+    before = listing(out)
+    assert sum(entry.size for entry in cache.entries()) < 2**20, "weights are not kept"
+    report = export(model, out / "graph.onnx")
+    assert "export" in cached(report)
+    after = listing(out)
+    assert after.keys() == before.keys() == {"graph.onnx", "graph.onnx.data", "graph.onnx.json"}
+    assert all(after[name] == before[name] for name in ("graph.onnx", "graph.onnx.data"))
+
+
+def test_a_small_graph_takes_the_old_weights_away(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ExportOptions(validate=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**20)
+        export(model, out / "graph.onnx", options)
+    export(model, out / "graph.onnx", options)
+    assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
+
+
+def test_converted_weights(model: Path, out: Path) -> None:
+    half = ExportOptions(precision="fp16")
+    export(model, out / "a.onnx", half)
+    assert "export" in cached(export(model, out / "b.onnx", half))
+    assert (out / "a.onnx").read_bytes() == (out / "b.onnx").read_bytes()
+
+
+def test_a_plain_graph_as_the_source(traced: Path, out: Path) -> None:
+    export(traced, out / "a.onnx")
+    assert "rewrite" in cached(export(traced, out / "b.onnx"))
+    assert (out / "a.onnx").read_bytes() == (out / "b.onnx").read_bytes()
+
+
+def test_the_same_engine_again(model: Path, out: Path, built: list[Any]) -> None:
+    said, again = Recording(Silent()), Recording(Silent())
+    first = export(model, out / "e.plan", PLAN, said)
+    second = export(model, out / "e.plan", PLAN, again)
+    assert len(built) == 1
+    assert cached(second) == [*STAGES, "build"]
+    assert (out / "e.plan").read_bytes() == b"plan 1"
+    assert second.engine == first.engine
+    assert second.manifest | {"stages": []} == first.manifest | {"stages": []}
+    assert any("engine: from the cache" in text for _, text in again.lines)
+    warnings = [text for warning, text in said.lines if warning]
+    assert warnings == [text for warning, text in again.lines if warning] != []
+
+
+def test_a_changed_profile_builds_only_the_engine(model: Path, out: Path, built: list[Any]) -> None:
+    export(model, out / "e.plan", PLAN)
+    for number, change in enumerate(
+        [{"batch": "1:2:4"}, {"height": "16:32:32"}, {"width": "16:16:64"}, {"tokens": "1:7:77"}], 2
+    ):
+        report = export(model, out / "e.plan", dataclasses.replace(PLAN, **change))
+        assert cached(report) == ["check", "export", "rewrite", "validate", "digest"]
+        assert report.validation is not None
+        assert len(built) == number
+    assert "build" in cached(export(model, out / "e.plan", PLAN))
+
+
+def test_a_size_of_one_number_is_of_the_graph_and_its_validation_is_not_repeated(
+    model: Path, out: Path, built: list[Any]
+) -> None:
+    export(model, out / "e.plan", PLAN)
+    said = Recording(Silent())
+    fixed = dataclasses.replace(PLAN, tokens="7")
+    report = export(model, out / "e.plan", fixed, said)
+    assert cached(report) == ["validate"]
+    assert any(text.startswith("validation: from the cache") for _, text in said.lines)
+    assert report.validation is not None
+    assert any("tokens was fixed to 7" in remark for remark in report.validation.remarks)
+    assert len(built) == 2
+    again = export(model, out / "e.plan", fixed)
+    assert cached(again) == ["check", "export", "rewrite", "save", "validate", "fix sizes", "digest", "build"]
+    assert again.validation == report.validation
+
+
+def test_the_graph_beside_a_known_engine(model: Path, out: Path, built: list[Any]) -> None:
+    export(model, out / "e.plan", PLAN)
+    export(model, out / "e.plan", dataclasses.replace(PLAN, keep_onnx=True))
+    assert len(built) == 1
+    assert sorted(listing(out)) == ["e.onnx", "e.plan", "e.plan.json"]
+
+
+def test_the_log_the_summary_and_json_say_so(
+    model: Path, out: Path, built: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(model), "--out", str(out / "e.plan"), "--vae-scale", "1", "--json"]
+    command += ["--height", SIDE, "--width", SIDE, "--tokens", "1:77:77"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["cached"] == []
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["cached"] == [*STAGES, "build"]
+    assert said.err.count("from the cache") == 2 + len(STAGES) + 1
+
+
+# Misses
+
+GRAPH_CHANGES: dict[str, dict[str, Any]] = {
+    "precision": {"precision": "fp16"},
+    "parameters": {"parameters": SwsParameters(beta=0.5)},
+    "sites": {"sites": ("up_blocks.*.attn1",)},
+    "guard": {"guard": "literal"},
+    "guard_rows": {"guard_rows": "1/2"},
+    "plain": {"plain": True},
+    "controlnet": {"controlnet": True},
+    "prediction_type": {"prediction_type": "v_prediction"},
+    "attention_head_dim": {"attention_head_dim": (4,)},
+    "debug_outputs": {"debug_outputs": True},
+    "validate": {"validate": True},
+    "target": {"backend": "tensorrt"},
+}
+
+
+@pytest.mark.parametrize("name", GRAPH_CHANGES)
+def test_another_option_is_another_graph(name: str, model: Path, out: Path) -> None:
+    options = ExportOptions(validate=False)
+    export(model, out / "graph.onnx", options)
+    assert "export" in cached(export(model, out / "graph.onnx", options))
+    changed = dataclasses.replace(options, **GRAPH_CHANGES[name])
+    assert cached(export(model, out / "graph.onnx", changed)) == []
+
+
+def test_other_weights_are_another_graph(model: Path, out: Path) -> None:
+    options = ExportOptions(validate=False)
+    export(model, out / "graph.onnx", options)
+    change_weights(model)
+    assert cached(export(model, out / "graph.onnx", options)) == []
+
+
+def test_another_configuration_is_another_graph(model: Path, out: Path) -> None:
+    options = ExportOptions(validate=False)
+    export(model, out / "graph.onnx", options)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-6}))
+    assert cached(export(model, out / "graph.onnx", options)) == []
+
+
+def test_another_lora_is_another_graph(model: Path, out: Path, tmp_path: Path) -> None:
+    file = write_lora(tmp_path / "lora.safetensors", 0.1)
+    with_lora = ExportOptions(validate=False, loras=(str(file),))
+    export(model, out / "graph.onnx", ExportOptions(validate=False))
+    first = export(model, out / "graph.onnx", with_lora)
+    before = (out / "graph.onnx").read_bytes()
+    assert cached(first) == []
+    assert "export" in cached(export(model, out / "graph.onnx", with_lora))
+    assert (out / "graph.onnx").read_bytes() == before
+    scaled = dataclasses.replace(with_lora, loras=(f"{file}:0.5",))
+    assert cached(export(model, out / "graph.onnx", scaled)) == []
+    write_lora(file, 0.2)
+    assert cached(export(model, out / "graph.onnx", with_lora)) == []
+
+
+@pytest.mark.parametrize("what", ["code", "library"])
+def test_another_version_is_another_graph(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    options = ExportOptions(validate=False)
+    export(model, out / "graph.onnx", options)
+    if what == "code":
+        monkeypatch.setattr("sws_export.pipeline.cached_graph.code_version", lambda: "other")
+    else:
+        monkeypatch.setattr("sws_export.pipeline.cached_graph.library_versions", lambda _: {"torch": "other"})
+    assert cached(export(model, out / "graph.onnx", options)) == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"optimization_level": 1}, {"weight_streaming": True}, {"compute_capabilities": ("8.6",)}]
+)
+def test_another_build_is_another_engine(
+    model: Path, out: Path, built: list[Any], change: dict[str, Any]
+) -> None:
+    options = dataclasses.replace(PLAN, validate=False)
+    export(model, out / "e.plan", options)
+    export(model, out / "e.plan", dataclasses.replace(options, **change))
+    assert len(built) == 2
+    export(model, out / "e.plan", options)
+    assert len(built) == 2
+
+
+def test_every_option_is_the_graphs_or_known_not_to_be() -> None:
+    names = {field.name for field in dataclasses.fields(ExportOptions)}
+    assert names >= NOT_OF_THE_GRAPH
+    assert {
+        *("parameters", "preset", "sites", "guard", "guard_rows", "plain", "ema", "controlnet", "validate"),
+        *("attention_head_dim", "prediction_type", "debug_outputs"),
+    } <= names - NOT_OF_THE_GRAPH
+
+
+def test_no_cache(model: Path, out: Path, built: list[Any], cache: Cache) -> None:
+    options = dataclasses.replace(PLAN, cache=False, validate=False)
+    export(model, out / "e.plan", options)
+    assert not (cache.root or Path()).exists()
+    export(model, out / "e.plan", dataclasses.replace(options, cache=True))
+    assert cached(export(model, out / "e.plan", options)) == []
+    assert len(built) == 3
+
+
+# Damage and interrupts
+
+
+def test_a_damaged_graph_is_made_anew(model: Path, out: Path, cache: Cache) -> None:
+    export(model, out / "graph.onnx")
+    before = (out / "graph.onnx").read_bytes()
+    (entry,) = (entry for entry in cache.entries() if entry.kind == "graph")
+    file = entry.directory / "graph.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said = Recording(Silent())
+    report = export(model, out / "graph.onnx", progress=said)
+    assert cached(report) == ["validate"]
+    assert any(warning and "damaged or was removed: making it anew" in text for warning, text in said.lines)
+    assert (out / "graph.onnx").read_bytes() == before
+    assert "export" in cached(export(model, out / "graph.onnx"))
+
+
+def test_weights_that_changed_unseen_are_found(
+    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of digests is deceived: the weights themselves are looked at before a graph is used."""
+    export(model, out / "graph.onnx")
+    known = open_cache().digests.recall([model / WEIGHTS])
+    change_weights(model)
+    monkeypatch.setattr(Digests, "recall", lambda *_: known)
+    monkeypatch.setattr(Digests, "forget", lambda *_: monkeypatch.setattr(Digests, "recall", lambda *_: None))
+    said = Recording(Silent())
+    report = export(model, out / "graph.onnx", progress=said)
+    assert any("are not those that were validated" in text for _, text in said.lines)
+    assert cached(report) == []
+    assert report.manifest["source"]["sha256"] != known
+
+
+def test_a_damaged_engine_is_built_anew(model: Path, out: Path, built: list[Any], cache: Cache) -> None:
+    export(model, out / "e.plan", PLAN)
+    (entry,) = (entry for entry in cache.entries() if entry.kind == "engine")
+    (entry.directory / "e.plan").write_bytes(b"plan X")
+    report = export(model, out / "e.plan", PLAN)
+    assert len(built) == 2
+    assert cached(report) == ["check", "export", "rewrite", "validate", "digest"]
+    assert (out / "e.plan").read_bytes() == b"plan 2"
+
+
+def test_an_engine_that_is_removed_meanwhile(
+    model: Path, out: Path, built: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(model, out / "e.plan", PLAN)
+    take = Cache.take
+
+    def late(self: Cache, *arguments: Any, **named: Any) -> bool:
+        shutil.rmtree((self.root or Path()) / "entries")
+        monkeypatch.setattr(Cache, "take", take)
+        return take(self, *arguments, **named)
+
+    monkeypatch.setattr(Cache, "take", late)
+    report = export(model, out / "e.plan", PLAN)
+    assert len(built) == 2
+    assert cached(report) == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "sws_export.cache.store.share_file",
+        "sws_export.cache.store._rename",
+        "sws_export.pipeline.run.build_engine",
+        "sws_export.pipeline.run.store_engine",
+        "sws_export.sources.checkpoint.validate_against_reference",
+    ],
+)
+def test_an_interrupted_run_leaves_nothing_half_made(
+    model: Path, out: Path, built: list[Any], cache: Cache, function: str
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(model, out / "e.plan", PLAN)
+    assert listing(out) == {}
+    entries = (cache.root or Path()) / "entries"
+    assert len(cache.entries()) == len(list(entries.glob("*")))
+    report = export(model, out / "e.plan", PLAN)
+    assert report.validation is not None
+    assert (out / "e.plan").is_file()
+
+
+def test_a_graph_over_tolerance_is_not_kept(
+    model: Path, out: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = ValidationReport("reference", (), 5, {}, (OutputDifference("out_sample", 1, 1, 1, 0.1),), 1.0)
+    monkeypatch.setattr("sws_export.sources.checkpoint.validate_against_reference", lambda *_: report)
+    with pytest.raises(ValidationError, match="nothing was written"):
+        export(model, out / "graph.onnx")
+    assert cache.entries() == []
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(model: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file in the way")
+    said = Recording(Silent())
+    export(model, out / "graph.onnx", ExportOptions(validate=False), said)
+    assert (out / "graph.onnx").is_file()
+    assert any(warning and "is not kept in the cache" in text for warning, text in said.lines)
+
+
+# The command
+
+
+def test_list_and_clear(
+    model: Path, out: Path, built: list[Any], cache: Cache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(model, out / "e.plan", dataclasses.replace(PLAN, validate=False))
+    assert main(["cache", "list"]) == 0
+    said = capsys.readouterr()
+    kinds = [line.split()[0] for line in said.out.splitlines()]
+    assert sorted(kinds) == ["engine", "graph"]
+    assert "model, fp32, sws, for tensorrt-rtx" in said.out
+    assert f"of 1 GB in {cache.root}" in said.err
+    assert main(["cache", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [entry["kind"] for entry in listed["entries"]] == kinds
+    assert listed["bytes"] == sum(entry["bytes"] for entry in listed["entries"])
+    assert main(["cache", "clear"]) == 0
+    assert "removed 2 results" in capsys.readouterr().err
+    assert main(["cache", "list", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")

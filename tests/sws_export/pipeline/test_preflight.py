@@ -1,0 +1,146 @@
+"""What an export is expected to need."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sws_export import ExportOptions
+from sws_export.engines import BuildOptions
+from sws_export.engines.choice import named_backend
+from sws_export.pipeline.engine_config import EngineConfig
+from sws_export.pipeline.preflight import Preflight, preflight
+from sws_export.progress import Silent
+from sws_export.sources.source import open_source
+from sws_export.tensors import Range, Sizes
+
+ONE = Range(1, 1, 1)
+ENGINE = EngineConfig(
+    Sizes(Range(1, 2, 4), ONE, ONE, Range(77, 77, 77)), BuildOptions(backend=named_backend("tensorrt-rtx"))
+)
+
+
+def needs(model: Path, out: Path, *, engine: bool = False, **options: object) -> Preflight:
+    chosen = ExportOptions(**options)
+    return preflight(open_source(model, chosen, Silent()), ENGINE if engine else None, chosen, out / "e.plan")
+
+
+def test_stages_that_are_left_out_need_nothing(random_unet: Path, tmp_path: Path) -> None:
+    assert needs(random_unet, tmp_path, validate=False).memory.keys() == {"export"}
+    assert needs(random_unet, tmp_path).memory.keys() == {"export", "validation"}
+    assert needs(random_unet, tmp_path, engine=True).memory.keys() == {"export", "validation", "engine build"}
+
+
+def test_the_graph_is_as_large_as_its_weights(random_unet: Path, tmp_path: Path) -> None:
+    stored = (random_unet / "diffusion_pytorch_model.safetensors").stat().st_size
+    full, half = (needs(random_unet, tmp_path, precision=name) for name in ("fp32", "fp16"))
+    assert full.graph_size == pytest.approx(stored, rel=0.02)
+    assert half.graph_size * 2 == full.graph_size
+    assert full.disk == full.graph_size
+    assert needs(random_unet, tmp_path, engine=True).disk == 2 * full.graph_size
+
+
+def test_shortages_are_told(random_unet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert needs(random_unet, tmp_path).shortages() == []
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("sws_export.pipeline.preflight.shutil.disk_usage", lambda _: usage)
+    (said,) = needs(random_unet, tmp_path).shortages()
+    assert said == "about 0.0 GB of disk are needed, 0.0 GB are free"
+    few = Preflight({"export": 1, "engine build": 6 * 10**9}, 10**9, 10**9, 4 * 10**9, 2 * 10**9)
+    assert few.shortages() == [
+        "engine build needs about 6.0 GB of memory and 4.0 GB are available; it may be killed"
+    ]
+
+
+def test_needs_in_words() -> None:
+    found = Preflight(
+        {"export": 800_000_000, "validation": 2 * 10**9}, 10**9, 5 * 10**8, 4 * 10**9, 2 * 10**9
+    )
+    assert found.describe() == [
+        "expected memory: export 0.8 GB, validation 2.0 GB; 4.0 GB available",
+        "expected disk: 1.00 GB, of it the graph 0.50 GB; 2.0 GB free",
+    ]
+
+
+def test_validation_needs_no_disk_and_holds_a_small_graph_several_times(
+    random_unet: Path, tmp_path: Path
+) -> None:
+    for precision in ("fp32", "fp16", "bf16"):
+        found = needs(random_unet, tmp_path, precision=precision)
+        assert found.disk == found.graph_size
+        assert found.memory["validation"] == 800_000_000 + 5 * found.graph_size
+
+
+def of_size(parameters: int, path: Path, *, converts: bool = False) -> Any:
+    """As much of a source as the preflight looks at: float16 weights in a file of holes."""
+    with path.open("wb") as file:
+        file.truncate(2 * parameters)
+    return SimpleNamespace(parameters=parameters, precision="fp16", files=(path,), converts=converts)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "plain", "seconds", "size"),
+    [
+        # What docs/full-size.md has: SD1.5 to a plan, plain and with SWS, and the plan of SDXL.
+        (859_500_000, True, 41.4, 1_745_052_116),
+        (859_500_000, False, 67.3, 1_797_284_324),
+        (2_567_000_000, False, None, 5_210_000_000),
+    ],
+)
+def test_time_and_engine_size_are_near_what_was_measured(
+    tmp_path: Path, parameters: int, plain: bool, seconds: float | None, size: int
+) -> None:
+    source = of_size(parameters, tmp_path / "weights")
+    found = preflight(source, ENGINE, ExportOptions(plain=plain), tmp_path / "e.plan")
+    assert found.engine_size == pytest.approx(size, rel=0.05)
+    assert found.seconds.keys() == {"export", "validation", "engine build"}
+    if seconds is not None:
+        assert sum(found.seconds.values()) == pytest.approx(seconds, rel=0.3)
+
+
+def test_conversion_takes_time(tmp_path: Path) -> None:
+    kept, changed = (
+        preflight(
+            of_size(10**9, tmp_path / "w", converts=converts), None, ExportOptions(), tmp_path / "g.onnx"
+        )
+        for converts in (False, True)
+    )
+    assert changed.seconds["export"] > kept.seconds["export"] + 3
+    assert kept.engine_size is None
+
+
+def test_what_is_cached_needs_nothing(tmp_path: Path) -> None:
+    source = of_size(10**9, tmp_path / "w")
+    graph = preflight(source, ENGINE, ExportOptions(), tmp_path / "e.plan", ("graph",))
+    assert graph.memory.keys() == graph.seconds.keys() == {"engine build"}
+    both = preflight(source, ENGINE, ExportOptions(), tmp_path / "e.plan", ("graph", "engine"))
+    assert both.memory == both.seconds == {}
+    assert both.describe()[0] == "in the cache: graph, engine"
+
+
+def test_time_and_engine_in_words(tmp_path: Path) -> None:
+    found = preflight(of_size(2 * 10**9, tmp_path / "w"), ENGINE, ExportOptions(), tmp_path / "e.plan")
+    time, engine = found.describe()[2:]
+    assert time.startswith(
+        "expected time: 3 min on two idle cores (export 18 s, validation 50 s, engine build 2"
+    )
+    assert engine == "expected engine: 4.15 GB ± 5% for batch 1:2:4, height 1, width 1, tokens 77"
+
+
+def test_turing_and_stripped_weights_change_the_plan(tmp_path: Path) -> None:
+    def size(**options: Any) -> int:
+        build = dataclasses.replace(ENGINE.build, **options)
+        engine = dataclasses.replace(ENGINE, build=build)
+        return (
+            preflight(of_size(10**9, tmp_path / "w"), engine, ExportOptions(), tmp_path / "e").engine_size
+            or 0
+        )
+
+    assert size(compute_capabilities=("7.5", "8.9")) == pytest.approx(
+        1.2 * size(compute_capabilities=("8.9",))
+    )
+    tensorrt = named_backend("tensorrt")
+    assert size(backend=tensorrt, strip_weights=True) < 10**8

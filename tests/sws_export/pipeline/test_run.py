@@ -1,0 +1,323 @@
+"""The road as one function: what is written, what is not, and what is left behind when it ends early."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from sws_export.cli import main
+
+from sws_export import ExportOptions, SwsParameters, export
+from sws_export.engines import EngineReport
+from sws_export.errors import ValidationError
+from sws_export.pipeline import graph as graph_making
+from sws_export.pipeline import run as pipeline
+from sws_export.progress import Silent
+from tests.road import Session, difference, error_line, listing
+
+ENGINE = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 4, 1.0, 0.5, 0.5, 10**6, 3, 0, {})
+FAST = ExportOptions(validate=False)
+
+
+@pytest.fixture
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Engines are four bytes, and what they should have been built of is remembered."""
+    calls: list[tuple[Any, ...]] = []
+
+    def build(graph: Path, out: Path, shapes: Any, options: Any, progress: Any) -> EngineReport:
+        assert graph.is_file()
+        calls.append((graph, out, shapes, options))
+        out.write_bytes(b"plan")
+        return ENGINE
+
+    monkeypatch.setattr(pipeline, "build_engine", build)
+    return calls
+
+
+def inputs(batch: int = 2) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    return {
+        "sample": random.standard_normal((batch, 4, 8, 6)),
+        "timestep": np.full(batch, 500.0),
+        "encoder_hidden_states": random.standard_normal((batch, 7, 16)),
+        "sigma": np.full(batch, 3.0),
+        "intensity": np.ones(batch),
+    }
+
+
+@pytest.mark.usefixtures("quick_trace")
+class TestWhatIsWritten:
+    def test_a_graph_and_its_manifest(self, random_unet: Path, out: Path) -> None:
+        report = export(random_unet, out / "graph.onnx")
+        assert report.files == (out / "graph.onnx", out / "graph.onnx.json")
+        assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
+        assert json.loads((out / "graph.onnx.json").read_text()) == report.manifest
+        assert report.validation is not None
+        assert report.validation.passed
+        assert report.engine is None
+        assert report.manifest["profile"] is None
+        names = [figures.name for figures in report.stages]
+        assert names[:5] == ["check", "export", "rewrite", "save", "validate"]
+        assert all(figures.peak_memory > 10**7 for figures in report.stages)
+
+    def test_an_engine_alone(self, random_unet: Path, out: Path, fake_engine: list[Any]) -> None:
+        options = ExportOptions(validate=False, vae_scale=1, tokens="1:8:77", compute_capabilities=("8.9",))
+        report = export(random_unet, out / "e.engine", options)
+        assert sorted(listing(out)) == ["e.engine", "e.engine.json"]
+        ((_, _, shapes, build),) = fake_engine
+        assert build.compute_capabilities == ("8.9",)
+        assert shapes["sample"] == ((1, 4, 16, 16), (2, 4, 16, 16), (2, 4, 16, 16))
+        assert shapes["sws_state_d2"][0] == (1, 145, 8, 8)
+        assert report.manifest["profile"]["encoder_hidden_states"] == {
+            "min": [1, 1, 16],
+            "opt": [2, 8, 16],
+            "max": [2, 77, 16],
+        }
+        assert report.manifest["engine"]["library_version"] == "1.7"
+
+    @pytest.mark.usefixtures("fake_engine")
+    def test_an_engine_and_its_graph(self, random_unet: Path, out: Path) -> None:
+        options = dataclasses.replace(FAST, keep_onnx=True, vae_scale=1)
+        report = export(random_unet, out / "e.plan", options)
+        assert report.files[0] == out / "e.plan"
+        assert sorted(listing(out)) == ["e.onnx", "e.plan", "e.plan.json"]
+
+    def test_large_weights_in_a_file_of_their_own(
+        self, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**20)
+        report = export(random_unet, out / "graph.onnx")
+        assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.data", "graph.onnx.json"]
+        assert {file.name for file in report.files} == set(listing(out))
+        assert Session(out / "graph.onnx").step(inputs(), {"sws_state_d2": np.zeros((2, 145, 4, 3))})
+
+    def test_a_second_run_replaces_the_first(self, random_unet: Path, out: Path) -> None:
+        export(random_unet, out / "graph.onnx", FAST)
+        first = listing(out)
+        export(random_unet, out / "graph.onnx", dataclasses.replace(FAST, parameters=SwsParameters(beta=0.5)))
+        second = listing(out)
+        assert first.keys() == second.keys()
+        assert first["graph.onnx"] != second["graph.onnx"]
+        assert json.loads((out / "graph.onnx.json").read_text())["sws"]["beta"] == 0.5
+
+    def test_a_dry_run_writes_nothing(
+        self, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(graph_making, "save_onnx", None)
+        report = export(random_unet, out / "e.plan", ExportOptions(dry_run=True, vae_scale=1))
+        assert report.files == ()
+        assert report.preflight.memory.keys() == {"export", "validation", "engine build"}
+        assert listing(out) == {}
+
+    def test_a_skipped_validation_is_told(self, random_unet: Path, out: Path) -> None:
+        report = export(random_unet, out / "graph.onnx", FAST)
+        assert report.validation is None
+        assert report.manifest["validation"] == {"passed": None, "reason": "skipped by --no-validate"}
+
+    def test_sites_are_selected_by_pattern(self, random_unet: Path, out: Path) -> None:
+        patterns = ("up_blocks.*.attn1", "mid_*.attn1")
+        report = export(random_unet, out / "graph.onnx", ExportOptions(sites=patterns))
+        (names,) = report.manifest["sites"].values()
+        assert {name.split(".")[0] for name in names} == {"up_blocks", "mid_block"}
+        deselected = {
+            site["name"]
+            for site in report.manifest["skipped_sites"]
+            if site["reason"] == "not selected by --sites" and site["name"].endswith("attn1")
+        }
+        assert deselected == {"down_blocks.1.attentions.0.transformer_blocks.0.attn1"}
+        assert report.validation is not None
+        assert report.validation.passed
+
+    def test_a_plain_graph_has_no_sws(self, random_unet: Path, out: Path) -> None:
+        report = export(random_unet, out / "graph.onnx", ExportOptions(plain=True))
+        assert report.manifest["sws"] is None
+        assert report.manifest["states"] == []
+        assert report.validation is not None
+        assert [output.name for output in report.validation.outputs] == ["out_sample"]
+        assert Session(out / "graph.onnx").inputs.keys() == {"sample", "timestep", "encoder_hidden_states"}
+
+    def test_a_thread_may_export(self, random_unet: Path, out: Path) -> None:
+        thread = threading.Thread(target=export, args=(random_unet, out / "graph.onnx", FAST))
+        thread.start()
+        thread.join()
+        assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
+
+
+@pytest.mark.usefixtures("quick_trace")
+def test_a_plain_graph_joins_the_road(random_unet: Path, traced: Path, out: Path) -> None:
+    export(random_unet, out / "a.onnx", FAST)
+    report = export(traced, out / "b.onnx")
+    assert report.validation is not None
+    assert report.validation.reference == "the plain graph, at intensity 0"
+    assert report.manifest["source"]["kind"] == "onnx"
+    state = {"sws_state_d2": np.random.default_rng(1).random((2, 145, 4, 3))}
+    (a, state_a), (b, state_b) = (Session(out / name).step(inputs(), state) for name in ("a.onnx", "b.onnx"))
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(state_a["sws_state_d2"], state_b["sws_state_d2"])
+
+
+def test_bfloat16_is_validated_through_its_float32_twin(random_unet: Path, out: Path) -> None:
+    report = export(random_unet, out / "graph.onnx", ExportOptions(precision="bf16"))
+    assert report.validation is not None
+    assert any("float32 twin" in remark for remark in report.validation.remarks)
+    assert report.validation.passed
+    assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
+    model = ir.load(out / "graph.onnx")
+    types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
+    assert types["sample"] == types["out_sample"] == ir.DataType.BFLOAT16
+    assert types["sws_state_d2"] == types["sws_state_d2_out"] == types["sigma"] == ir.DataType.FLOAT
+
+
+# Validation
+
+
+@pytest.mark.usefixtures("quick_trace")
+def test_a_graph_over_tolerance_is_not_written(
+    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sws_export.validation.tolerances._PREDICTION", {"fp32": 1e-12})
+    with pytest.raises(ValidationError, match=r"out_sample by .* allowed is 1e-12; nothing was written"):
+        export(random_unet, out / "graph.onnx")
+    assert listing(out) == {}
+
+
+def with_weight(traced: Path, change: Callable[[Any], Any]) -> Callable[..., ir.Model]:
+    def load(*_: object, **__: object) -> ir.Model:
+        model = ir.load(traced)
+        value = model.graph.initializers["mid_block.resnets.0.conv1.weight"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(change(value.const_value.numpy()), name=value.name)
+        return model
+
+    return load
+
+
+def test_a_wrong_weight_is_found(
+    random_unet: Path, traced: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sws_export.sources.checkpoint.export_plain", with_weight(traced, lambda w: w * 1.5))
+    with pytest.raises(ValidationError, match="the graph differs from the eager reference in float64"):
+        export(random_unet, out / "graph.onnx")
+    assert listing(out) == {}
+
+
+def test_an_overflow_is_told_as_such(
+    random_unet: Path, traced: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "sws_export.sources.checkpoint.export_plain", with_weight(traced, lambda w: w * np.float32(np.inf))
+    )
+    with pytest.raises(ValidationError, match="holds NaN or Inf"):
+        export(random_unet, out / "graph.onnx")
+    assert listing(out) == {}
+
+
+# Interrupts
+
+STAGES = [
+    "sws_export.sources.checkpoint.open_checkpoint",
+    "sws_export.sources.checkpoint.check_tensors",
+    "sws_export.sources.checkpoint.verify_weights",
+    "sws_export.sources.checkpoint.export_plain",
+    "sws_export.pipeline.graph.rewrite",
+    "sws_export.pipeline.graph.save_onnx",
+    "sws_export.sources.checkpoint.validate_against_reference",
+    "sws_export.pipeline.run.build_engine",
+    "sws_export.pipeline.run.manifests.complete",
+    "sws_export.pipeline.run.manifests.write_manifest",
+    "sws_export.files._flush",
+]
+
+
+@pytest.mark.usefixtures("quick_trace", "fake_engine")
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("function", STAGES)
+def test_an_interrupt_in_each_stage(
+    random_unet: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    function: str,
+    existing: bool,
+) -> None:
+    if existing:
+        for name in ("e.plan", "e.onnx", "e.plan.json"):
+            (out / name).write_text("of an earlier run")
+    before = listing(out)
+
+    def interrupted(*arguments: Any, **_: Any) -> None:
+        for argument in arguments:
+            if isinstance(argument, Path) and argument.parent.parent == out and not argument.exists():
+                argument.write_text("half of it")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(function, interrupted)
+    arguments = [str(random_unet), "--out", str(out / "e.plan"), "--keep-onnx", "--vae-scale", "1"]
+    assert main(arguments) == 1
+    assert error_line(capsys.readouterr().err) == "interrupted; nothing was written"
+    assert listing(out) == before
+
+
+@pytest.mark.usefixtures("quick_trace", "fake_engine")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_files_move_comes_too_late(
+    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Half of the artefacts would be worse than all of them."""
+    replace, handler = Path.replace, signal.getsignal(number)
+
+    def interrupted(self: Path, target: Path) -> Path:
+        moved = replace(self, target)
+        signal.raise_signal(number)
+        return moved
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    export(random_unet, out / "e.plan", dataclasses.replace(FAST, keep_onnx=True, vae_scale=1))
+    assert sorted(listing(out)) == ["e.onnx", "e.plan", "e.plan.json"]
+    assert signal.getsignal(number) is handler
+
+
+@pytest.mark.usefixtures("quick_trace")
+def test_a_second_interrupt_leaves_nothing_either(
+    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def interrupted(directory: Path, **options: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        remove(directory, **options)
+
+    monkeypatch.setattr("sws_export.files.shutil.rmtree", interrupted)
+    monkeypatch.setattr(graph_making, "rewrite", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        export(random_unet, out / "graph.onnx")
+    assert listing(out) == {}
+
+
+@pytest.mark.usefixtures("quick_trace")
+def test_a_bug_leaves_nothing_and_keeps_its_traceback(
+    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_making, "rewrite", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main([str(random_unet), "--out", str(out / "graph.onnx"), "--quiet"])
+    assert listing(out) == {}
+
+
+@pytest.mark.usefixtures("quick_trace")
+def test_tightening_the_budget_changes_the_prediction(random_unet: Path, out: Path) -> None:
+    """The parameters reach the graph: without them the two would be equal."""
+    loose = dataclasses.replace(FAST, parameters=SwsParameters(kl_floor=100.0))
+    tight = dataclasses.replace(FAST, parameters=SwsParameters(value_cap=0.0, key_cap=0.0))
+    results = []
+    for name, options in (("loose.onnx", loose), ("tight.onnx", tight)):
+        export(random_unet, out / name, options, Silent())
+        results.append(Session(out / name).step(inputs(), {"sws_state_d2": np.zeros((2, 145, 4, 3))})[0])
+    assert difference(*results) > 1e-7

@@ -1,0 +1,119 @@
+"""`--preset node` on graphs: its sites, its bases, and graphs that it refuses."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graph_passes.grids import TEXT
+from graph_passes.parameters import SwsParameters
+from sws_export import ExportOptions, export
+from sws_export.errors import ExportError, OptionError
+from sws_export.onnx_files import graph_specs
+from sws_export.pipeline.rewrite import GuardOptions, RewriteReport, rewrite
+from sws_export.progress import Silent
+from sws_export.reference.orthonormal_basis import orthonormal_basis
+from sws_export.tensors import TensorSpec
+
+DOWN, MID, UP, SECOND_UP = (
+    f"{block}.transformer_blocks.0.attn2"
+    for block in (
+        "down_blocks.1.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+    )
+)
+
+
+def rewritten(model: ir.Model, *patterns: str) -> RewriteReport:
+    return rewrite(model, SwsParameters(), patterns, GuardOptions(), "tensorrt-rtx", Silent(), preset="node")
+
+
+def attention(model: ir.Model, name: str) -> ir.Node:
+    return next(node for node in model.graph if node.op_type == "Attention" and name in str(node.name))
+
+
+def test_all_cross_attention_by_default(traced: Path) -> None:
+    model = ir.load(traced)
+    report = rewritten(model)
+    assert report.preset == "node"
+    assert report.sites == {TEXT: (DOWN, MID, UP, SECOND_UP)}
+    assert [(pair.input, pair.output) for pair in report.states] == [("sws_state_text", "sws_state_text_out")]
+    assert {site.reason for site in report.skipped} == {"the node leaves self-attention alone"}
+    assert graph_specs(model.graph.inputs)[-3:] == (
+        TensorSpec("sigma", "float32", ("batch",)),
+        TensorSpec("intensity", "float32", ("batch",)),
+        TensorSpec("sws_state_text", "float32", (1, "tokens", "tokens")),
+    )
+
+
+def test_its_bases_are_torchs(traced: Path) -> None:
+    """The hidden states have 64 channels, the text 16."""
+    model = ir.load(traced)
+    rewritten(model)
+    found = [
+        value.const_value.numpy()
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and tuple(value.const_value.shape) == (16, 64)
+        if value.const_value.dtype == ir.DataType.FLOAT
+    ]
+    assert any(np.array_equal(array, orthonormal_basis(64, 16).numpy().T) for array in found)
+
+
+def test_a_pattern_selects_among_cross_attention(traced: Path) -> None:
+    report = rewritten(ir.load(traced), "mid_block.*", "up_blocks.*")
+    assert report.site_names == (MID, UP, SECOND_UP)
+    assert [site.name for site in report.skipped if site.reason == "not selected by --sites"] == [DOWN]
+
+
+def test_a_pattern_of_self_attention_alone(traced: Path) -> None:
+    with pytest.raises(OptionError, match=r"--sites '\*attn1' matches no attention site; there are down"):
+        rewritten(ir.load(traced), "*attn1")
+
+
+def test_a_site_that_cannot_be_taken_is_named(traced: Path) -> None:
+    model = ir.load(traced)
+    attention(model, UP).attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+    with pytest.raises(
+        ExportError, match=rf"--preset node cannot take the attention site {UP}: it is causal"
+    ):
+        rewritten(model)
+    # Left out by name it is in nobody's way.
+    assert rewritten(model, "mid_block.*").site_names == (MID,)
+
+
+def test_self_attention_that_cannot_be_taken_is_in_nobodys_way(traced: Path) -> None:
+    model = ir.load(traced)
+    attention(model, UP.replace("attn2", "attn1")).attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
+    assert len(rewritten(model).site_names) == 4
+
+
+def test_a_projection_with_a_bias_is_named(traced: Path) -> None:
+    model = ir.load(traced)
+    node = attention(model, MID)
+    projected = node.inputs[1].producer().inputs[0].producer().inputs[0]
+    bias = ir.Value(
+        name="bias",
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape([64]),
+        const_value=ir.tensor(np.ones(64, np.float32), name="bias"),
+    )
+    model.graph.register_initializer(bias)
+    add = ir.node("Add", [projected, bias], name="bias/Add")
+    add.outputs[0].name = "biased"
+    add.outputs[0].type, add.outputs[0].shape = projected.type, projected.shape
+    model.graph.insert_after(projected.producer(), add)
+    node.inputs[1].producer().inputs[0].producer().replace_input_with(0, add.outputs[0])
+    with pytest.raises(ExportError, match=rf"^{MID}: what its keys are projected from cannot be found"):
+        rewritten(model)
+
+
+def test_a_plain_graph_becomes_the_node_too(traced: Path, tmp_path: Path) -> None:
+    """Without the checkpoint, what is compared is the plain UNet, which the node is at sigma_max only."""
+    report = export(traced, tmp_path / "node.onnx", ExportOptions(preset="node"))
+    assert report.validation is not None
+    assert report.validation.reference == "the plain graph, at intensity 0 and sigma 25"
+    assert report.validation.passed
+    assert report.manifest["preset"] == "node"

@@ -1,0 +1,130 @@
+"""Plain graphs from elsewhere: which are taken, and what is said of the others."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from sws_export.errors import CheckpointError, ExportError
+from sws_export.progress import Silent
+from sws_export.sources.plain_graph import open_graph
+
+
+def changed(traced: Path, file: Path, change: Callable[[ir.Model], object]) -> Path:
+    model = ir.load(traced)
+    change(model)
+    ir.save(model, file)
+    return file
+
+
+def rename(index: int, name: str) -> Callable[[ir.Model], object]:
+    def change(model: ir.Model) -> None:
+        model.graph.inputs[index].name = name
+
+    return change
+
+
+def test_dimensions_of_other_exporters_get_the_names_of_the_contract(traced: Path, tmp_path: Path) -> None:
+    def foreign(model: ir.Model) -> None:
+        model.graph.inputs[0].shape = ir.Shape(["s0", 4, "2*s1", "2*s2"])
+        model.graph.inputs[1].shape = ir.Shape(["s0"])
+        model.graph.inputs[2].shape = ir.Shape([2, "s3", 16])
+        model.metadata_props.clear()
+
+    graph = open_graph(changed(traced, tmp_path / "g.onnx", foreign))
+    assert [spec.shape for spec in graph.inputs] == [
+        ("batch", 4, "height", "width"),
+        ("batch",),
+        (2, "tokens", 16),
+    ]
+    assert graph.vae_scale is None
+
+
+def test_a_recorded_scale_is_remembered(traced: Path, tmp_path: Path) -> None:
+    def record(model: ir.Model) -> None:
+        model.metadata_props["sws_export.manifest"] = '{"source": {"vae_scale": 8}}'
+
+    assert open_graph(changed(traced, tmp_path / "g.onnx", record)).vae_scale == 8
+
+
+def test_the_digest_covers_external_weights(traced: Path, tmp_path: Path) -> None:
+    file = tmp_path / "g.onnx"
+    ir.save(ir.load(traced), file, external_data="g.weights")
+    content = file.read_bytes() + (tmp_path / "g.weights").read_bytes()
+    assert open_graph(file).digest(Silent()) == hashlib.sha256(content).hexdigest()
+
+
+def test_missing_weights_are_an_error_of_the_file(traced: Path, tmp_path: Path) -> None:
+    file = tmp_path / "g.onnx"
+    ir.save(ir.load(traced), file, external_data="g.weights")
+    (tmp_path / "g.weights").unlink()
+    with pytest.raises(CheckpointError, match=r"its weights are missing: expected them in .*g\.weights"):
+        open_graph(file)
+
+
+def test_truncated_weights(traced: Path, tmp_path: Path) -> None:
+    file, weights = tmp_path / "g.onnx", tmp_path / "g.weights"
+    ir.save(ir.load(traced), file, external_data=weights.name)
+    with weights.open("r+b") as stream:
+        stream.truncate(weights.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"g\.weights is truncated: expected at least"):
+        open_graph(file)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_weights_that_are_not_finite(traced: Path, tmp_path: Path, value: float, dtype: ir.DataType) -> None:
+    def damage(model: ir.Model) -> None:
+        weight = model.graph.initializers["conv_out.bias"]
+        array = np.full(4, value, np.float32).astype(dtype.numpy())
+        weight.const_value = ir.tensor(array, dtype=dtype, name=weight.name)
+
+    graph = open_graph(changed(traced, tmp_path / "g.onnx", damage))
+    with pytest.raises(CheckpointError, match=r"weight 'conv_out\.bias' holds NaN or Inf"):
+        graph.require_finite()
+
+
+def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "g.onnx").write_bytes(b"\x80not protobuf")
+    with pytest.raises(CheckpointError, match="is not an ONNX model or is damaged"):
+        open_graph(tmp_path / "g.onnx")
+
+
+def test_a_graph_with_sws(traced: Path, tmp_path: Path) -> None:
+    from graph_passes.parameters import SwsParameters
+    from sws_export.pipeline.rewrite import GuardOptions, rewrite
+
+    def insert(model: ir.Model) -> None:
+        rewrite(model, SwsParameters(), (), GuardOptions(), "onnxruntime", Silent())
+
+    with pytest.raises(
+        ExportError, match="has SWS already; give the checkpoint or a graph exported with --plain"
+    ):
+        open_graph(changed(traced, tmp_path / "g.onnx", insert))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (rename(0, "latent"), r"found latent, timestep, encoder_hidden_states -> out_sample"),
+        (lambda model: model.graph.opset_imports.update({"": 22}), "expected opset 23 or later, found 22"),
+        (
+            lambda model: setattr(model.graph.outputs[0], "name", "out"),
+            "-> out; export it under diffusers' names",
+        ),
+        (
+            lambda model: setattr(model.graph.inputs[0], "dtype", ir.DataType.DOUBLE),
+            "found float64|found double",
+        ),
+        (
+            lambda model: setattr(model.graph.inputs[2], "shape", ir.Shape(["batch"])),
+            "encoder_hidden_states has the",
+        ),
+    ],
+)
+def test_other_graphs(traced: Path, tmp_path: Path, change: Callable[[ir.Model], object], said: str) -> None:
+    with pytest.raises(ExportError, match=said):
+        open_graph(changed(traced, tmp_path / "g.onnx", change))

@@ -1,0 +1,151 @@
+"""What each kind of source says of itself before it is exported."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from safetensors.torch import load_file, save_file
+
+from graph_passes.parameters import SwsParameters
+from sws_export import ExportOptions
+from sws_export.errors import CheckpointError, OptionError
+from sws_export.progress import Silent
+from sws_export.sources.checkpoint import CheckpointSource
+from sws_export.sources.onnx import GraphSource
+from sws_export.sources.source import open_source
+from sws_export.validation import SwsSpec
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Listener(Silent):
+    """Remembers warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def opened(model: Path, progress: Silent | None = None, **options: Any) -> Any:
+    return open_source(model, ExportOptions(**options), progress or Silent())
+
+
+def copy_with(random_unet: Path, directory: Path, change: Any) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_bytes((random_unet / "config.json").read_bytes())
+    save_file(change(load_file(random_unet / WEIGHTS)), directory / WEIGHTS)
+    return directory
+
+
+def test_a_checkpoint(random_unet: Path) -> None:
+    source = opened(random_unet)
+    assert isinstance(source, CheckpointSource)
+    assert (source.path, source.precision, source.multiple) == (random_unet, "fp32", 2)
+    assert [spec.name for spec in source.inputs] == ["sample", "timestep", "encoder_hidden_states"]
+    assert 500_000 < source.parameters < 2_000_000
+    first, second = source.describe()
+    assert first.startswith("UNet2DConditionModel, diffusers layout, ")
+    assert first.endswith("F32 -> fp32")
+    assert second == "configuration: config.json beside the weights"
+
+
+def test_precision_is_that_asked_for(random_unet: Path) -> None:
+    source = opened(random_unet, precision="fp16")
+    assert source.precision == "fp16"
+    assert source.inputs[0].dtype == "float16"
+    assert source.inputs[1].dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float64", "fp32")]
+)
+def test_precision_defaults_to_what_is_stored(
+    random_unet: Path, tmp_path: Path, dtype: str, precision: str
+) -> None:
+    import torch
+
+    def cast(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+
+    assert opened(copy_with(random_unet, tmp_path / "cast", cast)).precision == precision
+
+
+def test_a_checkpoint_tells_what_it_is_in_the_manifest(random_unet: Path) -> None:
+    said = opened(random_unet, prediction_type="v_prediction").verify(Silent())
+    assert said["kind"] == "checkpoint"
+    assert said["sha256"] == hashlib.sha256((random_unet / WEIGHTS).read_bytes()).hexdigest()
+    assert said["prediction_type"] == "v_prediction"
+    assert said["config"]["block_out_channels"] == [32, 64]
+
+
+def test_tensors_without_a_place_are_told(random_unet: Path, tmp_path: Path) -> None:
+    import torch
+
+    progress = Listener()
+    directory = copy_with(random_unet, tmp_path / "more", lambda all_: all_ | {"more.weight": torch.zeros(3)})
+    opened(directory, progress).verify(progress)
+    assert progress.warnings == ["1 tensors of the checkpoint have no place in this UNet and are ignored"]
+
+
+def test_a_missing_tensor_is_named(random_unet: Path, tmp_path: Path) -> None:
+    def without(tensors: dict[str, Any]) -> dict[str, Any]:
+        del tensors["conv_out.bias"]
+        return tensors
+
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the .*\(conv_out\.bias\)"):
+        opened(copy_with(random_unet, tmp_path / "less", without)).verify(Silent())
+
+
+def test_a_graph(traced: Path) -> None:
+    source = opened(traced)
+    assert isinstance(source, GraphSource)
+    assert (source.path, source.precision, source.multiple, source.config) == (traced, "fp32", 2, None)
+    assert [spec.shape for spec in source.inputs] == [
+        ("batch", 4, "height", "width"),
+        ("batch",),
+        ("batch", "tokens", 16),
+    ]
+    assert source.describe()[0].startswith("plain ONNX graph, ")
+    assert source.verify(Silent()) == {
+        "kind": "onnx",
+        "file": "traced.onnx",
+        "sha256": hashlib.sha256(traced.read_bytes()).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "fp16"}, {"config": Path("c.json")}, {"plain": True}, {"loras": ("x.safetensors",)}],
+)
+def test_a_graph_takes_no_options_of_checkpoints(traced: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="is a graph already"):
+        opened(traced, **options)
+
+
+@pytest.mark.parametrize("size", ["dynamic", "fixed"])
+def test_a_graph_is_validated_at_intensity_0(traced: Path, tmp_path: Path, size: str) -> None:
+    from sws_export.onnx_files import save_onnx
+    from sws_export.pipeline.rewrite import GuardOptions, rewrite
+
+    model = ir.load(traced)
+    if size == "fixed":
+        model.graph.inputs[0].shape = ir.Shape(["batch", 4, 6, 10])
+    start, made = tmp_path / "start.onnx", tmp_path / "made.onnx"
+    ir.save(model, start)
+    source = opened(start)
+    graph = source.plain_model(Silent())
+    parameters = SwsParameters()
+    report = rewrite(graph, parameters, (), GuardOptions(), "onnxruntime", Silent())
+    save_onnx(graph, made, Silent())
+    found = source.validate(made, SwsSpec(parameters, report.site_names), Silent())
+    assert found.passed
+    assert found.outputs[0].maximum <= 1e-5
+    assert found.remarks == (
+        "what SWS computes was not compared: that needs the checkpoint (sws-export validate)",
+    )
+    expected = (6, 10) if size == "fixed" else (8, 6)
+    assert (found.sizes["height"], found.sizes["width"]) == expected

@@ -1,0 +1,164 @@
+"""Files are complete or not there, whatever goes wrong."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sws_export.errors import OutputError
+from sws_export.files import output_errors, publish, publish_together, staged_directory
+
+
+def _refuse_with(code: int) -> Any:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+def _stage(out: Path, action: Callable[[Path], object]) -> None:
+    """Write half a file below a staged directory, then do `action` there."""
+    with staged_directory(out) as scratch:
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "part").write_bytes(b"half")
+        action(scratch)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def test_scratch_lies_beside_the_output_and_is_gone_at_the_end(tmp_path: Path) -> None:
+    with staged_directory(tmp_path / "a.plan") as scratch:
+        assert scratch.is_dir()
+        assert scratch.parent == tmp_path
+        (scratch / "part").write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit, FileNotFoundError])
+def test_nothing_is_left_after_an_exception_and_the_old_file_stays(
+    tmp_path: Path, failure: type[BaseException]
+) -> None:
+    out = tmp_path / "a.plan"
+    out.write_bytes(b"old")
+    with pytest.raises(failure):
+        _stage(out, lambda _: _raise(failure()))
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == b"old"
+
+
+def test_an_error_that_is_not_about_the_output_is_not_dressed_up(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), staged_directory(tmp_path / "a.plan"):
+        (tmp_path / "some other file").read_bytes()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_while_writing_is_said_so(tmp_path: Path, code: int) -> None:
+    out = tmp_path / "a.plan"
+    expected = f"cannot write {out}: the disk is full .* GB free in .*; free some space"
+    with pytest.raises(OutputError, match=expected):
+        _stage(out, _refuse_with(code))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_device_that_is_full_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the disk is full"), staged_directory(tmp_path / "a.plan"):
+        Path("/dev/full").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("place", ["missing/a.plan", "file/a.plan"])
+def test_a_place_that_cannot_hold_files_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    expected = r"cannot write .*a\.plan: .*choose an --out in a directory"
+    with pytest.raises(OutputError, match=expected), staged_directory(tmp_path / place):
+        pytest.fail("there is nothing to write to")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"), staged_directory(tmp_path / "a.plan"):
+        pytest.fail("there is nothing to write to")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_the_system_refusing_a_directory_is_an_output_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr("sws_export.files.tempfile.mkdtemp", _refuse_with(code))
+    with pytest.raises(OutputError, match=os.strerror(code)), staged_directory(tmp_path / "a.plan"):
+        pytest.fail("there is nothing to write to")
+
+
+def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
+    out = tmp_path / "a.plan"
+    out.write_bytes(b"old")
+    with out.open("rb") as reader, staged_directory(out) as scratch:
+        (scratch / "new").write_bytes(b"new")
+        publish(scratch / "new", out)
+        assert out.read_bytes() == b"new"
+        assert reader.read() == b"old", "who has the old file open keeps it"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_becomes_obsolete_goes_when_the_new_files_are_there(tmp_path: Path) -> None:
+    """The weights of a large graph that a small one replaces."""
+    graph, weights = tmp_path / "g.onnx", tmp_path / "g.onnx.data"
+    graph.write_bytes(b"large")
+    weights.write_bytes(b"weights")
+    staged = tmp_path / "staged"
+    staged.write_bytes(b"small")
+    publish_together({staged: graph}, [weights])
+    assert list(tmp_path.iterdir()) == [graph]
+    assert graph.read_bytes() == b"small"
+
+
+def test_publish_makes_the_bytes_durable_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, staged = tmp_path / "a.plan", tmp_path / "staged"
+    staged.write_bytes(b"new")
+    seen: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        seen.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, out.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    publish(staged, out)
+    assert seen == [("staged", False), (tmp_path.name, True)]
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace"])
+def test_a_full_disk_while_publishing_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    out = tmp_path / "a.plan"
+    out.write_bytes(b"old")
+    monkeypatch.setattr(call, _refuse_with(errno.ENOSPC))
+    with pytest.raises(OutputError, match="the disk is full"):
+        _stage(out, lambda scratch: publish(scratch / "deep" / "part", out))
+    assert out.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_directory_in_the_way_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "a.plan"
+    out.mkdir()
+    staged = tmp_path / "staged"
+    staged.write_bytes(b"new")
+    with pytest.raises(OutputError, match=r"a\.plan: Is a directory"):
+        publish(staged, out)
+    assert out.is_dir()
+
+
+def test_an_unforeseen_failure_keeps_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as failure, output_errors(tmp_path / "a"):
+        _refuse_with(errno.EIO)()
+    assert not isinstance(failure.value, OutputError)
