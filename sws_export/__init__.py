@@ -11,22 +11,36 @@ from typing import TYPE_CHECKING, Any
 from sws_export.errors import SwsExportError
 
 if TYPE_CHECKING:
-    from sws_export.options.options import ExportOptions
+    from sws_export.options import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsOptions
     from sws_export.parameters import SwsParameters
+    from sws_export.pipeline.revalidate import validate
     from sws_export.pipeline.run import ExportReport, export
 
-__all__ = ["ExportOptions", "ExportReport", "SwsExportError", "SwsParameters", "export"]
+__all__ = [
+    "EngineOptions",
+    "ExportOptions",
+    "ExportReport",
+    "SizeOptions",
+    "SourceOptions",
+    "SwsExportError",
+    "SwsOptions",
+    "SwsParameters",
+    "export",
+    "validate",
+]
 
-_HOMES = {
-    "ExportOptions": "sws_export.options.options",
+_MODULES = {
     "ExportReport": "sws_export.pipeline.run",
     "SwsParameters": "sws_export.parameters",
     "export": "sws_export.pipeline.run",
-}
+    "validate": "sws_export.pipeline.revalidate",
+} | dict.fromkeys(
+    ("EngineOptions", "ExportOptions", "SizeOptions", "SourceOptions", "SwsOptions"), "sws_export.options"
+)
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `import sws_export` alone loads no library."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'sws_export' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

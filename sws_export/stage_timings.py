@@ -28,30 +28,19 @@ class StageTiming:
     cached: bool = False
 
 
-class StageLog:
-    """Collects the figures of each stage of a run, in order."""
-
-    def __init__(self) -> None:
-        self.stages: list[StageTiming] = []
-
-    def recall(self, figures: StageTiming) -> None:
-        """List a stage of an earlier run, whose result was found."""
-        self.stages.append(dataclasses.replace(figures, cached=True))
-
-    @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[StageTiming]:
-        """Measure the block; what it sets in the figures itself (those of a child process) stays."""
-        _reset_peak()
-        before = _peak()
-        figures = StageTiming(name, 0.0, 0)
-        start = time.monotonic()
-        yield figures
-        figures.seconds = time.monotonic() - start
-        peak = _peak()
-        figures.peak_memory = max(figures.peak_memory, peak)
-        self.stages.append(figures)
-        if peak - before > _WORTH_COLLECTING:
-            _give_back_memory()
+@contextlib.contextmanager
+def measure_stage(name: str) -> Iterator[StageTiming]:
+    """Measure the block; larger values that the block sets itself (those of a child process) are kept."""
+    _reset_peak()
+    before = _peak()
+    timing = StageTiming(name, 0.0, 0)
+    start = time.monotonic()
+    yield timing
+    timing.seconds = time.monotonic() - start
+    peak = _peak()
+    timing.peak_memory = max(timing.peak_memory, peak)
+    if peak - before > _WORTH_COLLECTING:
+        _give_back_memory()
 
 
 def _give_back_memory() -> None:

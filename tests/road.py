@@ -1,5 +1,6 @@
 """Means to walk the road in tests: small UNets, graphs traced once a session, the command as a process."""
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
+from sws_export import ExportOptions, SwsOptions
 
 Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
@@ -52,9 +55,26 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
 
 def trace(model: Path, out: Path) -> None:
     """Write the plain graph of `model`: the slow part of every export, without its other stages."""
-    from sws_export import ExportOptions, export
+    from sws_export import export
 
-    export(model, out, ExportOptions(plain=True, validate=False))
+    export(model, out, ExportOptions(sws=SwsOptions(plain=True), validate=False))
+
+
+def with_options(options: ExportOptions, **changes: Any) -> ExportOptions:
+    """`options` with some fields of the groups or of its own changed, each named without its group."""
+    grouped: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {}
+    for name, value in changes.items():
+        for group in ("source", "sws", "sizes", "engine"):
+            if hasattr(getattr(options, group), name):
+                grouped.setdefault(group, {})[name] = value
+                break
+        else:
+            own[name] = value
+    groups = {
+        group: dataclasses.replace(getattr(options, group), **fields) for group, fields in grouped.items()
+    }
+    return dataclasses.replace(options, **groups, **own)
 
 
 def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

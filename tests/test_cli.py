@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sws_export.cli import main
 
-from sws_export import ExportOptions, SwsParameters
+from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsOptions, SwsParameters
 from sws_export.errors import CheckpointError
 from sws_export.pipeline.preflight import Preflight
 from sws_export.pipeline.run import ExportReport
@@ -58,22 +58,23 @@ def test_options_reach_the_library(asked: list[Any], tmp_path: Path) -> None:
             Path("unet"),
             tmp_path / "e.plan",
             ExportOptions(
-                precision="fp16",
-                parameters=SwsParameters(beta=0.7, scales=(1, 2, 4), schedule="noise"),
-                sites=("up_blocks.*", "mid*"),
-                config=Path("c.json"),
-                ema=True,
-                variant="fp16",
-                attention_head_dim=(5, 10),
-                prediction_type="v_prediction",
-                vae_scale=8,
-                batch="1:2:4",
-                height="256:512:1024",
-                width="512",
-                tokens="77",
+                source=SourceOptions(
+                    precision="fp16",
+                    config=Path("c.json"),
+                    ema=True,
+                    variant="fp16",
+                    attention_head_dim=(5, 10),
+                    prediction_type="v_prediction",
+                ),
+                sws=SwsOptions(
+                    parameters=SwsParameters(beta=0.7, scales=(1, 2, 4), schedule="noise"),
+                    sites=("up_blocks.*", "mid*"),
+                ),
+                sizes=SizeOptions(
+                    vae_scale=8, batch="1:2:4", height="256:512:1024", width="512", tokens="77"
+                ),
+                engine=EngineOptions(compute_capabilities=("8.9", "12.0"), optimization_level=2),
                 backend="tensorrt-rtx",
-                compute_capabilities=("8.9", "12.0"),
-                optimization_level=2,
                 validate=False,
                 keep_onnx=True,
                 dry_run=True,

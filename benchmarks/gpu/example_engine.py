@@ -21,14 +21,13 @@ def check_example_engine(folder: Path) -> dict[str, Any] | str:
             return f"{package} is not installed"
     from sws_export import export
     from sws_export.errors import OptionError
-    from sws_export.options.options import ExportOptions
+    from sws_export.options import EngineOptions, ExportOptions, SizeOptions
 
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     options = ExportOptions(
+        engine=EngineOptions(compute_capabilities=(capability,)),
+        sizes=SizeOptions(batch="2", tokens="8"),
         backend="tensorrt-rtx",
-        compute_capabilities=(capability,),
-        batch="2",
-        tokens="8",
         validate=False,
         keep_onnx=True,
     )

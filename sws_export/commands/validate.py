@@ -3,14 +3,10 @@
 import argparse
 from pathlib import Path
 
-from sws_export.commands.shared import (
-    add_checkpoint_options,
-    add_output_options,
-    checkpoint_options,
-    make_progress,
-    print_json,
-)
+from sws_export.commands.shared import add_output_options, make_progress, print_json
 from sws_export.errors import ValidationError
+from sws_export.options import SourceOptions
+from sws_export.options.arguments import group_from_arguments
 
 
 def run(arguments: list[str]) -> int:
@@ -21,14 +17,15 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("graph", type=Path, metavar="MODEL.onnx", help="graph written by sws-export")
     parser.add_argument("model", type=Path, metavar="MODEL", help="the checkpoint it was exported from")
-    add_checkpoint_options(parser)
+    SourceOptions.add_reading_arguments(parser)
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
     from sws_export.commands.terminal import print_validation
     from sws_export.pipeline.revalidate import validate
 
     progress, console = make_progress(parsed)
-    report = validate(parsed.graph, parsed.model, checkpoint_options(parsed), progress)
+    options = group_from_arguments(SourceOptions, parsed)
+    report = validate(parsed.graph, parsed.model, options, progress)
     if not parsed.quiet:
         print_validation(console, report)
     if parsed.json:

@@ -1,6 +1,6 @@
 """Engine backends: from an ONNX file to a plan."""
 
-from sws_export.engines.backend import Backend, BuildOptions, parse_capabilities
+from sws_export.engines.backend import Backend, BuildOptions
 from sws_export.engines.build import EngineReport, build_engine
 from sws_export.engines.choice import choose_backend, engine_memory_estimate
 from sws_export.engines.header import PlanHeader, plan_header
@@ -13,6 +13,5 @@ __all__ = [
     "build_engine",
     "choose_backend",
     "engine_memory_estimate",
-    "parse_capabilities",
     "plan_header",
 ]

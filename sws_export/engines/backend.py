@@ -1,7 +1,6 @@
 """What an engine backend is, and the options of a build."""
 
 import importlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from sws_export.errors import EngineError, OptionError
+from sws_export.options.engine import EngineOptions, option_name
 
 
 @dataclass(frozen=True)
@@ -57,38 +57,39 @@ class Backend:
             ) from error
 
 
+BUILDER_FLAGS: Mapping[str, str] = {
+    "refit": "REFIT",
+    "strip_weights": "STRIP_PLAN",
+    "version_compatible": "VERSION_COMPATIBLE",
+    "weight_streaming": "WEIGHT_STREAMING",
+}
+"""Options that are a flag of the build: the member of TensorRT's `BuilderFlag` by the name of the option."""
+
+
 @dataclass(frozen=True)
-class BuildOptions:
-    """How an engine is built.
+class BuildOptions(EngineOptions):
+    """How an engine is built by one backend.
+
+    Attributes:
+        backend: The engine library.
+        plugins: Plugin libraries that the graph needs; they are serialized into the plan.
 
     Raises:
-        OptionError: The backend cannot do what is asked for, or a value is not one it knows.
-        EngineError: `compute_capabilities` is given and the library that knows them is not installed.
+        OptionError: The backend does not support an option, or a value is out of range.
+        EngineError: `compute_capabilities` is given and the library that defines them is not installed.
     """
 
     backend: Backend
-    compute_capabilities: tuple[str, ...] = ()
-    """Targets such as "8.9"; empty: the backend's default."""
-    optimization_level: int | None = None
-    """0 (fast build) to 5 (fast engine); None: the library's default."""
-    timing_cache: Path | None = None
-    """File with kernel timings, read if it is there and written after the build."""
-    refit: bool = False
-    strip_weights: bool = False
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    weight_streaming: bool = False
     plugins: tuple[Path, ...] = ()
-    """Plugin libraries that the graph needs; they become part of the plan."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             reason = self.backend.refused.get(field.name)
             if reason and getattr(self, field.name):
-                option = "--" + field.name.replace("_", "-").replace("capabilities", "capability")
-                raise OptionError(f"{option} is not possible with --backend {self.backend.name}: {reason}")
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise OptionError(f"--builder-optimization-level must be 0 to 5, found {self.optimization_level}")
+                raise OptionError(
+                    f"{option_name(field.name)} is not possible with --backend {self.backend.name}: {reason}"
+                )
+        super().__post_init__()
         if self.compute_capabilities:
             check_capabilities(self.compute_capabilities, self.backend.load())
 
@@ -106,22 +107,6 @@ class BuildOptions:
             "timing_cache": str(self.timing_cache) if self.timing_cache else None,
             "plugins": [str(path) for path in self.plugins],
         }
-
-
-def parse_capabilities(text: str) -> tuple[str, ...]:
-    """Split "8.9,12.0" into ("8.9", "12.0"), without repetitions.
-
-    Raises:
-        OptionError: An item is not MAJOR.MINOR.
-    """
-    items = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
-    for item in items:
-        if not re.fullmatch(r"\d+\.\d", item):
-            raise OptionError(
-                f"--compute-capability {text}: expected MAJOR.MINOR separated by commas, such as 8.9,12.0; "
-                f"found {item!r}"
-            )
-    return items
 
 
 def capability_member(capability: str) -> str:

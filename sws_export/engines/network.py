@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sws_export.engines.backend import BuildOptions, capability_member
+from sws_export.engines.backend import BUILDER_FLAGS, BuildOptions, capability_member
 from sws_export.errors import EngineError, OptionError
 from sws_export.tensors import Shapes
 
@@ -126,17 +126,13 @@ def configure(trt: Any, builder: Any, options: BuildOptions, shapes: Shapes, mon
 
 
 def _flags(trt: Any, options: BuildOptions) -> Mapping[str, Any]:
-    names = {
-        "refit": "REFIT",
-        "strip_weights": "STRIP_PLAN",
-        "version_compatible": "VERSION_COMPATIBLE",
-        "weight_streaming": "WEIGHT_STREAMING",
-    }
     members = trt.BuilderFlag.__members__
-    missing = [option for option, name in names.items() if getattr(options, option) and name not in members]
+    missing = [
+        option for option, name in BUILDER_FLAGS.items() if getattr(options, option) and name not in members
+    ]
     if missing:
         raise OptionError(f"{trt.__name__} {trt.__version__} does not know {', '.join(missing)}; update it")
-    return {option: members[name] for option, name in names.items() if name in members}
+    return {option: members[name] for option, name in BUILDER_FLAGS.items() if name in members}
 
 
 def _add_profile(builder: Any, config: Any, shapes: Shapes) -> None:

@@ -1,100 +1,139 @@
-"""The sizes that an artefact is made for, from what was asked for."""
+"""Options of the sizes that an artefact is made for."""
 
+import argparse
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sws_export.errors import OptionError
-from sws_export.options.options import ExportOptions
-from sws_export.tensors import SIZE_AXES, Range, Sizes, TensorSpec, latent_range, parse_range, resolve_sizes
+from sws_export.tensors import SIZE_AXES, Range, Sizes, TensorSpec, latent_range, parse_range
 
-# Batch of one prompt with and without its negative; CLIP's text length.
+# A batch of one prompt with and without its negative; the text length of CLIP.
 _DEFAULT_BATCH = "1:2:2"
 _DEFAULT_TOKENS = "77"
 
 
-def engine_sizes(
-    options: ExportOptions, config: Mapping[str, Any] | None, multiple: int, vae_scale: int | None
-) -> Sizes:
-    """The sizes that the engine is built for, in units of the latent.
+@dataclass(frozen=True, kw_only=True)
+class SizeOptions:
+    """Sizes as texts: one number for a static size, or MIN:OPT:MAX for an engine.
 
-    Args:
-        options: Sizes as given.
-        config: The UNet's configuration, for the size it was trained on; None where it is not known.
-        multiple: What height and width of the latent must be multiples of.
-        vae_scale: What the checkpoint says.
-
-    Raises:
-        OptionError: A size is malformed, not a multiple of what the UNet needs, or must be given.
+    Attributes:
+        batch: None for 1:2:2 in an engine, for a dynamic size in a graph.
+        height: Pixels; None for the size the UNet was trained on in an engine, for a dynamic size in a graph.
+        width: As `height`.
+        tokens: None for 77 in an engine, for a dynamic size in a graph.
+        vae_scale: Pixels per latent element in each direction; None for what the checkpoint specifies.
     """
-    scale = _pixels_a_latent(options, vae_scale)
-    trained = config.get("sample_size") if config else None
-    sides = trained if isinstance(trained, (list, tuple)) else (trained, trained)
-    return resolve_sizes(
-        batch=options.batch or _DEFAULT_BATCH,
-        height=options.height or _trained_pixels("--height", sides[0], scale),
-        width=options.width or _trained_pixels("--width", sides[1], scale),
-        tokens=options.tokens or _DEFAULT_TOKENS,
-        vae_scale=scale,
-        multiple=multiple,
-    )
 
+    batch: str | None = None
+    height: str | None = None
+    width: str | None = None
+    tokens: str | None = None
+    vae_scale: int | None = None
 
-def _trained_pixels(option: str, side: int | None, scale: int) -> str:
-    if side is None:
-        raise OptionError(f"the model does not say what size it was trained on; add {option} MIN:OPT:MAX")
-    return str(side * scale)
-
-
-def graph_sizes(options: ExportOptions, multiple: int, vae_scale: int | None) -> dict[str, int]:
-    """The sizes that an ONNX graph is fixed to, in units of the latent; the others stay open.
-
-    Args:
-        options: Sizes as given.
-        multiple: What height and width of the latent must be multiples of.
-        vae_scale: What the checkpoint says.
-
-    Raises:
-        OptionError: A size is malformed or a range, or not a multiple of what the UNet needs.
-    """
-    fixed = {}
-    for name in SIZE_AXES:
-        text, option = getattr(options, name), f"--{name}"
-        if text is None:
-            continue
-        if name in ("height", "width"):
-            size = latent_range(text, option, _pixels_a_latent(options, vae_scale), multiple)
-        else:
-            size = parse_range(text, option)
-        if size.minimum != size.maximum:
+    def __post_init__(self) -> None:
+        if self.vae_scale is not None and self.vae_scale < 1:
             raise OptionError(
-                f"{option} {text}: an ONNX graph takes one size or any; give one number, or leave it out"
+                f"--vae-scale {self.vae_scale}: expected 1 or more, such as 8 (Stable Diffusion)"
             )
-        fixed[name] = size.minimum
-    return fixed
 
-
-def _pixels_a_latent(options: ExportOptions, vae_scale: int | None) -> int:
-    scale = options.vae_scale or vae_scale
-    if scale is None:
-        raise OptionError(
-            "how many pixels a latent value covers is not known for this model; "
-            "add --vae-scale 8 (Stable Diffusion) or --vae-scale 1 (pixel space)"
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add all arguments of the group."""
+        group = parser.add_argument_group(
+            "sizes",
+            "One number makes a size static, and what depends on it is computed at the export. Engines also "
+            "take MIN:OPT:MAX; unspecified sizes of an .onnx stay dynamic. Height and width are in pixels.",
         )
-    return scale
+        trained = "default of an engine: the size the UNet was trained on"
+        group.add_argument("--batch", metavar="SIZES", help="default of an engine: 1:2:2")
+        group.add_argument("--height", metavar="SIZES", help=trained)
+        group.add_argument("--width", metavar="SIZES", help=trained)
+        group.add_argument("--tokens", metavar="SIZES", help="text tokens; default of an engine: 77")
+        group.add_argument("--vae-scale", type=int, metavar="N", help="pixels per latent element")
+
+    def engine_sizes(
+        self, config: Mapping[str, Any] | None, size_multiple: int, vae_scale: int | None
+    ) -> Sizes:
+        """The sizes that the engine is built for; height and width are those of the latent.
+
+        Args:
+            config: The UNet's configuration, which has the size it was trained on; None if unknown.
+            size_multiple: Height and width of the latent must be multiples of it.
+            vae_scale: What the checkpoint specifies.
+
+        Raises:
+            OptionError: A size is malformed, not a multiple of what the UNet needs, or must be given.
+        """
+        trained = config.get("sample_size") if config else None
+        height, width = trained if isinstance(trained, list | tuple) else (trained, trained)
+        return Sizes(
+            batch=parse_range(self.batch or _DEFAULT_BATCH, "--batch"),
+            height=self._side("height", height, size_multiple, vae_scale),
+            width=self._side("width", width, size_multiple, vae_scale),
+            tokens=parse_range(self.tokens or _DEFAULT_TOKENS, "--tokens"),
+        )
+
+    def static_sizes(self, size_multiple: int, vae_scale: int | None) -> dict[str, int]:
+        """The sizes that are static in an ONNX graph, in units of the latent; the others stay dynamic.
+
+        Args:
+            size_multiple: Height and width of the latent must be multiples of it.
+            vae_scale: What the checkpoint specifies.
+
+        Raises:
+            OptionError: A size is malformed or a range, or not a multiple of what the UNet needs.
+        """
+        sizes = {}
+        for name in SIZE_AXES:
+            text = getattr(self, name)
+            if text is None:
+                continue
+            if name in ("height", "width"):
+                size = self._side(name, None, size_multiple, vae_scale)
+            else:
+                size = parse_range(text, f"--{name}")
+            if size.minimum != size.maximum:
+                raise OptionError(
+                    f"--{name} {text}: an ONNX graph has one static size or is dynamic; give one "
+                    "number, or leave the option out"
+                )
+            sizes[name] = size.minimum
+        return sizes
+
+    def _side(self, name: str, trained: int | None, size_multiple: int, vae_scale: int | None) -> Range:
+        """Height or width of the latent, from the option in pixels or from the size trained on."""
+        option, text = f"--{name}", getattr(self, name)
+        if text is not None:
+            return latent_range(text, option, self._pixels_per_latent(vae_scale), size_multiple)
+        if trained is None:
+            raise OptionError(
+                f"the model does not specify the size it was trained on; add {option} MIN:OPT:MAX"
+            )
+        return latent_range(str(trained), option, 1, size_multiple)
+
+    def _pixels_per_latent(self, vae_scale: int | None) -> int:
+        scale = self.vae_scale or vae_scale
+        if scale is None:
+            raise OptionError(
+                "the number of pixels per latent element is unknown for this model; "
+                "add --vae-scale 8 (Stable Diffusion) or --vae-scale 1 (pixel space)"
+            )
+        return scale
 
 
-def check_static_dimensions(inputs: tuple[TensorSpec, ...], asked: Mapping[str, Range]) -> None:
-    """Refuse sizes that contradict a dimension which the graph fixes.
+def check_static_dimensions(inputs: tuple[TensorSpec, ...], requested: Mapping[str, Range]) -> None:
+    """Refuse sizes that contradict a static dimension of the graph.
 
     Raises:
-        OptionError: Names the dimension, the size of the graph and the size asked for.
+        OptionError: Names the dimension, the size of the graph and the size that was requested.
     """
     by_name = {spec.name: spec for spec in inputs}
-    for name, size in asked.items():
+    for name, size in requested.items():
         input_name, axis = SIZE_AXES[name]
         dimension = by_name[input_name].shape[axis]
         if isinstance(dimension, int) and size != Range(dimension, dimension, dimension):
             raise OptionError(
-                f"the graph has a fixed {name} of {dimension}; found {size} in the profile. "
-                "Export the UNet with dynamic sizes or ask for this one"
+                f"the graph has a static {name} of {dimension}, found {size} in the profile; "
+                "export the UNet with dynamic sizes, or request this one"
             )

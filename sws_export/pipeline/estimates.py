@@ -4,10 +4,6 @@ Times are those of two processor cores with nothing else to do; docs/full-size.m
 rule. The memory of an engine build is in `engines/choice.py`, a figure of each backend.
 """
 
-from sws_export.tensors import Precision
-
-WEIGHT_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
-
 EXPORT_MEMORY = 800_000_000
 """Measured on SD1.5 and SDXL in float16: 0.67 and 0.8 GB. Weights are not read before they are written."""
 

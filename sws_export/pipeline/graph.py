@@ -1,156 +1,270 @@
-"""The graph of an export: compared with the reference, and fixed to the sizes asked for."""
+"""The graph of an export: traced, rewritten for its target, compared with the reference."""
 
-import dataclasses
+import contextlib
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
 from sws_export import manifest as manifests
 from sws_export.errors import ValidationError
 from sws_export.onnx_files import graph_specs, release_weights, save_onnx, save_sharing
-from sws_export.options.options import guard_options
-from sws_export.pipeline.cached_graph import find_validation, store_validation
-from sws_export.pipeline.job import Job
-from sws_export.pipeline.rewrite import RewriteReport, finish_plain, rewrite
+from sws_export.parameters import SwsParameters, recorded_parameters
+from sws_export.pipeline.plan import ExportPlan
+from sws_export.pipeline.rewrite import finish_plain, rewrite
+from sws_export.pipeline.run_log import Recorded, RunLog
 from sws_export.progress import Progress, Silent
-from sws_export.stage_timings import StageLog
 from sws_export.tracing.export_unet import OPSET
 from sws_export.validation import OutputDifference, SwsSpec, ValidationReport
 from sws_export.validation.static_shapes import STEPS, compare_static_shapes
 
 _RUNNABLE = 5e11
-"""Parameters times pixels of the latent up to which a graph is run once more: SD 1.5 at 192 x 192. At
-512 x 512 that took two minutes and 2.4 times the weights, with logits stored as TensorRT-RTX needs them."""
+"""Parameters times latent pixels up to which a static graph is run: SD 1.5 at 192 x 192. At 512 x 512 that
+took two minutes and 2.4 times the weights, with the materialized logits that TensorRT-RTX needs."""
 
 
-@dataclasses.dataclass(frozen=True)
-class GraphMaking:
-    """Makes the graph of one export.
+class SourceCheck:
+    """The check of every weight of the source, done when its result is first needed."""
 
-    Attributes:
-        job: The export.
-        description: What the manifest says of the source.
-        key: What the graph of any size and its validation depend on.
-        log: Takes times and memory.
-        progress: Hears of the stages.
-    """
+    def __init__(self, plan: ExportPlan, log: RunLog) -> None:
+        self._plan = plan
+        self._log = log
+        self.recorded: Recorded | None = None
+        """What the check logged; None while it was not done."""
 
-    job: Job
-    description: dict[str, Any]
-    key: str
-    log: StageLog
-    progress: Progress
-
-    def make(self, path: Path) -> tuple[ir.Model, ValidationReport | None]:
-        """Write the graph to `path`; returns it with the result of its validation, if there was one.
-
-        The reference is slow and sees a small grid, so that the graph is compared before its sizes are
-        fixed. Where a step at these sizes is short enough, the fixed graph runs beside the one compared.
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """What the manifest says about the source, its sha256 included.
 
         Raises:
-            ValidationError: The graph differs from the reference.
+            CheckpointError: A weight is missing, has another shape, or has NaN or Inf.
         """
-        with self.log.measure("export"):
-            model = self.job.source.plain_model(self.progress)
-        later = self.job.sizes if self.job.options.validate else {}
-        plain = model.clone() if later else model
-        with self.log.measure("rewrite"):
-            rewritten = self._finish(model, {} if later else self.job.sizes, self.progress)
-        with self.log.measure("save"):
-            save_onnx(model, path, self.progress)
-        if not self.job.options.validate:
-            return model, None
-        shuffled = self._shuffled(rewritten)
-        validation = self._validate(path, shuffled)
-        if not later:
-            return model, validation
-        with self.log.measure("fix sizes"):
-            general = path.replace(path.with_name("any-size.onnx"))
-            self._finish(plain, self.job.sizes, Silent())
-            save_sharing(plain, path, model, general, self.progress)
-            remark = self._compare(path, general, shuffled)
-        remarks = (*validation.remarks, remark)
-        return plain, dataclasses.replace(validation, remarks=remarks)
+        with self._log.record() as recorded, self._log.measure("check"):
+            description = self._verify()
+        self.recorded = recorded
+        return description
 
-    def _validate(self, path: Path, shuffled: SwsSpec) -> ValidationReport:
-        """Compare the graph of any size with the reference, unless that was done before."""
-        known = find_validation(self.job.cache, self.key)
-        if known is not None:
-            validation, figures = known
-            self.job.progress.log(f"validation: from the cache ({self.key[:12]})")
-            self.log.recall(figures)
-            return validation
-        with self.log.measure("validate") as figures:
-            validation = self.job.source.validate(path, shuffled, self.progress)
-        _check_differences(validation.outputs, validation.reference)
-        store_validation(self.job.cache, self.key, validation, figures, self.job.what, self.job.progress)
-        return validation
+    def _verify(self) -> dict[str, Any]:
+        return self._plan.source.verify(self._log)
 
-    def _finish(self, model: ir.Model, sizes: Mapping[str, int], progress: Progress) -> RewriteReport | None:
-        """Rewrite a plain model for `sizes`, in place, and let it say what it is."""
-        rewritten = None
-        if self.job.options.plain:
-            finish_plain(model, sizes)
-        else:
-            rewritten = rewrite(
-                model,
-                self.job.options.parameters,
-                self.job.options.sites,
-                guard_options(self.job.options),
-                self.job.target,
-                progress,
-                preset=self.job.options.preset,
-                debug_outputs=self.job.options.debug_outputs,
-                sizes=sizes,
-            )
+    @property
+    def sha256(self) -> str:
+        """Digest of the source's files, in hex."""
+        return str(self.description["sha256"])
+
+
+class WrittenGraph(NamedTuple):
+    """A graph in memory, whose file is written, and a remark on how it was compared."""
+
+    model: ir.Model
+    remark: str = ""
+
+
+class Graph:
+    """An exported graph; its ONNX file is written when it is first needed.
+
+    Attributes:
+        path: Where the file is written.
+        content: sha256, in hex, of the graph with its weights, if a cache needs it; else empty.
+    """
+
+    def __init__(self, path: Path, write: Callable[[Path], WrittenGraph]) -> None:
+        self.path = path
+        self.content = ""
+        self._write = write
+
+    @functools.cached_property
+    def written(self) -> WrittenGraph:
+        """The graph, after its file was written."""
+        return self._write(self.path)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the file is complete."""
+        return "written" in self.__dict__
+
+    @property
+    def file(self) -> Path:
+        """The complete ONNX file."""
+        assert self.written
+        return self.path
+
+    @property
+    def model(self) -> ir.Model:
+        """The graph in memory; large weights stay on disk."""
+        return self.written.model
+
+    @property
+    def remark(self) -> str:
+        """How a static graph was compared with the dynamic one; empty for others."""
+        return self.written.remark
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The manifest embedded in the graph."""
+        return manifests.embedded(self.model) or {}
+
+
+class GraphBuilder:
+    """Builds the graphs of one export from one trace of the UNet."""
+
+    def __init__(self, plan: ExportPlan, check: SourceCheck, log: RunLog) -> None:
+        self._plan = plan
+        self._check = check
+        self._log = log
+
+    def write(self, path: Path) -> WrittenGraph:
+        """Write the graph with dynamic shapes, or with static ones if there will be no validation.
+
+        Raises:
+            ExportError: The UNet cannot be traced, or its graph cannot be rewritten.
+            OSError: `path` cannot be written.
+        """
+        model = self._rewritten({} if self.makes_two else self._plan.static_sizes, self._log)
+        with self._log.measure("save"):
+            save_onnx(model, path, self._log)
+        return WrittenGraph(model)
+
+    def write_dynamic(self, path: Path, static_path: Path) -> WrittenGraph:
+        """As `write`, with the weights where the static graph at `static_path` has them."""
+        written = self.write(static_path)
+        static_path.replace(path)
+        return written
+
+    def write_static(self, path: Path, dynamic: Graph) -> WrittenGraph:
+        """Write the graph with static shapes, and run it beside the dynamic one if that is affordable.
+
+        Raises:
+            ValidationError: Both graphs run and differ.
+        """
+        sizes = self._sizes_to_run()
+        if sizes is not None:
+            assert dynamic.file  # it writes to `path` on the way
+        with self._log.measure("static shapes"):
+            model = self._rewritten(self._plan.static_sizes, Silent())
+            if dynamic.is_written:
+                save_sharing(model, path, dynamic.model, dynamic.path, self._log)
+            else:
+                save_onnx(model, path, self._log)
+            return WrittenGraph(model, self._compare_static(path, dynamic, sizes))
+
+    @property
+    def makes_two(self) -> bool:
+        """Whether a dynamic graph is validated before the static one is written."""
+        return bool(self._plan.static_sizes) and self._plan.options.validate
+
+    def _sizes_to_run(self) -> dict[str, int] | None:
+        """Sizes at which the static graph runs; None if a step would take too long."""
+        source = self._plan.source
+        side = 2 * source.size_multiple
+        sizes = {"batch": 1, "height": side, "width": side, "tokens": 7} | dict(self._plan.static_sizes)
+        work = source.parameter_count * sizes["batch"] * sizes["height"] * sizes["width"]
+        return sizes if work <= _RUNNABLE else None
+
+    def _rewritten(self, sizes: Mapping[str, int], progress: Progress) -> ir.Model:
+        """The plain graph rewritten for `sizes`, with its manifest embedded."""
+        plan, sws = self._plan, self._plan.options.sws
+        source = self._check.description
+        model = self._plain.clone() if self.makes_two else self._plain
+        report = None
+        with _measured(self._log, "rewrite", progress):
+            if sws.plain:
+                finish_plain(model, sizes)
+            else:
+                report = rewrite(
+                    model,
+                    sws.parameters,
+                    sws.sites,
+                    sws.guard_options(),
+                    plan.target,
+                    progress,
+                    preset=sws.preset,
+                    debug_outputs=sws.debug_outputs,
+                    sizes=sizes,
+                )
         release_weights(model)
         model.producer_name, model.producer_version = "sws-export", manifests.library_versions()["sws-export"]
         manifests.embed(
             model,
             manifests.describe_graph(
-                source=self.description,
+                source=source,
                 inputs=graph_specs(model.graph.inputs),
                 outputs=graph_specs(model.graph.outputs),
-                parameters=self.job.options.parameters if rewritten else None,
-                rewrite=rewritten,
-                precision=self.job.source.precision,
-                target=self.job.target,
-                guard=guard_options(self.job.options) if rewritten else None,
+                parameters=sws.parameters if report else None,
+                rewrite=report,
+                precision=plan.source.precision,
+                target=plan.target,
+                guard=sws.guard_options() if report else None,
                 opset=OPSET,
             ),
         )
-        return rewritten
+        return model
 
-    def _shuffled(self, rewritten: RewriteReport | None) -> SwsSpec:
-        sites = rewritten.site_names if rewritten else ()
-        debug_sites = rewritten.debug_sites if rewritten else ()
-        return SwsSpec(
-            self.job.options.parameters,
-            sites,
-            guard_options(self.job.options).rows,
-            debug_sites,
-            self.job.options.preset,
-        )
+    @functools.cached_property
+    def _plain(self) -> ir.Model:
+        with self._log.measure("export"):
+            return self._plan.source.plain_model(self._log)
 
-    def _compare(self, fixed: Path, general: Path, shuffled: SwsSpec) -> str:
-        """Run the fixed graph beside the one of any size, if that is affordable; what to say of it."""
+    def _compare_static(self, path: Path, dynamic: Graph, sizes: Mapping[str, int] | None) -> str:
+        plan = self._plan
         text = "compared before " + ", ".join(
-            f"{name} was fixed to {size}" for name, size in self.job.sizes.items()
+            f"{name} was set to {size}" for name, size in plan.static_sizes.items()
         )
-        side = 2 * self.job.source.multiple
-        sizes = {"batch": 1, "height": side, "width": side, "tokens": 7} | dict(self.job.sizes)
-        work = self.job.source.parameters * sizes["batch"] * sizes["height"] * sizes["width"]
-        if work > _RUNNABLE:
-            return f"{text}; the fixed graph was not run, a step on this processor would be long"
+        if sizes is None:
+            return f"{text}; the static graph was not run, a step on this processor would be long"
         differences = compare_static_shapes(
-            fixed, general, self.job.source.inputs, sizes, shuffled, self.job.source.precision, self.progress
+            path,
+            dynamic.file,
+            plan.source.inputs,
+            sizes,
+            sws_spec(dynamic.description),
+            plan.source.precision,
+            self._log,
         )
-        _check_differences(differences, "graph that takes any size")
+        _check_differences(differences, "graph with dynamic shapes")
         largest = max(difference.maximum for difference in differences)
-        return f"{text}; the fixed graph differs by up to {largest:.1g} in {STEPS} steps"
+        return f"{text}; the static graph differs by up to {largest:.1g} in {STEPS} steps"
+
+
+@contextlib.contextmanager
+def _measured(log: RunLog, name: str, progress: Progress) -> Iterator[None]:
+    """Measure the block, unless it is a part of a stage that is measured already."""
+    if progress is log:
+        with log.measure(name):
+            yield
+    else:
+        yield
+
+
+def validate_graph(plan: ExportPlan, graph: Graph, log: RunLog) -> ValidationReport:
+    """Compare the graph with what it should compute.
+
+    Raises:
+        ValidationError: They differ by more than is allowed.
+    """
+    file, spec = graph.file, sws_spec(graph.description)
+    with log.measure("validate"):
+        validation = plan.source.validate(file, spec, log)
+    _check_differences(validation.outputs, validation.reference)
+    return validation
+
+
+def sws_spec(description: Mapping[str, Any]) -> SwsSpec:
+    """The SWS in a graph, from its manifest."""
+    if not description["sws"]:
+        return SwsSpec(SwsParameters(), ())
+    return SwsSpec(
+        recorded_parameters(description["sws"]),
+        tuple(name for names in description["sites"].values() for name in names),
+        Fraction(description["guard"]["rows"]),
+        tuple(description.get("debug_outputs", {}).get("sites", ())),
+        # Manifests from before there were presets have none.
+        description.get("preset", "sws"),
+    )
 
 
 def _check_differences(outputs: tuple[OutputDifference, ...], reference: str) -> None:
@@ -160,7 +274,7 @@ def _check_differences(outputs: tuple[OutputDifference, ...], reference: str) ->
     worst = max(failed, key=lambda output: output.maximum / output.tolerance)
     if math.isinf(worst.maximum):
         raise ValidationError(
-            f"{worst.name} of the graph holds NaN or Inf, the {reference} does not: the precision is "
+            f"{worst.name} of the graph has NaN or Inf, the {reference} has none: the precision is "
             "too small for this model; nothing was written. Export with --precision bf16 or fp32"
         )
     raise ValidationError(

@@ -8,10 +8,11 @@ from pathlib import Path
 import psutil
 
 from sws_export.engines import engine_memory_estimate
-from sws_export.options.options import ExportOptions
+from sws_export.options import ExportOptions
 from sws_export.pipeline import estimates
-from sws_export.pipeline.engine_config import EngineConfig
-from sws_export.sources.source import Source
+from sws_export.pipeline.plan import EngineConfig
+from sws_export.sources import Source
+from sws_export.tensors import PRECISIONS
 
 _MINUTES = 100.0
 """Seconds from which on a time is told in minutes."""
@@ -95,9 +96,9 @@ def preflight(
         out: Where the artefacts go.
         cached: What is in the cache: `graph` (with its validation), `engine`.
     """
-    weights = source.parameters * estimates.WEIGHT_BYTES[source.precision]
-    billions = source.parameters / 1e9
-    kind = "plain" if options.plain else "sws"
+    weights = source.parameter_count * PRECISIONS[source.precision].itemsize
+    billions = source.parameter_count / 1e9
+    kind = "plain" if options.sws.plain else "sws"
     memory: dict[str, int] = {}
     seconds: dict[str, float] = {}
     if "graph" not in cached:

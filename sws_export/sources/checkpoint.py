@@ -1,4 +1,4 @@
-"""A checkpoint as the start of an export."""
+"""A checkpoint as the source of an export."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,14 +11,16 @@ from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, ve
 from sws_export.checkpoint.unet_io import size_multiple, unet_inputs
 from sws_export.errors import CheckpointError
 from sws_export.lora.fuse import Lora, fuse, open_lora, parse_lora
-from sws_export.options.options import ExportOptions
+from sws_export.options import SourceOptions
 from sws_export.progress import Progress
 from sws_export.tensors import PRECISIONS, Precision, TensorSpec
 from sws_export.tracing.export_unet import export_plain, plain_weights
 from sws_export.validation import SwsSpec, ValidationReport, validate_against_reference
 
 _SHOWN = 3
-_STORED_PRECISIONS: dict[str, Precision] = {"F32": "fp32", "F64": "fp32", "F16": "fp16", "BF16": "bf16"}
+# Double precision is exported as float32.
+_STORED_PRECISIONS: dict[str, Precision] = {"F64": "fp32"}
+_STORED_PRECISIONS |= {found.safetensors: precision for precision, found in PRECISIONS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class CheckpointSource:
 
     @property
     def path(self) -> Path:
-        """What the user named."""
+        """The path that the user gave."""
         return self.checkpoint.path
 
     @property
@@ -48,7 +50,7 @@ class CheckpointSource:
         return self.checkpoint.config
 
     @property
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         """One halving a level but the last."""
         return size_multiple(self.checkpoint.config)
 
@@ -58,7 +60,7 @@ class CheckpointSource:
         return self.checkpoint.vae_scale
 
     @property
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """Number of parameters of the UNet."""
         return self.checkpoint.parameters
 
@@ -136,7 +138,7 @@ class CheckpointSource:
     def validate(
         self,
         onnx_path: Path,
-        shuffled: SwsSpec,
+        sws_spec: SwsSpec,
         progress: Progress,
     ) -> ValidationReport:
         """Against the eager reference with the checkpoint's weights."""
@@ -144,14 +146,14 @@ class CheckpointSource:
             onnx_path,
             self.checkpoint,
             self.inputs,
-            shuffled,
+            sws_spec,
             self.precision,
             progress,
             fuse(self.checkpoint, self.loras),
         )
 
 
-def open_checkpoint_source(model: Path, options: ExportOptions, progress: Progress) -> CheckpointSource:
+def open_checkpoint_source(model: Path, options: SourceOptions, progress: Progress) -> CheckpointSource:
     """Read the headers of a checkpoint and of the LoRAs to be fused.
 
     Raises:

@@ -1,109 +1,233 @@
-"""A plain ONNX graph as the start of an export."""
+"""A plain ONNX graph exported earlier, as the source of an export."""
 
 import dataclasses
+import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
+from graph_passes.find_sites import count_levels
+from graph_passes.name_nodes import NameNodes
+from sws_export import manifest
+from sws_export.errors import CheckpointError, ExportError
+from sws_export.onnx_files import graph_specs, load_onnx
 from sws_export.progress import Progress
-from sws_export.sources.plain_graph import PlainGraph
-from sws_export.tensors import Precision, TensorSpec
+from sws_export.tensors import PRECISIONS, SIZE_AXES, Precision, TensorSpec
+from sws_export.tracing.export_unet import OPSET
 from sws_export.validation import SwsSpec, ValidationReport, validate_against_plain
 from sws_export.validation.validate import TOKENS
 
+_CHUNK = 2**22
+_INPUTS = ("sample", "timestep", "encoder_hidden_states")
+_OUTPUT = "out_sample"
+
 
 @dataclasses.dataclass(frozen=True)
-class GraphSource:
-    """A plain ONNX graph exported earlier."""
+class OnnxSource:
+    """A plain ONNX graph on disk; see `Source`.
 
-    graph: PlainGraph
+    Attributes:
+        path: The file.
+        model: The graph; large weights stay on disk.
+        inputs: Its inputs, with the symbols of `SIZE_AXES` as their dynamic dimensions.
+        precision: Precision of the UNet.
+        vae_scale: Pixels per latent element, if the exporter recorded it.
+        files: The ONNX file, and those of its external weights sorted by name.
+        original_weights: Its weights by name, also after the rewrite of `model`.
+    """
 
-    @property
-    def path(self) -> Path:
-        """What the user named."""
-        return self.graph.path
-
-    @property
-    def precision(self) -> Precision:
-        """That of the graph."""
-        return self.graph.precision
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """As the graph declares them."""
-        return self.graph.inputs
+    path: Path
+    model: ir.Model
+    inputs: tuple[TensorSpec, ...]
+    precision: Precision
+    vae_scale: int | None
+    files: tuple[Path, ...]
+    original_weights: Mapping[str, ir.TensorProtocol]
 
     @property
     def config(self) -> None:
         """Unknown."""
 
     @property
-    def multiple(self) -> int:
-        """One halving a level but the last, counted from the names of the blocks."""
-        return self.graph.multiple
-
-    @property
-    def vae_scale(self) -> int | None:
-        """As the export of the graph recorded it; else unknown."""
-        return self.graph.vae_scale
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all initializers."""
-        return self.graph.parameters
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The ONNX file and those of its external weights."""
-        return self.graph.files
-
-    @property
     def converts(self) -> bool:
         """Never."""
         return False
 
+    @property
+    def size_multiple(self) -> int:
+        """One halving per level but the last, counted from the names of the blocks."""
+        return int(2 ** (count_levels(self.model) - 1))
+
+    @property
+    def parameter_count(self) -> int:
+        """Elements of all initializers."""
+        return sum(
+            math.prod(value.shape.numpy()) for value in self.model.graph.initializers.values() if value.shape
+        )
+
     def identity(self, sha256: str) -> dict[str, Any]:
-        """What the manifest says of it."""
-        return self._describe(sha256)
+        """What the manifest says about it."""
+        return {"kind": "onnx", "file": self.path.name, "sha256": sha256}
 
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
         """As the graph was read."""
-        return self.graph.weights
+        return self.original_weights
 
     def describe(self) -> list[str]:
         """Size and precision."""
-        return [f"plain ONNX graph, {self.parameters / 1e6:.1f} M parameters, {self.precision}"]
+        return [f"plain ONNX graph, {self.parameter_count / 1e6:.1f} M parameters, {self.precision}"]
 
     def verify(self, progress: Progress) -> dict[str, Any]:
-        """Look at all weights and hash the files.
+        """Look at all weights and hash the files: the ONNX file, then its external weights by name.
 
         Raises:
-            CheckpointError: A weight holds NaN or Inf.
+            CheckpointError: A weight has NaN or Inf.
         """
-        self.graph.require_finite()
-        return self._describe(self.graph.digest(progress))
+        self._require_finite()
+        digest = hashlib.sha256()
+        with progress.stage("hash", total=sum(file.stat().st_size for file in self.files)) as stage:
+            for file in self.files:
+                with file.open("rb") as stream:
+                    while chunk := stream.read(_CHUNK):
+                        digest.update(chunk)
+                        stage.advance(len(chunk))
+        return self.identity(digest.hexdigest())
 
-    def _describe(self, sha256: str) -> dict[str, Any]:
-        return {"kind": "onnx", "file": self.path.name, "sha256": sha256}
+    def _require_finite(self) -> None:
+        """Look for NaN and Inf among the weights; scalars are limits, which may be infinite."""
+        for value in self.model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.size <= 1 or not tensor.dtype.is_floating_point():
+                continue
+            if not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all():
+                raise CheckpointError(
+                    f"{self.path}: weight '{value.name}' has NaN or Inf; the model is broken (often by a "
+                    "conversion to fp16): export it again from another copy"
+                )
 
     def plain_model(self, progress: Progress) -> ir.Model:  # noqa: ARG002  (nothing to wait for)
         """The graph as it was read."""
-        return self.graph.model
+        return self.model
 
-    def validate(
-        self,
-        onnx_path: Path,
-        shuffled: SwsSpec,
-        progress: Progress,
-    ) -> ValidationReport:
-        """Against the plain graph at intensity 0."""
-        sizes = {"batch": 2, "height": 4 * self.multiple, "width": 3 * self.multiple, "tokens": TOKENS}
-        for spec in self.inputs:
-            for axis, name in enumerate(("batch", "", "height", "width")):
-                if spec.name == "sample" and name and isinstance(spec.shape[axis], int):
-                    sizes[name] = int(spec.shape[axis])
+    def validate(self, onnx_path: Path, sws_spec: SwsSpec, progress: Progress) -> ValidationReport:
+        """Compare with the plain graph at intensity 0."""
+        sizes = {
+            "batch": 2,
+            "height": 4 * self.size_multiple,
+            "width": 3 * self.size_multiple,
+            "tokens": TOKENS,
+        }
+        sample = next(spec for spec in self.inputs if spec.name == "sample")
+        sizes |= {
+            name: size
+            for name, (tensor, axis) in SIZE_AXES.items()
+            if tensor == "sample" and isinstance(size := sample.shape[axis], int)
+        }
         return validate_against_plain(
-            onnx_path, self.path, self.inputs, sizes, shuffled, self.precision, progress
+            onnx_path, self.path, self.inputs, sizes, sws_spec, self.precision, progress
         )
+
+
+def open_onnx_source(path: Path) -> OnnxSource:
+    """Read a UNet exported to ONNX without SWS.
+
+    Raises:
+        CheckpointError: The file or its weights are missing or damaged, or it is no ONNX model.
+        ExportError: It is not a UNet with diffusers' input names, has SWS already, or has an older opset.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    model = load_onnx(path)
+    opset = model.graph.opset_imports.get("", 0)
+    if opset < OPSET:
+        raise ExportError(
+            f"{path}: expected opset {OPSET} or later, found {opset}; export the checkpoint with sws-export "
+            "or with torch.onnx.export(dynamo=True, opset_version=23)"
+        )
+    _check_weight_files(path, model)
+    _name_dimensions(path, model)
+    NameNodes()(model)
+    inputs = graph_specs(model.graph.inputs)
+    recorded = manifest.embedded(model) or {}
+    weights = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    external = {Path(tensor.path) for tensor in weights.values() if isinstance(tensor, ir.ExternalTensor)}
+    return OnnxSource(
+        path=path,
+        model=model,
+        inputs=inputs,
+        precision=_precision(path, inputs[0].dtype),
+        vae_scale=recorded.get("source", {}).get("vae_scale"),
+        files=(path, *sorted(external)),
+        original_weights=weights,
+    )
+
+
+def _precision(path: Path, dtype: str) -> Precision:
+    for precision, found in PRECISIONS.items():
+        if found.dtype == dtype:
+            return precision
+    raise ExportError(f"{path}: expected a sample of float32, float16 or bfloat16, found {dtype}")
+
+
+def _check_weight_files(path: Path, model: ir.Model) -> None:
+    """Refuse a graph whose external weights are missing or cut short; they are read much later."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        file = Path(tensor.path)
+        if not file.is_file():
+            raise CheckpointError(
+                f"{path}: its weights are missing: expected them in {file}; fetch that file too"
+            )
+        end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if file.stat().st_size < end:
+            raise CheckpointError(
+                f"{file} is truncated: expected at least {end} bytes for {value.name}, "
+                f"found {file.stat().st_size}; fetch it again"
+            )
+
+
+def _name_dimensions(path: Path, model: ir.Model) -> None:
+    """Give the dynamic dimensions the symbols of `SIZE_AXES`, whatever the exporter called them."""
+    inputs = [value.name for value in model.graph.inputs]
+    if "sigma" in inputs:
+        raise ExportError(f"{path} has SWS already; give the checkpoint or a graph exported with --plain")
+    outputs = [value.name for value in model.graph.outputs]
+    if inputs[: len(_INPUTS)] != list(_INPUTS) or outputs != [_OUTPUT]:
+        raise ExportError(
+            f"{path}: expected a UNet with the inputs {', '.join(_INPUTS)}, … and the output {_OUTPUT}, "
+            f"found {', '.join(map(str, inputs))} -> {', '.join(map(str, outputs))}; "
+            "export it under diffusers' names"
+        )
+    for value in model.graph.inputs:
+        symbols = _symbols(str(value.name))
+        if value.shape is None or len(value.shape) <= max(symbols):
+            raise ExportError(
+                f"{path}: input {value.name} has the shape {value.shape}, which is not a UNet's"
+            )
+        value.shape = _renamed(value.shape, symbols)
+    output = model.graph.outputs[0]
+    if output.shape is not None and len(output.shape) == 4:
+        output.shape = _renamed(output.shape, _symbols("sample"))
+
+
+def _symbols(name: str) -> dict[int, str]:
+    """The symbols of an input's dimensions by their axis; the first is the batch in all inputs."""
+    return {0: "batch"} | {axis: size for size, (tensor, axis) in SIZE_AXES.items() if tensor == name}
+
+
+def _renamed(shape: ir.Shape, symbols: dict[int, str]) -> ir.Shape:
+    dims: list[Any] = list(shape)
+    for axis, symbol in symbols.items():
+        if not isinstance(dims[axis], int):
+            dims[axis] = symbol
+    return ir.Shape(dims)

@@ -1,4 +1,4 @@
-"""Where an export starts: a checkpoint, or a plain ONNX graph. Both offer the same steps."""
+"""The interface of every source of an export."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,11 +7,10 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from sws_export.errors import OptionError
-from sws_export.options.options import ExportOptions
+from sws_export.options import ExportOptions
 from sws_export.progress import Progress
 from sws_export.sources.checkpoint import open_checkpoint_source
-from sws_export.sources.onnx import GraphSource
-from sws_export.sources.plain_graph import open_graph
+from sws_export.sources.onnx import open_onnx_source
 from sws_export.tensors import Precision, TensorSpec
 from sws_export.validation import SwsSpec, ValidationReport
 
@@ -21,7 +20,7 @@ class Source(Protocol):
 
     @property
     def path(self) -> Path:
-        """What the user named."""
+        """The path that the user gave."""
 
     @property
     def precision(self) -> Precision:
@@ -33,64 +32,60 @@ class Source(Protocol):
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """The UNet's configuration, where it is known."""
+        """The UNet's configuration; None if it is unknown."""
 
     @property
-    def multiple(self) -> int:
-        """What height and width of the latent must be multiples of."""
+    def size_multiple(self) -> int:
+        """Height and width of the latent must be multiples of it."""
 
     @property
     def vae_scale(self) -> int | None:
-        """Pixels a latent value covers, where it is known."""
+        """Pixels per latent element in each direction; None if it is unknown."""
 
     @property
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """Number of parameters."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold graph and weights."""
+        """The files with the graph and the weights."""
 
     @property
     def converts(self) -> bool:
         """Whether weights are changed on their way into the graph."""
 
     def identity(self, sha256: str) -> dict[str, Any]:
-        """What an export of it depends on, as JSON values, where `sha256` is that of its files."""
+        """What an export depends on, as JSON values; `sha256` is the digest of the files."""
 
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
-        """The weights of the plain graph by name, not read yet where they are large."""
+        """The weights of the plain graph by name; large ones are not read yet."""
 
     def describe(self) -> list[str]:
-        """What it is, for the log."""
+        """A description for the log, a line each."""
 
     def verify(self, progress: Progress) -> dict[str, Any]:
-        """Check the weights; returns what the manifest says of the source, its sha256 included."""
+        """Check all weights; returns the manifest's description of the source, with its sha256."""
 
     def plain_model(self, progress: Progress) -> ir.Model:
         """The UNet as a plain graph."""
 
-    def validate(
-        self,
-        onnx_path: Path,
-        shuffled: SwsSpec,
-        progress: Progress,
-    ) -> ValidationReport:
+    def validate(self, onnx_path: Path, sws_spec: SwsSpec, progress: Progress) -> ValidationReport:
         """Compare the exported graph with what it should compute."""
 
 
 def open_source(model: Path, options: ExportOptions, progress: Progress) -> Source:
-    """Find out what `model` is, reading headers only.
+    """Determine what `model` is, from headers only.
 
     Raises:
         CheckpointError: There is no UNet at `model`.
         OptionError: An option does not fit this kind of source.
     """
-    if model.suffix == ".onnx":
-        if options.precision is not None or options.config is not None or options.plain or options.loras:
-            raise OptionError(
-                f"{model} is a graph already: its precision, architecture and weights are fixed; "
-                "leave out --precision, --config, --plain and --lora, or export the checkpoint"
-            )
-        return GraphSource(open_graph(model))
-    return open_checkpoint_source(model, options, progress)
+    if model.suffix != ".onnx":
+        return open_checkpoint_source(model, options.source, progress)
+    given = options.source
+    if given.precision is not None or given.config is not None or given.loras or options.sws.plain:
+        raise OptionError(
+            f"{model} is a graph already: its precision, architecture and weights are final; "
+            "leave out --precision, --config, --plain and --lora, or export the checkpoint"
+        )
+    return open_onnx_source(model)

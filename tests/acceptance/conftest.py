@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.parameters import SwsParameters
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SourceOptions, SwsOptions, export
 from sws_export.reference.attention import SiteResult
 from tests.conftest import ShapesOnnx
 from tests.road import TRAINED, Array, Outputs, Session, make_unet, shared, trace
@@ -52,13 +52,13 @@ def graph(export_trained: ExportTrained) -> Path:
 @pytest.fixture(scope="session")
 def half_graph(export_trained: ExportTrained) -> Path:
     """The example with SWS in float16."""
-    return export_trained(ExportOptions(precision="fp16"))
+    return export_trained(ExportOptions(source=SourceOptions(precision="fp16")))
 
 
 @pytest.fixture(scope="session")
 def tight_graph(export_trained: ExportTrained) -> Path:
     """The example with a KL budget so small that every bisection binds."""
-    return export_trained(ExportOptions(parameters=TIGHT))
+    return export_trained(ExportOptions(sws=SwsOptions(parameters=TIGHT)))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import torch
 
 from graph_passes.grids import TEXT
 from graph_passes.parameters import SwsParameters
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SwsOptions, export
 from sws_export.reference import ReferenceUNet, SiteResult, attention_sites
 from tests.conftest import RunOnnx, ShapesOnnx
 from tests.road import TRAINED, Array, Outputs, Session, difference, shared, trace
@@ -177,7 +177,7 @@ def is_cross(path: str) -> bool:
 
 def exported(case: Case, directory: Path, *patterns: str, **options: Any) -> Path:
     out = directory / "graph.onnx"
-    export(case.plain, out, ExportOptions(sites=patterns, validate=False, **options))
+    export(case.plain, out, ExportOptions(sws=SwsOptions(sites=patterns), validate=False, **options))
     return out
 
 

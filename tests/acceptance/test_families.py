@@ -7,12 +7,12 @@ import onnx_ir as ir
 import pytest
 
 from examples.make_checkpoint import family_config, twin_config, write_checkpoint
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SizeOptions, SourceOptions, SwsOptions, export
 from sws_export.checkpoint.families import FAMILIES, Family
 from sws_export.engines import EngineReport
 from sws_export.engines import network as steps
 from sws_export.manifest import METADATA_KEY
-from sws_export.pipeline import run as pipeline
+from sws_export.pipeline import engine as engine_stage
 from sws_export.validation import validate
 
 by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -34,7 +34,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         out.write_bytes(b"parsed")
         return EngineReport("tensorrt-rtx", "", (), 6, 0.0, 0.0, 0.0, 0, network.num_layers, 0, {})
 
-    monkeypatch.setattr(pipeline, "build_engine", parse)
+    monkeypatch.setattr(engine_stage, "build_engine", parse)
     return layers
 
 
@@ -46,7 +46,9 @@ def test_a_twin_is_validated_and_parsed(
     monkeypatch.setattr(validate, "STEPS", 2)
     config = twin_config(family.config())
     write_checkpoint(tmp_path / "unet", config, dtype="fp32")
-    options = ExportOptions(vae_scale=8, batch="1:2:2", height=SIDE, width=SIDE, tokens="1:77:77")
+    options = ExportOptions(
+        sizes=SizeOptions(vae_scale=8, batch="1:2:2", height=SIDE, width=SIDE, tokens="1:77:77")
+    )
     report = export(tmp_path / "unet", tmp_path / "e.plan", options)
     assert report.validation is not None
     assert report.validation.passed
@@ -72,7 +74,11 @@ def test_both_layouts_make_the_same_graph(family: Family, tmp_path: Path) -> Non
     config = twin_config(family.config())
     write_checkpoint(tmp_path / "unet", config, dtype="fp32")
     ldm = write_checkpoint(tmp_path / "original.safetensors", config, layout="ldm", dtype="fp32")
-    plain = ExportOptions(plain=True, validate=False, config=tmp_path / "unet" / "config.json")
+    plain = ExportOptions(
+        sws=SwsOptions(plain=True),
+        source=SourceOptions(config=tmp_path / "unet" / "config.json"),
+        validate=False,
+    )
     graphs = []
     for source, layout in ((tmp_path / "unet", "diffusers"), (ldm, "ldm")):
         report = export(source, tmp_path / f"{layout}.onnx", plain)
@@ -89,7 +95,9 @@ def test_both_layouts_make_the_same_graph(family: Family, tmp_path: Path) -> Non
 def test_full_size_reaches_a_plan_in_little_memory(family: str, tmp_path: Path) -> None:
     """In float16, as docs/full-size.md measures it: everything before the build in 1.3 times the weights."""
     write_checkpoint(tmp_path / "unet", family_config(family), dtype="fp16")
-    report = export(tmp_path / "unet", tmp_path / "e.plan", ExportOptions(batch="1:1:2", cache=False))
+    report = export(
+        tmp_path / "unet", tmp_path / "e.plan", ExportOptions(sizes=SizeOptions(batch="1:1:2"), cache=False)
+    )
     assert report.validation is not None
     assert report.validation.passed
     weights = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from graph_passes.parameters import SwsParameters
-from sws_export import ExportOptions, export
+from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsOptions, export
 from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.unet_module import load_unet, unet_arguments
 from sws_export.reference import ComfyUINodeReferenceUNet, node_sites
@@ -105,7 +105,7 @@ def twin(directory: Path, text_width: int, **changes: Any) -> Case:
     graphs = {}
     for name, parameters in PARAMETERS.items():
         graphs[name] = directory / f"{name}.onnx"
-        options = ExportOptions(preset="node", parameters=parameters, validate=False)
+        options = ExportOptions(sws=SwsOptions(preset="node", parameters=parameters), validate=False)
         export(directory / "unet", graphs[name], options)
     return Case(unet.double(), graphs, 4, text_width, {})
 
@@ -146,7 +146,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def trained(export_trained: ExportTrained) -> Case:
     """The trained example: text of the width of the finer sites, and narrower than the coarser."""
     graphs = {
-        name: export_trained(ExportOptions(preset="node", parameters=parameters))
+        name: export_trained(ExportOptions(sws=SwsOptions(preset="node", parameters=parameters)))
         for name, parameters in PARAMETERS.items()
     }
     return Case(load_unet(open_checkpoint(TRAINED), torch.float64), graphs, 3, 64, {})
@@ -192,12 +192,18 @@ def test_the_twins_have_text_on_the_side_that_they_shall(request: pytest.Fixture
 
 
 def test_float16_equals_the_reference(export_trained: ExportTrained, trained: Case) -> None:
-    graph = export_trained(ExportOptions(preset="node", precision="fp16"))
+    graph = export_trained(
+        ExportOptions(sws=SwsOptions(preset="node"), source=SourceOptions(precision="fp16"))
+    )
     compare(dataclasses.replace(trained, graphs={"free": graph}), "free", 2, 77, out_limit=2e-2)
 
 
 def test_bfloat16_is_validated_by_its_float32_twin(tmp_path: Path) -> None:
-    report = export(TRAINED, tmp_path / "node.onnx", ExportOptions(preset="node", precision="bf16"))
+    report = export(
+        TRAINED,
+        tmp_path / "node.onnx",
+        ExportOptions(sws=SwsOptions(preset="node"), source=SourceOptions(precision="bf16")),
+    )
     assert report.validation is not None
     assert report.validation.passed
     assert {spec["dtype"] for spec in report.manifest["inputs"]} == {"float32", "bfloat16"}
@@ -246,13 +252,12 @@ def test_where_nothing_is_mixed_the_state_stays(trained: Case, sigma: float) -> 
 def test_an_engine_takes_any_text_length(export_trained: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     options = ExportOptions(
-        preset="node",
-        precision="fp16",
-        tokens="7:77:231",
-        vae_scale=1,
+        sws=SwsOptions(preset="node"),
+        source=SourceOptions(precision="fp16"),
+        sizes=SizeOptions(tokens="7:77:231", vae_scale=1),
+        engine=EngineOptions(compute_capabilities=("8.9",)),
         validate=False,
         backend="tensorrt-rtx",
-        compute_capabilities=("8.9",),
     )
     report = export(TRAINED, tmp_path / "node.plan", options)
     assert report.engine is not None

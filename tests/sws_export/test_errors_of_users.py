@@ -294,7 +294,7 @@ def test_a_full_disk_in_the_engine_build(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    monkeypatch.setattr("sws_export.pipeline.run.build_engine", full)
+    monkeypatch.setattr("sws_export.pipeline.engine.build_engine", full)
     said = refuse(random_unet, "--no-validate", "--vae-scale", "1", name="engine.plan")
     assert "engine.plan: the disk is full (" in said
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SwsOptions, export
 from sws_export.adapters.triton.repository import TritonOptions, write_repository
 from sws_export.errors import EngineError, OptionError, OutputError
 from sws_export.runtime import Session
@@ -86,7 +86,7 @@ def test_native_model(graph: Path, tmp_path: Path) -> None:
 
 def test_figures_of_the_sites_are_outputs(traced: Path, tmp_path: Path) -> None:
     graph = tmp_path / "telling.onnx"
-    export(traced, graph, ExportOptions(validate=False, debug_outputs=True))
+    export(traced, graph, ExportOptions(sws=SwsOptions(debug_outputs=True), validate=False))
     for variant, dims in (("native", ([4], [1])), ("python", ([-1, 4], [-1]))):
         options = TritonOptions(name=variant, variant=variant, height=16, width=8)  # type: ignore[arg-type]
         write_repository(graph, tmp_path / "models", options)
@@ -99,7 +99,7 @@ def test_figures_of_the_sites_are_outputs(traced: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """The same UNet with SWS in all its attention."""
-    options = ExportOptions(sites=("*",), validate=False)
+    options = ExportOptions(sws=SwsOptions(sites=("*",)), validate=False)
     return road.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
 
 
@@ -135,7 +135,7 @@ def test_every_state_starts_from_zeros(graph: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def node_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """A small UNet with the published node, whose one state is of no sample."""
-    options = ExportOptions(preset="node", validate=False)
+    options = ExportOptions(sws=SwsOptions(preset="node"), validate=False)
     return road.shared(tmp_path_factory, "node_served.onnx", lambda path: export(traced, path, options))
 
 

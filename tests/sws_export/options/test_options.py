@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from sws_export import ExportOptions, SwsParameters
+from sws_export import SizeOptions, SwsOptions, SwsParameters
 from sws_export.errors import OptionError
-from sws_export.options.options import artefact_kind, guard_options
+from sws_export.options import EngineOptions, artefact_kind
 from sws_export.pipeline.rewrite import GuardOptions
 
 
@@ -30,7 +30,7 @@ def test_plain_has_no_parameters(options: dict[str, Any]) -> None:
     with pytest.raises(
         OptionError, match="--plain exports the UNet without SWS; leave out --sws, --sites and"
     ):
-        ExportOptions(plain=True, **options)
+        SwsOptions(plain=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -45,19 +45,31 @@ def test_plain_has_no_parameters(options: dict[str, Any]) -> None:
 )
 def test_what_has_no_meaning_with_the_node(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        ExportOptions(preset="node", **options)
+        SwsOptions(preset="node", **options)
 
 
 def test_the_nodes_guard_has_one_form() -> None:
-    assert guard_options(ExportOptions(preset="node")) == GuardOptions("literal", Fraction(1))
+    assert SwsOptions(preset="node").guard_options() == GuardOptions("literal", Fraction(1))
 
 
 def test_a_preset_that_does_not_exist() -> None:
     with pytest.raises(OptionError, match="--preset nodes is unknown; choose sws or node"):
-        ExportOptions(preset="nodes")
+        SwsOptions(preset="nodes")
 
 
 @pytest.mark.parametrize("scale", [0, -8])
 def test_a_scale_that_is_none(scale: int) -> None:
     with pytest.raises(OptionError, match=f"--vae-scale {scale}: expected 1 or more"):
-        ExportOptions(vae_scale=scale)
+        SizeOptions(vae_scale=scale)
+
+
+@pytest.mark.parametrize("level", [-1, 6])
+def test_an_optimization_level_out_of_range(level: int) -> None:
+    with pytest.raises(OptionError, match=f"--builder-optimization-level must be 0 to 5, found {level}"):
+        EngineOptions(optimization_level=level)
+
+
+@pytest.mark.parametrize("capability", ["89", "8.9.1", "sm89", ""])
+def test_a_malformed_compute_capability(capability: str) -> None:
+    with pytest.raises(OptionError, match=r"expected MAJOR\.MINOR separated by commas, such as 8\.9,12\.0"):
+        EngineOptions(compute_capabilities=("8.9", capability))

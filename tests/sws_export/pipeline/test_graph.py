@@ -1,6 +1,5 @@
 """Graphs that are fixed to sizes: what they declare, hold and compute, and how they were compared."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SizeOptions, SwsOptions, export
 from sws_export.errors import OptionError, ValidationError
 from sws_export.pipeline import graph as graph_making
 from sws_export.pipeline.revalidate import validate
 from sws_export.runtime import Session, StepError
 from tests.graph_passes.small_models import op_counts
-from tests.road import listing
+from tests.road import listing, with_options
 
-SIZES = ExportOptions(batch="2", height="8", width="12", tokens="7", vae_scale=1)
+SIZES = ExportOptions(sizes=SizeOptions(batch="2", height="8", width="12", tokens="7", vae_scale=1))
 ON_SIZES = {"Shape", "Range", "Expand"}
 
 pytestmark = pytest.mark.usefixtures("quick_trace")
@@ -67,8 +66,8 @@ def test_the_report_tells_what_was_compared(random_unet: Path, out: Path) -> Non
     report = export(random_unet, out / "graph.onnx", SIZES)
     assert report.validation is not None
     (remark,) = report.validation.remarks
-    assert remark.startswith("compared before batch was fixed to 2, height was fixed to 8, width")
-    assert "the fixed graph differs by up to" in remark
+    assert remark.startswith("compared before batch was set to 2, height was set to 8, width")
+    assert "the static graph differs by up to" in remark
     assert report.validation.sizes["width"] != 12
 
 
@@ -86,15 +85,15 @@ def test_a_fixed_graph_that_is_wrong_is_not_written(
         return report
 
     monkeypatch.setattr(graph_making, "rewrite", wrong)
-    with pytest.raises(ValidationError, match="differs from the graph that takes any size: out_sample by"):
+    with pytest.raises(ValidationError, match="differs from the graph with dynamic shapes: out_sample by"):
         export(random_unet, out / "graph.onnx", SIZES)
     assert listing(out) == {}
 
 
 def test_a_bfloat16_graph_runs_beside_the_one_of_any_size_too(random_unet: Path, out: Path) -> None:
-    report = export(random_unet, out / "graph.onnx", dataclasses.replace(SIZES, precision="bf16"))
+    report = export(random_unet, out / "graph.onnx", with_options(SIZES, precision="bf16"))
     assert report.validation is not None
-    assert any("the fixed graph differs by up to" in remark for remark in report.validation.remarks)
+    assert any("the static graph differs by up to" in remark for remark in report.validation.remarks)
 
 
 def test_a_step_that_is_long_is_not_run(
@@ -141,7 +140,9 @@ def test_a_fixed_graph_is_validated_again_at_its_sizes(random_unet: Path, out: P
 
 
 def test_some_sizes_only(random_unet: Path, out: Path) -> None:
-    report = export(random_unet, out / "graph.onnx", ExportOptions(height="8", width="12", vae_scale=1))
+    report = export(
+        random_unet, out / "graph.onnx", ExportOptions(sizes=SizeOptions(height="8", width="12", vae_scale=1))
+    )
     shapes = {entry["name"]: entry["shape"] for entry in report.manifest["inputs"]}
     assert shapes["sample"] == ["batch", 4, 8, 12]
     assert shapes["sws_state_d2"] == ["batch", 145, 4, 6]
@@ -150,13 +151,17 @@ def test_some_sizes_only(random_unet: Path, out: Path) -> None:
 
 def test_a_plain_graph_is_fixed_too(random_unet: Path, traced: Path, out: Path) -> None:
     report = export(
-        random_unet, out / "plain.onnx", ExportOptions(plain=True, height="8", width="12", vae_scale=1)
+        random_unet,
+        out / "plain.onnx",
+        ExportOptions(sws=SwsOptions(plain=True), sizes=SizeOptions(height="8", width="12", vae_scale=1)),
     )
     assert report.manifest["inputs"][0]["shape"] == ["batch", 4, 8, 12]
     # From there SWS is as fixed as the graph that it is put into.
     report = export(out / "plain.onnx", out / "sws.onnx")
     shapes = {entry["name"]: entry["shape"] for entry in report.manifest["inputs"]}
     assert shapes["sws_state_d2"] == ["batch", 145, 4, 6]
-    with pytest.raises(OptionError, match="the graph has a fixed height of 8; found 16"):
-        export(out / "plain.onnx", out / "sws.onnx", ExportOptions(height="16", vae_scale=1))
+    with pytest.raises(OptionError, match="the graph has a static height of 8, found 16"):
+        export(
+            out / "plain.onnx", out / "sws.onnx", ExportOptions(sizes=SizeOptions(height="16", vae_scale=1))
+        )
     assert traced.is_file()

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from sws_export import ExportOptions
+from sws_export import ExportOptions, SwsOptions
 from sws_export.engines import BuildOptions
 from sws_export.engines.choice import named_backend
-from sws_export.pipeline.engine_config import EngineConfig
+from sws_export.pipeline.plan import EngineConfig
 from sws_export.pipeline.preflight import Preflight, preflight
 from sws_export.progress import Silent
-from sws_export.sources.source import open_source
+from sws_export.sources import open_source
 from sws_export.tensors import Range, Sizes
+from tests.road import with_options
 
 ONE = Range(1, 1, 1)
 ENGINE = EngineConfig(
@@ -23,8 +24,8 @@ ENGINE = EngineConfig(
 )
 
 
-def needs(model: Path, out: Path, *, engine: bool = False, **options: object) -> Preflight:
-    chosen = ExportOptions(**options)
+def needs(model: Path, out: Path, *, engine: bool = False, **options: Any) -> Preflight:
+    chosen = with_options(ExportOptions(), **options)
     return preflight(open_source(model, chosen, Silent()), ENGINE if engine else None, chosen, out / "e.plan")
 
 
@@ -94,7 +95,7 @@ def test_time_and_engine_size_are_near_what_was_measured(
     tmp_path: Path, parameters: int, plain: bool, seconds: float | None, size: int
 ) -> None:
     source = of_size(parameters, tmp_path / "weights")
-    found = preflight(source, ENGINE, ExportOptions(plain=plain), tmp_path / "e.plan")
+    found = preflight(source, ENGINE, ExportOptions(sws=SwsOptions(plain=plain)), tmp_path / "e.plan")
     assert found.engine_size == pytest.approx(size, rel=0.05)
     assert found.seconds.keys() == {"export", "validation", "engine build"}
     if seconds is not None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from sws_export.cli import main
 
-from sws_export import ExportOptions, SwsParameters, export
+from sws_export import ExportOptions, SwsOptions, SwsParameters, export
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.pipeline.revalidate import validate
 from tests.road import error_line, make_unet
@@ -20,7 +20,11 @@ PARAMETERS = SwsParameters(beta=0.5, scales=(1, 2, 4))
 @pytest.fixture(scope="module")
 def exported(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "graph.onnx"
-    export(random_unet, out, ExportOptions(parameters=PARAMETERS, sites=("mid_block.*",), validate=False))
+    export(
+        random_unet,
+        out,
+        ExportOptions(sws=SwsOptions(parameters=PARAMETERS, sites=("mid_block.*",)), validate=False),
+    )
     return out
 
 
@@ -47,7 +51,8 @@ def test_parameters_and_sites_are_read_from_the_graph(exported: Path, random_une
 def test_the_preset_is_read_from_the_graph(random_unet: Path, tmp_path: Path) -> None:
     parameters = SwsParameters(beta=0.5, kl_floor=1e-5, kl_slope=0.0)
     options = ExportOptions(
-        preset="node", parameters=parameters, sites=("up_blocks.*",), debug_outputs=True, validate=False
+        sws=SwsOptions(preset="node", parameters=parameters, sites=("up_blocks.*",), debug_outputs=True),
+        validate=False,
     )
     export(random_unet, tmp_path / "node.onnx", options)
     report = validate(tmp_path / "node.onnx", random_unet)

@@ -1,6 +1,5 @@
 """The road as one function: what is written, what is not, and what is left behind when it ends early."""
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -14,13 +13,21 @@ import onnx_ir as ir
 import pytest
 from sws_export.cli import main
 
-from sws_export import ExportOptions, SwsParameters, export
+from sws_export import (
+    EngineOptions,
+    ExportOptions,
+    SizeOptions,
+    SourceOptions,
+    SwsOptions,
+    SwsParameters,
+    export,
+)
 from sws_export.engines import EngineReport
 from sws_export.errors import ValidationError
+from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline import graph as graph_making
-from sws_export.pipeline import run as pipeline
 from sws_export.progress import Silent
-from tests.road import Session, difference, error_line, listing
+from tests.road import Session, difference, error_line, listing, with_options
 
 ENGINE = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 4, 1.0, 0.5, 0.5, 10**6, 3, 0, {})
 FAST = ExportOptions(validate=False)
@@ -37,7 +44,7 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         out.write_bytes(b"plan")
         return ENGINE
 
-    monkeypatch.setattr(pipeline, "build_engine", build)
+    monkeypatch.setattr(engine_stage, "build_engine", build)
     return calls
 
 
@@ -68,7 +75,11 @@ class TestWhatIsWritten:
         assert all(figures.peak_memory > 10**7 for figures in report.stages)
 
     def test_an_engine_alone(self, random_unet: Path, out: Path, fake_engine: list[Any]) -> None:
-        options = ExportOptions(validate=False, vae_scale=1, tokens="1:8:77", compute_capabilities=("8.9",))
+        options = ExportOptions(
+            sizes=SizeOptions(vae_scale=1, tokens="1:8:77"),
+            engine=EngineOptions(compute_capabilities=("8.9",)),
+            validate=False,
+        )
         report = export(random_unet, out / "e.engine", options)
         assert sorted(listing(out)) == ["e.engine", "e.engine.json"]
         ((_, _, shapes, build),) = fake_engine
@@ -84,7 +95,7 @@ class TestWhatIsWritten:
 
     @pytest.mark.usefixtures("fake_engine")
     def test_an_engine_and_its_graph(self, random_unet: Path, out: Path) -> None:
-        options = dataclasses.replace(FAST, keep_onnx=True, vae_scale=1)
+        options = with_options(FAST, keep_onnx=True, vae_scale=1)
         report = export(random_unet, out / "e.plan", options)
         assert report.files[0] == out / "e.plan"
         assert sorted(listing(out)) == ["e.onnx", "e.plan", "e.plan.json"]
@@ -101,7 +112,7 @@ class TestWhatIsWritten:
     def test_a_second_run_replaces_the_first(self, random_unet: Path, out: Path) -> None:
         export(random_unet, out / "graph.onnx", FAST)
         first = listing(out)
-        export(random_unet, out / "graph.onnx", dataclasses.replace(FAST, parameters=SwsParameters(beta=0.5)))
+        export(random_unet, out / "graph.onnx", with_options(FAST, parameters=SwsParameters(beta=0.5)))
         second = listing(out)
         assert first.keys() == second.keys()
         assert first["graph.onnx"] != second["graph.onnx"]
@@ -111,7 +122,9 @@ class TestWhatIsWritten:
         self, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(graph_making, "save_onnx", None)
-        report = export(random_unet, out / "e.plan", ExportOptions(dry_run=True, vae_scale=1))
+        report = export(
+            random_unet, out / "e.plan", ExportOptions(sizes=SizeOptions(vae_scale=1), dry_run=True)
+        )
         assert report.files == ()
         assert report.preflight.memory.keys() == {"export", "validation", "engine build"}
         assert listing(out) == {}
@@ -123,7 +136,7 @@ class TestWhatIsWritten:
 
     def test_sites_are_selected_by_pattern(self, random_unet: Path, out: Path) -> None:
         patterns = ("up_blocks.*.attn1", "mid_*.attn1")
-        report = export(random_unet, out / "graph.onnx", ExportOptions(sites=patterns))
+        report = export(random_unet, out / "graph.onnx", ExportOptions(sws=SwsOptions(sites=patterns)))
         (names,) = report.manifest["sites"].values()
         assert {name.split(".")[0] for name in names} == {"up_blocks", "mid_block"}
         deselected = {
@@ -136,7 +149,7 @@ class TestWhatIsWritten:
         assert report.validation.passed
 
     def test_a_plain_graph_has_no_sws(self, random_unet: Path, out: Path) -> None:
-        report = export(random_unet, out / "graph.onnx", ExportOptions(plain=True))
+        report = export(random_unet, out / "graph.onnx", ExportOptions(sws=SwsOptions(plain=True)))
         assert report.manifest["sws"] is None
         assert report.manifest["states"] == []
         assert report.validation is not None
@@ -164,7 +177,7 @@ def test_a_plain_graph_joins_the_road(random_unet: Path, traced: Path, out: Path
 
 
 def test_bfloat16_is_validated_through_its_float32_twin(random_unet: Path, out: Path) -> None:
-    report = export(random_unet, out / "graph.onnx", ExportOptions(precision="bf16"))
+    report = export(random_unet, out / "graph.onnx", ExportOptions(source=SourceOptions(precision="bf16")))
     assert report.validation is not None
     assert any("float32 twin" in remark for remark in report.validation.remarks)
     assert report.validation.passed
@@ -214,7 +227,7 @@ def test_an_overflow_is_told_as_such(
     monkeypatch.setattr(
         "sws_export.sources.checkpoint.export_plain", with_weight(traced, lambda w: w * np.float32(np.inf))
     )
-    with pytest.raises(ValidationError, match="holds NaN or Inf"):
+    with pytest.raises(ValidationError, match="has NaN or Inf"):
         export(random_unet, out / "graph.onnx")
     assert listing(out) == {}
 
@@ -229,7 +242,7 @@ STAGES = [
     "sws_export.pipeline.graph.rewrite",
     "sws_export.pipeline.graph.save_onnx",
     "sws_export.sources.checkpoint.validate_against_reference",
-    "sws_export.pipeline.run.build_engine",
+    "sws_export.pipeline.engine.build_engine",
     "sws_export.pipeline.run.manifests.complete",
     "sws_export.pipeline.run.manifests.write_manifest",
     "sws_export.files._flush",
@@ -279,7 +292,7 @@ def test_an_interrupt_while_files_move_comes_too_late(
         return moved
 
     monkeypatch.setattr(Path, "replace", interrupted)
-    export(random_unet, out / "e.plan", dataclasses.replace(FAST, keep_onnx=True, vae_scale=1))
+    export(random_unet, out / "e.plan", with_options(FAST, keep_onnx=True, vae_scale=1))
     assert sorted(listing(out)) == ["e.onnx", "e.plan", "e.plan.json"]
     assert signal.getsignal(number) is handler
 
@@ -314,8 +327,8 @@ def test_a_bug_leaves_nothing_and_keeps_its_traceback(
 @pytest.mark.usefixtures("quick_trace")
 def test_tightening_the_budget_changes_the_prediction(random_unet: Path, out: Path) -> None:
     """The parameters reach the graph: without them the two would be equal."""
-    loose = dataclasses.replace(FAST, parameters=SwsParameters(kl_floor=100.0))
-    tight = dataclasses.replace(FAST, parameters=SwsParameters(value_cap=0.0, key_cap=0.0))
+    loose = with_options(FAST, parameters=SwsParameters(kl_floor=100.0))
+    tight = with_options(FAST, parameters=SwsParameters(value_cap=0.0, key_cap=0.0))
     results = []
     for name, options in (("loose.onnx", loose), ("tight.onnx", tight)):
         export(random_unet, out / name, options, Silent())

@@ -8,7 +8,7 @@ import pytest
 
 from graph_passes.grids import TEXT
 from graph_passes.parameters import SwsParameters
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SwsOptions, export
 from sws_export.errors import ExportError, OptionError
 from sws_export.onnx_files import graph_specs
 from sws_export.pipeline.rewrite import GuardOptions, RewriteReport, rewrite
@@ -112,7 +112,7 @@ def test_a_projection_with_a_bias_is_named(traced: Path) -> None:
 
 def test_a_plain_graph_becomes_the_node_too(traced: Path, tmp_path: Path) -> None:
     """Without the checkpoint, what is compared is the plain UNet, which the node is at sigma_max only."""
-    report = export(traced, tmp_path / "node.onnx", ExportOptions(preset="node"))
+    report = export(traced, tmp_path / "node.onnx", ExportOptions(sws=SwsOptions(preset="node")))
     assert report.validation is not None
     assert report.validation.reference == "the plain graph, at intensity 0 and sigma 25"
     assert report.validation.passed

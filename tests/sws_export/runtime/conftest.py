@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SwsOptions, export
 from tests import road
 
 TOKENS = 5
@@ -28,14 +28,14 @@ def sws_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
 @pytest.fixture(scope="session")
 def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """The same UNet with SWS in its self- and cross-attention."""
-    options = ExportOptions(sites=("*",), validate=False)
+    options = ExportOptions(sws=SwsOptions(sites=("*",)), validate=False)
     return road.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
 
 
 @pytest.fixture(scope="session")
 def node_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """The same UNet with the published node in its cross-attention."""
-    options = ExportOptions(preset="node", debug_outputs=True, validate=False)
+    options = ExportOptions(sws=SwsOptions(preset="node", debug_outputs=True), validate=False)
     return road.shared(tmp_path_factory, "node.onnx", lambda path: export(traced, path, options))
 
 
@@ -45,7 +45,7 @@ def telling_graph(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -
     return road.shared(
         tmp_path_factory,
         "telling.onnx",
-        lambda path: export(random_unet, path, ExportOptions(debug_outputs=True)),
+        lambda path: export(random_unet, path, ExportOptions(sws=SwsOptions(debug_outputs=True))),
     )
 
 

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SourceOptions, export
 from sws_export.adapters.diffusers import SWSUNet
 from sws_export.errors import EngineError
 from sws_export.runtime import StepError
@@ -316,7 +316,7 @@ def test_what_the_graph_cannot_do(
 def test_controlnet(random_unet: Path, torch_unet: Any, tmp_path: Path) -> None:
     """Residuals of a ControlNet reach the graph; without them they are zero."""
     graph = tmp_path / "control.onnx"
-    export(random_unet, graph, ExportOptions(validate=False, controlnet=True))
+    export(random_unet, graph, ExportOptions(source=SourceOptions(controlnet=True), validate=False))
     unet = SWSUNet.load(graph, scheduler=EulerDiscreteScheduler(**SCHEDULE), intensity=0.0)
     latent, text = draw(2, 4, 8, 8), draw(2, TOKENS, 16)
     given = {"down_block_additional_residuals": [], "mid_block_additional_residual": draw(2, 64, 4, 4)}

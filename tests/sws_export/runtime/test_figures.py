@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from graph_passes.debug_outputs import PREFIX, debug_output_names
-from sws_export import ExportOptions
+from sws_export import ExportOptions, SwsOptions
 from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.unet_module import load_unet
 from sws_export.errors import OptionError
@@ -140,4 +140,4 @@ def test_a_plain_graph_has_none() -> None:
     with pytest.raises(
         OptionError, match="--plain exports the UNet without SWS; leave out --sws, --sites and --debug"
     ):
-        ExportOptions(plain=True, debug_outputs=True)
+        ExportOptions(sws=SwsOptions(plain=True, debug_outputs=True))

@@ -10,7 +10,7 @@ import torch
 from sws_export.cli import main
 
 from graph_passes.parameters import SwsParameters, diamond_offsets
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SwsOptions, export
 from sws_export.errors import OptionError
 from sws_export.reference import band_from_dense, blended_transport, dense_from_band
 from sws_export.report.charts import line_chart, spread
@@ -176,7 +176,11 @@ def test_options_that_are_refused(
 
 def test_cross_attention_and_the_grid_of_the_text(traced: Path, tmp_path: Path) -> None:
     graph, out = tmp_path / "text.onnx", tmp_path / "report.html"
-    export(traced, graph, ExportOptions(sites=("mid_block.*",), debug_outputs=True, validate=False))
+    export(
+        traced,
+        graph,
+        ExportOptions(sws=SwsOptions(sites=("mid_block.*",), debug_outputs=True), validate=False),
+    )
     write_report(graph, None, out, steps=2, height=12, width=8)
     page = out.read_text("utf-8")
     assert set(re.findall(r'<tr><th scope="row">(mid[^<]*)</th>', page)) == {"mid", "mid text"}

@@ -239,9 +239,9 @@ def test_cross_attention_alone_has_nothing_of_the_size(
     tmp_path: Path, traced: Path, inputs: MakeInputs
 ) -> None:
     """The shape of its only state does not tell that the image is another one; the sample does."""
-    from sws_export import ExportOptions, export
+    from sws_export import ExportOptions, SwsOptions, export
 
-    export(traced, tmp_path / "text.onnx", ExportOptions(sites=("*.attn2",), validate=False))
+    export(traced, tmp_path / "text.onnx", ExportOptions(sws=SwsOptions(sites=("*.attn2",)), validate=False))
     session = Session.load(tmp_path / "text.onnx", device="cpu", threads=1)
     stream, fresh = session.stream(), session.stream()
     stream.step(**inputs(0))

@@ -116,10 +116,12 @@ class TestTensorRt:
                 np.testing.assert_allclose(stream.state()[name], values, rtol=0, atol=1e-6)
 
     def test_the_parser_takes_the_graph_and_the_profile(self, traced: Path, tmp_path: Path) -> None:
-        from sws_export import ExportOptions, export
+        from sws_export import ExportOptions, SwsOptions, export
 
         graph = tmp_path / "sws_text.onnx"
-        export(traced, graph, ExportOptions(sites=("*",), validate=False, backend="tensorrt-rtx"))
+        export(
+            traced, graph, ExportOptions(sws=SwsOptions(sites=("*",)), validate=False, backend="tensorrt-rtx")
+        )
         logger = trt.Logger(trt.Logger.ERROR)
         builder = trt.Builder(logger)
         check_graph(graph, foreign_operators=False)
@@ -161,9 +163,13 @@ def test_the_manifest_tells_the_two_grids(session: Session) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_low_precision(random_unet: Path, tmp_path: Path, precision: Any) -> None:
     """Validated against the reference; bfloat16 by its float32 twin."""
-    from sws_export import ExportOptions, export
+    from sws_export import ExportOptions, SourceOptions, SwsOptions, export
 
-    report = export(random_unet, tmp_path / "g.onnx", ExportOptions(precision=precision, sites=("*.attn2",)))
+    report = export(
+        random_unet,
+        tmp_path / "g.onnx",
+        ExportOptions(source=SourceOptions(precision=precision), sws=SwsOptions(sites=("*.attn2",))),
+    )
     assert report.validation is not None
     assert report.validation.passed
     assert [output.name for output in report.validation.outputs] == ["out_sample", f"{TEXT}_out"]

@@ -12,10 +12,11 @@ from graph_passes.parameters import SwsParameters
 from sws_export import ExportOptions
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.progress import Silent
+from sws_export.sources import open_source
 from sws_export.sources.checkpoint import CheckpointSource
-from sws_export.sources.onnx import GraphSource
-from sws_export.sources.source import open_source
+from sws_export.sources.onnx import OnnxSource
 from sws_export.validation import SwsSpec
+from tests.road import with_options
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -31,7 +32,7 @@ class Listener(Silent):
 
 
 def opened(model: Path, progress: Silent | None = None, **options: Any) -> Any:
-    return open_source(model, ExportOptions(**options), progress or Silent())
+    return open_source(model, with_options(ExportOptions(), **options), progress or Silent())
 
 
 def copy_with(random_unet: Path, directory: Path, change: Any) -> Path:
@@ -44,9 +45,9 @@ def copy_with(random_unet: Path, directory: Path, change: Any) -> Path:
 def test_a_checkpoint(random_unet: Path) -> None:
     source = opened(random_unet)
     assert isinstance(source, CheckpointSource)
-    assert (source.path, source.precision, source.multiple) == (random_unet, "fp32", 2)
+    assert (source.path, source.precision, source.size_multiple) == (random_unet, "fp32", 2)
     assert [spec.name for spec in source.inputs] == ["sample", "timestep", "encoder_hidden_states"]
-    assert 500_000 < source.parameters < 2_000_000
+    assert 500_000 < source.parameter_count < 2_000_000
     first, second = source.describe()
     assert first.startswith("UNet2DConditionModel, diffusers layout, ")
     assert first.endswith("F32 -> fp32")
@@ -102,8 +103,8 @@ def test_a_missing_tensor_is_named(random_unet: Path, tmp_path: Path) -> None:
 
 def test_a_graph(traced: Path) -> None:
     source = opened(traced)
-    assert isinstance(source, GraphSource)
-    assert (source.path, source.precision, source.multiple, source.config) == (traced, "fp32", 2, None)
+    assert isinstance(source, OnnxSource)
+    assert (source.path, source.precision, source.size_multiple, source.config) == (traced, "fp32", 2, None)
     assert [spec.shape for spec in source.inputs] == [
         ("batch", 4, "height", "width"),
         ("batch",),

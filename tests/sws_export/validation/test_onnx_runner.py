@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SourceOptions, export
 from sws_export.errors import ExportError
 from sws_export.progress import Silent
 from sws_export.validation.onnx_runner import OnnxRunner
@@ -32,7 +32,9 @@ def graphs(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     made = {}
     for precision in ("fp32", "fp16", "bf16"):
         embedded = folder / f"{precision}-embedded.onnx"
-        export(random_unet, embedded, ExportOptions(precision=precision, validate=False))
+        export(
+            random_unet, embedded, ExportOptions(source=SourceOptions(precision=precision), validate=False)
+        )
         made[precision] = folder / f"{precision}.onnx"
         ir.save(ir.load(embedded), made[precision], external_data=f"{precision}.data")
     return made

@@ -10,7 +10,7 @@ import pytest
 
 from sws_export.errors import CheckpointError, ExportError
 from sws_export.progress import Silent
-from sws_export.sources.plain_graph import open_graph
+from sws_export.sources.onnx import open_onnx_source
 
 
 def changed(traced: Path, file: Path, change: Callable[[ir.Model], object]) -> Path:
@@ -34,7 +34,7 @@ def test_dimensions_of_other_exporters_get_the_names_of_the_contract(traced: Pat
         model.graph.inputs[2].shape = ir.Shape([2, "s3", 16])
         model.metadata_props.clear()
 
-    graph = open_graph(changed(traced, tmp_path / "g.onnx", foreign))
+    graph = open_onnx_source(changed(traced, tmp_path / "g.onnx", foreign))
     assert [spec.shape for spec in graph.inputs] == [
         ("batch", 4, "height", "width"),
         ("batch",),
@@ -47,14 +47,14 @@ def test_a_recorded_scale_is_remembered(traced: Path, tmp_path: Path) -> None:
     def record(model: ir.Model) -> None:
         model.metadata_props["sws_export.manifest"] = '{"source": {"vae_scale": 8}}'
 
-    assert open_graph(changed(traced, tmp_path / "g.onnx", record)).vae_scale == 8
+    assert open_onnx_source(changed(traced, tmp_path / "g.onnx", record)).vae_scale == 8
 
 
 def test_the_digest_covers_external_weights(traced: Path, tmp_path: Path) -> None:
     file = tmp_path / "g.onnx"
     ir.save(ir.load(traced), file, external_data="g.weights")
     content = file.read_bytes() + (tmp_path / "g.weights").read_bytes()
-    assert open_graph(file).digest(Silent()) == hashlib.sha256(content).hexdigest()
+    assert open_onnx_source(file).verify(Silent())["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_missing_weights_are_an_error_of_the_file(traced: Path, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_missing_weights_are_an_error_of_the_file(traced: Path, tmp_path: Path) 
     ir.save(ir.load(traced), file, external_data="g.weights")
     (tmp_path / "g.weights").unlink()
     with pytest.raises(CheckpointError, match=r"its weights are missing: expected them in .*g\.weights"):
-        open_graph(file)
+        open_onnx_source(file)
 
 
 def test_truncated_weights(traced: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_truncated_weights(traced: Path, tmp_path: Path) -> None:
     with weights.open("r+b") as stream:
         stream.truncate(weights.stat().st_size - 1)
     with pytest.raises(CheckpointError, match=r"g\.weights is truncated: expected at least"):
-        open_graph(file)
+        open_onnx_source(file)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -82,15 +82,15 @@ def test_weights_that_are_not_finite(traced: Path, tmp_path: Path, value: float,
         array = np.full(4, value, np.float32).astype(dtype.numpy())
         weight.const_value = ir.tensor(array, dtype=dtype, name=weight.name)
 
-    graph = open_graph(changed(traced, tmp_path / "g.onnx", damage))
+    graph = open_onnx_source(changed(traced, tmp_path / "g.onnx", damage))
     with pytest.raises(CheckpointError, match=r"weight 'conv_out\.bias' holds NaN or Inf"):
-        graph.require_finite()
+        graph.verify(Silent())
 
 
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "g.onnx").write_bytes(b"\x80not protobuf")
     with pytest.raises(CheckpointError, match="is not an ONNX model or is damaged"):
-        open_graph(tmp_path / "g.onnx")
+        open_onnx_source(tmp_path / "g.onnx")
 
 
 def test_a_graph_with_sws(traced: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_graph_with_sws(traced: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match="has SWS already; give the checkpoint or a graph exported with --plain"
     ):
-        open_graph(changed(traced, tmp_path / "g.onnx", insert))
+        open_onnx_source(changed(traced, tmp_path / "g.onnx", insert))
 
 
 @pytest.mark.parametrize(
@@ -127,4 +127,4 @@ def test_a_graph_with_sws(traced: Path, tmp_path: Path) -> None:
 )
 def test_other_graphs(traced: Path, tmp_path: Path, change: Callable[[ir.Model], object], said: str) -> None:
     with pytest.raises(ExportError, match=said):
-        open_graph(changed(traced, tmp_path / "g.onnx", change))
+        open_onnx_source(changed(traced, tmp_path / "g.onnx", change))

@@ -1,0 +1,91 @@
+"""Options of an engine build."""
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sws_export.errors import OptionError
+
+_OPTIMIZATION_LEVELS = range(6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine is built; the backend refuses what it cannot do.
+
+    Attributes:
+        compute_capabilities: GPUs that a TensorRT-RTX engine is built for, such as `8.9`; empty for the
+            backend's default.
+        optimization_level: 0 (fast build) to 5 (fast engine); None for the library's default.
+        timing_cache: File with kernel timings, read if it exists and written after the build (TensorRT).
+        refit: Allow the weights of the engine to be replaced (TensorRT).
+        strip_weights: Leave the weights out of the plan, to be added by a refit (TensorRT).
+        version_compatible: Allow later versions of the library to load the engine (TensorRT).
+        hardware_compatible: Allow every GPU from Ampere on to run the engine (TensorRT).
+        weight_streaming: Allow the runtime to keep part of the weights outside GPU memory.
+    """
+
+    compute_capabilities: tuple[str, ...] = ()
+    optimization_level: int | None = None
+    timing_cache: Path | None = None
+    refit: bool = False
+    strip_weights: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    weight_streaming: bool = False
+
+    def __post_init__(self) -> None:
+        level = self.optimization_level
+        if level is not None and level not in _OPTIMIZATION_LEVELS:
+            raise OptionError(f"--builder-optimization-level must be 0 to 5, found {level}")
+        for capability in self.compute_capabilities:
+            if not re.fullmatch(r"\d+\.\d", capability):
+                raise OptionError(
+                    f"--compute-capability {','.join(self.compute_capabilities)}: expected MAJOR.MINOR "
+                    f"separated by commas, such as 8.9,12.0; found {capability!r}"
+                )
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add all arguments of the group."""
+        group = parser.add_argument_group("engine")
+        group.add_argument(
+            "--compute-capability",
+            dest="compute_capabilities",
+            type=_capabilities,
+            default=(),
+            metavar="N.N[,N.N…]",
+            help="target GPUs of tensorrt-rtx",
+        )
+        group.add_argument(
+            "--builder-optimization-level",
+            dest="optimization_level",
+            type=int,
+            metavar="0-5",
+            help="0 for a fast build, 5 for a fast engine",
+        )
+        group.add_argument(
+            "--timing-cache", type=Path, metavar="FILE", help="kernel timings shared by builds"
+        )
+        for option, text in (
+            ("--refit", "allow the weights to be replaced"),
+            ("--strip-weights", "leave the weights out of the plan"),
+            ("--version-compatible", "allow later versions of TensorRT to load the engine"),
+            ("--hardware-compatible", "allow every GPU from Ampere on to run the engine"),
+            ("--weight-streaming", "allow weights outside GPU memory"),
+        ):
+            group.add_argument(option, action="store_true", help=text)
+
+
+def option_name(field: str) -> str:
+    """The command-line option of a field of `EngineOptions`."""
+    return {
+        "compute_capabilities": "--compute-capability",
+        "optimization_level": "--builder-optimization-level",
+    }.get(field, "--" + field.replace("_", "-"))
+
+
+def _capabilities(text: str) -> tuple[str, ...]:
+    """Split "8.9,12.0" into ("8.9", "12.0"), without repetitions."""
+    return tuple(dict.fromkeys(item.strip() for item in text.split(",")))

@@ -1,0 +1,79 @@
+"""Options of the model that is exported."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sws_export.tensors import PRECISIONS, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How the checkpoint is read and what is fused into it.
+
+    Attributes:
+        precision: Precision of the exported UNet; None for that of the checkpoint.
+        config: A diffusers config.json, if there is none beside the checkpoint.
+        ema: Use the EMA weights of a checkpoint that has both.
+        variant: Variant of the files in a directory, such as `fp16`.
+        attention_head_dim: Number of heads of each level, for a UNet of an unknown family.
+        prediction_type: What the UNet predicts, if the checkpoint does not specify it.
+        loras: FILE or FILE:SCALE of each LoRA to fuse.
+        controlnet: Add inputs for the residuals of a ControlNet.
+    """
+
+    precision: Precision | None = None
+    config: Path | None = None
+    ema: bool = False
+    variant: str | None = None
+    attention_head_dim: tuple[int, ...] | None = None
+    prediction_type: str | None = None
+    loras: tuple[str, ...] = ()
+    controlnet: bool = False
+
+    @staticmethod
+    def add_reading_arguments(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+        """Add the arguments that select files and weights; returns the argument group."""
+        group = parser.add_argument_group("checkpoint")
+        group.add_argument("--config", type=Path, metavar="FILE", help="diffusers config.json of the UNet")
+        group.add_argument("--ema", action="store_true", help="use the EMA weights of an original checkpoint")
+        group.add_argument("--variant", help="variant of the files in a directory, such as fp16")
+        group.add_argument(
+            "--attention-head-dim",
+            type=_integers,
+            metavar="N[,N…]",
+            help="number of heads of each level, for a UNet of an unknown family",
+        )
+        group.add_argument(
+            "--lora",
+            dest="loras",
+            action="append",
+            default=[],
+            metavar="FILE[:SCALE]",
+            help="fuse a LoRA; repeatable",
+        )
+        return group
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add all arguments of the group."""
+        group = cls.add_reading_arguments(parser)
+        group.add_argument("--precision", choices=tuple(PRECISIONS), help="default: that of the checkpoint")
+        group.add_argument("--prediction-type", metavar="TYPE", help="epsilon, v_prediction or sample")
+        group.add_argument(
+            "--controlnet", action="store_true", help="add inputs for the residuals of a ControlNet"
+        )
+
+    def cache_key(self) -> dict[str, Any]:
+        """The options that the graph depends on beside what `Source.identity` covers, as JSON values."""
+        return {
+            "ema": self.ema,
+            "attention_head_dim": self.attention_head_dim,
+            "prediction_type": self.prediction_type,
+            "controlnet": self.controlnet,
+        }
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))

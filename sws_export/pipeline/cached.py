@@ -1,0 +1,349 @@
+"""The cache around the stages of an export: each result is looked up before its stage runs, and kept after.
+
+Weights are not kept. They are in the checkpoint, whose sha256 is part of the key of a graph. A graph that is
+needed again is written from the checkpoint and the cached graph without weights, and its weights must have
+the digest that they had when the graph was made.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from sws_export.cache import Cache, Entry, cache_key, code_version
+from sws_export.cache.digests import stamps
+from sws_export.cache.store import file_digest
+from sws_export.engines import EngineReport
+from sws_export.engines.gpu import gpu_names
+from sws_export.files import output_errors
+from sws_export.manifest import library_versions
+from sws_export.onnx_files import load_onnx, save_onnx
+from sws_export.pipeline.engine import Engine, profile_shapes
+from sws_export.pipeline.graph import Graph, SourceCheck, WrittenGraph
+from sws_export.pipeline.plan import EngineConfig, ExportPlan
+from sws_export.pipeline.run_log import Recorded, RunLog
+from sws_export.progress import Progress
+from sws_export.tensors import Shapes
+from sws_export.validation import OutputDifference, ValidationReport
+
+_FILE = "graph.onnx"
+_PLACEHOLDER = "weights-of-the-source"
+
+
+class CachedCheck(SourceCheck):
+    """A check that is not done while the remembered digest of unchanged files is all that is needed."""
+
+    def __init__(self, plan: ExportPlan, cache: Cache, log: RunLog) -> None:
+        super().__init__(plan, log)
+        self._digests = cache.digests
+        self._remembered = cache.digests.recall(plan.source.files)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the source's files, in hex."""
+        return self._remembered or super().sha256
+
+    @property
+    def is_remembered(self) -> bool:
+        """Whether the digest is known without reading the files."""
+        return self._remembered is not None
+
+    def forget(self) -> None:
+        """Read the files again, because the remembered digest is not theirs."""
+        self._remembered = None
+        self._digests.forget(self._plan.source.files)
+
+    def _verify(self) -> dict[str, Any]:
+        files = self._plan.source.files
+        before, began = stamps(files)
+        description = super()._verify()
+        self._remembered = str(description["sha256"])
+        self._digests.remember(files, before, began, self._remembered)
+        return description
+
+
+class StageCache:
+    """The stages of one export, each of them with a look into the cache before it.
+
+    Attributes:
+        check: The check of the source.
+    """
+
+    def __init__(self, plan: ExportPlan, cache: Cache, log: RunLog) -> None:
+        self._plan = plan
+        self._cache = cache
+        self._log = log
+        self.check = CachedCheck(plan, cache, log)
+
+    def known(self) -> tuple[str, ...]:
+        """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
+        if not self.check.is_remembered:
+            return ()
+        entry = self._cache.find("graph", self._graph_key(self._plan.static_sizes))
+        if entry is None or (self._plan.options.validate and self._find_validation() is None):
+            return ()
+        config = self._plan.engine
+        if config is None or config.build.timing_cache is not None:
+            return ("graph",)
+        key = _engine_key(entry.facts["content"], profile_shapes(entry.facts["description"], config), config)
+        return ("graph", "engine") if self._cache.find("engine", key) else ("graph",)
+
+    def graph(self, graph: Graph) -> Graph:
+        """`graph`, or the same one from the cache, which is not written until its file is needed."""
+        if self._cache.root is None:
+            return graph
+        key = self._graph_key(self._plan.static_sizes)
+        with self._cache.exclusive("graph", key, self._log):
+            entry = None if graph.is_written else self._cache.find("graph", key)
+            if entry is None:
+                self.keep_graph(graph)
+                return graph
+            self._log.log(f"graph: from the cache ({key[:12]})")
+            self._replay(entry)
+            return _CachedGraph(entry, graph, self)
+
+    def validation(self, validate: Callable[[], ValidationReport]) -> ValidationReport:
+        """The result of `validate`, or that of an earlier run for the same graph."""
+        if self._cache.root is None:
+            return validate()
+        key = self._graph_key({})
+        with self._cache.exclusive("validation", key, self._log):
+            entry = self._find_validation()
+            if entry is not None:
+                self._log.log(f"validation: from the cache ({key[:12]})")
+                self._replay(entry)
+                return _read_validation(entry.facts["report"])
+            assert self.check.description
+            with self._log.record() as making:
+                validation = validate()
+            facts = {
+                "what": self._plan.summary,
+                "report": dataclasses.asdict(validation),
+                **self._recorded(making),
+            }
+            self._cache.store("validation", self._graph_key({}), facts, {}, self._log)
+            return validation
+
+    def engine(self, graph: Graph, config: EngineConfig, path: Path, build: Callable[[], Engine]) -> Engine:
+        """The result of `build`, or the engine of an earlier run, whose plan is put at `path`."""
+        # Kernel timings are a result of the build too, which the cache does not keep.
+        if self._cache.root is None or config.build.timing_cache is not None:
+            return build()
+        key = self._engine_key(graph, config)
+        with self._cache.exclusive("engine", key, self._log), output_errors(self._plan.out):
+            entry = self._cache.find("engine", key)
+            if entry is not None and (engine := self._take_engine(entry, path)) is not None:
+                return engine
+            assert graph.file
+            with self._log.record() as making:
+                engine = build()
+            sizes = " ".join(f"{name} {size}" for name, size in config.sizes.ranges().items())
+            facts = {
+                "what": f"{self._plan.summary}, {sizes}",
+                "engine": dataclasses.asdict(engine.report),
+                **self._recorded(making),
+            }
+            # A graph from the cache that could not be written was made again, perhaps with other weights.
+            key = self._engine_key(graph, config)
+            self._cache.store("engine", key, facts, {path: engine.digest}, self._log)
+            return engine
+
+    def keep_graph(self, graph: Graph) -> None:
+        """Make `graph` and keep it without its weights."""
+        assert self.check.description
+        with self._log.record() as making:
+            assert graph.file
+            with self._log.measure("digest"):
+                weights = _weights_digest(graph.path, self._log)
+        skeleton = _save_skeleton(graph.model, self._plan.source.weights(), graph.path.parent)
+        digest = file_digest(skeleton)
+        graph.content = cache_key({"weights": weights, "graph": digest.sha256})
+        facts = {
+            "what": self._plan.summary,
+            "description": graph.description,
+            "remark": graph.remark,
+            "content": graph.content,
+            "weights": weights,
+            **self._recorded(making),
+        }
+        self._cache.store(
+            "graph", self._graph_key(self._plan.static_sizes), facts, {skeleton: digest}, self._log
+        )
+
+    def restore_graph(self, entry: Entry, path: Path) -> ir.Model | None:
+        """Write a graph from the cache to `path`; None if that cannot be done, with a warning."""
+        skeleton = path.parent / f"skeleton-{_FILE}"
+        if not self._cache.take(entry, _FILE, skeleton):
+            self._log.warn(
+                f"the graph {entry.key[:12]} in the cache is damaged or was removed: making it again"
+            )
+            return None
+        model = load_onnx(skeleton)
+        skeleton.unlink()
+        weights = self._plan.source.weights()
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) == _PLACEHOLDER:
+                value.const_value = weights.get(name)
+        complete = all(value.const_value is not None for value in model.graph.initializers.values())
+        if complete:
+            with self._log.measure("restore"):
+                save_onnx(model, path, self._log)
+                complete = _weights_digest(path, self._log) == entry.facts["weights"]
+        if complete:
+            return model
+        self._cache.discard(entry)
+        self.check.forget()
+        self._log.warn(
+            f"the weights of {self._plan.source.path} are not those of the graph {entry.key[:12]} in the "
+            "cache: making it again"
+        )
+        return None
+
+    def _graph_key(self, sizes: Mapping[str, int]) -> str:
+        """What a graph and its validation depend on, those `sizes` included that are static."""
+        plan = self._plan
+        return cache_key(
+            {
+                "source": plan.source.identity(self.check.sha256),
+                "precision": plan.source.precision,
+                "options": plan.options.source.cache_key() | plan.options.sws.cache_key(),
+                "validated": plan.options.validate,
+                "target": plan.target,
+                "sizes": dict(sizes),
+                "versions": library_versions(("onnxruntime", "numpy", "polygraphy")),
+                "code": code_version(),
+            }
+        )
+
+    def _recorded(self, making: Recorded) -> dict[str, Any]:
+        """What the check and the making of a result logged, as facts of its entry."""
+        check = self.check.recorded or Recorded()
+        return {"check": check.to_json(), "making": making.to_json()}
+
+    def _replay(self, entry: Entry) -> None:
+        """Log what the making of a result logged; the check only once in a run."""
+        if self.check.recorded is None:
+            self.check.recorded = Recorded.from_json(entry.facts["check"])
+            self._log.replay(self.check.recorded)
+        self._log.replay(Recorded.from_json(entry.facts["making"]))
+
+    def _find_validation(self) -> Entry | None:
+        return self._cache.find("validation", self._graph_key({}))
+
+    def _engine_key(self, graph: Graph, config: EngineConfig) -> str:
+        return _engine_key(graph.content, profile_shapes(graph.description, config), config)
+
+    def _take_engine(self, entry: Entry, path: Path) -> Engine | None:
+        """The engine of `entry`, its plan put at `path`; None if it is damaged or was removed."""
+        (name,) = entry.files
+        with self._log.stage("read cache") as stage:
+            stage.describe(f"engine {entry.key[:12]}")
+            if not self._cache.take(entry, name, path, replaces=self._plan.out):
+                self._log.warn(
+                    f"the engine {entry.key[:12]} in the cache is damaged or was removed: making it again"
+                )
+                return None
+        self._log.log(f"engine: from the cache ({entry.key[:12]})")
+        self._replay(entry)
+        report: dict[str, Any] = entry.facts["engine"]
+        capabilities = tuple(report["compute_capabilities"])
+        return Engine(
+            path, EngineReport(**report | {"compute_capabilities": capabilities}), entry.files[name]
+        )
+
+
+class _CachedGraph(Graph):
+    """A graph that was found; its file is written from the cache, or made if that fails."""
+
+    def __init__(self, entry: Entry, made: Graph, cache: StageCache) -> None:
+        super().__init__(made.path, self._restore)
+        self.content = entry.facts["content"]
+        self._entry = entry
+        self._made = made
+        self._cache = cache
+
+    def _restore(self, path: Path) -> WrittenGraph:
+        model = self._cache.restore_graph(self._entry, path)
+        if model is not None:
+            return WrittenGraph(model, self._entry.facts["remark"])
+        self._cache.keep_graph(self._made)
+        self.content = self._made.content
+        return self._made.written
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The manifest embedded in the graph."""
+        return super().description if self.is_written else dict(self._entry.facts["description"])
+
+    @property
+    def remark(self) -> str:
+        """How a static graph was compared with the dynamic one."""
+        return super().remark if self.is_written else str(self._entry.facts["remark"])
+
+
+def _engine_key(content: str, shapes: Shapes, config: EngineConfig) -> str:
+    """What an engine depends on: graph, profile, options, library, and the GPU if it is built for one."""
+    build = config.build
+    options = build.to_json()
+    del options["timing_cache"]
+    options["plugins"] = [file_digest(library).sha256 for library in build.plugins]
+    return cache_key(
+        {
+            "graph": content,
+            "shapes": shapes,
+            "options": options,
+            "library": str(build.backend.load().__version__),
+            "gpus": gpu_names() if build.backend.needs_gpu else [],
+            "code": code_version(),
+        }
+    )
+
+
+def _save_skeleton(model: ir.Model, weights: Mapping[str, ir.TensorProtocol], scratch: Path) -> Path:
+    """Write `model` without those of its weights that are unchanged from the source; returns the file."""
+    kept = {}
+    for name, value in model.graph.initializers.items():
+        tensor, original = value.const_value, weights.get(name)
+        unchanged = tensor is original or isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
+        if tensor is None or original is None or not unchanged:
+            continue
+        kept[name] = tensor
+        value.const_value = ir.ExternalTensor(
+            _PLACEHOLDER, 0, tensor.nbytes, tensor.dtype, shape=value.shape or ir.Shape([]), name=name
+        )
+    directory = scratch / "skeleton"
+    directory.mkdir(exist_ok=True)
+    try:
+        ir.save(model, directory / _FILE)
+    finally:
+        for name, tensor in kept.items():
+            model.graph.initializers[name].const_value = tensor
+    return directory / _FILE
+
+
+def _weights_digest(path: Path, progress: Progress) -> str:
+    """sha256, in hex, of names and bytes of all weights of the graph at `path`, sorted by name."""
+    digest = hashlib.sha256()
+    initializers = load_onnx(path).graph.initializers
+    tensors = {
+        name: value.const_value for name, value in initializers.items() if value.const_value is not None
+    }
+    with progress.stage("hash", total=sum(tensor.nbytes for tensor in tensors.values())) as stage:
+        for name in sorted(tensors):
+            digest.update(f"{name}\n".encode())
+            tensor = tensors[name]
+            digest.update(tensor.tobytes())
+            stage.advance(tensor.nbytes)
+            if isinstance(tensor, ir.ExternalTensor):
+                # Otherwise every page that was read counts as memory of this process.
+                tensor.release()
+    return digest.hexdigest()
+
+
+def _read_validation(facts: Mapping[str, Any]) -> ValidationReport:
+    outputs = tuple(OutputDifference(**output) for output in facts["outputs"])
+    return ValidationReport(**dict(facts) | {"outputs": outputs, "remarks": tuple(facts["remarks"])})

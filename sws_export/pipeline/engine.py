@@ -1,0 +1,50 @@
+"""The engine of an export."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sws_export.cache.store import FileDigest, file_digest
+from sws_export.engines import EngineReport, build_engine
+from sws_export.pipeline.graph import Graph
+from sws_export.pipeline.plan import EngineConfig
+from sws_export.pipeline.run_log import RunLog
+from sws_export.tensors import Shapes, TensorSpec, shapes_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """An engine that was built.
+
+    Attributes:
+        path: The plan.
+        report: How it was built.
+        digest: Size and sha256 of the plan.
+    """
+
+    path: Path
+    report: EngineReport
+    digest: FileDigest
+
+
+def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> Engine:
+    """Build the engine of `graph` and write its plan to `path`.
+
+    Raises:
+        EngineError: The backend refused the graph, failed or was killed.
+        OptionError: The sizes do not fit the graph.
+        OSError: `path` cannot be written.
+    """
+    file, shapes = graph.file, profile_shapes(graph.description, config)
+    with log.measure("build") as timing:
+        report = build_engine(file, path, shapes, config.build, log)
+        timing.peak_memory = report.peak_memory
+    with log.stage("hash"):
+        return Engine(path, report, file_digest(path))
+
+
+def profile_shapes(description: Mapping[str, Any], config: EngineConfig) -> Shapes:
+    """Smallest, best and largest shape of each input, from the description of a graph."""
+    inputs = [TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in description["inputs"]]
+    return shapes_for(inputs, config.sizes)

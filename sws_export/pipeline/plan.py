@@ -1,0 +1,102 @@
+"""What an export will make, decided before any long work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sws_export.engines import BuildOptions, choose_backend
+from sws_export.engines.choice import named_backend
+from sws_export.engines.plugin_library import find_plugin_library
+from sws_export.options import ExportOptions, artefact_kind
+from sws_export.options.sizes import check_static_dimensions
+from sws_export.pipeline.rewrite import Target
+from sws_export.progress import Progress
+from sws_export.sources import Source
+from sws_export.tensors import Range, Sizes
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The sizes of the profile, and how the engine is built."""
+
+    sizes: Sizes
+    build: BuildOptions
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """One export, decided and not started.
+
+    Attributes:
+        source: What is exported.
+        options: What the user asked for.
+        out: The artefact.
+        engine: None for an ONNX graph.
+        target: The runtime that the graph is lowered for.
+        static_sizes: Those of batch, height and width (latent) and tokens that are static in the graph.
+    """
+
+    source: Source
+    options: ExportOptions
+    out: Path
+    engine: EngineConfig | None
+    target: Target
+    static_sizes: Mapping[str, int]
+
+    @property
+    def summary(self) -> str:
+        """The export in a few words, for lists of results."""
+        return (
+            f"{self.source.path.name}, {self.source.precision}, {self.options.sws.method}, for {self.target}"
+        )
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the ONNX graph is an artefact."""
+        return self.engine is None or self.options.keep_onnx
+
+
+def make_plan(source: Source, options: ExportOptions, out: Path, progress: Progress) -> ExportPlan:
+    """Choose backend, target and sizes.
+
+    Raises:
+        OptionError: An option does not fit the model or the backend.
+        EngineError: The backend is not installed, or needs a GPU and there is none.
+    """
+    if artefact_kind(out) == "onnx":
+        return ExportPlan(source, options, out, None, _graph_target(options), _static_sizes(source, options))
+    engine = _configure_engine(source, options, progress)
+    target: Target = "tensorrt" if engine.build.plugins else "tensorrt-rtx"
+    return ExportPlan(source, options, out, engine, target, engine.sizes.fixed())
+
+
+def _configure_engine(source: Source, options: ExportOptions, progress: Progress) -> EngineConfig:
+    sizes = options.sizes.engine_sizes(source.config, source.size_multiple, source.vae_scale)
+    check_static_dimensions(source.inputs, sizes.ranges())
+    backend = choose_backend(options.backend)
+    takes_plugins = backend.plugins and not options.sws.plain
+    library = find_plugin_library() if takes_plugins else None
+    if takes_plugins and library is None:
+        progress.warn(
+            "the plugin library is not built: SWS is lowered to standard operators, which is slower; "
+            "build it with `sws-export plugins build`"
+        )
+    plugins = (library,) if library else ()
+    return EngineConfig(sizes, BuildOptions(backend=backend, plugins=plugins, **vars(options.engine)))
+
+
+def _static_sizes(source: Source, options: ExportOptions) -> dict[str, int]:
+    sizes = options.sizes.static_sizes(source.size_multiple, source.vae_scale)
+    check_static_dimensions(source.inputs, {name: Range(size, size, size) for name, size in sizes.items()})
+    return sizes
+
+
+def _graph_target(options: ExportOptions) -> Target:
+    """The target of an ONNX graph: ONNX Runtime, unless `--backend` names the builder of an engine.
+
+    For `tensorrt` the graph keeps the operators that plugins implement, and their definitions for runtimes
+    without plugins.
+    """
+    if options.backend is None:
+        return "onnxruntime"
+    return "tensorrt" if named_backend(options.backend).plugins else "tensorrt-rtx"
