@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sws_export.adapters import polygraphy as polygraphy_data
+from sws_export.adapters import polygraphy_data
 from sws_export.errors import OptionError
 from sws_export.runtime import Session
 from tests import road

@@ -11,7 +11,7 @@ import tensorrt_rtx as trt
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from sws_export.adapters import polygraphy as polygraphy_data
+from sws_export.adapters import polygraphy_data
 from sws_export.adapters.comfyui import SwsDiffusionModel
 from sws_export.adapters.diffusers import SWSUNet
 from sws_export.engines import BuildOptions, network

@@ -1,10 +1,10 @@
 """Inputs of an artefact for Polygraphy, with the states empty as at the first step of an image.
 
     SWS_MANIFEST=unet.onnx.json SWS_SIZES=batch=2,height=64,width=64,tokens=77 \\
-        polygraphy run unet.onnx --onnxrt --data-loader-script .../sws_export/runtime/polygraphy_data.py
+        polygraphy run unet.onnx --onnxrt --data-loader-script .../sws_export/adapters/polygraphy_data.py
 
-Polygraphy calls `load_data`. Sizes are those of the latent and fall back to the best ones of an engine's
-profile.
+Polygraphy imports the file under its own name, which therefore cannot be `polygraphy`, and calls `load_data`.
+Sizes are those of the latent and fall back to the best ones of an engine's profile.
 """
 
 import json
