@@ -1,13 +1,13 @@
-"""Wall time and peak memory of an export, ours beside the exporters that a user would pick, and of the road.
+"""Wall time and peak memory of an export, compared with other exporters, and of a run to an engine.
 
     python benchmarks/export.py --family shapes
     python benchmarks/export.py --family sd15 --optimum-python ~/optimum/bin/python
-    python benchmarks/export.py --family sdxl --only plain sws road
+    python benchmarks/export.py --family sdxl --only plain sws pipeline
 
-Every run has a process of its own; its memory is the largest sum over that process and its children.
-Random weights are written to a temporary folder (`--scratch`) and deleted, as is every graph. optimum-onnx
-needs an older transformers and diffusers than sws-export has, so it is run by the Python of another
-environment: `pip install optimum-onnx onnxruntime 'diffusers<0.37' torch==2.13.0`.
+Each run is one process. Its memory is the peak of the resident memory of that process and its children.
+Random weights are written to a temporary directory (`--scratch`) and deleted afterwards, as are the graphs.
+optimum-onnx requires older versions of transformers and diffusers than sws-export, so it runs in the Python
+of another environment: `pip install optimum-onnx onnxruntime 'diffusers<0.37' torch==2.13.0`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RUNS = ("plain", "sws", "plain fp32", "torchscript", "optimum", "road plain", "road")
+RUNS = ("plain", "sws", "plain fp32", "torchscript", "optimum", "pipeline plain", "pipeline")
 SIZES = {
     "shapes": ["--batch", "1:2:4", "--tokens", "8"],
     "sd15": ["--batch", "1:2:2", "--height", "512:512:768", "--width", "512:512:768"],
@@ -73,14 +73,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--family", choices=SIZES, required=True)
     parser.add_argument("--only", nargs="+", choices=RUNS, metavar="RUN", help=f"some of {', '.join(RUNS)}")
     parser.add_argument("--optimum-python", help="Python of an environment with optimum-onnx")
-    parser.add_argument("--no-validate", action="store_true", help="leave validation out of the road")
-    parser.add_argument("--scratch", type=Path, help="folder on a disk with room for 4 times the weights")
-    parser.add_argument("--out", type=Path, help="report; benchmarks/results/export-FAMILY.json if not given")
+    parser.add_argument("--no-validate", action="store_true", help="run the pipeline without validation")
+    parser.add_argument("--scratch", type=Path, help="directory with free space for 4 times the weights")
+    parser.add_argument("--out", type=Path, help="report; default: benchmarks/results/export-FAMILY.json")
     return parser.parse_args()
 
 
 def make_checkpoint(family: str, scratch: Path) -> Path:
-    """A directory with the UNet: the trained example, or random float16 weights of full size."""
+    """Directory of the UNet: the trained example, or random float16 weights at full size."""
     if family == "shapes":
         return ROOT / "examples" / "shapes" / "unet"
     unet = scratch / "unet"
@@ -91,14 +91,14 @@ def make_checkpoint(family: str, scratch: Path) -> Path:
 
 
 def run(name: str, unet: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the run `name` cost and made."""
+    """Time, memory and files of the run `name`."""
     folder = scratch / "out"
     folder.mkdir()
-    out = folder / ("unet.plan" if name.startswith("road") else "unet.onnx")
+    out = folder / ("unet.plan" if name.startswith("pipeline") else "unet.onnx")
     try:
         command = command_of(name, unet, out, arguments)
         if command is None:
-            return {"failed": "not run: no environment with optimum-onnx was given (--optimum-python)"}
+            return {"failed": "not run: --optimum-python was not given"}
         figures = measure(command)
         if "failed" not in figures:
             files = [file for file in folder.iterdir() if file.suffix != ".json"]
@@ -118,13 +118,13 @@ def command_of(name: str, unet: Path, out: Path, arguments: argparse.Namespace) 
         python = sys.executable if name == "torchscript" else arguments.optimum_python
         script = ROOT / "benchmarks" / "export_peers.py"
         return [python, str(script), name, str(unet), str(out)] if python else None
-    # What a run before this one left would be found otherwise.
+    # Without --no-cache a later run would reuse the results of an earlier one.
     command = [sys.executable, "-m", "cli", str(unet), "--out", str(out), "--no-cache"]
     if "plain" in name:
         command.append("--plain")
-    if name.startswith("road"):
+    if name.startswith("pipeline"):
         command += SIZES[arguments.family]
-    if not name.startswith("road") or arguments.no_validate:
+    if not name.startswith("pipeline") or arguments.no_validate:
         command.append("--no-validate")
     return [*command, "--precision", "fp32" if name.endswith("fp32") else "fp16"]
 
@@ -133,7 +133,7 @@ def measure(command: Sequence[str]) -> dict[str, Any]:
     """Wall time, processor time and peak memory of a command and its children."""
     with tempfile.TemporaryFile() as output:
         start = time.monotonic()
-        # Both libraries ask their hub for updates or files otherwise.
+        # diffusers and transformers would contact the Hugging Face hub otherwise.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
         peak = 0
@@ -151,7 +151,7 @@ def measure(command: Sequence[str]) -> dict[str, Any]:
 
 
 def tree_memory(process: psutil.Process) -> int:
-    """Resident bytes of a process and its children now."""
+    """Current resident memory of a process and its children, in bytes."""
     total = 0
     try:
         for member in [process, *process.children(recursive=True)]:
@@ -167,7 +167,7 @@ def count_nodes(path: Path) -> int:
 
 
 def manifest_figures(out: Path) -> dict[str, Any]:
-    """The stages that our own export reports."""
+    """Stage timings from the manifest; empty for other exporters."""
     path = out.with_name(out.name + ".json")
     if not path.exists():
         return {}
@@ -194,7 +194,7 @@ def versions(python: str) -> dict[str, str]:
         f"names = {PACKAGES}\n"
         "found = {}\n"
         "for distribution in metadata.distributions():\n"
-        # The first one found is the one that is imported.
+        # The first distribution found is the one that Python imports.
         "    found.setdefault(distribution.metadata['Name'], distribution.version)\n"
         "print(json.dumps({name: found[name] for name in names if name in found}))"
     )
@@ -207,7 +207,7 @@ def print_run(name: str, figures: dict[str, Any]) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for reading."""
+    """The report as a text table."""
     weights = report["weights_bytes"]
     lines = [
         f"{report['family']}, weights {weights / 1e9:.2f} GB",
@@ -223,7 +223,7 @@ def table(report: dict[str, Any]) -> str:
             f"{run_.get('nodes', ''):>8}{run_['bytes'] / 1e9:>9.2f}"
         )
     for name, run_ in report["runs"].items():
-        if name.startswith("road") and "stages" in run_:
+        if name.startswith("pipeline") and "stages" in run_:
             lines += ["", f"{name}: stage, seconds, peak memory GB"]
             lines += [
                 f"  {stage['name']:<12}{stage['seconds']:>8.1f}{stage['peak_memory'] / 1e9:>8.2f}"

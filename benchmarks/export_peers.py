@@ -1,8 +1,8 @@
-"""The exporters that `export.py` compares with, each run as `python export_peers.py NAME UNET OUT`.
+"""The other exporters of `export.py`, each run as `python export_peers.py NAME UNET OUT`.
 
 `torchscript` is torch's TorchScript exporter at opset 17, called as ComfyUI's TensorRT converter calls it.
-`optimum` is what `optimum-cli export onnx` runs for the UNet of a pipeline; without a GPU it knows
-float32 only. Both are given diffusers' UNet, small example inputs, and dynamic sizes.
+`optimum` is the function behind `optimum-cli export onnx` for the UNet of a pipeline; without a GPU it
+supports float32 only. Both export diffusers' UNet with small example inputs and dynamic shapes.
 """
 
 import sys
@@ -58,7 +58,7 @@ def optimum(unet_path: Path, out: Path) -> None:
     from optimum.exporters.onnx.model_configs import UNetOnnxConfig
 
     unet = UNet2DConditionModel.from_pretrained(unet_path).eval()
-    # The pipeline's exporter sets these two before it makes the configuration.
+    # optimum's pipeline exporter sets these two before it creates the configuration.
     unet.config.text_encoder_projection_dim = unet.config.cross_attention_dim
     unet.config.requires_aesthetics_score = False
     export(unet, UNetOnnxConfig(unet.config, task="semantic-segmentation"), out)

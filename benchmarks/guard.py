@@ -1,13 +1,14 @@
-"""How exact the key guard's forms are: steps missed, 16-bit products, sampled rows.
+"""Accuracy and cost of the forms of the key guard: missed steps, 16-bit products, sampled query rows.
 
     python benchmarks/guard.py --model examples/shapes/unet --out benchmarks/results/guard.json
 
-`steps`: random queries whose lengths are log-normal with a given spread; in how many samples with a binding
-budget each fused form ends at another step of 128 than the literal one. `products`: by how many steps it
-moves when queries and mixed keys are rounded to 16 bit before each product, accumulated in float32 or wider.
-`cost`: CPU time of a site of 64 x 64 tokens, 8 heads of 40 channels, in ONNX Runtime with one thread and a
-transport that costs nothing, over that of its plain attention.
-`rows`: error of the entropy factor from an eighth of the rows, for the model's own queries and keys along a
+`steps`: queries with log-normal lengths of a given spread; the number of samples with a binding budget in
+which each fused form ends at another step of 128 than the literal form.
+`products`: by how many steps the result moves if queries and mixed keys are rounded to 16 bit before each
+product, with float32 or wider accumulation.
+`cost`: CPU time of a site of 64 x 64 tokens, 8 heads of 40 channels, in ONNX Runtime without the cost of the
+transport, relative to its plain attention.
+`rows`: error of the entropy factor from an eighth of the rows, for the model's own queries and keys during
 sampling; with the lattice alone, and with the longest and the shortest query of each head.
 """
 
@@ -40,7 +41,7 @@ def random_tokens(seed: int, spread: float) -> Tokens:
 
 
 def guard_steps(form: str, **options: bool) -> Callable[[Tokens, float], np.ndarray]:
-    """A guard with a cap of 1 as a function of tokens and budget; steps [2]."""
+    """The key guard with key_cap 1 as a function (tokens, budget) -> steps [2]."""
     import onnx_ir as ir
 
     from graph_passes.functions import build_functions
@@ -66,12 +67,12 @@ def guard_steps(form: str, **options: bool) -> Callable[[Tokens, float], np.ndar
 
 
 def count_missed(spread: float, budget: float) -> dict[str, Any]:
-    """Samples with a binding budget, and for each fused form those it misses and by how much at most."""
+    """Number of samples with a binding budget; per fused form the number missed and the largest miss."""
     literal = guard_steps("literal")
     found = {
         "branches": guard_steps("fused", branches=True),
-        "straight-line": guard_steps("fused"),
-        "stored": guard_steps("fused", stored=True),
+        "branchless": guard_steps("fused"),
+        "materialized logits": guard_steps("fused", stored=True),
     }
     row: dict[str, Any] = {"spread": spread, "budget": budget, "binding": 0}
     row |= {name: {"missed": 0, "by": 0} for name in found}
@@ -88,14 +89,14 @@ def count_missed(spread: float, budget: float) -> dict[str, Any]:
 
 
 def rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """The nearest numbers of a 16-bit dtype, in float64."""
+    """`x` rounded to a 16-bit dtype, as float64."""
     import torch
 
     return torch.from_numpy(np.asarray(x, np.float32)).to(getattr(torch, dtype)).double().numpy()
 
 
 def moved_by_products(dtype: str, spread: float, budget: float) -> dict[str, Any]:
-    """How far steps move when operands are rounded; inputs are those of a model of `dtype` either way."""
+    """By how many steps rounding of the operands moves the result; inputs are rounded to `dtype`."""
     from graph_passes.parameters import SwsParameters
     from tests.graph_passes.functions.oracle import Oracle
 
@@ -120,7 +121,7 @@ def moved_by_products(dtype: str, spread: float, budget: float) -> dict[str, Any
 
 
 def queries_and_keys(model: Path, side: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Heads, queries and keys [B, T, C] of every self-attention along one sampling of random text."""
+    """Heads, queries and keys [B, T, C] of every self-attention layer during one sampling run."""
     import torch
     from diffusers import DDIMScheduler
 
@@ -150,7 +151,7 @@ def queries_and_keys(model: Path, side: int) -> list[tuple[int, np.ndarray, np.n
 
 
 def errors_of_rows(model: Path, side: int) -> list[dict[str, Any]]:
-    """Root mean square and largest error of the entropy factor from an eighth of the rows, by grid."""
+    """RMS and largest error of the entropy factor from an eighth of the rows, per grid."""
     from tests.graph_passes.functions.oracle import Oracle
 
     errors: dict[int, dict[str, list[float]]] = {}
@@ -182,7 +183,7 @@ def errors_of_rows(model: Path, side: int) -> list[dict[str, Any]]:
 
 
 def site_costs() -> list[dict[str, Any]]:
-    """What each kind of step costs at one site."""
+    """CPU time of one site for each kind of step."""
     import onnx_ir as ir
 
     from graph_passes.functions import build_functions
@@ -229,7 +230,7 @@ def site_costs() -> list[dict[str, Any]]:
     steps: dict[str, tuple[Any, dict[str, Any]]] = {
         "plain": (plain_call, {"q": q, "k": k, "v": v}),
         "no amplitude": (every, inputs(2, 0.0)),
-        "keys left alone": (every, inputs(2, 0.5, key_gate=0)),
+        "keys not mixed": (every, inputs(2, 0.5, key_gate=0)),
         "bound": (every, inputs(1, 0.05)),
         "one evaluation": (every, inputs(2, 0.5)),
         "binding": (every, inputs(3, 1.0, 0.0005)),
@@ -255,9 +256,9 @@ def site_costs() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How exact the key guard's forms are.")
+    parser = argparse.ArgumentParser(description="Accuracy and cost of the forms of the key guard.")
     parser.add_argument("--model", type=Path, required=True, help="UNet directory with a scheduler beside it")
-    parser.add_argument("--out", type=Path, help="JSON file with the results; what it has is kept")
+    parser.add_argument("--out", type=Path, help="JSON file; results of other parts are kept")
     parts = ["cost", "steps", "products", "rows"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()

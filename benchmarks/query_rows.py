@@ -1,9 +1,10 @@
-"""Time and peak memory of one float32 `Attention` in ONNX Runtime, whole and on parts of its query rows.
+"""Time and peak memory of one float32 `Attention` in ONNX Runtime, whole and in query chunks.
 
     python benchmarks/query_rows.py --out benchmarks/results/query_rows.json
 
-8 heads of 40 channels, as at the largest grid of SD1.5 at 512 x 512, and 10 of 64, as in SDXL at 1024 x 1024.
-Each form runs in a process of its own, one after the other, several rounds; ratios are of the fastest runs.
+8 heads of 40 channels, as on the largest grid of SD1.5 at 512 x 512, and 10 of 64, as in SDXL at 1024 x 1024.
+Each case runs in its own process, one after the other, in several rounds; ratios are those of the fastest
+runs.
 """
 
 import argparse
@@ -18,13 +19,13 @@ import numpy as np
 from step_work import measure
 
 TOKENS = 4096
-PARTS = (1, 2, 4, 8, 16)
+CHUNKS = (1, 2, 4, 8, 16)
 MODELS = {"8 x 40": (8, 40, 40), "8 x 42, values 82": (8, 42, 82), "10 x 64": (10, 64, 64)}
 ROUNDS = 3
 
 
-def run(heads: int, size: int, values: int, parts: int) -> dict[str, float]:
-    """Seconds of the fastest of three runs, and by how much the process has grown at its peak."""
+def run(heads: int, size: int, values: int, chunks: int) -> dict[str, float]:
+    """Seconds of the fastest of three runs, and the growth of the peak memory of the process, in bytes."""
     import onnx_ir as ir
     import onnxruntime
 
@@ -36,10 +37,10 @@ def run(heads: int, size: int, values: int, parts: int) -> dict[str, float]:
         for name, width in shapes.items()
     }
     q, k, v = inputs.values()
-    if parts == 1:
+    if chunks == 1:
         nodes = [ir.node("Attention", [q, k, v])]
     else:
-        split = ir.node("Split", [q], {"axis": 2, "num_outputs": parts}, num_outputs=parts)
+        split = ir.node("Split", [q], {"axis": 2, "num_outputs": chunks}, num_outputs=chunks)
         attentions = [ir.node("Attention", [rows, k, v]) for rows in split.outputs]
         joined = ir.node("Concat", [node.outputs[0] for node in attentions], {"axis": 2})
         nodes = [split, *attentions, joined]
@@ -62,7 +63,7 @@ def run(heads: int, size: int, values: int, parts: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Attention whole and in parts.")
+    parser = argparse.ArgumentParser(description="Attention whole and in query chunks.")
     parser.add_argument("--out", type=Path, help="JSON file with the results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -72,16 +73,16 @@ def main() -> None:
     rows: dict[tuple[str, int], dict[str, float]] = {}
     for _ in range(ROUNDS):
         for name, model in MODELS.items():
-            for parts in PARTS:
-                command = [sys.executable, __file__, "--worker", json.dumps([*model, parts])]
+            for chunks in CHUNKS:
+                command = [sys.executable, __file__, "--worker", json.dumps([*model, chunks])]
                 measured = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-                row = rows.setdefault((name, parts), measured)
+                row = rows.setdefault((name, chunks), measured)
                 row["seconds"] = min(row["seconds"], measured["seconds"])
     results = []
-    for (name, parts), row in rows.items():
+    for (name, chunks), row in rows.items():
         whole = rows[name, 1]
         ratios = {f"{key}_of_whole": row[key] / whole[key] for key in ("seconds", "peak_bytes")}
-        results.append({"attention": name, "parts": parts, **row, **ratios})
+        results.append({"attention": name, "chunks": chunks, **row, **ratios})
         print(results[-1], flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

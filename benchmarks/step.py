@@ -1,14 +1,14 @@
-"""Time and peak memory of one UNet step: plain, with SWS, in eager torch and as the published node does it.
+"""Time and peak memory of one UNet step: plain, with SWS, and in eager torch.
 
     python benchmarks/step.py --work bench --out benchmarks/results/step.json
     python benchmarks/step.py --work bench --out benchmarks/results/step.json --only 'SD1.5 512, batch 1'
     python benchmarks/step.py --table benchmarks/results/step.json
 
-One command makes everything: checkpoints of random weights and graphs in `--work` (25 GB, kept for the next
-run), and one JSON file. Each case of step_cases.py runs in a process of its own and is written as soon as it
-is measured; a case that fails, is killed or takes too long leaves its error. `--resume` measures only what
-the file lacks. What the guard of SWS costs depends on the step, so that there are several: how far sampling
-has come, how strong SWS is, whether the budget binds.
+One command creates the checkpoints with random weights and the graphs in `--work` (25 GB, reused by the next
+run) and one JSON file. Each case of step_cases.py runs in its own process and is written as soon as it is
+measured; if a case fails, is killed or times out, its error is written instead. `--resume` measures only
+cases that the file does not have. The cost of the key guard depends on the step, so there are cases for early
+and late steps, intensity 0 and a binding budget.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from step_table import print_row, table  # noqa: E402
 
 
 def worker(task: dict[str, Any]) -> Any:
-    """One measurement, or the graphs that a model needs; the only thing its process does."""
+    """Run one case, or write the graphs of a model; runs in its own process."""
     folder = Path(task["work"])
     if task["kind"] == "graphs":
         return write_graphs(task["model"], folder, task["forms"])
@@ -62,7 +62,7 @@ def in_process(seconds: float, **task: Any) -> Any:
 
 
 def run(cases: list[Case], arguments: argparse.Namespace) -> None:
-    """Measure the cases and write each into the results."""
+    """Measure the cases and write each result to the output file."""
     import onnxruntime
 
     results: dict[str, Any] = {"cases": {}}
@@ -88,7 +88,7 @@ def run(cases: list[Case], arguments: argparse.Namespace) -> None:
 
 
 def _measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The row of a case; its graphs are made first where they are missing."""
+    """The result of a case; writes its graphs first if they are missing."""
     forms = sorted({other.form for other in CASES if other.model == case.model and other.kind != "torch"})
     missing = [form for form in forms if not graph_path(arguments.work, case.model, form).exists()]
     if case.kind != "torch" and case.form in missing:
@@ -108,11 +108,11 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and peak memory of one UNet step.")
-    parser.add_argument("--work", type=Path, help="folder for checkpoints and graphs, which are made once")
+    parser.add_argument("--work", type=Path, help="directory for checkpoints and graphs, reused between runs")
     parser.add_argument("--out", type=Path, help="JSON file with the results")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cases or groups by name")
-    parser.add_argument("--resume", action="store_true", help="keep what the file has, measure the rest")
-    parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS", help="of a case")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cases or groups")
+    parser.add_argument("--resume", action="store_true", help="measure only cases missing in the file")
+    parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS", help="time limit of a case")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--table", type=Path, metavar="FILE", help="print results as a table and stop")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -124,7 +124,7 @@ def main() -> None:
         print(table(json.loads(arguments.table.read_text("utf-8"))["cases"]))
         return
     if arguments.work is None or arguments.out is None:
-        parser.error("--work and --out are needed")
+        parser.error("--work and --out are required")
     run([case for case in CASES if any(_matches(case, pattern) for pattern in arguments.only)], arguments)
 
 

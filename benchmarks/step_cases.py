@@ -1,25 +1,25 @@
-"""What benchmarks/step.py measures: models, forms of a graph, and one entry a measurement."""
+"""The cases of benchmarks/step.py: models, forms of a graph, and one entry per measurement."""
 
 import dataclasses
 from fractions import Fraction
 
 MIDDLE = 2.6
-"""Noise level half of the way, where keys and values are mixed most."""
+"""Noise level at u of about 0.5, where keys and values are mixed most."""
 EARLY, LATE = 20.0, 0.5
 TINY_BUDGET = {"kl_floor": 0.001, "kl_slope": 0.001}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A UNet and what its graphs are made in.
+    """A UNet and the properties of its graphs.
 
     Attributes:
-        family: Of examples/make_checkpoint.py; None for the example.
-        dtype: Of the checkpoint.
-        precision: Of the graphs.
-        target: Runtime that the graphs are for.
-        side: Of the latent, which the graphs are fixed to, as are 77 text tokens; the batch stays open.
-        logits: Factor of the logits. Random weights make attention flatter than it is.
+        family: `--family` of examples/make_checkpoint.py; None for the trained example.
+        dtype: Precision of the checkpoint.
+        precision: Precision of the graphs.
+        target: Target that the graphs are lowered for.
+        side: Static height and width of the latent; 77 text tokens are static too, the batch is dynamic.
+        logits: Factor on the logits: with random weights attention is flatter than in a trained model.
     """
 
     family: str | None
@@ -32,7 +32,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a graph is made: plain where `guard` is None."""
+    """Options of a graph; plain if `guard` is None."""
 
     guard: str | None = None
     rows: Fraction = Fraction(1)
@@ -41,18 +41,18 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One measurement, in a process of its own.
+    """One measurement, run in its own process.
 
     Attributes:
-        group: Cases that are compared; the first of them is the plain UNet.
-        kind: `graph` in ONNX Runtime, `torch` or `rtx`.
+        group: Cases that are compared with each other; the first is the plain UNet.
+        kind: `graph` (ONNX Runtime), `torch` or `rtx`.
         model: A name of `MODELS`.
         form: A name of `FORMS`, or `plain`, `reference` or `node` for torch.
-        name: Within the group.
-        batch: Of the step.
+        name: Name within the group.
+        batch: Batch size.
         sigma: Noise level.
-        intensity: Strength.
-        repeats: Steps that are timed after one to warm up; 0 times a single step without.
+        intensity: Strength of SWS.
+        repeats: Steps timed after one warm-up step; 0 times a single step without warm-up.
     """
 
     group: str
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Its name in the results."""
+        """Key of the case in the results."""
         return f"{self.group} | {self.name}"
 
 
@@ -89,7 +89,7 @@ FORMS = {
 
 
 def _graphs(group: str, model: str, batch: int, repeats: int) -> list[Case]:
-    """The forms of the product at one size."""
+    """Plain UNet, SWS, and SWS with sampled rows at one size."""
     return [
         Case(group, "graph", model, form, form, batch, repeats=repeats)
         for form in ("plain", "sws", "sws-rows-1/8")
@@ -97,7 +97,7 @@ def _graphs(group: str, model: str, batch: int, repeats: int) -> list[Case]:
 
 
 def _steps(group: str, model: str, batch: int, repeats: int) -> list[Case]:
-    """Other steps of the sampling, of which each takes its own way through the guard."""
+    """Steps that take other branches of the key guard."""
     kinds = {
         "sws, early": ("sws", EARLY, 0.5),
         "sws, late": ("sws", LATE, 0.5),

@@ -1,4 +1,4 @@
-"""The graphs of benchmarks/step.py: made once, with one file of weights for all forms of a model."""
+"""The graphs of benchmarks/step.py; all forms of a model share one file of weights."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ _SDXL_FORMS = ("plain", "sws", "sws-rows-1/8")
 
 
 def checkpoint_path(model: Model, folder: Path) -> Path:
-    """Where the checkpoint lies; it is made where it is missing."""
+    """Path of the checkpoint; creates it if it is missing."""
     if model.family is None:
         return ROOT / "examples" / "shapes" / "unet"
     path = folder / f"{model.family}-{model.dtype}"
@@ -27,12 +27,12 @@ def checkpoint_path(model: Model, folder: Path) -> Path:
 
 
 def graph_path(folder: Path, model: str, form: str) -> Path:
-    """Where a graph lies."""
+    """Path of a graph."""
     return folder / model / f"{form.replace('/', '-')}.onnx"
 
 
 def write_graphs(name: str, folder: Path, forms: list[str]) -> None:
-    """Write the forms of a model that are missing, the plain one first."""
+    """Write the missing forms of a model, the plain one first."""
     from graph_passes.parameters import SwsParameters
     from sws_export.checkpoint import open_checkpoint
     from sws_export.onnx_files import save_onnx, save_sharing
@@ -61,7 +61,7 @@ def write_graphs(name: str, folder: Path, forms: list[str]) -> None:
 
 
 def scale_logits(model: Any, factor: float) -> None:
-    """Multiply the logits of all attentions."""
+    """Multiply the logits of all attention nodes by `factor`."""
     import onnx_ir as ir
 
     for node in model.graph:
@@ -71,7 +71,7 @@ def scale_logits(model: Any, factor: float) -> None:
 
 
 def describe_graph(path: Path) -> dict[str, int]:
-    """Nodes, initializers and bytes, weights included."""
+    """Number of nodes (bodies of `If` included) and initializers, and bytes of the initializers."""
     import onnx_ir as ir
 
     graph = ir.load(path).graph

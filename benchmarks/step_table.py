@@ -1,4 +1,4 @@
-"""Results of benchmarks/step.py in words: one line a case, with its ratios to the plain UNet of its group."""
+"""Tables of the results of benchmarks/step.py, with ratios to the plain UNet of each group."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ Rows = dict[str, dict[str, Any]]
 
 
 def print_row(group: str, name: str, rows: Rows) -> None:
-    """One case as it is measured."""
+    """Print the result of one case."""
     row = rows[f"{group} | {name}"]
     text = row.get("error") or "  ".join(filter(None, _cells(row, _plain_of(row, rows))))
     print(f"    {text}", flush=True)
 
 
 def table(rows: Rows) -> str:
-    """All cases in Markdown, a table a group."""
+    """All cases as Markdown, one table per group."""
     lines = []
     for group in dict.fromkeys(row["group"] for row in rows.values()):
         first = next(row for row in rows.values() if row["group"] == group)
@@ -29,7 +29,7 @@ def table(rows: Rows) -> str:
 
 
 def _plain_of(row: dict[str, Any], rows: Rows) -> dict[str, Any]:
-    """The plain UNet that a row is compared with: torch with torch, graphs with graphs."""
+    """The plain UNet that a row is compared with: torch rows with torch, others with the plain graph."""
     name = "torch plain" if row["kind"] == "torch" else "plain"
     plain = rows.get(f"{row['group']} | {name}", {})
     return {} if plain is row else plain

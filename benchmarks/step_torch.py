@@ -1,4 +1,4 @@
-"""The measurements of benchmarks/step.py in torch: the eager reference, and the node's way of doing it."""
+"""The torch cases of benchmarks/step.py: plain UNet, eager reference, and attention as in the node."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from step_work import inputs_for, measure
 
 
 def run_torch(checkpoint_path: Path, case: Case, threads: int) -> dict[str, Any]:
-    """A step of the UNet in float32: plain, of the reference, or with the node's attentions in it."""
+    """Measure a float32 step: plain, the reference, or with attention computed as the published node does."""
     import torch
 
     from graph_passes.parameters import SwsParameters
@@ -24,7 +24,7 @@ def run_torch(checkpoint_path: Path, case: Case, threads: int) -> dict[str, Any]
     unet = load_unet(checkpoint, torch.float32)
     for module in unet.modules():
         if hasattr(module, "to_q") and hasattr(module, "scale"):
-            # As in the graphs: larger logits.
+            # The graphs have the same factor on their logits.
             module.to_q.weight.data *= MODELS[case.model].logits
     shapes = {spec.name: (list(spec.shape), np.float32) for spec in unet_inputs(checkpoint.config, "float32")}
     inputs = {name: torch.from_numpy(value) for name, value in inputs_for(shapes, case).items()}
@@ -42,13 +42,13 @@ def run_torch(checkpoint_path: Path, case: Case, threads: int) -> dict[str, Any]
 
 
 def _stored_entropies(q: Any, k: Any) -> Any:
-    """As the node does it: the logits of all heads at once, and softmax over them."""
+    """As in the node: logits of all heads at once, and a softmax over them."""
     log_a0 = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).log_softmax(-1)
     return -(log_a0.exp() * log_a0).sum(-1)
 
 
 def _stored_mixing(q: Any, k: Any, kp: Any, limit: Any, kappa: Any, parameters: Any) -> Any:
-    """As the node does it: an attention over all heads for each of seven steps."""
+    """As in the node: attention over all heads in each bisection step."""
     import torch
 
     scale = 1 / math.sqrt(q.shape[-1])
@@ -64,5 +64,5 @@ def _stored_mixing(q: Any, k: Any, kp: Any, limit: Any, kappa: Any, parameters: 
 
 
 def _no_divergence(*arguments: Any) -> Any:
-    """The reference records the divergence at the share found; the node does not compute it."""
+    """Skip the KL divergence at the result, which the reference reports and the node does not compute."""
     return arguments[-1]

@@ -1,4 +1,4 @@
-"""The measurements of benchmarks/step.py in ONNX Runtime and TensorRT-RTX."""
+"""The ONNX Runtime and TensorRT for RTX cases of benchmarks/step.py."""
 
 import collections
 import json
@@ -14,9 +14,10 @@ from step_cases import MODELS, Case
 
 
 def measure(step: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """The fastest of `repeats` steps after one to warm up, or the only one, and the peak memory so far.
+    """Wall and CPU seconds of the fastest of `repeats` steps after a warm-up step, and peak memory in bytes.
 
-    CPU seconds are those of all threads: other work on the machine disturbs them less than the wall time.
+    With `repeats` 0 the only step is measured. CPU seconds count all threads; other work on the machine
+    disturbs them less than the wall time.
     """
     wall, cpu = [], []
     for _ in range(1 + repeats):
@@ -30,7 +31,7 @@ def measure(step: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def inputs_for(shapes: dict[str, tuple[list[Any], Any]], case: Case) -> dict[str, Any]:
-    """Inputs by name, the same in every case of a group but for noise level and strength."""
+    """Inputs by name; within a group they differ in sigma and intensity only."""
     side = MODELS[case.model].side
     known = {"batch": case.batch, "tokens": 77, "height": side, "width": side}
     feed = {}
@@ -53,18 +54,18 @@ def _size(dim: str, known: dict[str, int]) -> int:
 
 
 def run_graph(path: Path, case: Case, threads: int) -> dict[str, Any]:
-    """A step in ONNX Runtime, and the attentions that ran: branches not taken are not among them.
+    """Measure a step in ONNX Runtime, and count the `Attention` nodes that ran (branches taken only).
 
-    float16 graphs run in a lean form. ONNX Runtime computes them in float32 on a CPU, and would by itself
-    keep all weights in float32: optimisations that fold the conversion, copies of weights in the layout of a
-    kernel, and the arena are off, weights stay in the mapped file and are converted when they are used.
+    ONNX Runtime computes float16 graphs in float32 on a CPU and would keep all weights in float32. For these
+    graphs, graph optimizations, prepacking and the arena are disabled, so that weights stay in the mapped
+    file and are converted when they are used.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Threads that wait in a loop would count as work.
+    # Spinning threads would count as CPU time.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     lean = MODELS[case.model].precision == "fp16"
     if lean:
@@ -88,7 +89,7 @@ def run_graph(path: Path, case: Case, threads: int) -> dict[str, Any]:
 
 
 def executed_nodes(profile: Path) -> collections.Counter[str]:
-    """Nodes of each type that ran."""
+    """Number of executed nodes of each operator type."""
     return collections.Counter(
         event["args"]["op_name"]
         for event in json.loads(profile.read_text("utf-8"))
@@ -97,7 +98,7 @@ def executed_nodes(profile: Path) -> collections.Counter[str]:
 
 
 def build_rtx(path: Path) -> dict[str, Any]:
-    """Build an engine for batches of 1 to 2 at the size of the graph; what it took."""
+    """Build an engine for batches 1 to 2 at the size of the graph; time, memory and size of the build."""
     import onnx
 
     from sws_export.engines.backend import BuildOptions

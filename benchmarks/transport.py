@@ -1,9 +1,9 @@
-"""Which form of the transport is the faster one on which grid: tiles, or one dense product.
+"""Time of the two forms of the transport on each grid: tiles, or one dense product.
 
     python benchmarks/transport.py --out benchmarks/results/transport.json
 
-Milliseconds that keys and values of a site cost in ONNX Runtime, sizes fixed and folded, with a site's share
-of what its grid needs once a step. `DENSE_TOKENS` of graph_passes/choose_transport.py follows from the table.
+Milliseconds for keys and values of one site in ONNX Runtime with static shapes, including its share of the
+work done once per grid and step. `DENSE_TOKENS` in graph_passes/choose_transport.py follows from the table.
 """
 
 import argparse
@@ -31,7 +31,7 @@ GRIDS = [
     ("SDXL 512", 16, 16, 2560, 10),  # of 60
     ("SD1.5 768", 48, 48, 1280, 5),
     ("SD1.5 768", 24, 24, 2560, 5),
-    # The text of 77 and 231 tokens: cross-attention that --sites took in.
+    # Text of 77 and 231 tokens: cross-attention sites selected by --sites.
     ("SD1.5 text", 1, 77, 2560, 5),
     ("SDXL text", 1, 77, 2560, 10),  # of 60
     ("SDXL text", 1, 231, 2560, 10),
@@ -39,7 +39,7 @@ GRIDS = [
 
 
 def graph_of(form: str, height: int, width: int, channels: int, sites: int, batch: int) -> bytes:
-    """A graph that applies one transport to keys and values of so many sites."""
+    """A graph that applies one transport to the keys and values of `sites` sites."""
     import onnx_ir as ir
 
     from graph_passes.clean_graph import CleanGraph
@@ -79,7 +79,7 @@ def graph_of(form: str, height: int, width: int, channels: int, sites: int, batc
 def milliseconds(
     form: str, height: int, width: int, channels: int, sites: int, batch: int, repeats: int
 ) -> float:
-    """Fastest of `repeats` runs, a site."""
+    """Milliseconds per site of the fastest of `repeats` runs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -99,10 +99,10 @@ def milliseconds(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tiles against the dense product.")
+    parser = argparse.ArgumentParser(description="Tiles against one dense product.")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose model has this in its name")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose model name contains TEXT")
     parser.add_argument("--out", type=Path, help="JSON file with the results")
     arguments = parser.parse_args()
     import onnxruntime

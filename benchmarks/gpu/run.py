@@ -142,7 +142,7 @@ def do_part(name: str, out: Path) -> int:
 
 
 def print_tables(results: dict[str, Any], out: Path) -> None:
-    """The tables for docs/performance.md, and the goals; both go into the results as well."""
+    """Print the tables and the goals, and add both to the results."""
     if not results.get("timings") or "device" not in results:
         return
     results["summary"] = summarize(

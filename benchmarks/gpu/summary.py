@@ -103,7 +103,7 @@ def _goals(
 
 
 def as_markdown(results: dict[str, Any]) -> str:
-    """The tables of docs/performance.md."""
+    """The summary as Markdown tables."""
     lines = [
         f"{results['device']}, torch {results['torch']}, CUDA {results['cuda']}; float16, batch 2.",
         "Times in microseconds.",

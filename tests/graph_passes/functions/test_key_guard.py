@@ -190,7 +190,7 @@ def log_normal(q: Array, seed: int) -> Array:
 
 
 def test_three_evaluations_do_miss_steps() -> None:
-    """docs/performance.md says how often; this keeps the case above honest."""
+    """benchmarks/README.md says how often; this keeps the case above honest."""
     parameters, missed = SwsParameters(key_cap=1.0), 0
     for seed in range(12):
         q, k, k_perm = noise(48, seed)
