@@ -1,6 +1,7 @@
-"""What docs/running.md tells to type does what it says."""
+"""The commands and code of docs/running.md run."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,14 +24,8 @@ pytestmark = [
 
 
 def blocks() -> list[str]:
-    """The indented blocks of the page, without their margin."""
-    found: list[list[str]] = [[]]
-    for line in PAGE.read_text("utf-8").splitlines():
-        if line.startswith("    "):
-            found[-1].append(line.removeprefix("    "))
-        elif line or (found[-1] and not found[-1][-1].startswith(("from ", "import "))):
-            found.append([])
-    return ["\n".join(lines) for lines in found if lines]
+    """The fenced blocks of the page."""
+    return re.findall(r"^```\w+\n(.*?)\n```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def shell_commands() -> list[str]:
