@@ -1,4 +1,4 @@
-"""Both kernels on the GPU over a sweep of shapes: each error at most twice that of plain torch."""
+"""Compare both kernels with references over many shapes; errors may be at most 2 x those of plain torch."""
 
 import dataclasses
 import itertools
@@ -22,14 +22,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # (tokens, heads, head size)
 GUARD_SHAPES = ((64, 8, 160), (100, 2, 40), (256, 8, 160), (300, 3, 64), (1024, 2, 80), (77, 2, 41))
 
-# Rounding a result costs half a unit in the last place; no error below that says anything.
+# Half a unit in the last place: errors below it are rounding of the result.
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-22}
 
-# A measured mean KL is good to this; a step may differ from the literal one only within it.
+# Error bound of a measured mean KL; a step may differ from the literal one only within it.
 KL_BOUND = 2e-6
 
 
-# Stands for an error that is no number.
+# Replaces an error that is NaN or infinite.
 WRONG = 1e30
 
 
@@ -44,7 +44,7 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within what is allowed."""
+        """Whether the error is allowed."""
         return self.error <= self.allowed
 
     def as_json(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Finding:
 
 
 def check_transport(kernels: Kernels, device: str) -> Iterator[Finding]:
-    """Every grid, radius, channel count and number format; keys and values in one launch."""
+    """Every grid, radius, channel count and dtype; keys and values in one launch."""
     for grid, radius in itertools.product(GRIDS, RADII):
         weights = make_weights(2, grid, radius, device)
         dense = dense_transport(weights, radius).double()
@@ -71,7 +71,7 @@ def check_transport(kernels: Kernels, device: str) -> Iterator[Finding]:
 
 
 def check_guard(kernels: Kernels, device: str) -> Iterator[Finding]:
-    """Every shape and number format, with budgets that bind and that do not."""
+    """Every shape and dtype, with budgets that bind and budgets that do not."""
     for (tokens, heads, head_size), dtype, kappa in itertools.product(
         GUARD_SHAPES, DTYPES, (1e-3, 5e-3, 0.5)
     ):

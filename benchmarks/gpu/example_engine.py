@@ -1,4 +1,4 @@
-"""The trained example as a TensorRT-RTX engine for this GPU, step by step beside ONNX Runtime."""
+"""The trained example as a TensorRT for RTX engine for this GPU, compared with ONNX Runtime step by step."""
 
 import importlib.util
 from pathlib import Path
@@ -15,7 +15,7 @@ ALLOWED = 0.02
 
 
 def check_example_engine(folder: Path) -> dict[str, Any] | str:
-    """Largest differences of the predictions over a few steps, relative to the largest one; or why not."""
+    """Largest relative differences of the predictions over a few steps, or the reason they are missing."""
     for package in ("tensorrt_rtx", "onnxruntime", "diffusers", "onnx_ir", "onnxscript", "psutil"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
@@ -35,13 +35,13 @@ def check_example_engine(folder: Path) -> dict[str, Any] | str:
     try:
         export(ROOT / "examples" / "shapes", folder / "example.plan", options)
     except OptionError as error:
-        # Compute capability 9.0 (H100, H200) is no target of TensorRT-RTX.
+        # TensorRT for RTX has no target for compute capability 9.0 (H100, H200).
         return str(error)
     return compare_steps(folder / "example.onnx", folder / "example.plan")
 
 
 def compare_steps(expected_from: Path, found_from: Path) -> dict[str, Any]:
-    """Both artefacts take the same random latents, 3 x 32 x 32 at batch 2; each carries its own state."""
+    """Run both artefacts on the same random latents, 3 x 32 x 32 at batch 2, each with its own state."""
     from sws_export.runtime import Session
 
     expected, found = Session.load(expected_from), Session.load(found_from)

@@ -1,4 +1,4 @@
-"""The plugin's kernels on torch tensors: compiled with nvcc for the GPU at hand, called through ctypes."""
+"""The plugin kernels on torch tensors: compiled with nvcc for this GPU, called through ctypes."""
 
 import ctypes
 import hashlib
@@ -24,7 +24,7 @@ class KernelError(RuntimeError):
 
 
 def find_nvcc() -> str:
-    """The CUDA compiler on the path or in the usual place."""
+    """Path of nvcc, from PATH or the usual directories."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), f"{home}/bin", "/usr/local/cuda/bin"])
     nvcc = shutil.which("nvcc", path=search)
@@ -34,11 +34,11 @@ def find_nvcc() -> str:
 
 
 def compile_kernels(architecture: str, folder: Path) -> Path:
-    """A shared library with the C functions of kernels_api.cu; compiled once for each state of the sources.
+    """Compile the C functions of kernels_api.cu to a shared library, once per state of the sources.
 
     Args:
         architecture: Compute capability without the point, like "90".
-        folder: Where the library and nvcc's report (`build.log`) go.
+        folder: Directory of the library and of nvcc's output (`build.log`).
     """
     plugins = ROOT / "plugins"
     command = [find_nvcc(), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-lineinfo"]
@@ -78,7 +78,7 @@ def _stream(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 
 class Kernels:
-    """Both kernels; every call goes to torch's current stream and can be captured in a CUDA graph."""
+    """Both kernels; calls run on torch's current stream and can be captured in a CUDA graph."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))

@@ -1,4 +1,4 @@
-"""The parts of the GPU run: a process for each, because one illegal access ends all work on the GPU."""
+"""The parts of the GPU run, one process each: an illegal memory access breaks the CUDA context."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from benchmarks.gpu.kernels import ROOT
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part, and the most seconds it may take of the whole."""
+    """A part and its time limit in seconds."""
 
     name: str
     seconds: float
@@ -21,13 +21,13 @@ class Part:
 
 @dataclasses.dataclass
 class Record:
-    """What a part has found so far, and the file it goes to."""
+    """The results of a part so far, and their file."""
 
     out: Path
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self) -> None:
-        """Write it down: a part may be cut off at any time."""
+        """Write the results: a part may be stopped at any time."""
         write_json(self.out, self.values)
 
 
@@ -40,20 +40,19 @@ PARTS = (
     Part("engine", 90),
     Part("sanitizer", 240),
 )
-"""In order of what a short run should have; whatever time is left belongs to the last ones."""
+"""In order of importance for a short run; the last parts get the remaining time."""
 
 
 def run_parts(names: list[str], out: Path, seconds: float) -> dict[str, Any]:
-    """Run the parts one after the other, writing `out` after each; what a failed part has measured counts.
+    """Run the parts one after the other and write `out` after each; results of a failed part are kept.
 
     Args:
         names: Of PARTS.
         out: The results file.
-        seconds: For everything; a part that does not fit into what is left is cut off or left out.
+        seconds: Time limit of all parts; a part that exceeds the remaining time is stopped or skipped.
 
     Returns:
-        The results. Under `parts`, one line for each part says how it ended; those that are good begin
-        with `done`.
+        The results. `parts` has one line per part with how it ended; successful ones begin with `done`.
     """
     end = time.monotonic() + seconds
     results: dict[str, Any] = {"parts": {}}
@@ -70,7 +69,7 @@ def run_parts(names: list[str], out: Path, seconds: float) -> dict[str, Any]:
 
 
 def _run_part(name: str, file: Path, seconds: float, results: dict[str, Any]) -> str:
-    """Run one part, take what it wrote into `results`, and tell how it ended."""
+    """Run one part, merge its results into `results`, and return how it ended."""
     if seconds <= 0:
         return "not run: the time is up"
     file.unlink(missing_ok=True)
@@ -93,7 +92,7 @@ def _run_part(name: str, file: Path, seconds: float, results: dict[str, Any]) ->
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace the file in one step, so that a killed run leaves a whole one."""
+    """Replace the file in one step, so that a killed run leaves a complete file."""
     staged = path.with_name(f"{path.name}.tmp")
     staged.write_text(json.dumps(values, indent=2) + "\n")
     staged.replace(path)

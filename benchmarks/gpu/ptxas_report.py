@@ -1,6 +1,6 @@
-"""Registers, spills and static shared memory of every kernel, from what `ptxas -v` wrote into a build log.
+"""Registers, spills and static shared memory of every kernel, from the output of `ptxas -v` in a build log.
 
-Run as `python -m benchmarks.gpu.ptxas_report BUILD_LOG` for a Markdown table.
+`python -m benchmarks.gpu.ptxas_report BUILD_LOG` prints a Markdown table.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class KernelUsage:
-    """What one kernel needs on one architecture; sizes in bytes for one thread (shared: for one block)."""
+    """Resources of one kernel on one architecture; sizes in bytes per thread (shared memory: per block)."""
 
     kernel: str
     architecture: str

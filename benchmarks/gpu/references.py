@@ -1,4 +1,4 @@
-"""What the kernels are compared with: plain torch, in any number format and on any device."""
+"""References for the kernels in plain torch, for any dtype and device."""
 
 import math
 
@@ -39,7 +39,7 @@ def make_weights(batch: int, side: tuple[int, int], radius: int, device: str, se
 def rebalance_band(band: torch.Tensor, rounds: int) -> torch.Tensor:
     """Rows, then columns, of a banded transport [B, K, H, W] divided by their sums, `rounds` times.
 
-    As the exported graph does it: convolutions with one-hot kernels bring the band to its targets and back.
+    As in the exported graph, convolutions with one-hot kernels move the band to its targets and back.
     """
     radius = int((math.sqrt(2 * band.shape[1] - 1) - 1) / 2)
     side = 2 * radius + 1
@@ -79,7 +79,7 @@ def literal_guard(
     bisection_steps: int = 7,
     dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
-    """alpha_k and a_v by the definition: stored logits in `dtype`, a softmax for every bisection step."""
+    """alpha_k and a_v by definition: materialized logits in `dtype`, a softmax per bisection step."""
     tau_q, amplitude, kappa, key_gate, value_gain = (x.to(dtype) for x in scalars)
     queries = split_heads(q, heads).to(dtype) / tau_q.view(-1, 1, 1, 1)
     scale = 1 / math.sqrt(queries.shape[-1])
@@ -111,7 +111,7 @@ def make_guard_inputs(
     kappa: float = 0.05,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SearchInputs]:
-    """q, k, k_perm and the scalars of a plausible site: smoothed keys, rows of different sharpness."""
+    """q, k, k_perm and the scalars of a realistic site: smoothed keys, rows of different sharpness."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     k = torch.randn(batch, tokens, channels, generator=generator)
     k_perm = (k + k.roll(1, 1) + k.roll(-1, 1)) / 3

@@ -1,7 +1,7 @@
-"""Checks and times the kernels on the GPU at hand.
+"""Check and time the plugin kernels on the GPU of this machine.
 
-Run as `python -m benchmarks.gpu.run` from the repository's root. Needs nvcc, a CUDA build of PyTorch and no
-network. Writes benchmarks/results/gpu.json after each part, and prints the tables.
+Run `python -m benchmarks.gpu.run` in the root of the repository. It needs nvcc and a CUDA build of PyTorch,
+and no network. It writes benchmarks/results/gpu.json after each part and prints the tables.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def build_kernels() -> Kernels:
 
 
 def build(record: Record) -> bool:
-    """Compiles; the machine and what the compiler says of the kernels."""
+    """Compile the kernels; record the machine and the compiler's resource usage."""
     build_kernels()
     driver = torch.cuda.get_device_properties(0)
     record.values |= {
@@ -50,7 +50,7 @@ def build(record: Record) -> bool:
 
 
 def compare(check: Callable[[Kernels, str], Iterable[Finding]], name: str) -> Callable[[Record], bool]:
-    """A part that collects findings, also those made before it fails."""
+    """A part that records its findings, including those made before a failure."""
 
     def part(record: Record) -> bool:
         findings = []
@@ -68,7 +68,7 @@ def compare(check: Callable[[Kernels, str], Iterable[Finding]], name: str) -> Ca
 
 
 def report_failures(findings: list[Finding]) -> None:
-    """Prints what is wrong, worst first."""
+    """Print the failures, worst first."""
     failures = [finding for finding in findings if not finding.passed]
     print(f"{len(findings)} comparisons, {len(failures)} failed")
     for failure in sorted(failures, key=lambda f: f.error / f.allowed, reverse=True)[:20]:
@@ -76,7 +76,7 @@ def report_failures(findings: list[Finding]) -> None:
 
 
 def timings(record: Record) -> bool:
-    """Every site, saved one by one."""
+    """Time every site; results are saved one by one."""
     kernels = build_kernels()
     record.values["copy_bytes_per_second"] = copy_bandwidth(DEVICE)
     record.values["matmul_flops_per_second"] = matmul_rate(DEVICE)
@@ -91,7 +91,7 @@ def timings(record: Record) -> bool:
 
 
 def unet(record: Record) -> bool:
-    """A plain step of each model."""
+    """Time a plain step of each model."""
     record.values["steps"] = {}
     for model, step in time_unet_steps(DEVICE):
         print(f"{model}: {step}", flush=True)
@@ -101,7 +101,7 @@ def unet(record: Record) -> bool:
 
 
 def engine(record: Record) -> bool:
-    """The example as a TensorRT-RTX engine."""
+    """Compare the example as a TensorRT for RTX engine with ONNX Runtime."""
     found = check_example_engine(BUILD)
     if isinstance(found, str):
         record.values["not_run"] = found
@@ -111,7 +111,7 @@ def engine(record: Record) -> bool:
 
 
 def sanitizer(record: Record) -> bool:
-    """Each tool, saved one by one."""
+    """Run each sanitizer tool; results are saved one by one."""
     record.values["sanitizer"] = {}
     for tool, verdict in sanitize():
         print(f"{tool}: {verdict}", flush=True)
@@ -132,7 +132,7 @@ WORK: dict[str, Callable[[Record], bool]] = {
 
 
 def do_part(name: str, out: Path) -> int:
-    """In the process of one part: 0 if all is well; what was found is written whatever happens."""
+    """Run one part in this process; returns 0 on success. Its findings are written in any case."""
     record = Record(out)
     try:
         good = WORK[name](record)
@@ -158,14 +158,16 @@ def print_tables(results: dict[str, Any], out: Path) -> None:
 
 
 def main() -> int:
-    """Runs everything; 1 if a part failed."""
+    """Run all parts; returns 1 if one failed."""
     names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
-    parser.add_argument("--seconds", type=float, default=530, help="for everything; default 530")
+    parser.add_argument("--seconds", type=float, default=530, help="time limit of the whole run; default 530")
     parser.add_argument("--only", choices=names, nargs="+", default=names, help="parts to run")
     parser.add_argument("--part", choices=names, help="run one part in this process")
-    parser.add_argument("--small-case", action="store_true", help="run what compute-sanitizer is to watch")
+    parser.add_argument(
+        "--small-case", action="store_true", help="run the case for compute-sanitizer"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)

@@ -17,9 +17,9 @@ _SECONDS = 100
 
 
 def run_small_case(kernels: Kernels, device: str) -> None:
-    """A little of everything: ragged shapes, every number format, both tensor-core reaches, every launch.
+    """Run every launch once: ragged shapes, every dtype, both radii of the tensor-core kernel.
 
-    Tensors are made on the CPU: the sanitizer is slow, and torch's kernels are not what it is to watch.
+    Tensors are created on the CPU: the sanitizer is slow, and torch's own kernels need no check.
     """
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for channels, radius in ((40, 8), (40, 4), (33, 8)):
@@ -37,7 +37,7 @@ def run_small_case(kernels: Kernels, device: str) -> None:
 
 
 def sanitize() -> Iterator[tuple[str, str]]:
-    """Each tool and its verdict on the small case."""
+    """Yield each tool and its result on the small case."""
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
     program = shutil.which("compute-sanitizer", path=search)
     for tool in TOOLS:
@@ -47,7 +47,7 @@ def sanitize() -> Iterator[tuple[str, str]]:
 def _verdict(program: str, tool: str) -> str:
     command = [program, "--tool", tool, "--error-exitcode", str(_FOUND)]
     command += [sys.executable, "-m", "benchmarks.gpu.run", "--small-case"]
-    # Every tensor gets an allocation of its own: in torch's pools an access beyond one would go unseen.
+    # One allocation per tensor: in torch's pools an access out of bounds would not be detected.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         result = subprocess.run(
@@ -67,5 +67,5 @@ def _verdict(program: str, tool: str) -> str:
 
 
 def found_nothing(verdict: str) -> bool:
-    """Whether a verdict is no reason to fail: nothing found, or the tool did not get to the end."""
+    """Whether a result is no failure: nothing found, or the tool did not finish."""
     return verdict.startswith(("exit 0", "not "))

@@ -1,4 +1,4 @@
-"""What each operator costs at each attention site, beside what it competes with."""
+"""Time of each operator at each attention site, and of its alternatives."""
 
 import dataclasses
 from typing import Any
@@ -18,14 +18,14 @@ from benchmarks.gpu.sites import Site
 from benchmarks.gpu.timing import time_graph
 
 RADIUS = 8
-# Budgets that no alpha reaches (the common case: one pass), and that decide alpha (a second pass).
+# A budget that no alpha reaches (the common case: one pass), and one that decides alpha (a second pass).
 WIDE_BUDGET, TIGHT_BUDGET = 0.5, 1e-3
 LITERAL_BYTES_LIMIT = 40e9
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteTimings:
-    """Microseconds of one site; None where a competitor does not fit in memory."""
+    """Microseconds of one site; None if an alternative does not fit in memory."""
 
     site: str
     transport: float
@@ -45,7 +45,7 @@ class SiteTimings:
 
 
 def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = torch.float16) -> SiteTimings:
-    """All timings of one site."""
+    """Measure all timings of one site."""
     weights = make_weights(site.batch, (site.side, site.side), RADIUS, device)
     q, k, k_perm, scalars = make_guard_inputs(
         site.batch, site.tokens, site.channels, dtype, device, kappa=WIDE_BUDGET, sharpness=2
@@ -77,7 +77,7 @@ def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = to
         for x, y in zip((k, v), moved, strict=True):
             torch.lerp(x, y, share)
 
-    # base, delta, log_a0 and the temporaries of one bisection step.
+    # base, delta, log_a0 and the temporaries of one bisection step, in bytes.
     literal_bytes = 8 * 4 * site.batch * site.heads * site.tokens**2
     return SiteTimings(
         site=site.name,
@@ -99,7 +99,7 @@ def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = to
 
 
 def time_state_update(site: Site, device: str) -> float:
-    """Microseconds of the new transport of a grid, needed once a step: blend and momentum."""
+    """Microseconds of computing the transport of a grid once a step: blend and momentum."""
     shape = (site.side, site.side)
     scales = [make_weights(site.batch, shape, RADIUS, device, seed) for seed in range(3)]
     state = make_weights(site.batch, shape, RADIUS, device, 3)

@@ -1,4 +1,4 @@
-"""The self-attention sites of the models that are measured, at batch 2 (guidance on)."""
+"""The self-attention sites of the measured models, at batch 2 (with guidance)."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""From timings to the numbers that are promised: overheads, and whether the goals are met."""
+"""Overheads computed from the timings, and whether the goals are met."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ STEP_GOAL = 0.15  # of a whole UNet step
 
 
 def band_flops(site: Site) -> float:
-    """Multiplications and additions the band needs for keys and values."""
+    """Floating-point operations of the transport for keys and values."""
     return 2 * 145 * 2 * site.batch * site.tokens * site.channels
 
 
 def band_bytes(site: Site) -> float:
-    """Bytes that must move at least: P once, keys and values in and out, 16 bit."""
+    """Lower bound of bytes moved: P once, keys and values in and out, 16 bit."""
     return 145 * 4 * site.batch * site.tokens + 4 * 2 * site.batch * site.tokens * site.channels
 
 
@@ -27,7 +27,7 @@ def summarize(
     bandwidth: float,
     rate: float,
 ) -> dict[str, Any]:
-    """The summary of a results file, of as many sites as there are.
+    """The summary of a results file; sites may be missing.
 
     Args:
         timings: Records of `SiteTimings`.
@@ -59,7 +59,7 @@ def _summarize_site(site: Site, timing: dict[str, Any], bandwidth: float, rate: 
 
 
 def _added(timing: dict[str, Any]) -> float:
-    """Microseconds that the operators and the mixing of keys and values add to a site."""
+    """Microseconds that the operators and the mixing add to a site."""
     return float(timing["transport"] + timing["guard"] + timing["mix"])
 
 

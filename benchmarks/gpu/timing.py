@@ -1,4 +1,4 @@
-"""Times work on the GPU by replaying it as a CUDA graph between two events."""
+"""Time GPU work by replaying it as a CUDA graph between two events."""
 
 import statistics
 from collections.abc import Callable
@@ -11,7 +11,7 @@ SAMPLE_MILLISECONDS = 5.0
 
 
 def time_graph(work: Callable[[], object]) -> float:
-    """Microseconds of one run of `work`: the median over samples of a few milliseconds of graph replays."""
+    """Microseconds of one run of `work`: median over samples of a few milliseconds of graph replays."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -28,14 +28,14 @@ SDXL: dict[str, Any] = {
 
 
 def time_unet_steps(device: str) -> Iterator[tuple[str, float | str]]:
-    """Each model with the microseconds of a step at batch 2, or the reason why there is no number."""
+    """Yield each model with the microseconds of a step at batch 2, or the reason for a missing value."""
     for model, config in (("SD1.5", SD15), ("SDXL", SDXL)):
         try:
             from diffusers import UNet2DConditionModel
 
             yield model, time_graph(_step(UNet2DConditionModel, config, device))
         except (ImportError, RuntimeError) as error:
-            # Out of memory, or an operation that cannot be captured: the other model may still do.
+            # Out of memory, or an operation that cannot be captured; the other model may still work.
             yield model, f"not measured: {str(error).splitlines()[0][:200]}"
         torch.cuda.empty_cache()
 
