@@ -165,9 +165,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=530, help="time limit of the whole run; default 530")
     parser.add_argument("--only", choices=names, nargs="+", default=names, help="parts to run")
     parser.add_argument("--part", choices=names, help="run one part in this process")
-    parser.add_argument(
-        "--small-case", action="store_true", help="run the case for compute-sanitizer"
-    )
+    parser.add_argument("--small-case", action="store_true", help="run the case for compute-sanitizer")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)

@@ -1,7 +1,7 @@
 """What an export was measured to need: all figures of the preflight, with where they come from.
 
-Times are those of two processor cores with nothing else to do; docs/full-size.md has the measurements and the
-rule. The memory of an engine build is in `engines/choice.py`, a figure of each backend.
+Times are those of two idle processor cores; benchmarks/README.md has the measurements and the rule. The
+memory of an engine build is in `engines/choice.py`, a figure of each backend.
 """
 
 EXPORT_MEMORY = 800_000_000

@@ -87,7 +87,7 @@ def preflight(
     out: Path,
     cached: tuple[str, ...] = (),
 ) -> Preflight:
-    """Estimate memory, disk, time and size from measured figures, see docs/full-size.md.
+    """Estimate memory, disk, time and size from measured figures, see benchmarks/README.md.
 
     Args:
         source: What is exported.

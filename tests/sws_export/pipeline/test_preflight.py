@@ -85,7 +85,7 @@ def of_size(parameters: int, path: Path, *, converts: bool = False) -> Any:
 @pytest.mark.parametrize(
     ("parameters", "plain", "seconds", "size"),
     [
-        # What docs/full-size.md has: SD1.5 to a plan, plain and with SWS, and the plan of SDXL.
+        # What benchmarks/README.md has: SD1.5 to a plan, plain and with SWS, and the plan of SDXL.
         (859_500_000, True, 41.4, 1_745_052_116),
         (859_500_000, False, 67.3, 1_797_284_324),
         (2_567_000_000, False, None, 5_210_000_000),
