@@ -1,8 +1,8 @@
-"""Writes a UNet checkpoint of a known family: random weights, right shapes and size, plausible activations.
+"""Writes a UNet checkpoint of a known family with random weights and real shapes.
 
     python examples/make_checkpoint.py --family sd15 --dtype fp16 --out unet-sd15.safetensors
 
-The same command writes the same bytes. Tensors are written one by one; no model is in memory.
+The output is deterministic. Tensors are written one by one, so little memory is needed.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch
 
 from sws_export.checkpoint.check import expected_shapes
 from sws_export.checkpoint.families import FAMILIES
+from sws_export.tensors import PRECISIONS, Precision
 
 FAMILY_NAMES = {
     "sd15": "SD 1.x",
@@ -37,19 +38,14 @@ FAMILY_NAMES = {
     "small-sd": "BK-SDM base / small-sd",
     "tiny-sd": "BK-SDM tiny / tiny-sd",
 }
-DTYPES = {
-    "fp16": ("F16", torch.float16),
-    "bf16": ("BF16", torch.bfloat16),
-    "fp32": ("F32", torch.float32),
-}
-# Prime, so that no row length of a matrix divides it and rows do not repeat.
+# Number of random values. Prime, so that no row length of a matrix divides it and rows do not repeat.
 _BLOCK = 16_777_213
-# Elements scaled and written at a time: small enough for the processor's cache.
-_PIECE = 1 << 18
+# Elements scaled and written at a time; small enough for the processor's cache.
+_CHUNK = 1 << 18
 
 
 def family_config(family: str, twin: bool = False) -> dict[str, Any]:
-    """Configuration of a family; with `twin` of a small UNet of the same topology."""
+    """Configuration of a family, or with `twin` of a small UNet with the same topology."""
     if family == "tiny":
         return family_config("sd15", twin=True)
     name = FAMILY_NAMES[family]
@@ -58,7 +54,7 @@ def family_config(family: str, twin: bool = False) -> dict[str, Any]:
 
 
 def twin_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A UNet of the same topology: 32 channels on the first level, heads of 32, short transformers."""
+    """A UNet with the same topology, 32 channels on the first level, heads of 32, short transformers."""
     channels = [32 * count // config["block_out_channels"][0] for count in config["block_out_channels"]]
     small = copy.deepcopy(config)
     small["block_out_channels"] = channels
@@ -75,7 +71,7 @@ def _at_most_two(depth: Any) -> Any:
 
 
 def ldm_names(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> dict[str, str]:
-    """Diffusers' name -> name in the original layout, with its prefix, for each tensor of a UNet.
+    """The name in the original layout, with its prefix, of each tensor of a UNet, by diffusers' name.
 
     Follows the construction of UNetModel in latent-diffusion, ldm/modules/diffusionmodules/openaimodel.py.
     """
@@ -142,12 +138,12 @@ def _ldm_modules(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> 
 
 
 def write_checkpoint(
-    out: Path, config: dict[str, Any], layout: str = "diffusers", dtype: str = "fp16"
+    out: Path, config: dict[str, Any], layout: str = "diffusers", dtype: Precision = "fp16"
 ) -> Path:
     """Write random weights for `config` to `out` and return the file.
 
-    `out` is a .safetensors file, or for the diffusers layout also a directory. The diffusers layout gets its
-    config.json beside it.
+    `out` is a .safetensors file or a directory. With the diffusers layout, config.json is written beside the
+    weights.
     """
     if out.suffix != ".safetensors":
         out.mkdir(parents=True, exist_ok=True)
@@ -163,19 +159,24 @@ def write_checkpoint(
         stream.write(_header(shapes, names, dtype))
         block = np.random.default_rng(0).standard_normal(_BLOCK, dtype=np.float32)
         for name, shape in shapes.items():
-            for piece in _values(name, shape, torch.from_numpy(block)):
-                stream.write(piece.to(DTYPES[dtype][1]).contiguous().view(torch.uint8).numpy().data)
+            for chunk in _values(name, shape, torch.from_numpy(block)):
+                stored = chunk.to(getattr(torch, PRECISIONS[dtype].dtype)).contiguous()
+                stream.write(stored.view(torch.uint8).numpy().data)
     partial.replace(out)
     return out
 
 
-def _header(shapes: dict[str, tuple[int, ...]], names: dict[str, str], dtype: str) -> bytes:
-    stored, torch_dtype = DTYPES[dtype]
+def _header(shapes: dict[str, tuple[int, ...]], names: dict[str, str], dtype: Precision) -> bytes:
+    stored = PRECISIONS[dtype]
     entries: dict[str, Any] = {}
     begin = 0
     for name, shape in shapes.items():
-        end = begin + math.prod(shape) * torch_dtype.itemsize
-        entries[names[name]] = {"dtype": stored, "shape": list(shape), "data_offsets": [begin, end]}
+        end = begin + math.prod(shape) * stored.itemsize
+        entries[names[name]] = {
+            "dtype": stored.safetensors,
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -183,7 +184,7 @@ def _header(shapes: dict[str, tuple[int, ...]], names: dict[str, str], dtype: st
 
 
 def _values(name: str, shape: tuple[int, ...], block: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Flat pieces of one tensor: norms are the identity, other layers keep the variance of their input."""
+    """Flat chunks of one tensor. Norms are the identity, other layers keep the variance of their input."""
     count = math.prod(shape)
     if len(shape) == 1:
         is_scale = name.endswith("weight")
@@ -192,21 +193,21 @@ def _values(name: str, shape: tuple[int, ...], block: torch.Tensor) -> Iterator[
     scale = 1 / math.sqrt(math.prod(shape[1:]))
     position = zlib.crc32(name.encode()) % _BLOCK
     while count > 0:
-        piece = block[position : position + min(count, _PIECE)]
-        yield piece * scale
-        count -= len(piece)
-        position = (position + len(piece)) % _BLOCK
+        chunk = block[position : position + min(count, _CHUNK)]
+        yield chunk * scale
+        count -= len(chunk)
+        position = (position + len(chunk)) % _BLOCK
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a UNet checkpoint with random weights.")
     parser.add_argument("--family", choices=[*FAMILY_NAMES, "tiny"], required=True)
-    parser.add_argument("--twin", action="store_true", help="a small UNet of the same topology")
+    parser.add_argument("--twin", action="store_true", help="a small UNet with the same topology")
     parser.add_argument("--layout", choices=["diffusers", "ldm"], default="diffusers")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp16")
+    parser.add_argument("--dtype", choices=list(PRECISIONS), default="fp16")
     parser.add_argument("--out", type=Path, required=True, help="a .safetensors file, or a directory")
     arguments = parser.parse_args()
-    # The pieces are too small to be worth a second thread.
+    # The chunks are too small to benefit from several threads.
     torch.set_num_threads(1)
     config = family_config(arguments.family, arguments.twin)
     file = write_checkpoint(arguments.out, config, arguments.layout, arguments.dtype)

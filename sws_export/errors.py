@@ -14,6 +14,10 @@ A message says what, where, expected against found, and what to do next. The com
 one line and exits with 1; anything else that escapes is a bug and keeps its traceback.
 """
 
+from collections.abc import Sequence
+
+_SHOWN_ITEMS = 3
+
 
 class SwsExportError(Exception):
     """Root of all errors that are the user's or the machine's, not a bug."""
@@ -45,3 +49,9 @@ class PluginError(SwsExportError):
 
 class OutputError(SwsExportError):
     """An artefact cannot be written."""
+
+
+def first_items(items: Sequence[str]) -> str:
+    """The first three of `items` and the number of the others, for a message."""
+    more = f", and {len(items) - _SHOWN_ITEMS} more" if len(items) > _SHOWN_ITEMS else ""
+    return ", ".join(items[:_SHOWN_ITEMS]) + more

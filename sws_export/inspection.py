@@ -108,7 +108,7 @@ def _inspect_checkpoint(path: Path) -> dict[str, Any]:
         "family": found.family,
         "layout": found.layout,
         "files": [str(file) for file in found.files],
-        "parameters": found.parameters,
+        "parameters": found.parameter_count,
         "bytes": found.nbytes,
         "dtypes": found.dtypes,
         "configuration": found.config_source,

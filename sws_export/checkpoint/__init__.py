@@ -1,4 +1,4 @@
-"""Reads UNet checkpoints: what they are and where their weights lie. Nothing is loaded as a whole."""
+"""Reads UNet checkpoints: their architecture and the location of each tensor. Weights are read one by one."""
 
 from sws_export.checkpoint.check import check_tensors
 from sws_export.checkpoint.header import StoredTensor

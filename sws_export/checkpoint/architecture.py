@@ -1,4 +1,4 @@
-"""The configuration of a UNet: from a file, or from its tensors."""
+"""The configuration of a UNet: read from a file, or inferred from its tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sws_export.checkpoint.config import complete, read_unet_config
-from sws_export.checkpoint.families import Family, find_family, find_relative
-from sws_export.checkpoint.foreign import name_untellable
+from sws_export.checkpoint.families import Family, find_family, find_family_with_other_inputs
 from sws_export.checkpoint.header import StoredTensor
 from sws_export.checkpoint.layouts import Layout
+from sws_export.checkpoint.other_models import part_that_needs_config
 from sws_export.checkpoint.read_structure import read_diffusers_structure, read_ldm_structure
 from sws_export.checkpoint.structure import Structure, structure_config
 from sws_export.errors import CheckpointError
@@ -17,7 +17,14 @@ from sws_export.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Architecture:
-    """A complete configuration, where it comes from, and the family its structure belongs to, if any."""
+    """A complete configuration of a UNet2DConditionModel.
+
+    Attributes:
+        config: The configuration, with a value for every option.
+        source: Where it was read from or inferred from, for the log.
+        family: The known family with the same structure, or None.
+        remarks: Notes for the user.
+    """
 
     config: dict[str, Any]
     source: str
@@ -33,18 +40,18 @@ def read_architecture(
     given: bool,
     heads: tuple[int, ...] | None,
 ) -> Architecture:
-    """Take the configuration from the file `config` if there is one, else from the names and shapes.
+    """Read the configuration from the file `config`, or infer it from tensor names and shapes if it is None.
 
     Args:
-        path: For messages.
-        layout: How `stored` is named.
+        path: The checkpoint, for messages.
+        layout: The layout of the names in `stored`.
         stored: The UNet's tensors, without prefix.
         config: A configuration file, or None.
-        given: The user named that file; otherwise it lies beside the weights.
-        heads: Attention heads of each level, or one number for all, where the user gave them.
+        given: Whether the user named that file with `--config`; otherwise it was found beside the weights.
+        heads: Number of attention heads of each level, or one number for all levels; None if not given.
 
     Raises:
-        CheckpointError: The file is no UNet configuration, or the tensors leave something open.
+        CheckpointError: The file is not a UNet configuration, or the tensors do not determine one.
     """
     if config is not None:
         source = f"--config {config}" if given else f"{config.name} beside the weights"
@@ -57,7 +64,8 @@ def read_architecture(
     levels = len(result.config["block_out_channels"])
     if len(heads) not in (1, levels):
         raise CheckpointError(
-            f"--attention-head-dim: expected 1 number or {levels} (the levels of {path}), found {len(heads)}"
+            f"--attention-head-dim: expected 1 number or {levels} (one for each level of {path}), "
+            f"found {len(heads)}"
         )
     changed = result.config | {"attention_head_dim": heads[0] if len(heads) == 1 else list(heads)}
     return Architecture(changed, f"{result.source}, --attention-head-dim", result.family, result.remarks)
@@ -68,7 +76,7 @@ def _read_structure(layout: Layout, stored: Mapping[str, StoredTensor]) -> Struc
 
 
 def _family_or_none(layout: Layout, stored: Mapping[str, StoredTensor]) -> Family | None:
-    """The family, where a configuration was given and the structure does not have to be understood."""
+    """The family of the structure; None also if the structure cannot be read, since the config is known."""
     try:
         return find_family(_read_structure(layout, stored))
     except (CheckpointError, IndexError):
@@ -83,11 +91,11 @@ def _infer(
             f"{path} is a UNet without cross-attention (an unconditional UNet2DModel); "
             "expected a UNet2DConditionModel"
         )
-    untellable = name_untellable(stored)
-    if untellable is not None:
+    part = part_that_needs_config(stored)
+    if part is not None:
         raise CheckpointError(
-            f"{path} is a UNet with {untellable}, whose configuration the tensors do not tell; "
-            "give it with --config FILE (unet/config.json of the model)"
+            f"{path} is a UNet with {part}, whose configuration cannot be inferred from tensor shapes; "
+            "pass it with --config FILE (unet/config.json of the model)"
         )
     family = find_family(structure)
     if family is not None:
@@ -95,36 +103,40 @@ def _infer(
     shapes = structure_config(structure)
     if structure.addition is not None:
         raise CheckpointError(
-            f"{path}: {_describe(structure)}. It takes added conditions, and shapes do not tell how wide the "
-            "embedding of time_ids is: give the configuration with --config FILE"
+            f"{path}: {_describe(structure)}. It takes added conditions, and tensor shapes do not determine "
+            "the width of the time_ids embedding: pass the configuration with --config FILE"
         )
     if any(channels % 32 for channels in structure.channels):
         raise CheckpointError(
-            f"{path}: {_describe(structure)}. Its channels are no multiples of 32, the usual number of "
-            "normalisation groups; shapes do not tell that number: give the configuration with --config FILE"
+            f"{path}: {_describe(structure)}. Its channels are not multiples of 32, the usual number of "
+            "normalization groups, and tensor shapes do not determine that number: pass the configuration "
+            "with --config FILE"
         )
     if heads is None:
         raise CheckpointError(
-            f"{path}: {_describe(structure)}. Shapes do not tell how many attention heads it has: give them "
-            f"with --attention-head-dim, one number for all levels or one a level{_hint(structure)}, "
-            "or the whole configuration with --config FILE"
+            f"{path}: {_describe(structure)}. Tensor shapes do not determine the number of attention heads: "
+            "pass it with --attention-head-dim, one number for all levels or one for each level"
+            f"{_heads_hint(structure)}, or pass the whole configuration with --config FILE"
         )
-    remark = f"{path.name}: no known family; what shapes do not tell is as diffusers has it (32 groups, SiLU)"
+    remark = (
+        f"{path.name}: unknown family; diffusers' defaults are used where tensor shapes do not determine an "
+        "option (32 normalization groups, SiLU)"
+    )
     return Architecture(complete(shapes), "inferred from tensor shapes", None, (remark,))
 
 
 def _describe(structure: Structure) -> str:
     depths = ", ".join("/".join(map(str, level)) for level in structure.down)
     return (
-        f"a UNet of no known family: {structure.in_channels} input channels, levels of "
+        f"a UNet of an unknown family: {structure.in_channels} input channels, levels of "
         f"{', '.join(map(str, structure.channels))} channels, transformer depths {depths}, "
-        f"texts {structure.context} wide"
+        f"text embeddings of width {structure.context}"
     )
 
 
-def _hint(structure: Structure) -> str:
-    relative = find_relative(structure)
-    if relative is not None:
-        return f" (the rest is that of {relative.name}, which has {','.join(map(str, relative.heads))})"
-    sizes = ",".join(str(channels // 64) for channels in structure.channels)
-    return f" (SD 1.x has 8 on all levels, SD 2.x and SDXL heads of 64 channels, here {sizes})"
+def _heads_hint(structure: Structure) -> str:
+    family = find_family_with_other_inputs(structure)
+    if family is not None:
+        return f" (only its inputs differ from {family.name}, which has {','.join(map(str, family.heads))})"
+    heads = ",".join(str(channels // 64) for channels in structure.channels)
+    return f" (SD 1.x has 8 on all levels; SD 2.x and SDXL have heads of 64 channels, here {heads})"

@@ -1,24 +1,22 @@
-"""Do the stored tensors fit the configuration?"""
+"""Compares the stored tensors with the configuration."""
 
 from typing import Any
 
 from sws_export.checkpoint.header import StoredTensor
 from sws_export.checkpoint.model import Checkpoint
-from sws_export.errors import CheckpointError
-
-_SHOWN = 3
+from sws_export.errors import CheckpointError, first_items
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def check_tensors(checkpoint: Checkpoint) -> int:
-    """Compare names and shapes with a UNet2DConditionModel built from the configuration, without memory.
+    """Compare names and shapes with a UNet2DConditionModel built from the configuration on the meta device.
 
     Returns:
-        How many stored tensors the UNet has no use for.
+        The number of stored tensors that the UNet does not have.
 
     Raises:
-        CheckpointError: Names the parameters that are missing or have another shape.
+        CheckpointError: A parameter is missing, has a different shape or is not a floating-point tensor.
     """
     expected = expected_shapes(checkpoint.config)
     found = checkpoint.tensors
@@ -26,7 +24,7 @@ def check_tensors(checkpoint: Checkpoint) -> int:
     if missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks {len(missing)} of the {len(expected)} tensors that its UNet needs "
-            f"({_some(missing)}); configuration: {checkpoint.config_source}. "
+            f"({first_items(missing)}); configuration: {checkpoint.config_source}. "
             "Use the configuration that belongs to the weights (--config FILE) or another copy of the model"
         )
     wrong = [
@@ -37,14 +35,16 @@ def check_tensors(checkpoint: Checkpoint) -> int:
     if wrong:
         raise CheckpointError(
             f"{checkpoint.path} does not fit its configuration ({checkpoint.config_source}): "
-            f"{len(wrong)} tensors have another shape: {_some(wrong)}. "
+            f"{len(wrong)} tensors have another shape: {first_items(wrong)}. "
             "Use the configuration that belongs to the weights (--config FILE)"
         )
-    odd = [f"'{name}' {found[name].dtype}" for name in expected if found[name].dtype not in FLOAT_DTYPES]
-    if odd:
+    quantized = [
+        f"'{name}' {found[name].dtype}" for name in expected if found[name].dtype not in FLOAT_DTYPES
+    ]
+    if quantized:
         raise CheckpointError(
-            f"{checkpoint.path}: {len(odd)} tensors are no floating-point numbers ({_some(odd)}): "
-            "the model is quantised; use the fp16 model"
+            f"{checkpoint.path}: {len(quantized)} tensors are not floating-point ({first_items(quantized)}): "
+            "the model is quantized; use its fp16 version"
         )
     return len(checkpoint.stored) - len(expected)
 
@@ -53,7 +53,7 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Parameter names and shapes of the UNet that `config` describes.
 
     Raises:
-        CheckpointError: diffusers refuses the configuration.
+        CheckpointError: diffusers rejects the configuration.
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -62,14 +62,9 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = UNet2DConditionModel.from_config(config)
     except (ValueError, TypeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
-        raise CheckpointError(f"the UNet's configuration is refused by diffusers: {error}") from error
+        raise CheckpointError(f"diffusers rejects the configuration of the UNet: {error}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _difference(name: str, shape: tuple[int, ...], stored: StoredTensor) -> str:
     return f"'{name}' expected {list(shape)}, found {list(stored.shape)}"
-
-
-def _some(items: list[str]) -> str:
-    more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Configurations of UNet2DConditionModel: files, and the values they leave out."""
+"""Configurations of UNet2DConditionModel: reading config.json files and filling in defaults."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ from sws_export.errors import CheckpointError
 
 UNET_CLASS = "UNet2DConditionModel"
 
-# What diffusers takes where a config.json is silent. Kept here because importing diffusers takes seconds;
-# a test compares it with the signature of the class.
+# diffusers' defaults of options that a config.json omits. Copied because importing diffusers takes seconds;
+# a test compares them with the signature of the class.
 DEFAULTS: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 4,
@@ -68,7 +68,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with diffusers' defaults for what it leaves out, and without its private entries."""
+    """`config` with diffusers' defaults for omitted options, and without entries that start with `_`."""
     public = {name: value for name, value in config.items() if not name.startswith("_")}
     return {**DEFAULTS, **public}
 
@@ -77,14 +77,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`.
 
     Raises:
-        CheckpointError: The file cannot be read or holds something else.
+        CheckpointError: The file cannot be read or does not contain a JSON object.
     """
     try:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content
@@ -94,16 +94,17 @@ def read_unet_config(file: Path) -> dict[str, Any]:
     """The complete configuration in `file`.
 
     Raises:
-        CheckpointError: It cannot be read, or configures another model than a UNet2DConditionModel.
+        CheckpointError: The file cannot be read, or is not the configuration of a UNet2DConditionModel.
     """
     content = read_json(file)
     found = content.get("_class_name")
     if found is None and "block_out_channels" not in content:
         raise CheckpointError(
-            f"{file} is no configuration of a {UNET_CLASS}: it has neither _class_name nor block_out_channels"
+            f"{file} is not the configuration of a {UNET_CLASS}: it has neither _class_name nor "
+            "block_out_channels"
         )
     if found not in (None, UNET_CLASS):
-        raise CheckpointError(f"{file} configures a {found}; expected a {UNET_CLASS}")
+        raise CheckpointError(f"{file} is the configuration of a {found}; expected a {UNET_CLASS}")
     unknown = sorted(name for name in content if not name.startswith("_") and name not in DEFAULTS)
     if unknown:
         raise CheckpointError(

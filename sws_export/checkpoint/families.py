@@ -1,4 +1,4 @@
-"""The table of known architectures: for each, what its shapes are and what they do not tell."""
+"""The table of known architectures: tensor shapes, and the options that shapes do not determine."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +12,12 @@ class Family:
     """One row of the table.
 
     Attributes:
-        name: What the log and the manifest call it.
-        structure: The shapes by which it is recognised.
-        heads: Attention heads of each level (diffusers' `attention_head_dim`, misnamed there).
-        sample_size: Edge of the latent image it was trained on.
-        upcast: Attention has to run in float32 (diffusers' `upcast_attention`).
-        vae_scale: Pixels that a latent value covers in each direction.
+        name: Name in the log and the manifest.
+        structure: The structure by which the family is recognized.
+        heads: Number of attention heads of each level (diffusers' `attention_head_dim`, misnamed there).
+        sample_size: Height and width of the latents that the model was trained on.
+        upcast: Whether attention must run in float32 (diffusers' `upcast_attention`).
+        vae_scale: Pixels for each latent element along height and width.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Family:
                 "attention_head_dim": list(self.heads),
                 "sample_size": self.sample_size,
                 "upcast_attention": self.upcast,
-                # SDXL and its relatives give each of the numbers in time_ids an embedding of this width.
+                # SDXL and models derived from it embed each number of time_ids in this width.
                 "addition_time_embed_dim": 256 if self.structure.addition is not None else None,
             }
         )
 
 
 def _trunk(channels: tuple[int, ...], depths: tuple[int, ...], layers: int, mid: Depths | None) -> Structure:
-    """A regular UNet: `depths` gives the transformer depth of each level, 0 for a level without attention."""
+    """A regular UNet; `depths` is the transformer depth of each level, 0 for a level without attention."""
     return Structure(
         in_channels=4,
         out_channels=4,
@@ -78,7 +78,7 @@ _VEGA = replace(_trunk(_THREE, (0, 1, 2), layers=2, mid=()), context=2048, linea
 _KOALA_700M = replace(_trunk(_THREE, (0, 2, 5), layers=1, mid=None), context=2048, linear=True, addition=2816)
 _KOALA_1B = replace(_trunk(_THREE, (0, 2, 6), layers=1, mid=(6,)), context=2048, linear=True, addition=2816)
 
-# Without a part of the layers: https://github.com/Nota-NetsPresso/BK-SDM and https://github.com/segmind/distill-sd.
+# Distilled, with fewer layers: https://github.com/Nota-NetsPresso/BK-SDM and https://github.com/segmind/distill-sd.
 _BK_BASE = _trunk(_FOUR, (1, 1, 1, 0), layers=1, mid=(1,))
 _BK_SMALL = replace(_BK_BASE, mid=None)
 _BK_TINY = _trunk(_THREE, (1, 1, 1), layers=1, mid=None)
@@ -89,7 +89,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("SD 1.x inpainting", replace(_SD1, in_channels=9), _SD1_HEADS),
     Family("SD 1.x instruct-pix2pix", replace(_SD1, in_channels=8), _SD1_HEADS),
     Family("SD 1.x LCM", replace(_SD1, time_cond=256), _SD1_HEADS),
-    # Shapes do not tell 2.0 from 2.1, nor the 512 from the 768 pixel model. 2.1 overflows in fp16 attention.
+    # 2.0, 2.1 and their 512 and 768 pixel versions have the same shapes. 2.1 overflows in fp16 attention.
     Family("SD 2.x", _SD2, _SD2_HEADS, 96, upcast=True),
     Family("SD 2.x inpainting", replace(_SD2, in_channels=9), _SD2_HEADS),
     Family("SD 2.x depth", replace(_SD2, in_channels=5), _SD2_HEADS),
@@ -115,12 +115,12 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def find_family(structure: Structure) -> Family | None:
-    """The row of the table with exactly this structure, or None."""
+    """The family with exactly this structure, or None."""
     return next((family for family in FAMILIES if family.structure == structure), None)
 
 
-def find_relative(structure: Structure) -> Family | None:
-    """A row that differs in inputs only: the same trunk with other channels or conditions, or None."""
+def find_family_with_other_inputs(structure: Structure) -> Family | None:
+    """The family that differs from `structure` only in input or output channels and conditions, or None."""
     same_inputs = {
         "in_channels": 4,
         "out_channels": 4,

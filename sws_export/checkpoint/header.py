@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read strictly and without its tensors.
+"""Reads and validates the header of a safetensors file without reading its tensors.
 
 Format: https://huggingface.co/docs/safetensors/index#format. Eight bytes of header length, little endian;
-a JSON object that gives each tensor's dtype, shape and place; the tensors, one after the other without gaps.
+a JSON object with the dtype, shape and byte range of each tensor; the tensors, contiguous.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from sws_export.errors import CheckpointError
 
-# The limit that the reference implementation uses, too.
+# The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 
 ITEM_BYTES = {
@@ -37,10 +37,14 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies on disk.
+    """The location of one tensor on disk; its elements are row-major, little endian and unaligned.
 
-    `dtype` is the name the safetensors format uses (F16, BF16, F32, ...); `offset` counts bytes from the
-    beginning of `file`; the elements are row-major, little endian, and not aligned to anything.
+    Attributes:
+        file: The safetensors file.
+        dtype: Name of the dtype in the safetensors format: F16, BF16, F32, ...
+        shape: Sizes of the dimensions.
+        offset: First byte, counted from the beginning of `file`.
+        nbytes: Number of bytes.
     """
 
     file: Path
@@ -52,23 +56,22 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """All tensors of one file by their stored name, and the free text that came with them."""
+    """The tensors of one file by their stored name, and the file's metadata."""
 
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 
 def read_header(file: Path) -> Header:
-    """Read the header of `file`, whatever the size of the file in a few milliseconds.
+    """Read the header of `file`.
 
     Raises:
-        CheckpointError: The file is missing, truncated, no safetensors file, or contradicts itself.
+        CheckpointError: The file is missing, truncated, inconsistent, or not a safetensors file.
     """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            text = _header_text(file, stream.read(8), size)
-            raw = stream.read(text)
+            raw = stream.read(_header_length(file, stream.read(8), size))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {file}: {error.strerror}; check the path and its permissions"
@@ -77,28 +80,28 @@ def read_header(file: Path) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise CheckpointError(
-            f"{file} is damaged: __metadata__ in its header is no JSON object; fetch it again"
+            f"{file} is damaged: __metadata__ in its header is not a JSON object; download it again"
         )
     start = 8 + len(raw)
     tensors = {name: _stored_tensor(file, name, entry, start) for name, entry in entries.items()}
-    _check_places(file, tensors, start, size)
+    _check_ranges(file, tensors, start, size)
     return Header(tensors, {str(key): str(value) for key, value in metadata.items()})
 
 
-def _header_text(file: Path, prefix: bytes, size: int) -> int:
+def _header_length(file: Path, prefix: bytes, size: int) -> int:
     if len(prefix) < 8:
         raise CheckpointError(
-            f"{file} is no safetensors file: expected at least 8 bytes, found {size}; fetch it again"
+            f"{file} is not a safetensors file: expected at least 8 bytes, found {size}; download it again"
         )
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{file} is no safetensors file: its first 8 bytes announce a header of {length} bytes, "
+            f"{file} is not a safetensors file: its first 8 bytes are a header length of {length} bytes, "
             f"the format allows {MAX_HEADER_BYTES}; check that it is the model and not a web page or a pickle"
         )
     if 8 + length > size:
         raise CheckpointError(
-            f"{file} is truncated: its header needs {8 + length} bytes, found {size}; fetch it again"
+            f"{file} is truncated: its header needs {8 + length} bytes, found {size}; download it again"
         )
     return length
 
@@ -109,12 +112,13 @@ def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(
-            f"{file} is no safetensors file or damaged: its header is no JSON ({reason}); fetch it again"
+            f"{file} is damaged or not a safetensors file: its header is not valid JSON ({reason}); "
+            "download it again"
         ) from error
     if not isinstance(entries, dict):
         raise CheckpointError(
             f"{file} is damaged: expected a JSON object as header, found a {type(entries).__name__}; "
-            "fetch it again"
+            "download it again"
         )
     return entries
 
@@ -130,42 +134,43 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _stored_tensor(file: Path, name: str, entry: object, start: int) -> StoredTensor:
     def damaged(what: str) -> CheckpointError:
-        return CheckpointError(f"{file} is damaged: tensor '{name}' {what}; fetch it again")
+        return CheckpointError(f"{file} is damaged: tensor '{name}' {what}; download it again")
 
     if not isinstance(entry, dict):
         raise damaged("is not described by a JSON object")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
-    place: Any = entry.get("data_offsets")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise damaged(f"has the unknown dtype {dtype!r}")
     if not _all_sizes(shape):
-        raise damaged(f"has the shape {shape!r}, which is no list of sizes")
-    if not _all_sizes(place) or len(place) != 2 or place[0] > place[1]:
-        raise damaged(f"has the offsets {place!r}, which are no [begin, end]")
+        raise damaged(f"has the shape {shape!r}, expected a list of sizes")
+    if not _all_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise damaged(f"has the offsets {offsets!r}, expected [begin, end]")
+    begin, end = offsets
     expected = math.prod(shape) * ITEM_BYTES[dtype]
-    if place[1] - place[0] != expected:
-        raise damaged(f"has {place[1] - place[0]} bytes, expected {expected} for {dtype} of shape {shape}")
-    return StoredTensor(file, dtype, tuple(shape), start + place[0], expected)
+    if end - begin != expected:
+        raise damaged(f"has {end - begin} bytes, expected {expected} for {dtype} of shape {shape}")
+    return StoredTensor(file, dtype, tuple(shape), start + begin, expected)
 
 
 def _all_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _check_places(file: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:
+def _check_ranges(file: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != end:
             kind = "overlaps the one before it" if tensor.offset < end else "leaves a gap before it"
             raise CheckpointError(
                 f"{file} is damaged: tensor '{name}' {kind} (begins at byte {tensor.offset}, "
-                f"expected {end}); fetch it again"
+                f"expected {end}); download it again"
             )
         end += tensor.nbytes
     if size < end:
-        raise CheckpointError(f"{file} is truncated: expected {end} bytes, found {size}; fetch it again")
+        raise CheckpointError(f"{file} is truncated: expected {end} bytes, found {size}; download it again")
     if size > end:
         raise CheckpointError(
-            f"{file} is damaged: expected {end} bytes, found {size}, which no tensor uses; fetch it again"
+            f"{file} is damaged: its tensors end at byte {end}, the file at {size}; download it again"
         )

@@ -1,4 +1,4 @@
-"""From the path a user names to the weight files and the configurations around them."""
+"""Finds the weight files and the configurations that belong to a path."""
 
 import re
 from dataclasses import dataclass
@@ -19,8 +19,12 @@ _PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 class Location:
     """Files that belong to one UNet.
 
-    `weights` are in the order of their names; `index` is the shard index, `config` a config.json beside the
-    weights, `pipeline` the directory of the pipeline the UNet is part of. Each of these may be None.
+    Attributes:
+        weights: The weight files, sorted by name.
+        index: The shard index, or None.
+        config: The config.json beside the weights, or None.
+        pipeline: The directory of the pipeline that contains the UNet, or None.
+        remarks: Notes for the user.
     """
 
     weights: tuple[Path, ...]
@@ -31,14 +35,14 @@ class Location:
 
 
 def locate(path: Path, variant: str | None = None) -> Location:
-    """Find the weights that `path` means: a file, a shard index, a UNet directory or a pipeline directory.
+    """Find the weights at `path`: a file, a shard index, a UNet directory or a pipeline directory.
 
-    `variant` chooses among `diffusion_pytorch_model.<variant>.safetensors` files, as in diffusers; without
-    it the file without a variant is taken, or the only one there is.
+    `variant` selects `diffusion_pytorch_model.<variant>.safetensors`, as in diffusers. If it is None, the
+    file without a variant is selected, or the only variant.
 
     Raises:
-        CheckpointError: There is no such file, no UNet in the directory, several to choose from, or a file
-            of a kind that is not read.
+        CheckpointError: The path does not exist, the directory contains no UNet or several, or the file type
+            is not supported.
     """
     try:
         return _locate(path, variant)
@@ -50,19 +54,19 @@ def _locate(path: Path, variant: str | None) -> Location:
     if path.is_dir():
         return _locate_in_directory(path, variant)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; name a .safetensors file or a diffusers directory")
+        raise CheckpointError(f"{path} does not exist; pass a .safetensors file or a diffusers directory")
     if path.suffix.lower() in _PICKLES:
         raise CheckpointError(_pickle_message(path))
     if path.name.endswith(".index.json") or (_SUFFIX + ".index.") in path.name:
         return _with_index(path, path.parent, ())
     if path.suffix.lower() != _SUFFIX:
         raise CheckpointError(
-            f"{path}: files of type '{path.suffix or path.name}' are not read; "
-            "name a .safetensors file, a shard index (.safetensors.index.json) or a diffusers directory"
+            f"{path}: files of type '{path.suffix or path.name}' are not supported; "
+            "pass a .safetensors file, a shard index (.safetensors.index.json) or a diffusers directory"
         )
     if _SHARD.search(path.name):
         raise CheckpointError(
-            f"{path} is one shard of a model; name its index (.safetensors.index.json) or its directory"
+            f"{path} is one shard of a model; pass its index (.safetensors.index.json) or its directory"
         )
     return Location((path,), None, _existing(path.parent / "config.json"), _pipeline_of(path.parent))
 
@@ -70,57 +74,53 @@ def _locate(path: Path, variant: str | None) -> Location:
 def _locate_in_directory(directory: Path, variant: str | None) -> Location:
     for candidate in (directory / "unet", directory):
         if candidate.is_dir():
-            found = _choose(candidate, variant)
+            found = _select(candidate, variant)
             if found is not None:
                 return found
     raise CheckpointError(_no_unet_message(directory, variant))
 
 
-def _choose(directory: Path, variant: str | None) -> Location | None:
-    """The weights in `directory`, or None if there are none that could be meant."""
+def _select(directory: Path, variant: str | None) -> Location | None:
+    """The weights in `directory`, or None if it contains none."""
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
     by_variant: dict[str, str] = {}
     for name in names:
         found = _variant_of(name)
-        # A single file wins over an index beside it.
+        # A single file takes precedence over an index beside it.
         if found is not None and (found not in by_variant or name.endswith(_SUFFIX)):
             by_variant[found] = name
     if variant is not None:
         if variant not in by_variant:
             return None
-        return _chosen(directory, by_variant[variant], ())
+        return _selected(directory, by_variant[variant], ())
     if "" in by_variant:
         others = ", ".join(sorted(set(by_variant) - {""}))
-        remark = (
-            (f"{directory}: took {by_variant['']}; variants beside it: {others} (--variant)",)
-            if others
-            else ()
-        )
-        return _chosen(directory, by_variant[""], remark)
+        remark = f"{directory}: using {by_variant['']}; other variants: {others} (--variant)"
+        return _selected(directory, by_variant[""], (remark,) if others else ())
     if len(by_variant) == 1:
         ((found, name),) = by_variant.items()
-        return _chosen(directory, name, (f"{directory}: took the only weights there, variant '{found}'",))
+        return _selected(directory, name, (f"{directory}: using the only weights, variant '{found}'",))
     if by_variant:
         raise CheckpointError(
-            f"{directory} holds several variants: {', '.join(by_variant)}; choose one with --variant"
+            f"{directory} contains several variants: {', '.join(by_variant)}; choose one with --variant"
         )
     other = [name for name in names if name.endswith(_SUFFIX)]
     if len(other) == 1:
-        return _chosen(directory, other[0], ())
+        return _selected(directory, other[0], ())
     if other:
         raise CheckpointError(
-            f"{directory} holds several models: {', '.join(other)}; name one of these files"
+            f"{directory} contains several models: {', '.join(other)}; pass one of these files"
         )
     return None
 
 
 def _variant_of(name: str) -> str | None:
-    """Variant in the name of a weight file or shard index, "" for none, None for other files and shards."""
+    """The variant in the name of a weight file or shard index, "" if it has none; None for other files."""
     if not name.startswith(_STEM + "."):
         return None
     rest = name.removeprefix(_STEM)
     if rest.endswith(".json") and (_SUFFIX + ".index.") in rest:
-        # Both `.safetensors.index.fp16.json` (diffusers writes it) and `.fp16.safetensors.index.json` exist.
+        # diffusers writes `.safetensors.index.fp16.json`; `.fp16.safetensors.index.json` exists, too.
         before, _, after = rest.partition(_SUFFIX + ".index.")
         return before.removeprefix(".") or after.removesuffix("json").removesuffix(".")
     if rest.endswith(_SUFFIX) and not _SHARD.search(rest):
@@ -128,7 +128,7 @@ def _variant_of(name: str) -> str | None:
     return None
 
 
-def _chosen(directory: Path, name: str, remarks: tuple[str, ...]) -> Location:
+def _selected(directory: Path, name: str, remarks: tuple[str, ...]) -> Location:
     if name.endswith(".json"):
         return _with_index(directory / name, directory, remarks)
     config = _existing(directory / "config.json")
@@ -138,7 +138,7 @@ def _chosen(directory: Path, name: str, remarks: tuple[str, ...]) -> Location:
 def _with_index(index: Path, directory: Path, remarks: tuple[str, ...]) -> Location:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} is no shard index: it has no weight_map")
+        raise CheckpointError(f"{index} is not a shard index: it has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(_SUFFIX):
@@ -146,7 +146,9 @@ def _with_index(index: Path, directory: Path, remarks: tuple[str, ...]) -> Locat
                 f"{index} names '{name}'; expected .safetensors files in the same directory"
             )
         if not (directory / name).is_file():
-            raise CheckpointError(f"{index} names {name}, which is not there ({len(names)} shards); fetch it")
+            raise CheckpointError(
+                f"{index} names {name}, which does not exist ({len(names)} shards); download it"
+            )
     config = _existing(directory / "config.json")
     shards = tuple(directory / name for name in names)
     return Location(shards, index, config, _pipeline_of(directory), remarks)
@@ -157,7 +159,7 @@ def _existing(file: Path) -> Path | None:
 
 
 def _pipeline_of(directory: Path) -> Path | None:
-    """The pipeline that `directory` is the UNet of."""
+    """The pipeline directory that contains the UNet in `directory`, or None."""
     directory = directory.resolve()
     if directory.name == "unet" or (directory.parent / "model_index.json").is_file():
         return directory.parent
@@ -166,7 +168,7 @@ def _pipeline_of(directory: Path) -> Path | None:
 
 def _no_unet_message(directory: Path, variant: str | None) -> str:
     wanted = f"{_STEM}{'.' + variant if variant else ''}{_SUFFIX}"
-    message = f"{directory} holds no UNet: looked for unet/{wanted}, {wanted} and their .index.json"
+    message = f"{directory} contains no UNet: expected unet/{wanted}, {wanted} or their .index.json"
     index = directory / "model_index.json"
     if index.is_file():
         parts = read_json(index)
@@ -174,14 +176,14 @@ def _no_unet_message(directory: Path, variant: str | None) -> str:
             if isinstance(parts.get(part), list):
                 kind = parts[part][-1]
                 pipeline = parts.get("_class_name")
-                return f"{message}; this is a {pipeline}, which works with a {kind}, not a {UNET_CLASS}"
-    pickles = [
+                return f"{message}; this is a {pipeline}, which uses a {kind}, not a {UNET_CLASS}"
+    files = [
         file
-        for place in (directory / "unet", directory)
-        if place.is_dir()
-        for file in sorted(place.iterdir())
+        for candidate in (directory / "unet", directory)
+        if candidate.is_dir()
+        for file in sorted(candidate.iterdir())
     ]
-    for file in pickles:
+    for file in files:
         if file.suffix.lower() in _PICKLES:
             return f"{message}; found {file.name}. {_pickle_message(file)}"
     return message
@@ -201,29 +203,24 @@ def _pickle_message(file: Path) -> str:
             f"'{file.with_suffix('.safetensors').name}')\""
         )
     return (
-        f"{file} is a pickle, and loading a pickle executes whatever code is in it, so it is not read; "
-        f"if you trust it, convert it: {convert}"
+        f"{file} is a pickle, and loading a pickle executes the code in it, so it is not supported; "
+        f"if you trust the file, convert it: {convert}"
     )
 
 
-def pipeline_facts(location: Location) -> tuple[int | None, str | None]:
-    """What the other parts of the pipeline say: pixels a latent value covers, and the prediction type."""
-    if location.pipeline is None:
-        return None, None
-    return _vae_scale(location.pipeline / "vae"), _prediction_type(location.pipeline / "scheduler")
-
-
-def _vae_scale(directory: Path) -> int | None:
-    file = _existing(directory / "config.json")
+def pipeline_vae_scale(location: Location) -> int | None:
+    """Pixels for each latent element, from the pipeline's VAE; None without one."""
+    file = _existing(location.pipeline / "vae" / "config.json") if location.pipeline else None
     if file is None:
         return None
     channels: Any = read_json(file).get("block_out_channels")
     return int(2 ** (len(channels) - 1)) if isinstance(channels, list) and channels else None
 
 
-def _prediction_type(directory: Path) -> str | None:
-    file = _existing(directory / "scheduler_config.json")
+def pipeline_prediction_type(location: Location) -> str | None:
+    """The prediction type of the pipeline's scheduler; None without one."""
+    file = _existing(location.pipeline / "scheduler" / "scheduler_config.json") if location.pipeline else None
     if file is None:
         return None
-    # Every scheduler of diffusers that has this option takes epsilon where it is left out.
+    # The default of every diffusers scheduler that has this option is epsilon.
     return str(read_json(file).get("prediction_type", "epsilon"))

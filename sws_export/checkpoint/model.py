@@ -1,4 +1,4 @@
-"""What is known about a checkpoint before any weight is read."""
+"""The description of a checkpoint that is known before any weight is read."""
 
 import math
 from collections import Counter
@@ -14,20 +14,20 @@ from sws_export.checkpoint.ldm import diffusers_names
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A UNet on disk: its configuration and where each of its tensors lies.
+    """A UNet on disk: its configuration and the location of each of its tensors.
 
     Attributes:
-        path: What the user named.
-        files: The files that hold the weights, in the order of their names.
+        path: The path given by the user.
+        files: The weight files, sorted by name.
         config: A complete configuration of diffusers' UNet2DConditionModel.
         config_source: Where the configuration comes from, for the log.
         family: Name of the known architecture ("SD 1.x", "SDXL base", ...), or None.
-        layout: How the stored tensors are named.
-        stored: The UNet's tensors under their stored names, without a prefix.
-        ignored: Tensors of the files that are not used: reason and number.
-        vae_scale: Pixels a latent value covers in each direction, 1 in pixel space, None if unknown.
-        prediction_type: "epsilon", "v_prediction", ... where the checkpoint says so, or None.
-        remarks: What a user should know about how the checkpoint was read.
+        layout: The layout of the stored names.
+        stored: The UNet's tensors by their stored name without prefix.
+        ignored: Number of tensors in the files that are not used, by reason.
+        vae_scale: Pixels for each latent element along height and width, 1 in pixel space, None if unknown.
+        prediction_type: "epsilon", "v_prediction" or "sample", None if unknown.
+        remarks: Notes for the user on how the checkpoint was read.
     """
 
     path: Path
@@ -44,29 +44,29 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """The UNet's tensors under diffusers' parameter names.
+        """The UNet's tensors by diffusers' parameter names.
 
         Raises:
-            CheckpointError: The layout's names cannot be converted with this configuration.
+            CheckpointError: The names cannot be converted with this configuration.
         """
         if self.layout == "diffusers":
             return self.stored
         return {name: self.stored[ldm] for name, ldm in diffusers_names(self.stored, self.config).items()}
 
     @property
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """Number of parameters of the UNet."""
         return sum(math.prod(tensor.shape) for tensor in self.stored.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the UNet's weights on disk."""
+        """Size of the UNet's weights on disk in bytes."""
         return sum(tensor.nbytes for tensor in self.stored.values())
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Bytes a stored dtype, the largest share first."""
-        shares: Counter[str] = Counter()
+        """Size in bytes by stored dtype, in descending order."""
+        sizes: Counter[str] = Counter()
         for tensor in self.stored.values():
-            shares[tensor.dtype] += tensor.nbytes
-        return dict(shares.most_common())
+            sizes[tensor.dtype] += tensor.nbytes
+        return dict(sizes.most_common())

@@ -1,4 +1,4 @@
-"""Reads the architecture off tensor names and shapes, in diffusers' and in the original layout."""
+"""Reads the structure of a UNet from tensor names and shapes, in diffusers' and in the original layout."""
 
 from collections.abc import Mapping
 
@@ -6,29 +6,29 @@ from sws_export.checkpoint.header import StoredTensor
 from sws_export.checkpoint.structure import Depths, Structure
 from sws_export.errors import CheckpointError
 
-# Widths of the text embedding of the SDXL base and refiner: their label embedding takes text_embeds and
-# time_ids. With any other width it is unCLIP's projected image embedding (the rule diffusers follows).
+# Widths of the text embeddings of the SDXL base and refiner, whose label embedding takes text_embeds and
+# time_ids. With any other width it is unCLIP's projected image embedding. diffusers has the same rule.
 _SDXL_CONTEXTS = (2048, 1280)
 
 
 class _Names:
-    """Questions to a set of tensor names with shapes."""
+    """Queries on a set of tensor names with shapes."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self.stored = stored
         self.modules = {name[:end] for name in stored for end, letter in enumerate(name) if letter == "."}
 
     def size(self, name: str, axis: int) -> int:
-        """Size along `axis` of a tensor that must be there."""
+        """Size along `axis` of a required tensor."""
         found = self.optional(name, axis)
         if found is None:
             raise CheckpointError(
-                f"the checkpoint has no tensor '{name}', which every UNet2DConditionModel has"
+                f"the checkpoint lacks tensor '{name}', which every UNet2DConditionModel has"
             )
         return found
 
     def optional(self, name: str, axis: int) -> int | None:
-        """Size along `axis` of a tensor that may be missing."""
+        """Size along `axis` of an optional tensor, None if it is missing."""
         if name not in self.stored:
             return None
         shape = self.stored[name].shape
@@ -39,7 +39,7 @@ class _Names:
         return shape[axis]
 
     def count(self, module: str) -> int:
-        """Number of children of `module` that are called 0, 1, 2, ..."""
+        """Number of children of `module` that are named 0, 1, 2, ..."""
         number = 0
         while f"{module}.{number}" in self.modules:
             number += 1
@@ -47,10 +47,10 @@ class _Names:
 
 
 def read_diffusers_structure(stored: Mapping[str, StoredTensor]) -> Structure:
-    """The structure of a UNet whose tensors have diffusers' names.
+    """The structure of a UNet in diffusers' layout.
 
     Raises:
-        CheckpointError: A tensor that every UNet has is missing.
+        CheckpointError: A required tensor is missing.
     """
     names = _Names(stored)
     levels = range(names.count("down_blocks"))
@@ -90,10 +90,10 @@ def _diffusers_depths(names: _Names, block: str) -> Depths:
 
 
 def read_ldm_structure(stored: Mapping[str, StoredTensor]) -> Structure:
-    """The structure of a UNet whose tensors have the original names, without prefix.
+    """The structure of a UNet in the original layout; names without prefix.
 
     Raises:
-        CheckpointError: A tensor that every UNet has is missing.
+        CheckpointError: A required tensor is missing.
     """
     names = _Names(stored)
     channels: list[int] = []
@@ -132,7 +132,7 @@ def read_ldm_structure(stored: Mapping[str, StoredTensor]) -> Structure:
 
 
 def _ldm_up(names: _Names) -> tuple[Depths, ...]:
-    """Depths on the way up: a level ends with an upsampling convolution."""
+    """Transformer depths of the up blocks; each level but the last ends with an upsampling convolution."""
     up: list[list[int]] = [[]]
     for block in range(names.count("output_blocks")):
         up[-1].append(names.count(f"output_blocks.{block}.1.transformer_blocks"))
@@ -142,12 +142,12 @@ def _ldm_up(names: _Names) -> tuple[Depths, ...]:
 
 
 def _attention(names: _Names) -> tuple[int | None, bool]:
-    """Width of the text embedding, and whether transformers project with linear layers."""
+    """Width of the text embeddings, and whether the transformers' projections are linear layers."""
     widths = {names.size(name, 1) for name in names.stored if name.endswith(".attn2.to_k.weight")}
     if len(widths) > 1:
         raise CheckpointError(
-            f"the UNet attends to texts of several widths ({sorted(widths)}); "
-            "give its configuration with --config FILE"
+            f"the UNet attends to text embeddings of several widths ({sorted(widths)}); "
+            "pass its configuration with --config FILE"
         )
     ranks = {len(tensor.shape) for name, tensor in names.stored.items() if name.endswith(".proj_in.weight")}
     return (widths.pop() if widths else None), ranks == {2}
@@ -156,7 +156,7 @@ def _attention(names: _Names) -> tuple[int | None, bool]:
 def _cross_only(
     names: _Names, attentions: list[str], channels: "list[int] | tuple[int, ...]"
 ) -> tuple[bool, ...]:
-    """Levels whose `attn1` takes its keys from something that is not as wide as its queries."""
+    """Whether `attn1` of each level has keys of another width than its queries."""
     return tuple(
         names.optional(f"{attention}.transformer_blocks.0.attn1.to_k.weight", 1) not in (None, width)
         for attention, width in zip(attentions, channels, strict=True)

@@ -1,4 +1,4 @@
-"""Opens a checkpoint: headers and configuration, no weights."""
+"""Opens a checkpoint: reads headers and configuration, but no weights."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from sws_export.checkpoint.architecture import Architecture, read_architecture
 from sws_export.checkpoint.config import UNET_CLASS, read_json
 from sws_export.checkpoint.header import Header, StoredTensor, read_header
 from sws_export.checkpoint.layouts import find_unet
-from sws_export.checkpoint.locate import Location, locate, pipeline_facts
+from sws_export.checkpoint.locate import Location, locate, pipeline_prediction_type, pipeline_vae_scale
 from sws_export.checkpoint.model import Checkpoint
 from sws_export.errors import CheckpointError
 
@@ -23,19 +23,20 @@ def open_checkpoint(
     attention_head_dim: tuple[int, ...] | None = None,
     prediction_type: str | None = None,
 ) -> Checkpoint:
-    """Find out what UNet `path` holds, from headers alone: in milliseconds, without torch or diffusers.
+    """Read the description of the UNet at `path` from headers only, without importing torch or diffusers.
 
     Args:
         path: A .safetensors file in diffusers' or the original layout, a shard index, a UNet directory or a
             pipeline directory.
-        config: A UNet2DConditionModel's config.json, for a UNet of no known family.
-        ema: Take the exponential moving averages, where an original checkpoint holds both.
-        variant: Which of the variants in a directory: "fp16" is diffusion_pytorch_model.fp16.safetensors.
-        attention_head_dim: Heads of all levels (one number) or of each, for a UNet of no known family.
-        prediction_type: One of `PREDICTION_TYPES`, where the checkpoint does not say or is wrong.
+        config: The config.json of a UNet2DConditionModel, for a UNet of an unknown family.
+        ema: Read the exponential moving averages of an original checkpoint that contains both.
+        variant: The variant in a directory; "fp16" selects diffusion_pytorch_model.fp16.safetensors.
+        attention_head_dim: Number of attention heads of each level, or one number for all levels, for a UNet
+            of an unknown family.
+        prediction_type: One of `PREDICTION_TYPES`; overrides the checkpoint's own.
 
     Raises:
-        CheckpointError: No UNet2DConditionModel can be read from `path`; the message says why.
+        CheckpointError: `path` contains no supported UNet2DConditionModel.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise CheckpointError(
@@ -48,7 +49,6 @@ def open_checkpoint(
     architecture = read_architecture(
         path, unet.layout, unet.stored, file, config is not None, attention_head_dim
     )
-    vae_scale, scheduler_says = pipeline_facts(location)
     return Checkpoint(
         path=path,
         files=location.weights,
@@ -58,8 +58,8 @@ def open_checkpoint(
         layout=unet.layout,
         stored=unet.stored,
         ignored=unet.ignored,
-        vae_scale=vae_scale if vae_scale is not None else _vae_scale(architecture),
-        prediction_type=prediction_type or scheduler_says or _prediction_type(header),
+        vae_scale=pipeline_vae_scale(location) or _family_vae_scale(architecture),
+        prediction_type=prediction_type or pipeline_prediction_type(location) or _recorded_prediction(header),
         remarks=(*location.remarks, *beside, *architecture.remarks),
     )
 
@@ -83,33 +83,33 @@ def _check_index(index: Path, tensors: dict[str, StoredTensor]) -> None:
     for name, file in read_json(index)["weight_map"].items():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(
-                f"{index} says that tensor '{name}' is in {file}, which it is not; fetch both again"
+                f"{index}: tensor '{name}' is not in {file}, where the index expects it; download both again"
             )
 
 
 def _config_beside(location: Location) -> tuple[Path | None, tuple[str, ...]]:
-    """The config.json beside the weights if it is a UNet's; a folder of models may hold any other."""
+    """The config.json beside the weights, if it is a UNet's, and remarks."""
     if location.config is None:
         return None, ()
     content: dict[str, Any] = read_json(location.config)
     if content.get("_class_name") == UNET_CLASS or "block_out_channels" in content:
         return location.config, ()
-    found = content.get("_class_name") or content.get("model_type") or "something else"
-    return None, (f"{location.config} configures {found}, not a {UNET_CLASS}: left aside",)
+    found = content.get("_class_name") or content.get("model_type") or "another model"
+    return None, (f"ignored {location.config}: configuration of {found}, not of a {UNET_CLASS}",)
 
 
-def _vae_scale(architecture: Architecture) -> int | None:
+def _family_vae_scale(architecture: Architecture) -> int | None:
     if architecture.config["in_channels"] == 3:
         return 1
     return architecture.family.vae_scale if architecture.family is not None else None
 
 
-def _prediction_type(header: Header) -> str | None:
-    """What the file itself says: by the marker of v-prediction models, or in its metadata.
+def _recorded_prediction(header: Header) -> str | None:
+    """The prediction type recorded in the file: by the marker tensor of v-prediction models, or as metadata.
 
-    The metadata's standard is https://github.com/Stability-AI/ModelSpec.
+    Metadata as in https://github.com/Stability-AI/ModelSpec.
     """
     if "v_pred" in header.tensors:
         return "v_prediction"
-    said = header.metadata.get("modelspec.prediction_type")
-    return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(said or "")
+    recorded = header.metadata.get("modelspec.prediction_type", "")
+    return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(recorded)

@@ -1,26 +1,28 @@
-"""The architecture that tensor names and shapes tell, and nothing more."""
+"""The part of a UNet's architecture that tensor names and shapes determine."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from sws_export.errors import CheckpointError
 
-# Transformer layers (0 = no attention) of each residual layer of one level.
 Depths = tuple[int, ...]
+"""Number of transformer layers after each residual layer of one level, 0 without attention."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What the shapes of a UNet2DConditionModel's tensors determine.
+    """The structure of a UNet2DConditionModel, as far as its tensors' shapes determine it.
 
     Attributes:
-        channels: Output channels of each level, from the full resolution down.
-        down: For each level, from the full resolution down, the depth of each layer's transformer.
-        mid: The same for the middle; () is a residual block alone, None no middle at all.
-        up: For each level, from the lowest resolution up.
-        context: Width of the text embedding, None without cross-attention.
-        linear: Transformers project with linear layers and not with 1 × 1 convolutions.
-        cross_only: Levels whose first attention looks at the text, too.
+        in_channels: Channels of the input latent.
+        out_channels: Channels of the output.
+        channels: Output channels of each level, highest resolution first.
+        down: Transformer depths of each down block, highest resolution first.
+        mid: Transformer depths of the mid block; () for residual blocks only, None without a mid block.
+        up: Transformer depths of each up block, lowest resolution first.
+        context: Width of the text embeddings, None without cross-attention.
+        linear: Whether the transformers' projections are linear layers instead of 1 × 1 convolutions.
+        cross_only: Whether the first attention of each level is cross-attention, too.
         addition: Input width of SDXL's added conditions (text_embeds and time_ids together).
         class_projection: Input width of a projected class embedding (unCLIP).
         classes: Number of classes of a class embedding table.
@@ -46,13 +48,14 @@ def structure_config(structure: Structure) -> dict[str, Any]:
     """The part of a UNet2DConditionModel configuration that `structure` determines.
 
     Raises:
-        CheckpointError: diffusers has no configuration for such a UNet.
+        CheckpointError: UNet2DConditionModel does not support this structure.
     """
     layers = [len(depths) for depths in structure.down]
-    if [len(depths) for depths in structure.up] != [count + 1 for count in reversed(layers)]:
+    up_layers = [len(depths) for depths in structure.up]
+    if up_layers != [count + 1 for count in reversed(layers)]:
         raise CheckpointError(
-            f"the UNet has {layers} layers on the way down and {[len(depths) for depths in structure.up]} "
-            "on the way up; UNet2DConditionModel has one more up than down on each level"
+            f"the UNet has {layers} layers in its down blocks and {up_layers} in its up blocks; "
+            "expected one more in the up block of each level"
         )
     depths, reverse = _transformer_layers(structure)
     return {
@@ -82,8 +85,8 @@ def _block_type(level: Depths, direction: str) -> str:
     if not any(level):
         return f"{direction}Block2D"
     raise CheckpointError(
-        f"a level of the UNet has attention in some of its layers only (transformer depths {list(level)}); "
-        "UNet2DConditionModel has it in all or none"
+        f"one level of the UNet has attention in some of its layers only (transformer depths {list(level)}); "
+        "UNet2DConditionModel supports it in all layers or none"
     )
 
 
@@ -95,27 +98,28 @@ def _mid_block_type(mid: Depths | None) -> str | None:
 
 def _transformer_layers(structure: Structure) -> tuple[Any, Any]:
     """`transformer_layers_per_block` and `reverse_transformer_layers_per_block`."""
-    levels = [_joined(level) for level in structure.down]
-    # diffusers takes the depth of the middle from the last level, whether that has attention or not.
+    levels = [_depth_option(level) for level in structure.down]
+    # diffusers uses the depth of the last level for the mid block, even if that level has no attention.
     if structure.mid:
         if not any(structure.down[-1]):
             levels[-1] = structure.mid[0]
         elif structure.mid[0] != structure.down[-1][0]:
             raise CheckpointError(
-                f"the middle of the UNet has {structure.mid[0]} transformer layers and the level before it "
-                f"{structure.down[-1][0]}; UNet2DConditionModel has the same number in both"
+                f"the UNet has {structure.mid[0]} transformer layers in its mid block and "
+                f"{structure.down[-1][0]} in its last down block; expected the same number in both"
             )
     mirrored = all(
-        not any(level) or _joined(level) == depth
+        not any(level) or _depth_option(level) == depth
         for level, depth in zip(structure.up, reversed(levels), strict=True)
     )
-    reverse = None if mirrored else [_joined(level) for level in structure.up]
+    reverse = None if mirrored else [_depth_option(level) for level in structure.up]
     if all(level == levels[0] for level in levels) and isinstance(levels[0], int):
         return levels[0], reverse
     return levels, reverse
 
 
-def _joined(level: Depths) -> int | list[int]:
+def _depth_option(level: Depths) -> int | list[int]:
+    """One level's value of `transformer_layers_per_block`; diffusers ignores it without attention."""
     if not any(level):
         return 1
     return level[0] if len(set(level)) == 1 else list(level)

@@ -6,7 +6,7 @@ from typing import Any
 from sws_export.errors import ExportError
 from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec
 
-# Width of the pooled text embedding that every SDXL model takes beside its time ids.
+# Width of the pooled text embedding that every SDXL model takes.
 _POOLED_TEXT_WIDTH = 1280
 
 
@@ -15,11 +15,11 @@ def unet_inputs(config: Mapping[str, Any], dtype: str, *, controlnet: bool = Fal
 
     Args:
         config: The model's configuration.
-        dtype: Precision of the exported model.
+        dtype: dtype of the exported model.
         controlnet: Whether the graph takes the residuals of a ControlNet.
 
     Raises:
-        ExportError: The architecture takes an input that the exported graph does not offer.
+        ExportError: The architecture takes an input that is not supported.
     """
     inputs = [
         TensorSpec("sample", dtype, ("batch", config["in_channels"], "height", "width")),
@@ -36,7 +36,7 @@ def unet_inputs(config: Mapping[str, Any], dtype: str, *, controlnet: bool = Fal
 
 
 def _residual_inputs(config: Mapping[str, Any], dtype: str) -> list[TensorSpec]:
-    """One residual a skip connection, in the order of diffusers' ControlNet, and one for the middle."""
+    """One residual for each skip connection, in the order of diffusers' ControlNet, and the mid block's."""
     channels = config["block_out_channels"]
     layers = config["layers_per_block"]
     per_level = [layers] * len(channels) if isinstance(layers, int) else list(layers)
@@ -55,12 +55,12 @@ def _residual_shape(width: int, level: int) -> tuple[int | str, ...]:
 
 
 def unet_output(config: Mapping[str, Any], dtype: str) -> TensorSpec:
-    """The prediction, of the shape of the latent that is denoised."""
+    """The prediction, [batch, out_channels, height, width]."""
     return TensorSpec("out_sample", dtype, ("batch", config["out_channels"], "height", "width"))
 
 
 def size_multiple(config: Mapping[str, Any]) -> int:
-    """What height and width of the latent must be multiples of: one halving a level but the last."""
+    """Required divisor of the latent's height and width: each level but the last halves them."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
@@ -74,7 +74,7 @@ def _text_width(config: Mapping[str, Any]) -> int:
     if not isinstance(width, int):
         if len(set(width)) != 1:
             raise ExportError(
-                f"the UNet's cross_attention_dim differs between blocks ({width}); expected one text width"
+                f"the UNet's cross_attention_dim differs between blocks ({width}); expected one width"
             )
         width = width[0]
     return int(width)
@@ -91,7 +91,9 @@ def _class_inputs(config: Mapping[str, Any], dtype: str) -> list[TensorSpec]:
     if kind in ("projection", "simple_projection"):
         width = config["projection_class_embeddings_input_dim"]
         return [TensorSpec("class_labels", dtype, ("batch", width))]
-    raise ExportError(f"class_embed_type {kind!r} is not supported; known are timestep, projection")
+    raise ExportError(
+        f"class_embed_type {kind!r} is not supported; expected timestep, projection or simple_projection"
+    )
 
 
 def _added_condition_inputs(config: Mapping[str, Any], dtype: str) -> list[TensorSpec]:
@@ -100,15 +102,15 @@ def _added_condition_inputs(config: Mapping[str, Any], dtype: str) -> list[Tenso
         return []
     if kind != "text_time":
         raise ExportError(
-            f"addition_embed_type {kind!r} is not supported; Stable Diffusion XL has 'text_time'"
+            f"addition_embed_type {kind!r} is not supported; expected 'text_time' (Stable Diffusion XL)"
         )
     remaining = config["projection_class_embeddings_input_dim"] - _POOLED_TEXT_WIDTH
     time_ids, rest = divmod(remaining, config["addition_time_embed_dim"])
     if rest or time_ids < 1:
         raise ExportError(
-            f"projection_class_embeddings_input_dim {config['projection_class_embeddings_input_dim']} is not "
-            f"{_POOLED_TEXT_WIDTH} pooled text features and a multiple of addition_time_embed_dim "
-            f"({config['addition_time_embed_dim']})"
+            f"projection_class_embeddings_input_dim {config['projection_class_embeddings_input_dim']}: "
+            f"expected {_POOLED_TEXT_WIDTH} (pooled text embedding) plus a multiple of "
+            f"addition_time_embed_dim ({config['addition_time_embed_dim']})"
         )
     return [
         TensorSpec("text_embeds", dtype, ("batch", _POOLED_TEXT_WIDTH)),

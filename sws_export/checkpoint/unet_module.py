@@ -1,4 +1,4 @@
-"""The UNet as a torch module: built from a config, called with the contract's inputs."""
+"""The UNet as a torch module: built from a configuration, called with the exported graph's inputs."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,10 +15,7 @@ _ADDED_CONDITIONS = ("text_embeds", "time_ids")
 
 
 def build_unet(config: Mapping[str, Any], precision: Precision) -> UNet2DConditionModel:
-    """An untrained UNet in evaluation mode whose parameters have the dtype of `precision`.
-
-    On the `meta` device this takes no memory for weights.
-    """
+    """A UNet in evaluation mode with untrained parameters in the dtype of `precision`."""
     return _untrained_unet(config, getattr(torch, PRECISIONS[precision].dtype))
 
 
@@ -34,9 +31,9 @@ def _untrained_unet(config: Mapping[str, Any], dtype: torch.dtype) -> UNet2DCond
 def load_unet(
     checkpoint: Checkpoint, dtype: torch.dtype, fused: FusedWeights | None = None
 ) -> UNet2DConditionModel:
-    """The UNet with its weights in memory, converted tensor by tensor to `dtype`.
+    """The UNet with its weights in memory, converted to `dtype`.
 
-    Weights in `fused` take the place of stored ones.
+    Weights in `fused` replace stored ones.
 
     Raises:
         CheckpointError: A tensor is missing or cannot be read.
@@ -49,9 +46,9 @@ def load_unet(
 def stream_unet(
     checkpoint: Checkpoint, dtype: torch.dtype, fused: FusedWeights | None = None
 ) -> UNet2DConditionModel:
-    """As `load_unet`, but linear layers and convolutions hold a weight only while they run.
+    """As `load_unet`, but linear layers and convolutions hold their weight in memory only while they run.
 
-    They read it again at each call: the peak of memory is that of the largest layer, not of the model.
+    They read it again at each call, so peak memory is that of the largest layer instead of the model's.
     """
     unet, readers = _empty_unet(checkpoint, dtype, fused)
     for path, layer in unet.named_modules():
@@ -64,7 +61,7 @@ def stream_unet(
 def _empty_unet(
     checkpoint: Checkpoint, dtype: torch.dtype, fused: FusedWeights | None
 ) -> tuple[UNet2DConditionModel, dict[str, Callable[[], torch.Tensor]]]:
-    """The UNet on the meta device, and for each of its tensors a function that reads and converts it."""
+    """The UNet on the meta device, and for each tensor a function that reads and converts it."""
     with torch.device("meta"):
         unet = _untrained_unet(checkpoint.config, dtype)
     readers: dict[str, Callable[[], torch.Tensor]] = {}
@@ -81,29 +78,29 @@ def _converted(read: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Te
 
 
 def _read_when_run(layer: torch.nn.Linear | torch.nn.Conv2d, read: Callable[[], torch.Tensor]) -> None:
-    absent = layer.weight
+    meta_weight = layer.weight
 
-    def fetch(*_: object) -> None:
+    def load(*_: object) -> None:
         layer.weight = torch.nn.Parameter(read(), requires_grad=False)
 
-    def drop(*_: object) -> None:
-        layer.weight = absent
+    def release(*_: object) -> None:
+        layer.weight = meta_weight
 
-    layer.register_forward_pre_hook(fetch)
-    layer.register_forward_hook(drop, always_call=True)
+    layer.register_forward_pre_hook(load)
+    layer.register_forward_hook(release, always_call=True)
 
 
 def call_unet(unet: UNet2DConditionModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The prediction of `unet` for inputs named as in the contract."""
+    """The prediction of `unet` for inputs by their names in the exported graph."""
     prediction: torch.Tensor = unet(**unet_arguments(inputs), return_dict=False)[0]
     return prediction
 
 
 def unet_arguments(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Inputs of the contract as arguments of diffusers' `forward`.
+    """Inputs of the exported graph as arguments of diffusers' `forward`.
 
-    Pooled text embeddings and time ids are widened to float32 at least: diffusers concatenates them with
-    float32 time embeddings, which torch promotes by itself and the ONNX exporter does not.
+    Pooled text embeddings and time ids are converted to float32 or wider: diffusers concatenates them with
+    float32 time embeddings, and the graph must convert them explicitly.
     """
     residuals = [inputs[name] for name in sorted(inputs, key=_residual_number) if _is_residual(name)]
     arguments: dict[str, Any] = {

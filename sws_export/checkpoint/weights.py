@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint: read one tensor, or look at all of them once."""
+"""Reads single tensors of a checkpoint, and verifies all of them in one pass over its files."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     import torch
 
 FusedWeights = Mapping[str, "Callable[[], torch.Tensor]"]
-"""By parameter name, functions that make a weight which is not stored as it is."""
+"""Functions that compute weights which replace stored ones, by parameter name."""
 
-# Small enough that hashing and checking find it in the processor's cache.
-_PIECE_BYTES = 4 << 20
+# Small enough to stay in the processor's cache for hashing and checking.
+_CHUNK_BYTES = 4 << 20
 
-# For each float dtype the unsigned view, the mask that takes the sign away, and the least masked value
-# that is Inf or NaN. (E4M3 as safetensors and torch mean it, "fn", has no Inf and a single NaN.)
+# For each float dtype: the unsigned view, the mask that removes the sign, and the smallest masked value
+# that is Inf or NaN. F8_E4M3 is torch's float8_e4m3fn, which has no Inf and one NaN.
 _NOT_FINITE: dict[str, tuple[str, int, int]] = {
     "F64": ("<u8", 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
     "F32": ("<u4", 0x7FFF_FFFF, 0x7F80_0000),
@@ -35,10 +35,10 @@ _NOT_FINITE: dict[str, tuple[str, int, int]] = {
 
 
 def read_tensor(stored: StoredTensor) -> "torch.Tensor":
-    """Copy one tensor from disk, in its stored dtype and shape.
+    """Read one tensor from disk, in its stored dtype and shape.
 
     Raises:
-        CheckpointError: The file is gone or shorter than its header said.
+        CheckpointError: The file is missing or was truncated, or the dtype is not supported.
     """
     import torch
 
@@ -66,65 +66,64 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
 
 
 def verify_weights(checkpoint: Checkpoint, progress: Progress) -> str:
-    """Read every byte of the checkpoint's files once: hash all, and look for NaN and Inf in the UNet.
+    """Read the checkpoint's files once: hash all bytes, and check the UNet's tensors for NaN and Inf.
 
     Returns:
-        The sha256, in hex, of the bytes of the file; of several files, of their bytes one after the other
-        in the order of their names (`sha256sum FILE`, or `cat FILES | sha256sum`).
+        The hexadecimal sha256 of the file; for several files, of their concatenation in the order of their
+        names (`sha256sum FILE`, or `cat FILES | sha256sum`).
 
     Raises:
-        CheckpointError: A tensor of the UNet holds NaN or Inf, or a file changed under our hands.
+        CheckpointError: A tensor of the UNet contains NaN or Inf, or a file was truncated.
     """
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_PIECE_BYTES))
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     total = sum(file.stat().st_size for file in checkpoint.files)
     with progress.stage("Check weights", total) as stage, ThreadPoolExecutor(1) as hasher:
         for file in checkpoint.files:
             tensors = {name: tensor for name, tensor in checkpoint.stored.items() if tensor.file == file}
             with _open(file) as stream:
-                for name, begin, length in _pieces(tensors, file.stat().st_size):
-                    piece = buffer[:length]
-                    _fill(stream, file, piece)
-                    # hashlib lets go of the interpreter lock, so both look at the piece at the same time.
-                    hashed = hasher.submit(digest.update, piece)
+                for name, begin, length in _chunks(tensors, file.stat().st_size):
+                    chunk = buffer[:length]
+                    _fill(stream, file, chunk)
+                    # hashlib releases the interpreter lock, so hashing and checking run in parallel.
+                    hashed = hasher.submit(digest.update, chunk)
                     try:
                         if name is not None:
-                            _refuse_not_finite(name, tensors[name], begin, piece)
+                            _require_finite(name, tensors[name], begin, chunk)
                     finally:
                         hashed.result()
                     stage.advance(length)
     return digest.hexdigest()
 
 
-def _pieces(tensors: dict[str, StoredTensor], size: int) -> Iterator[tuple[str | None, int, int]]:
-    """Cut a file into (tensor or None, offset, length), in order, each inside one tensor or outside all."""
+def _chunks(tensors: dict[str, StoredTensor], size: int) -> Iterator[tuple[str | None, int, int]]:
+    """Chunks of a file in order: name of the tensor or None outside of `tensors`, offset, length."""
     position = 0
-    places = sorted((tensor.offset, tensor.nbytes, name) for name, tensor in tensors.items())
     spans: list[tuple[str | None, int, int]] = []
-    for offset, nbytes, name in places:
+    for offset, nbytes, name in sorted((item.offset, item.nbytes, name) for name, item in tensors.items()):
         spans.append((None, position, offset))
         spans.append((name, offset, offset + nbytes))
         position = offset + nbytes
     spans.append((None, position, size))
     for span, begin, end in spans:
-        for offset in range(begin, end, _PIECE_BYTES):
-            yield span, offset, min(_PIECE_BYTES, end - offset)
+        for offset in range(begin, end, _CHUNK_BYTES):
+            yield span, offset, min(_CHUNK_BYTES, end - offset)
 
 
-def _refuse_not_finite(name: str, tensor: StoredTensor, offset: int, piece: memoryview) -> None:
+def _require_finite(name: str, tensor: StoredTensor, offset: int, chunk: memoryview) -> None:
     if tensor.dtype not in _NOT_FINITE:
         return
     view, mask, limit = _NOT_FINITE[tensor.dtype]
-    values = np.frombuffer(piece, dtype=view) & np.asarray(mask, dtype=view)
+    values = np.frombuffer(chunk, dtype=view) & np.asarray(mask, dtype=view)
     if values.max() < limit:
         return
     local = int(np.argmax(values >= limit))
-    index = (offset - tensor.offset) // values.itemsize + local
-    place = [int(i) for i in np.unravel_index(index, tensor.shape)] if tensor.shape else []
+    flat_index = (offset - tensor.offset) // values.itemsize + local
+    index = [int(i) for i in np.unravel_index(flat_index, tensor.shape)] if tensor.shape else []
     kind = "Inf" if values[local] == limit and tensor.dtype != "F8_E4M3" else "NaN"
     raise CheckpointError(
-        f"{tensor.file}: tensor '{name}' ({tensor.dtype}, shape {list(tensor.shape)}) holds {kind} at "
-        f"{place}; the model is broken (often by a merge or a conversion to fp16): use another copy"
+        f"{tensor.file}: tensor '{name}' ({tensor.dtype}, shape {list(tensor.shape)}) contains {kind} at "
+        f"index {index}; the model is broken (often by a merge or a conversion to fp16): use another copy"
     )
 
 
@@ -140,5 +139,5 @@ def _fill(stream: BinaryIO, file: Path, target: memoryview) -> None:
     while filled < len(target):
         count = stream.readinto(target[filled:])  # type: ignore[attr-defined]
         if not count:
-            raise CheckpointError(f"{file} became shorter while it was read; fetch it again")
+            raise CheckpointError(f"{file} was truncated after its header was read; download it again")
         filled += count

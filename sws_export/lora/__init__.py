@@ -1,1 +1,1 @@
-"""LoRA files: reading them, matching their names, fusing them into the weights."""
+"""LoRA files: reading them, matching their names with the UNet's, fusing them into its weights."""

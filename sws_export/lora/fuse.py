@@ -1,7 +1,7 @@
-"""Low-rank adaptations (LoRA) of a checkpoint's UNet, fused tensor by tensor.
+"""Fuses low-rank adaptations (LoRA) into the weights of a checkpoint's UNet, tensor by tensor.
 
 A LoRA replaces the weight W of a layer by W + scale · alpha / rank · up · down (Hu et al. 2021,
-https://arxiv.org/abs/2106.09685). Nothing but headers is read before a fused tensor is asked for.
+https://arxiv.org/abs/2106.09685). Opening a LoRA reads its header; tensors are read when a weight is fused.
 """
 
 import functools
@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING
 
 from sws_export.checkpoint import Checkpoint, StoredTensor, read_tensor
 from sws_export.checkpoint.header import read_header
-from sws_export.errors import CheckpointError, OptionError
+from sws_export.errors import CheckpointError, OptionError, first_items
 from sws_export.lora.names import LoraNames, read_names
 
 if TYPE_CHECKING:
     import torch
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class LowRank:
     """The change of one weight: `factor` · up · down.
 
-    `down` is [rank, in, ...] and `up` [out, rank, ...], where a convolution has its kernel in `down`.
+    Attributes:
+        down: [rank, in] of a linear layer, [rank, in, height, width] of a convolution.
+        up: [out, rank] of a linear layer, [out, rank, 1, 1] of a convolution.
+        factor: scale · alpha / rank.
     """
 
     down: StoredTensor
@@ -42,10 +43,10 @@ class Lora:
 
     Attributes:
         path: The file.
-        scale: The strength the user gave.
-        changes: Diffusers' name of a weight -> its change.
-        unmatched: Layers that the LoRA changes and the UNet does not have.
-        ignored: Tensors for other models: reason and number.
+        scale: Strength given by the user.
+        changes: Change of each weight, by diffusers' parameter name.
+        unmatched: Layers of the LoRA that the UNet does not have.
+        ignored: Number of tensors that are not used, by reason.
     """
 
     path: Path
@@ -55,16 +56,16 @@ class Lora:
     ignored: dict[str, int]
 
     def sha256(self) -> str:
-        """The sha256, in hex, of the file."""
+        """The hexadecimal sha256 of the file."""
         with self.path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """Split `FILE[:SCALE]`; the scale is 1 where it is left out.
+    """Split `FILE[:SCALE]`; the default scale is 1.
 
     Raises:
-        OptionError: The scale is no finite number.
+        OptionError: The scale is not a finite number.
     """
     file, colon, scale = text.rpartition(":")
     if not colon or scale.endswith(".safetensors"):
@@ -79,14 +80,14 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def open_lora(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Lora:
-    """Match the LoRA in `path` (diffusers', PEFT's or kohya's names) with the UNet of `checkpoint`.
+    """Match the LoRA in `path` (names of diffusers, PEFT or kohya) with the UNet of `checkpoint`.
 
     Raises:
-        CheckpointError: The file is no LoRA of a kind that is supported, or was made for another family.
+        CheckpointError: The file is not a supported LoRA, or belongs to a model of another family.
     """
     if path.suffix.lower() != ".safetensors":
         raise CheckpointError(
-            f"{path}: only .safetensors LoRAs are read (pickles execute code); convert it first"
+            f"{path}: only .safetensors LoRAs are supported (loading a pickle executes code); convert it"
         )
     header = read_header(path)
     weights = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name.endswith(".weight")}
@@ -97,8 +98,8 @@ def open_lora(path: Path, checkpoint: Checkpoint, scale: float = 1.0) -> Lora:
     }
     if not changes:
         raise CheckpointError(
-            f"{path} changes no layer of {checkpoint.path} ({checkpoint.family or 'unknown family'}); its "
-            f"{len(names.unmatched)} layers have other names ({_some(names.unmatched)}): "
+            f"{path} changes no layer of {checkpoint.path} ({checkpoint.family or 'unknown family'}): its "
+            f"{len(names.unmatched)} layers have other names ({first_items(names.unmatched)}); "
             "use a LoRA for this family"
         )
     return Lora(path, scale, changes, names.unmatched, dict(Counter(names.ignored).most_common()))
@@ -126,8 +127,8 @@ def _low_rank(
     )
     if not fits:
         raise CheckpointError(
-            f"{path} was made for another family: '{weight}' is {list(shape)} in the UNet, the LoRA has "
-            f"{list(up.shape)} × {list(down.shape)}; use a LoRA for this family"
+            f"{path} belongs to another family: '{weight}' has shape {list(shape)} in the UNet, the LoRA's "
+            f"factors have shapes {list(up.shape)} and {list(down.shape)}; use a LoRA for this family"
         )
     return LowRank(down, up, scale * names.factor(layer, rank, tensors))
 
@@ -136,28 +137,26 @@ def fuse(checkpoint: Checkpoint, loras: Sequence[Lora]) -> dict[str, "Callable[[
     """For each weight that `loras` change, a function that reads and computes it.
 
     The function returns a float32 tensor in the shape of the weight, not rounded to the checkpoint's
-    dtype, and raises CheckpointError if NaN or Inf comes out.
+    dtype, and raises CheckpointError if the result contains NaN or Inf.
     """
     changes: dict[str, list[tuple[Lora, LowRank]]] = {}
     for lora in loras:
         for name, change in lora.changes.items():
             changes.setdefault(name, []).append((lora, change))
     return {
-        name: functools.partial(_fused, name, checkpoint.tensors[name], parts)
-        for name, parts in changes.items()
+        name: functools.partial(_fused, name, checkpoint.tensors[name], of_weight)
+        for name, of_weight in changes.items()
     }
 
 
-def _fused(name: str, stored: StoredTensor, parts: list[tuple[Lora, LowRank]]) -> "torch.Tensor":
+def _fused(name: str, stored: StoredTensor, changes: list[tuple[Lora, LowRank]]) -> "torch.Tensor":
     weight = read_tensor(stored).float()
-    for lora, change in parts:
+    for lora, change in changes:
         up, down = read_tensor(change.up).float(), read_tensor(change.down).float()
         delta = up.flatten(1) @ down.flatten(1)
         weight.add_(delta.reshape(weight.shape), alpha=change.factor)
         if not bool(weight.isfinite().all()):
-            raise CheckpointError(f"{lora.path}: '{name}' holds NaN or Inf after fusing; the LoRA is broken")
+            raise CheckpointError(
+                f"{lora.path}: '{name}' contains NaN or Inf after fusing; the LoRA is broken"
+            )
     return weight
-
-
-def _some(items: Sequence[str]) -> str:
-    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")

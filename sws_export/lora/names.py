@@ -1,4 +1,4 @@
-"""Which layer of a UNet each tensor of a LoRA file belongs to."""
+"""Assigns the tensors of a LoRA file to layers of a UNet."""
 
 import json
 import math
@@ -18,7 +18,7 @@ _UNET_PREFIXES = ("base_model.model.unet.", "base_model.model.", "unet.", "diffu
 _PART = re.compile(r"^(?P<layer>.*)\.(?P<role>lora_A|lora_B|lora_down|lora_up)(\.\w+)?\.weight$")
 _ROLES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 
-# Relatives of LoRA that need another formula.
+# Adaptations with another formula than LoRA's.
 _UNSUPPORTED = {
     r"\.hada_w": "LoHa",
     r"\.lokr_w": "LoKr",
@@ -28,7 +28,7 @@ _UNSUPPORTED = {
     r"\.diff(_b)?$": "full differences",
 }
 
-# Kohya's trainer works on the original UNet for SDXL, and on diffusers' for SD 1.x and 2.x.
+# Kohya's trainer names layers after the original UNet for SDXL, and after diffusers' for SD 1.x and 2.x.
 _BLOCK = re.compile(r"^lora_unet_(input|output)_blocks_(\d+)_(\d+)_(.*)$")
 _MIDDLE = re.compile(r"^lora_unet_middle_block_([0-2])_(.*)$")
 _ORIGINAL_PARTS = {
@@ -49,16 +49,16 @@ _ORIGINAL_OUTSIDE = {
 
 @dataclass
 class LoraNames:
-    """The tensors of a LoRA file by layer, as the file calls the layer.
+    """The tensors of a LoRA file by layer, under the file's names of the layers.
 
     Attributes:
-        down: Layer -> name of its [rank, in] tensor.
-        up: Layer -> name of its [out, rank] tensor.
-        alpha: Layer -> name of its alpha.
-        matched: Layer -> diffusers' name of the UNet's weight it changes.
+        down: Name of each layer's [rank, in] tensor.
+        up: Name of each layer's [out, rank] tensor.
+        alpha: Name of each layer's alpha tensor, if it has one.
+        matched: Diffusers' name of the weight that each layer changes.
         unmatched: Layers that the UNet does not have.
-        ignored: For each tensor of another model the reason to ignore it.
-        metadata: PEFT's configuration, where the file carries it.
+        ignored: The reason for each tensor that is ignored.
+        metadata: PEFT's configuration, if the file contains it.
     """
 
     down: dict[str, str] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class LoraNames:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def factor(self, layer: str, rank: int, tensors: Mapping[str, StoredTensor]) -> float:
-        """alpha / rank of a layer; 1 where the file gives no alpha."""
+        """alpha / rank of a layer; 1 without alpha."""
         if layer in self.alpha:
             return float(read_tensor(tensors[self.alpha[layer]]).float().reshape(-1)[0]) / rank
         alpha = self.metadata.get("lora_alpha", rank)
@@ -83,10 +83,10 @@ class LoraNames:
 def read_names(
     path: Path, header: Header, weights: Mapping[str, tuple[int, ...]], layers_per_block: int | list[int]
 ) -> LoraNames:
-    """Sort the tensors of a LoRA file and match its layers with the UNet's weights.
+    """Assign the tensors of a LoRA file to layers, and match the layers with the UNet's weights.
 
     Raises:
-        CheckpointError: It is no LoRA, a relative of LoRA that is not supported, or lacks half of a pair.
+        CheckpointError: The file is not a LoRA, is an adaptation of another kind, or has half of a pair.
     """
     kind = next(
         (
@@ -98,16 +98,16 @@ def read_names(
     )
     if kind is not None:
         raise CheckpointError(
-            f"{path} holds {kind}, expected a plain LoRA; merge it into the model with its own tools"
+            f"{path} contains {kind}, expected a plain LoRA; merge it into the model with its own tools"
         )
     found = LoraNames(metadata=_peft_metadata(header))
     unet = [name for name in header.tensors if not name.startswith(_TEXT_ENCODERS)]
     found.ignored = ["text encoder"] * (len(header.tensors) - len(unet))
     for name, renamed in _peft_names(unet).items():
-        _sort(found, name, renamed)
+        _assign(found, name, renamed)
     if not found.down and not found.up:
         raise CheckpointError(
-            f"{path} is no LoRA: none of its {len(header.tensors)} tensors is a lora_down or lora_A"
+            f"{path} is not a LoRA: none of its {len(header.tensors)} tensors is a lora_down or lora_A"
         )
     half = sorted(set(found.down) ^ set(found.up))
     if half:
@@ -117,7 +117,7 @@ def read_names(
 
 
 def _peft_names(names: Iterable[str]) -> dict[str, str]:
-    """Stored name -> name as PEFT has it; kohya's names stay as they are."""
+    """PEFT's name of each stored name; kohya's names are not changed."""
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     kohya, other = [], {}
@@ -127,12 +127,12 @@ def _peft_names(names: Iterable[str]) -> dict[str, str]:
         else:
             prefix = next((prefix for prefix in _UNET_PREFIXES if name.startswith(prefix)), "")
             other[name.removeprefix(prefix)] = name
-    # The converter renames keys and never looks into values.
+    # The converter only moves values, so the names are passed as values.
     converted: dict[str, str] = convert_unet_state_dict_to_peft(other)
     return {name: name for name in kohya} | {stored: renamed for renamed, stored in converted.items()}
 
 
-def _sort(found: LoraNames, stored: str, renamed: str) -> None:
+def _assign(found: LoraNames, stored: str, renamed: str) -> None:
     part = _PART.match(renamed)
     if part is not None:
         side = found.down if _ROLES[part["role"]] == "down" else found.up
@@ -158,9 +158,9 @@ def _match(
 
 
 def _diffusers_layer(layer: str, layers_per_block: int | list[int]) -> str:
-    """Kohya's name of a layer with diffusers' blocks in place of the original ones.
+    """Kohya's name of a layer with the original block names replaced by diffusers' block names.
 
-    Not by diffusers' own converter: it takes block 10 for block 1, and so only suits SDXL, which has nine.
+    diffusers' own converter is not used: it mistakes block 10 for block 1 and thus only supports SDXL.
     """
     if layer in _ORIGINAL_OUTSIDE:
         return _ORIGINAL_OUTSIDE[layer]
@@ -172,7 +172,7 @@ def _diffusers_layer(layer: str, layers_per_block: int | list[int]) -> str:
     if block is None or not isinstance(layers_per_block, int):
         return layer
     direction = "down" if block[1] == "input" else "up"
-    # Input block 0 is conv_in, and each level has one block more than layers: the one that downsamples.
+    # Input block 0 is conv_in, and each level has a block for each layer and one that downsamples.
     number = int(block[2]) - (1 if direction == "down" else 0)
     level, position = divmod(number, layers_per_block + 1)
     prefix = f"{_KOHYA}{direction}_blocks_{level}"
@@ -186,7 +186,7 @@ def _diffusers_part(part: str) -> str:
 
 
 def _peft_metadata(header: Header) -> dict[str, Any]:
-    """The UNet's part of the adapter configuration that diffusers writes beside the tensors."""
+    """The UNet's part of the adapter configuration that diffusers stores in the file's metadata."""
     try:
         content = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:

@@ -62,7 +62,7 @@ class CheckpointSource:
     @property
     def parameter_count(self) -> int:
         """Number of parameters of the UNet."""
-        return self.checkpoint.parameters
+        return self.checkpoint.parameter_count
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -93,7 +93,7 @@ class CheckpointSource:
         ignored = [f"ignored {count} tensors: {reason}" for reason, count in found.ignored.items()]
         return [
             f"{found.family or 'UNet2DConditionModel'}, {found.layout} layout, "
-            f"{found.parameters / 1e6:.1f} M parameters, {'/'.join(found.dtypes)} -> {self.precision}",
+            f"{found.parameter_count / 1e6:.1f} M parameters, {'/'.join(found.dtypes)} -> {self.precision}",
             f"configuration: {found.config_source}",
             *(f"LoRA {lora.path.name} at {lora.scale:g}: {len(lora.changes)} weights" for lora in self.loras),
             *ignored,
@@ -121,7 +121,7 @@ class CheckpointSource:
             "sha256": sha256,
             "layout": found.layout,
             "family": found.family,
-            "parameters": found.parameters,
+            "parameters": found.parameter_count,
             "prediction_type": found.prediction_type,
             "vae_scale": found.vae_scale,
             "config": found.config,

@@ -1,7 +1,7 @@
-"""Checkpoint to plain ONNX: the UNet as diffusers computes it, without SWS.
+"""Exports a checkpoint to plain ONNX: the UNet as diffusers computes it, without SWS.
 
-The module is built and run on the meta device, so no weight is in memory while the graph is made. Each
-initializer then points at its bytes in the checkpoint and is converted, where it must be, when it is saved.
+The module is built and run on the meta device, without weights in memory. The initializers refer to the
+checkpoint's files; weights of another dtype are converted when they are read.
 """
 
 import functools
@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from sws_export.checkpoint import Checkpoint, FusedWeights, StoredTensor, read_tensor
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 OPSET = 23
-IR_DTYPES: dict[Precision, ir.DataType] = {
-    "fp32": ir.DataType.FLOAT,
-    "fp16": ir.DataType.FLOAT16,
-    "bf16": ir.DataType.BFLOAT16,
-}
-_STORED_DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
 def export_plain(
@@ -43,15 +38,15 @@ def export_plain(
         checkpoint: An opened checkpoint; its weights stay on disk.
         precision: Precision of weights and activations.
         progress: Receives the stages.
-        fused: Weights that take the place of stored ones, such as those with LoRAs.
-        controlnet: Take the residuals of a ControlNet as inputs.
+        fused: Weights that replace stored ones, such as those with LoRAs.
+        controlnet: Whether the graph takes the residuals of a ControlNet.
 
     Returns:
-        A model of opset 23 with one `Attention` node a site. Its initializers are named as in the
-        diffusers state dict and read from the checkpoint's files on demand.
+        A model of opset 23 with one `Attention` node for each attention layer. Its initializers have the
+        names of the diffusers state dict and are read from the checkpoint's files on demand.
 
     Raises:
-        ExportError: The architecture takes inputs that are not supported.
+        ExportError: The architecture is not supported, or a tensor is missing.
     """
     progress = progress or Silent()
     inputs = unet_inputs(checkpoint.config, PRECISIONS[precision].dtype, controlnet=controlnet)
@@ -78,7 +73,7 @@ def export_plain(
 def plain_weights(
     checkpoint: Checkpoint, precision: Precision, fused: FusedWeights
 ) -> dict[str, ir.TensorProtocol]:
-    """The tensors that `export_plain` backs its initializers with, by name; none is read."""
+    """The initializers of `export_plain`'s model by name, not read yet."""
     return {
         name: _weight(name, stored, precision, fused.get(name)) for name, stored in checkpoint.tensors.items()
     }
@@ -87,7 +82,7 @@ def plain_weights(
 def _attach_weights(
     model: ir.Model, checkpoint: Checkpoint, precision: Precision, fused: FusedWeights
 ) -> None:
-    """Back each weight of the graph by the checkpoint's files."""
+    """Set the data of each initializer that is a weight."""
     for value in model.graph.initializers.values():
         assert value.name is not None
         if value.const_value is not None:
@@ -101,14 +96,14 @@ def _attach_weights(
 def _weight(
     name: str, stored: StoredTensor, precision: Precision, fused: "Callable[[], torch.Tensor] | None"
 ) -> ir.TensorProtocol:
-    """A tensor that reads its bytes from the checkpoint when asked to, and converts where it must."""
-    target = IR_DTYPES[precision]
-    if fused is None and _STORED_DTYPES.get(stored.dtype) == precision:
+    """A tensor that is read from the checkpoint on demand, and converted if its dtype differs."""
+    dtype = ir.DataType.from_numpy(np.dtype(PRECISIONS[precision].dtype))
+    if fused is None and stored.dtype == PRECISIONS[precision].safetensors:
         return ir.ExternalTensor(
             stored.file.name,
             stored.offset,
             stored.nbytes,
-            target,
+            dtype,
             shape=ir.Shape(stored.shape),
             name=name,
             base_dir=stored.file.parent,
@@ -119,7 +114,7 @@ def _weight(
     def convert() -> ir.TensorProtocol:
         return ir.tensor_adapters.TorchTensor(_cast(name, read(), precision), name=name)
 
-    return ir.LazyTensor(convert, dtype=target, shape=ir.Shape(stored.shape), name=name)
+    return ir.LazyTensor(convert, dtype=dtype, shape=ir.Shape(stored.shape), name=name)
 
 
 def _cast(name: str, tensor: "torch.Tensor", precision: Precision) -> "torch.Tensor":
@@ -128,7 +123,7 @@ def _cast(name: str, tensor: "torch.Tensor", precision: Precision) -> "torch.Ten
     cast = tensor.to(getattr(torch, PRECISIONS[precision].dtype))
     if not math.isfinite(cast.abs().max().item()):
         raise ExportError(
-            f"{name}: a weight of {tensor.abs().max().item():.3g} does not fit {precision}; "
+            f"{name}: a weight of {tensor.abs().max().item():.3g} exceeds the range of {precision}; "
             "export with --precision bf16 or fp32"
         )
     return cast

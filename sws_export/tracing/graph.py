@@ -1,4 +1,4 @@
-"""The ONNX graph that grows while a module runs."""
+"""Builds the ONNX graph while a module runs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 from sws_export.tracing.sizes import Sizes
 
-# What torch's own exporter writes, and every runtime reads.
+# As torch's own exporter writes it.
 _IR_VERSION = 10
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -21,11 +21,12 @@ DTYPES = {
 
 
 class GraphBuilder:
-    """Appends nodes, named after the torch module that runs; equal nodes are made once.
+    """Appends nodes, named after the torch module that runs; equal nodes are appended once.
 
     Attributes:
-        scope: Path of the module that runs.
-        weights: Values of the weights used so far, by name; without data.
+        sizes: The sizes of the run.
+        scope: Path of the torch module that runs.
+        weights: Values of the weights used so far by name, without data.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -35,10 +36,10 @@ class GraphBuilder:
         self._inputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
-        self._known: dict[tuple[Any, ...], ir.Node] = {}
+        self._nodes_by_key: dict[tuple[Any, ...], ir.Node] = {}
         self._counts: dict[str, int] = {}
-        # For each dynamic size the first value that has it, and its axis there.
-        self._carriers: dict[str, tuple[ir.Value, int]] = {}
+        # The first value with each dynamic size, and the axis.
+        self._dynamic_sizes: dict[str, tuple[ir.Value, int]] = {}
 
     def add_input(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """An input of the graph with the dtype and the shape of `tensor`."""
@@ -48,7 +49,7 @@ class GraphBuilder:
         return value
 
     def weight(self, name: str, tensor: torch.Tensor) -> ir.Value:
-        """The initializer `name`, which gets its data later."""
+        """The initializer `name`, without data."""
         if name not in self.weights:
             self.weights[name] = value = ir.Value(name=name)
             value.type = ir.TensorType(DTYPES[tensor.dtype])
@@ -56,7 +57,7 @@ class GraphBuilder:
         return self.weights[name]
 
     def constant(self, tensor: torch.Tensor) -> ir.Value:
-        """An initializer that holds `tensor`, a small one."""
+        """An initializer with the values of `tensor`, which is small."""
         data = ir.tensor(tensor.detach().contiguous(), dtype=DTYPES[tensor.dtype])
         key = (tensor.dtype, tuple(tensor.shape), data.tobytes())
         if key not in self._constants:
@@ -76,10 +77,13 @@ class GraphBuilder:
         outputs: Sequence[torch.Tensor | None],
         attributes: Mapping[str, Any] | None = None,
     ) -> Sequence[ir.Value]:
-        """The outputs of a node with these inputs; `outputs` gives their dtypes and shapes where known."""
+        """The outputs of a node with these inputs.
+
+        `outputs` are meta tensors with the outputs' dtypes and shapes, or None if these are unknown.
+        """
         attributes = attributes or {}
         key = (op_type, *map(id, inputs), *sorted(attributes.items()))
-        node = self._known.get(key)
+        node = self._nodes_by_key.get(key)
         if node is None:
             node = ir.node(
                 op_type, inputs, attributes=attributes, num_outputs=len(outputs), name=self._name(op_type)
@@ -88,13 +92,13 @@ class GraphBuilder:
                 value.name = f"{node.name}:{index}" if index else node.name
                 if tensor is not None:
                     self._describe(value, tensor)
-            self._known[key] = node
+            self._nodes_by_key[key] = node
             self._nodes.append(node)
         return node.outputs
 
     def size_of(self, size: str) -> ir.Value:
-        """A dynamic size as an int64 vector of one element."""
-        value, axis = self._carriers[size]
+        """A dynamic size as an int64 tensor of shape [1]."""
+        value, axis = self._dynamic_sizes[size]
         (found,) = self.node("Shape", [value], [None], {"start": axis, "end": axis + 1})
         found.type, found.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
         return found
@@ -117,7 +121,7 @@ class GraphBuilder:
         value.shape = ir.Shape(shape)
         for axis, size in enumerate(shape):
             if isinstance(size, str):
-                self._carriers.setdefault(size, (value, axis))
+                self._dynamic_sizes.setdefault(size, (value, axis))
 
     def _name(self, op_type: str) -> str:
         name = f"{self.scope or 'root'}/{op_type}"
@@ -126,7 +130,7 @@ class GraphBuilder:
 
 
 def graph_text(graph: ir.Graph) -> list[str]:
-    """Everything but the data of weights, to compare two graphs by."""
+    """A textual form of the graph without the data of weights, for comparing two graphs."""
     nodes = [
         f"{node.op_type} {node.name} {[value and value.name for value in node.inputs]} "
         f"{sorted((name, str(attribute.value)) for name, attribute in node.attributes.items())} "
@@ -141,8 +145,8 @@ def graph_text(graph: ir.Graph) -> list[str]:
     return nodes + constants
 
 
-def model_of(graph: ir.Graph) -> ir.Model:
-    """The graph as a model."""
+def to_model(graph: ir.Graph) -> ir.Model:
+    """The model of `graph`."""
     return ir.Model(graph, ir_version=_IR_VERSION)
 
 

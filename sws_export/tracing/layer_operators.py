@@ -11,7 +11,7 @@ from sws_export.tracing.registry import Recording, Tensor, Values, expect, handl
 
 @handles(F.silu)
 def _silu(rec: Recording, outputs: Sequence[Tensor], x: Tensor, inplace: bool = False) -> Values:
-    # A module that overwrites its input would leave the recorder with the old value.
+    # After an in-place call the recorder would still map the tensor to its old value.
     expect(rec, not inplace, "an activation that does not overwrite its input")
     value = rec.value(x)
     (gate,) = rec.builder.node("Sigmoid", [value], outputs)
@@ -94,7 +94,7 @@ def _layer_norm(
 
 
 def _attention_output(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: ARG001
-    """Shape [..., T, value size]; torch's own form on the meta device would need T × T numbers to count."""
+    """Output [..., T, value size]; torch's own meta function creates T × T tensors that are too large."""
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 

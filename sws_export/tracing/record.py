@@ -1,4 +1,4 @@
-"""Run a module on the meta device and record what it calls."""
+"""Runs a module on the meta device and records the torch functions that it calls."""
 
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from sws_export.errors import ExportError
 from sws_export.tensors import TensorSpec, concrete_shape
 from sws_export.tracing import tensor_operators  # noqa: F401  (registers its operators)
-from sws_export.tracing.graph import GraphBuilder, graph_text, model_of
+from sws_export.tracing.graph import GraphBuilder, graph_text, to_model
 from sws_export.tracing.layer_operators import OUTPUT_OF
 from sws_export.tracing.registry import OPERATORS
 from sws_export.tracing.sizes import PRIMES, Sizes
@@ -28,29 +28,29 @@ def trace(
 ) -> ir.Model:
     """The ONNX model of `call`, which runs `module`.
 
-    The module runs twice, at sizes that have no factor in common, and both runs must record the same graph:
-    a size that was taken for a constant, or a branch that depends on one, does not pass.
+    The module runs twice at different sizes, and both runs must record the same graph. This detects constants
+    that were computed from sizes and branches that depend on sizes.
 
     Args:
         module: On the meta device; its parameters become initializers without data, named as in its
             state dict.
         call: Takes the inputs by name, returns one tensor.
-        inputs: What the graph takes.
-        multiple: What height and width are multiples of.
+        inputs: The graph's inputs.
+        multiple: Divisor of height and width.
         opset: Version of the standard operators, 23 or later for `Attention`.
 
     Raises:
-        ExportError: The module calls a torch function that is not known here, or depends on sizes in
-            a way that a graph cannot express.
+        ExportError: The module calls an unsupported torch function, or depends on sizes in a way that a graph
+            with dynamic shapes cannot express.
     """
     first, second = (_record(module, call, inputs, Sizes(primes, multiple), opset) for primes in PRIMES)
     for one, other in itertools.zip_longest(graph_text(first), graph_text(second)):
         if one != other:
             raise ExportError(
-                f"the UNet computes something from sizes that a graph of dynamic size cannot hold: {one} "
-                f"became {other} at another size"
+                "the UNet depends on sizes in a way that a graph with dynamic shapes cannot express: "
+                f"{one} became {other} at another size"
             )
-    return model_of(first)
+    return to_model(first)
 
 
 def _record(
@@ -70,7 +70,7 @@ def _record(
 
 @contextlib.contextmanager
 def _scopes(module: torch.nn.Module, builder: GraphBuilder) -> Iterator[None]:
-    """Keep `builder.scope` at the path of the module that runs."""
+    """Set `builder.scope` to the path of the module that runs."""
     names = {child: name for name, child in module.named_modules()}
     stack = [""]
 
@@ -91,9 +91,9 @@ def _scopes(module: torch.nn.Module, builder: GraphBuilder) -> Iterator[None]:
 
 
 class Recorder(TorchFunctionMode):
-    """Sees every torch function; tensors on the meta device stand for values of the graph.
+    """Records every torch function call; each tensor on the meta device corresponds to a value of the graph.
 
-    Tensors on the CPU are constants: what is computed from them alone is computed at once.
+    Tensors on the CPU are constants; calls with constants only are executed and not recorded.
     """
 
     def __init__(self, builder: GraphBuilder, module: torch.nn.Module) -> None:
@@ -101,23 +101,23 @@ class Recorder(TorchFunctionMode):
         self.builder = builder
         self._weights = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
         self._values: dict[int, ir.Value] = {}
-        # An id is a tensor's own only while the tensor lives.
-        self._alive: list[torch.Tensor] = []
+        # Keeps the tensors alive, so that their ids stay unique.
+        self._bound: list[torch.Tensor] = []
 
     def bind(self, tensor: torch.Tensor, value: ir.Value) -> None:
-        """Let `tensor` stand for `value`."""
+        """Make `value` the graph value of `tensor`."""
         self._values[id(tensor)] = value
-        self._alive.append(tensor)
+        self._bound.append(tensor)
 
     def value(self, tensor: torch.Tensor) -> ir.Value:
-        """The value that `tensor` stands for."""
+        """The graph value of `tensor`."""
         if id(tensor) in self._values:
             return self._values[id(tensor)]
         if id(tensor) in self._weights:
             return self.builder.weight(self._weights[id(tensor)], tensor)
         if tensor.device.type == "meta":
             raise ExportError(
-                f"{self.builder.scope}: a tensor of shape {list(tensor.shape)} comes from nowhere"
+                f"{self.builder.scope}: a tensor of shape {list(tensor.shape)} was not recorded"
             )
         return self.builder.constant(tensor)
 
@@ -141,7 +141,7 @@ class Recorder(TorchFunctionMode):
         operator = OPERATORS.get(func)
         if operator is None:
             raise ExportError(
-                f"{self.builder.scope}: the torch function {_name(func)} has no ONNX form here; "
+                f"{self.builder.scope}: the torch function {_name(func)} is not supported; "
                 "export a UNet of the Stable Diffusion family"
             )
         values = operator(self, outputs, *args, **given)
@@ -150,7 +150,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What `func` gives on the meta device, constants moved there; shapes and dtypes only."""
+        """The result of `func` on the meta device, with constants moved there."""
         if func in OUTPUT_OF:
             return OUTPUT_OF[func](*args, **kwargs)
         return func(*_on_meta(args), **{name: _on_meta(value) for name, value in kwargs.items()})
@@ -166,7 +166,7 @@ def _flat(items: Any) -> Iterator[Any]:
 
 def _on_meta(item: Any) -> Any:
     if isinstance(item, torch.Tensor):
-        # A scalar keeps its own rules of promotion on any device.
+        # Scalars keep their rules of type promotion on any device.
         return item if item.device.type == "meta" else item.to("meta")
     if isinstance(item, list | tuple) and not isinstance(item, torch.Size):
         return type(item)(_on_meta(part) for part in item)

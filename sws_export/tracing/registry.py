@@ -1,4 +1,4 @@
-"""Which torch functions have an ONNX form, and what those forms are written with."""
+"""Registry of the operators that translate torch functions to ONNX nodes, and their common helpers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -14,17 +14,17 @@ Values = Sequence[ir.Value]
 
 
 class Recording(Protocol):
-    """What an operator asks of the recorder."""
+    """The recorder's interface for operators."""
 
     builder: GraphBuilder
 
     def value(self, tensor: Tensor) -> ir.Value:
-        """The value that `tensor` stands for."""
+        """The graph value of `tensor`."""
 
 
 Operator = Callable[..., Values]
-"""Takes the recorder, the meta tensors that torch returned and the arguments of the call; returns the values
-those tensors stand for."""
+"""Takes the recorder, the meta tensors that torch returned and the arguments of the call; returns the graph
+values of those tensors."""
 
 OPERATORS: dict[Callable[..., Any], Operator] = {}
 
@@ -40,13 +40,13 @@ def handles(*functions: Callable[..., Any]) -> Callable[[Operator], Operator]:
 
 
 def expect(rec: Recording, condition: bool, what: str) -> None:
-    """Refuse a call that has no ONNX form here."""
+    """Raise ExportError if an unsupported call does not satisfy `condition`."""
     if not condition:
         raise ExportError(f"{rec.builder.scope}: expected {what}; the UNet cannot be exported")
 
 
 def as_value(rec: Recording, operand: Any, dtype: torch.dtype) -> ir.Value:
-    """A tensor or a number as a value of `dtype`, as torch promotes it."""
+    """A tensor or a number, converted to `dtype`."""
     if not isinstance(operand, Tensor):
         return rec.builder.constant(torch.tensor(operand, dtype=dtype))
     if operand.device.type != "meta":
@@ -55,7 +55,7 @@ def as_value(rec: Recording, operand: Any, dtype: torch.dtype) -> ir.Value:
 
 
 def cast_value(rec: Recording, value: ir.Value, tensor: Tensor, dtype: torch.dtype) -> ir.Value:
-    """`value`, which stands for `tensor`, in `dtype`."""
+    """`value`, the graph value of `tensor`, converted to `dtype`."""
     if tensor.dtype == dtype:
         return value
     (cast,) = rec.builder.node("Cast", [value], [tensor.to(dtype)], {"to": int(DTYPES[dtype])})

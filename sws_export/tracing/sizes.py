@@ -1,7 +1,7 @@
-"""Dynamic sizes, told from fixed ones by their prime factors.
+"""Recognizes dynamic sizes by their prime factors.
 
-A module is run with sizes that are multiples of primes which no width of a network has. Every size that it
-computes by multiplying and dividing them then says by its factors what it is made of.
+A module runs with batch, tokens, height and width that contain distinct primes which do not divide any
+channel count. The prime factors of each size in the run then determine its symbolic expression.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 PRIMES = ((53, 107, 101, 103), (59, 127, 109, 113))
-"""Primes of batch, tokens, height and width in two runs. Constants that a network bakes in differ between
-runs where they came from a size. Batch is below 64: torch lays out larger ones differently."""
+"""Primes of batch, tokens, height and width in two runs. A constant that was computed from a size differs
+between the runs. Batch is below 64, because torch uses other memory layouts for larger ones."""
 _NAMES = ("batch", "tokens", "height", "width")
 
 
@@ -20,18 +20,18 @@ class Sizes:
 
     Attributes:
         primes: One for each of batch, tokens, height and width.
-        multiple: What height and width are multiples of.
+        multiple: Divisor of height and width.
     """
 
     primes: Sequence[int]
     multiple: int
 
     def concrete(self) -> dict[str, int]:
-        """batch, tokens, height and width of the run."""
+        """batch, tokens, height and width of the run by name."""
         return {name: prime * self._unit(name) for name, prime in zip(_NAMES, self.primes, strict=True)}
 
     def symbolic(self, size: int) -> int | str:
-        """`size` as an expression such as `height/2` or `height*width/64`; an int if it is fixed."""
+        """`size` as an expression such as `height/2` or `height*width/64`; an int if it is static."""
         names, factor = [], Fraction(size)
         for name, prime in zip(_NAMES, self.primes, strict=True):
             while size and size % prime == 0:

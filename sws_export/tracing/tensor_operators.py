@@ -1,4 +1,4 @@
-"""Arithmetic on tensors and changes of their shape as ONNX nodes."""
+"""Elementwise arithmetic and shape operations on tensors as ONNX nodes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +19,14 @@ from sws_export.tracing.registry import (
 
 
 def _elementwise(op_type: str, neutral: float | None = None, *, reverse: bool = False) -> Operator:
-    """An operator of two operands; `neutral` on the right, or on either side where it may, is left out."""
+    """A binary operator; no node is appended for the neutral element on the right, or left of Add and Mul."""
 
     def operator(rec: Recording, outputs: Sequence[Tensor], left: Any, right: Any) -> Values:
         (output,) = outputs
         left, right = (right, left) if reverse else (left, right)
         for number, other in ((right, left), (left, right)):
-            plain = not isinstance(number, Tensor) and number == neutral
-            if plain and (number is right or op_type in ("Add", "Mul")) and other.dtype == output.dtype:
+            is_neutral = not isinstance(number, Tensor) and number == neutral
+            if is_neutral and (number is right or op_type in ("Add", "Mul")) and other.dtype == output.dtype:
                 return [rec.value(other)]
         operands = [as_value(rec, operand, output.dtype) for operand in (left, right)]
         return rec.builder.node(op_type, operands, outputs)
@@ -73,7 +73,7 @@ def _reshape(rec: Recording, outputs: Sequence[Tensor], x: Tensor, *_: Any, **__
     before, after = (rec.builder.sizes.shape(tensor.shape) for tensor in (x, outputs[0]))
     if before == after:
         return [rec.value(x)]
-    # 0 keeps the input's size at its place; -1 is worked out from the rest.
+    # 0 copies the input's size at the same index; -1 is inferred from the other sizes.
     kept = [index < len(before) and before[index] == size for index, size in enumerate(after)]
     sizes: list[int | str] = [
         0 if keep and isinstance(size, str) else size for keep, size in zip(kept, after, strict=True)
@@ -84,11 +84,11 @@ def _reshape(rec: Recording, outputs: Sequence[Tensor], x: Tensor, *_: Any, **__
     if len(dynamic) <= 1:
         shape = rec.builder.integers(size for size in sizes if isinstance(size, int))
     else:
-        parts = [
+        dims = [
             rec.builder.size_of(size) if isinstance(size, str) else rec.builder.integers([size])
             for size in sizes
         ]
-        (shape,) = rec.builder.node("Concat", parts, [None], {"axis": 0})
+        (shape,) = rec.builder.node("Concat", dims, [None], {"axis": 0})
     return rec.builder.node("Reshape", [rec.value(x), shape], outputs)
 
 
@@ -110,14 +110,14 @@ def _getitem(rec: Recording, outputs: Sequence[Tensor], x: Tensor, index: Any) -
     items = index if isinstance(index, tuple) else (index,)
     new_axes = [position for position, item in enumerate(items) if item is None]
     slices = [item for item in items if item is not None]
-    cuts = [(axis, item) for axis, item in enumerate(slices) if item != slice(None)]
-    if new_axes and not cuts:
+    partial = [(axis, item) for axis, item in enumerate(slices) if item != slice(None)]
+    if new_axes and not partial:
         return rec.builder.node("Unsqueeze", [rec.value(x), rec.builder.integers(new_axes)], outputs)
-    simple = len(cuts) == 1 and isinstance(cuts[0][1], slice) and cuts[0][1].step is None
-    expect(rec, simple and not new_axes, f"an index with new axes or one slice, found {index}")
-    axis, cut = cuts[0]
-    end = x.shape[axis] if cut.stop is None else cut.stop
-    bounds = [rec.builder.integers([number]) for number in (cut.start or 0, end, axis)]
+    one_slice = len(partial) == 1 and isinstance(partial[0][1], slice) and partial[0][1].step is None
+    expect(rec, one_slice and not new_axes, f"an index with new axes or one slice, found {index}")
+    axis, part = partial[0]
+    end = x.shape[axis] if part.stop is None else part.stop
+    bounds = [rec.builder.integers([number]) for number in (part.start or 0, end, axis)]
     return rec.builder.node("Slice", [rec.value(x), *bounds], outputs)
 
 
@@ -138,6 +138,6 @@ def _unsqueeze(rec: Recording, outputs: Sequence[Tensor], x: Tensor, dim: int) -
     Tensor.clone,
 )
 def _same(rec: Recording, outputs: Sequence[Tensor], x: Tensor, *_: Any, **__: Any) -> Values:
-    """The same numbers in another dtype or layout."""
-    expect(rec, outputs[0].shape == x.shape, "an expansion that changes no size")
+    """The same values in another dtype or memory layout."""
+    expect(rec, outputs[0].shape == x.shape, "an expand() to the same shape")
     return [cast_value(rec, rec.value(x), x, outputs[0].dtype)]

@@ -119,8 +119,10 @@ def validate_against_reference(
         fused: Weights that take the place of the checkpoint's, such as those with LoRAs.
     """
     start = time.monotonic()
-    double = checkpoint.parameters <= FLOAT64_PARAMETERS
-    sizes = validation_sizes(checkpoint.config, checkpoint.parameters) | declared_sizes(load_onnx(onnx_path))
+    double = checkpoint.parameter_count <= FLOAT64_PARAMETERS
+    sizes = validation_sizes(checkpoint.config, checkpoint.parameter_count) | declared_sizes(
+        load_onnx(onnx_path)
+    )
     trajectory = Trajectory(inputs, sizes, STEPS)
     expected = []
     with progress.stage("validate", total=2 * STEPS) as stage:

@@ -86,7 +86,7 @@ def test_blocks_may_repeat_the_text_width() -> None:
                 "addition_time_embed_dim": 256,
                 "projection_class_embeddings_input_dim": 2817,
             },
-            r"2817 is not 1280 .* multiple of addition_time_embed_dim \(256\)",
+            r"2817: expected 1280 .* multiple of addition_time_embed_dim \(256\)",
         ),
         (
             {
@@ -94,7 +94,7 @@ def test_blocks_may_repeat_the_text_width() -> None:
                 "addition_time_embed_dim": 256,
                 "projection_class_embeddings_input_dim": 1280,
             },
-            "1280 is not 1280",
+            "1280: expected 1280",
         ),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_missing_file(refuse: Refuse, tmp_path: Path) -> None:
     said = refuse(tmp_path / "absent.safetensors")
     assert (
         said
-        == f"{tmp_path}/absent.safetensors does not exist; name a .safetensors file or a diffusers directory"
+        == f"{tmp_path}/absent.safetensors does not exist; pass a .safetensors file or a diffusers directory"
     )
 
 
@@ -85,13 +85,15 @@ def test_a_truncated_file(refuse: Refuse, copied: Path) -> None:
 
 def test_a_header_of_2_to_the_63_bytes(refuse: Refuse, copied: Path) -> None:
     (copied / WEIGHTS).write_bytes(struct.pack("<Q", 2**63) + b"{}")
-    assert f"announce a header of {2**63} bytes" in refuse(copied)
+    assert f"are a header length of {2**63} bytes" in refuse(copied)
 
 
 def test_another_architecture(refuse: Refuse, copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"_class_name": "FluxTransformer2DModel"}))
-    assert "configures a FluxTransformer2DModel; expected a UNet2DConditionModel" in refuse(copied)
+    assert "is the configuration of a FluxTransformer2DModel; expected a UNet2DConditionModel" in refuse(
+        copied
+    )
 
 
 def test_a_configuration_of_another_unet(refuse: Refuse, copied: Path) -> None:
@@ -107,13 +109,13 @@ def test_weights_that_are_not_finite(refuse: Refuse, copied: Path, value: float,
     change_weight(copied, value)
     said = refuse(copied)
     assert "tensor 'mid_block.resnets.0.conv1.weight'" in said
-    assert f"holds {kind} at [1, 2, 0, 1]" in said
+    assert f"contains {kind} at index [1, 2, 0, 1]" in said
 
 
 def test_a_weight_that_the_precision_cannot_hold(refuse: Refuse, copied: Path) -> None:
     change_weight(copied, 1e5)
     said = refuse(copied, "--precision", "fp16")
-    assert "mid_block.resnets.0.conv1.weight: a weight of 1e+05 does not fit fp16" in said
+    assert "mid_block.resnets.0.conv1.weight: a weight of 1e+05 exceeds the range of fp16" in said
     assert "--precision bf16" in said
 
 

@@ -1,4 +1,4 @@
-"""Files that look like checkpoints: headers of any size over holes in the disk."""
+"""Sparse files with the headers of checkpoints."""
 
 import json
 import math
@@ -17,7 +17,7 @@ UnetShapes = Callable[[dict[str, Any]], Shapes]
 
 @pytest.fixture(scope="session")
 def write_sparse() -> WriteSparse:
-    """Write a safetensors file with a real header and zeros that take no room on the disk."""
+    """Write a safetensors file with a real header and zeros that need no space on disk."""
 
     def write(file: Path, shapes: Shapes, dtype: str = "F16", metadata: dict[str, str] | None = None) -> Path:
         entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -37,7 +37,7 @@ def write_sparse() -> WriteSparse:
 
 @pytest.fixture(scope="session")
 def unet_shapes() -> UnetShapes:
-    """Names and shapes of the UNet of a configuration, from diffusers, remembered for the session."""
+    """Names and shapes of a configuration's UNet, from diffusers; cached for the session."""
     from sws_export.checkpoint.check import expected_shapes
 
     known: dict[str, Shapes] = {}
@@ -53,7 +53,7 @@ def unet_shapes() -> UnetShapes:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> dict[str, Any]:
-    """A UNet of about 8 MB with attention on both levels and of no known family."""
+    """A UNet of about 8 MB of an unknown family with attention on one level."""
     return {
         "_class_name": "UNet2DConditionModel",
         "block_out_channels": [32, 64],

@@ -30,7 +30,7 @@ XL_BASE = XL | {
     "projection_class_embeddings_input_dim": 2816,
     "transformer_layers_per_block": [1, 2, 10],
 }
-# What the models' own config.json files say, as far as it differs from diffusers' defaults.
+# The models' own config.json files, without diffusers' defaults.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "SD 1.x": {"cross_attention_dim": 768, "attention_head_dim": 8},
     "SD 1.x inpainting": {"cross_attention_dim": 768, "attention_head_dim": 8, "in_channels": 9},
@@ -99,7 +99,7 @@ def test_original_layout(family: Family, tmp_path: Path, unet_shapes: Any, write
     file = write_sparse(tmp_path / "model.safetensors", {ldm[name]: shape for name, shape in shapes.items()})
     checkpoint = open_checkpoint(file)
     assert (checkpoint.family, checkpoint.layout, checkpoint.config) == (family.name, "ldm", family.config())
-    # diffusers' conversion undoes the independently constructed names, one by one.
+    # diffusers' conversion is the inverse of the independently constructed names.
     found = {f"model.diffusion_model.{name}": stored for name, stored in checkpoint.stored.items()}
     assert checkpoint.tensors == {name: found[ldm[name]] for name in shapes}
     assert check_tensors(checkpoint) == 0
@@ -120,12 +120,12 @@ def test_configuration_is_the_published_one(name: str, unet_shapes: Any) -> None
 def test_size_is_the_published_one(name: str, tmp_path: Path, unet_shapes: Any, write_sparse: Any) -> None:
     family = next(family for family in FAMILIES if family.name == name)
     checkpoint = open_checkpoint(write_sparse(tmp_path / "unet.safetensors", unet_shapes(family.config())))
-    assert round(checkpoint.parameters / 1e6) == pytest.approx(SIZES[name], abs=1)
-    assert checkpoint.nbytes == 2 * checkpoint.parameters
+    assert round(checkpoint.parameter_count / 1e6) == pytest.approx(SIZES[name], abs=1)
+    assert checkpoint.nbytes == 2 * checkpoint.parameter_count
     assert checkpoint.dtypes == {"F16": checkpoint.nbytes}
 
 
-def test_rows_have_names_and_structures_of_their_own() -> None:
+def test_names_and_structures_are_unique() -> None:
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
     assert [find_family(family.structure) for family in FAMILIES] == list(FAMILIES)
 
@@ -145,7 +145,7 @@ def test_opening_imports_neither_torch_nor_diffusers(
     program = (
         "import sys; from pathlib import Path; from sws_export.checkpoint import open_checkpoint; "
         "checkpoint = open_checkpoint(Path(sys.argv[1])); "
-        "print(checkpoint.family, checkpoint.parameters, {'torch', 'diffusers'} & set(sys.modules))"
+        "print(checkpoint.family, checkpoint.parameter_count, {'torch', 'diffusers'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True, check=True)
     assert result.stdout == "SD 1.x 859520964 set()\n"

@@ -1,4 +1,4 @@
-"""One UNet under all the names it goes by, and models that are none."""
+"""One UNet in both layouts with all prefixes, and models that are not a UNet."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def weights(twin: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def original(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights under the original names."""
+    """The same weights in the original layout."""
     names = ldm_names(
         {name: tuple(value.shape) for name, value in weights.items()}, family_config("tiny-sd", twin=True)
     )
@@ -100,7 +100,7 @@ def test_whole_checkpoint_uses_the_unet_alone(
         "VAE": 2,
         "text or image encoder": 1,
         "ControlNet": 1,
-        "EMA copy of the UNet (--ema takes it)": len(weights) + 2,
+        "EMA copy of the UNet (--ema uses it)": len(weights) + 2,
         "noise schedule and training state": 1,
         "other": 1,
     }
@@ -117,7 +117,7 @@ def test_ema_takes_the_averages(
 
 
 def test_ema_where_there_is_none(twin: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no EMA weights .*leave out --ema"):
+    with pytest.raises(CheckpointError, match=r"has no EMA weights .*omit --ema"):
         open_checkpoint(twin, ema=True)
 
 
@@ -182,8 +182,8 @@ def test_other_models_are_named(names: list[str], what: str, tmp_path: Path, wri
             "a video UNet with motion modules",
         ),
         ("down_blocks.0.resnets.0.spatial_res_block.time_mixer.mix_factor", "a video UNet"),
-        ("down_blocks.0.attentions.0.proj_in.weight.absmax", "a quantised UNet"),
-        ("scaled_fp8", "a quantised UNet"),
+        ("down_blocks.0.attentions.0.proj_in.weight.absmax", "a quantized UNet"),
+        ("scaled_fp8", "a quantized UNet"),
     ],
 )
 def test_lookalikes_are_named(extra: str, what: str, tmp_path: Path, twin: Path, write_sparse: Any) -> None:
@@ -203,10 +203,10 @@ def test_original_controlnet(tmp_path: Path, original: dict[str, torch.Tensor]) 
 
 def test_nothing_known(tmp_path: Path, write_sparse: Any) -> None:
     file = write_sparse(tmp_path / "x.safetensors", {"a": (1,), "b": (2,)})
-    with pytest.raises(CheckpointError, match=r"among its 2 tensors \(a, b, ...\) is neither conv_in.weight"):
+    with pytest.raises(CheckpointError, match=r"its 2 tensors \(a, b, ...\) include neither conv_in.weight"):
         open_checkpoint(file)
 
 
 def test_empty_file_of_tensors(tmp_path: Path, write_sparse: Any) -> None:
-    with pytest.raises(CheckpointError, match="among its 0 tensors is neither"):
+    with pytest.raises(CheckpointError, match="its 0 tensors include neither"):
         open_checkpoint(write_sparse(tmp_path / "x.safetensors", {}))

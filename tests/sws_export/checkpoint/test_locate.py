@@ -1,4 +1,4 @@
-"""From a path to files."""
+"""Finding the files that belong to a path."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_shards(
 
 def test_one_shard_alone(tmp_path: Path, tiny_unet: Path, shapes: dict[str, Any], write_sparse: Any) -> None:
     index = write_shards(tmp_path / "sharded", tiny_unet, shapes, write_sparse)
-    with pytest.raises(CheckpointError, match="is one shard of a model; name its index"):
+    with pytest.raises(CheckpointError, match="is one shard of a model; pass its index"):
         open_checkpoint(index.parent / f"{STEM}-00001-of-00002.safetensors")
 
 
@@ -60,7 +60,7 @@ def test_missing_shard(tmp_path: Path, tiny_unet: Path, shapes: dict[str, Any], 
     index = write_shards(tmp_path / "sharded", tiny_unet, shapes, write_sparse)
     (index.parent / f"{STEM}-00002-of-00002.safetensors").unlink()
     with pytest.raises(
-        CheckpointError, match=r"names .*-00002-of-00002.safetensors, which is not there \(2 shards\)"
+        CheckpointError, match=r"names .*-00002-of-00002.safetensors, which does not exist \(2 shards\)"
     ):
         open_checkpoint(index)
 
@@ -88,7 +88,7 @@ def test_index_that_is_wrong(
     content = json.loads(index.read_text())
     content["weight_map"]["conv_in.weight"] = f"{STEM}-00002-of-00002.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"says that tensor 'conv_in.weight' is in"):
+    with pytest.raises(CheckpointError, match=r"tensor 'conv_in.weight' is not in"):
         open_checkpoint(index)
 
 
@@ -109,15 +109,15 @@ def test_variants(tiny_unet: Path) -> None:
     copy_as(tiny_unet, f"{STEM}.fp16.safetensors")
     plain = open_checkpoint(tiny_unet)
     assert plain.files[0].name == f"{STEM}.safetensors"
-    assert "variants beside it: fp16" in plain.remarks[0]
+    assert "other variants: fp16" in plain.remarks[0]
     assert open_checkpoint(tiny_unet, variant="fp16").files[0].name == f"{STEM}.fp16.safetensors"
     (tiny_unet / f"{STEM}.safetensors").rename(tiny_unet / f"{STEM}.non_ema.safetensors")
     with pytest.raises(CheckpointError, match="several variants: fp16, non_ema; choose one with --variant"):
         open_checkpoint(tiny_unet)
     (tiny_unet / f"{STEM}.non_ema.safetensors").unlink()
     only = open_checkpoint(tiny_unet)
-    assert "took the only weights there, variant 'fp16'" in only.remarks[0]
-    with pytest.raises(CheckpointError, match=f"looked for unet/{STEM}.bf16.safetensors"):
+    assert "using the only weights, variant 'fp16'" in only.remarks[0]
+    with pytest.raises(CheckpointError, match=f"expected unet/{STEM}.bf16.safetensors"):
         open_checkpoint(tiny_unet, variant="bf16")
 
 
@@ -125,30 +125,26 @@ def test_directory_with_files_of_other_names(tiny_unet: Path) -> None:
     (tiny_unet / f"{STEM}.safetensors").rename(tiny_unet / "a.safetensors")
     assert open_checkpoint(tiny_unet).files[0].name == "a.safetensors"
     (tiny_unet / "b.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"several models: a.safetensors, b.safetensors; name one"):
+    with pytest.raises(CheckpointError, match=r"several models: a.safetensors, b.safetensors; pass one"):
         open_checkpoint(tiny_unet)
 
 
 def test_directory_without_a_unet(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"holds no UNet: looked for unet/{STEM}.safetensors"):
+    with pytest.raises(CheckpointError, match=f"contains no UNet: expected unet/{STEM}.safetensors"):
         open_checkpoint(tmp_path)
 
 
 def test_pipeline_with_a_transformer(tmp_path: Path) -> None:
     index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        CheckpointError, match="this is a FluxPipeline, which works with a FluxTransformer2DModel"
-    ):
+    with pytest.raises(CheckpointError, match="this is a FluxPipeline, which uses a FluxTransformer2DModel"):
         open_checkpoint(tmp_path)
 
 
 def test_directory_with_a_pickle(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / f"{STEM}.bin").write_bytes(b"")
-    with pytest.raises(
-        CheckpointError, match=rf"found {STEM}.bin.*executes whatever code.*use_safetensors=False"
-    ):
+    with pytest.raises(CheckpointError, match=rf"found {STEM}.bin.*executes the code.*use_safetensors=False"):
         open_checkpoint(tmp_path)
 
 
@@ -157,7 +153,7 @@ def test_pickles_are_refused_with_a_way_out(suffix: str, tmp_path: Path) -> None
     file = tmp_path / f"model{suffix}"
     file.write_bytes(b"\x80\x04")
     with pytest.raises(
-        CheckpointError, match=r"executes whatever code is in it, so it is not read; .*python -c"
+        CheckpointError, match=r"executes the code in it, so it is not supported; .*python -c"
     ):
         open_checkpoint(file)
 
@@ -177,7 +173,7 @@ def test_the_way_out_for_a_ckpt_works(tmp_path: Path) -> None:
     command = re.search(r'python -c (".*")$', str(caught.value))
     assert command is not None
     subprocess.run([sys.executable, "-c", *shlex.split(command[1])], check=True, cwd=tmp_path)
-    with pytest.raises(CheckpointError, match=r"among its 1 tensors \(conv_in.weight, ...\)"):
+    with pytest.raises(CheckpointError, match=r"its 1 tensors \(conv_in.weight, ...\)"):
         open_checkpoint(tmp_path / "model.safetensors")
 
 
@@ -189,7 +185,7 @@ def test_missing_path(tmp_path: Path) -> None:
 def test_other_file_types(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"files of type '.gguf' are not read"):
+    with pytest.raises(CheckpointError, match=r"files of type '.gguf' are not supported"):
         open_checkpoint(file)
 
 

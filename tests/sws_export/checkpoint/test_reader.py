@@ -1,4 +1,4 @@
-"""Where configuration and side information come from, and what is asked for."""
+"""Sources of the configuration and of other properties, and options that the user must pass."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_config_beside_the_weights(tiny_unet: Path) -> None:
     assert check_tensors(checkpoint) == 0
 
 
-def test_given_config_wins(tiny_unet: Path, tmp_path: Path, tiny_config: dict[str, Any]) -> None:
+def test_config_option_takes_precedence(tiny_unet: Path, tmp_path: Path, tiny_config: dict[str, Any]) -> None:
     config = write_json(tmp_path / "mine.json", tiny_config | {"attention_head_dim": 2})
     checkpoint = open_checkpoint(tiny_unet, config)
     assert checkpoint.config["attention_head_dim"] == 2
@@ -89,7 +89,7 @@ def test_unknown_prediction_type(tiny_unet: Path) -> None:
         open_checkpoint(tiny_unet, prediction_type="v")
 
 
-def test_heads_are_asked_for_and_taken(tiny_unet: Path, tiny_config: dict[str, Any]) -> None:
+def test_heads_are_required_and_used(tiny_unet: Path, tiny_config: dict[str, Any]) -> None:
     (tiny_unet / "config.json").unlink()
     with pytest.raises(
         CheckpointError, match=r"levels of 32, 64 channels.*--attention-head-dim.*--config FILE"
@@ -99,25 +99,27 @@ def test_heads_are_asked_for_and_taken(tiny_unet: Path, tiny_config: dict[str, A
     assert checkpoint.config["attention_head_dim"] == 4
     assert checkpoint.config["cross_attention_dim"] == 48
     assert checkpoint.config_source == "inferred from tensor shapes, --attention-head-dim"
-    assert "no known family" in checkpoint.remarks[0]
+    assert "unknown family" in checkpoint.remarks[0]
     assert check_tensors(checkpoint) == 0
     assert open_checkpoint(tiny_unet, attention_head_dim=(4, 8)).config["attention_head_dim"] == [4, 8]
     with pytest.raises(CheckpointError, match=r"expected 1 number or 2 .* found 3"):
         open_checkpoint(tiny_unet, attention_head_dim=(4, 8, 8))
 
 
-def test_heads_of_a_relative_are_named_but_not_taken(
+def test_heads_of_a_family_with_other_inputs_are_suggested(
     tmp_path: Path, unet_shapes: Any, write_sparse: Any
 ) -> None:
     file = write_sparse(tmp_path / "x.safetensors", unet_shapes(SD1 | {"in_channels": 13}))
-    with pytest.raises(CheckpointError, match=r"13 input channels.*that of SD 1.x, which has 8,8,8,8"):
+    with pytest.raises(
+        CheckpointError, match=r"13 input channels.*only its inputs differ from SD 1.x, which has 8,8,8,8"
+    ):
         open_checkpoint(file)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_out_channels": [40, 64], "norm_num_groups": 8}, "no multiples of 32"),
+        ({"block_out_channels": [40, 64], "norm_num_groups": 8}, "not multiples of 32"),
         (
             {"encoder_hid_dim": 32, "encoder_hid_dim_type": "text_proj"},
             "projected text embeddings.*--config FILE",
@@ -144,7 +146,7 @@ def test_heads_of_a_relative_are_named_but_not_taken(
         ),
     ],
 )
-def test_what_shapes_do_not_tell(
+def test_what_shapes_do_not_determine(
     changes: dict[str, Any],
     message: str,
     tmp_path: Path,
@@ -176,7 +178,7 @@ def test_what_shapes_do_not_tell(
         },
     ],
 )
-def test_unknown_structures_are_read_completely(
+def test_structures_of_unknown_families_are_inferred(
     changes: dict[str, Any], tmp_path: Path, tiny_config: dict[str, Any], unet_shapes: Any, write_sparse: Any
 ) -> None:
     shapes = unet_shapes(tiny_config | changes)
@@ -187,13 +189,13 @@ def test_unknown_structures_are_read_completely(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ([], "expected a JSON object, found list"),
         (
             {"_class_name": "ControlNetModel", "block_out_channels": [32]},
-            "configures a ControlNetModel; expected",
+            "is the configuration of a ControlNetModel; expected",
         ),
-        ({"hidden_size": 3}, "is no configuration of a UNet2DConditionModel"),
+        ({"hidden_size": 3}, "is not the configuration of a UNet2DConditionModel"),
         ({"block_out_channels": [32, 64], "hidden_size": 3}, "unknown option 'hidden_size'"),
     ],
 )
@@ -207,14 +209,14 @@ def test_missing_config_file(tiny_unet: Path, tmp_path: Path) -> None:
         open_checkpoint(tiny_unet, tmp_path / "none.json")
 
 
-def test_config_of_another_model_beside_the_weights_is_left_aside(
+def test_config_of_another_model_beside_the_weights_is_ignored(
     tmp_path: Path, unet_shapes: Any, write_sparse: Any
 ) -> None:
     file = write_sparse(tmp_path / "x.safetensors", unet_shapes(SD1))
     write_json(tmp_path / "config.json", {"model_type": "clip"})
     checkpoint = open_checkpoint(file)
     assert checkpoint.family == "SD 1.x"
-    assert "configures clip" in checkpoint.remarks[0]
+    assert "configuration of clip" in checkpoint.remarks[0]
 
 
 def test_missing_tensors_are_named(
@@ -246,7 +248,7 @@ def test_shapes_that_contradict_the_config(tiny_unet: Path) -> None:
 
 def test_config_that_diffusers_refuses(tiny_unet: Path) -> None:
     rewrite_config(tiny_unet, up_block_types=["UpBlock2D"])
-    with pytest.raises(CheckpointError, match="refused by diffusers"):
+    with pytest.raises(CheckpointError, match="diffusers rejects the configuration"):
         check_tensors(open_checkpoint(tiny_unet))
 
 
@@ -254,5 +256,5 @@ def test_integers_for_weights(
     tmp_path: Path, tiny_config: dict[str, Any], unet_shapes: Any, write_sparse: Any, tiny_unet: Path
 ) -> None:
     file = write_sparse(tmp_path / "x.safetensors", unet_shapes(tiny_config), dtype="U8")
-    with pytest.raises(CheckpointError, match=r"no floating-point numbers .*quantised"):
+    with pytest.raises(CheckpointError, match=r"not floating-point .*quantized"):
         check_tensors(open_checkpoint(file, tiny_unet / "config.json"))

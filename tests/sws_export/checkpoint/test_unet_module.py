@@ -1,4 +1,4 @@
-"""The UNet that reads its weights while it runs."""
+"""The UNet that reads each weight while its layer runs."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def weights_in_memory(unet: torch.nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
-def test_it_computes_what_the_loaded_one_does(random_unet: Path, dtype: torch.dtype) -> None:
+def test_streamed_unet_computes_what_the_loaded_one_does(random_unet: Path, dtype: torch.dtype) -> None:
     checkpoint = open_checkpoint(random_unet)
     streamed = stream_unet(checkpoint, dtype)
     expected = call_unet(load_unet(checkpoint, dtype), inputs(dtype))
@@ -39,7 +39,7 @@ def test_it_computes_what_the_loaded_one_does(random_unet: Path, dtype: torch.dt
 
 
 @torch.no_grad()
-def test_fused_weights_take_the_place_of_stored_ones(random_unet: Path) -> None:
+def test_fused_weights_replace_stored_ones(random_unet: Path) -> None:
     checkpoint = open_checkpoint(random_unet)
     fused = {name: lambda: torch.zeros(4, 32, 3, 3) for name in ("conv_out.weight",)}
     out = call_unet(stream_unet(checkpoint, torch.float32, fused), INPUTS)
@@ -66,7 +66,7 @@ def test_one_matrix_is_in_memory_at_a_time(random_unet: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_layer_that_fails_drops_its_weight(random_unet: Path) -> None:
+def test_a_layer_that_fails_releases_its_weight(random_unet: Path) -> None:
     unet = stream_unet(open_checkpoint(random_unet), torch.float32)
     with pytest.raises(RuntimeError):
         unet.conv_in(torch.zeros(1, 5, 8, 8))

@@ -23,7 +23,7 @@ def write_tiny(directory: Path, dtype: torch.dtype) -> Path:
 
 
 class Counting(Silent):
-    """Remembers how much of each stage was done."""
+    """Records the progress of each stage."""
 
     def __init__(self) -> None:
         self.done: dict[str, float] = {}
@@ -71,7 +71,7 @@ def test_read_tensor_of_a_file_that_was_cut(tiny_unet: Path) -> None:
     checkpoint = open_checkpoint(tiny_unet)
     with checkpoint.files[0].open("r+b") as stream:
         stream.truncate(1000)
-    with pytest.raises(CheckpointError, match="became shorter"):
+    with pytest.raises(CheckpointError, match="was truncated"):
         read_tensor(checkpoint.tensors["conv_out.weight"])
 
 
@@ -94,7 +94,7 @@ def test_nan_and_inf_are_found_and_placed(tiny_unet: Path, dtype: torch.dtype, v
     tensors[NAME][3, 2, 1, 0] = value
     save_file(tensors, file)
     kind = "NaN" if value != value else "Inf"
-    with pytest.raises(CheckpointError, match=rf"{NAME}' .* holds {kind} at \[3, 2, 1, 0\]"):
+    with pytest.raises(CheckpointError, match=rf"{NAME}' .* contains {kind} at index \[3, 2, 1, 0\]"):
         verify_weights(open_checkpoint(tiny_unet), Silent())
 
 
@@ -103,7 +103,7 @@ def test_the_single_nan_of_e4m3_is_found(tiny_unet: Path) -> None:
     tensors = load_file(file)
     tensors[NAME].view(torch.uint8)[0, 0, 0, 0] = 0xFF
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=r"holds NaN at \[0, 0, 0, 0\]"):
+    with pytest.raises(CheckpointError, match=r"contains NaN at index \[0, 0, 0, 0\]"):
         verify_weights(open_checkpoint(tiny_unet), Silent())
 
 
@@ -119,17 +119,17 @@ def test_largest_and_smallest_numbers_pass(tiny_unet: Path, dtype: torch.dtype) 
     verify_weights(open_checkpoint(tiny_unet), Silent())
 
 
-def test_nan_in_the_last_element_across_pieces(tiny_unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sws_export.checkpoint.weights._PIECE_BYTES", 64)
+def test_nan_in_the_last_element_across_chunks(tiny_unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sws_export.checkpoint.weights._CHUNK_BYTES", 64)
     file = write_tiny(tiny_unet, torch.float32)
     tensors = load_file(file)
     tensors[NAME][-1, -1, -1, -1] = float("nan")
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=r"holds NaN at \[31, 31, 2, 2\]"):
+    with pytest.raises(CheckpointError, match=r"contains NaN at index \[31, 31, 2, 2\]"):
         verify_weights(open_checkpoint(tiny_unet), Silent())
 
 
-def test_nan_outside_the_unet_is_nobody_s_business(
+def test_nan_outside_the_unet_is_ignored(
     tmp_path: Path, tiny_config: dict[str, Any], tiny_unet: Path
 ) -> None:
     weights = load_file(write_tiny(tiny_unet, torch.float16))

@@ -1,4 +1,4 @@
-"""LoRA files in all the namings people have, against the formula written out."""
+"""LoRA files in all naming schemes, compared with the formula."""
 
 import json
 from collections.abc import Callable
@@ -20,10 +20,26 @@ SKIPPED = ("norm", "class_embedding", "time_cond")
 Naming = Callable[[str], tuple[str, str]]
 
 
+def write_family(directory: Path, family: str) -> Checkpoint:
+    """A UNet with the topology of `family` and few channels."""
+    config = family_config(family, twin=True)
+    narrow = {
+        "block_out_channels": [8 << level for level in range(len(config["block_out_channels"]))],
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 12,
+    }
+    return open_checkpoint(write_checkpoint(directory, config | narrow, dtype="fp32"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return write_family(tmp_path_factory.mktemp("sd"), "tiny-sd")
+
+
 @pytest.fixture(scope="module", params=["tiny-sd", "sdxl"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    directory = tmp_path_factory.mktemp("base")
-    return open_checkpoint(write_checkpoint(directory, family_config(request.param, twin=True)))
+def each_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return write_family(tmp_path_factory.mktemp("base"), request.param)
 
 
 def kohya(layer: str) -> tuple[str, str]:
@@ -93,11 +109,11 @@ def assert_fused(checkpoint: Checkpoint, file: Path, made: Made, factor: float, 
 
 
 @pytest.mark.parametrize("naming", [kohya, peft, bare_peft, diffusers], ids=lambda naming: naming.__name__)
-def test_namings(naming: Naming, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_namings(naming: Naming, each_checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
-    made = make(checkpoint, naming)
+    made = make(each_checkpoint, naming)
     save_file(made.tensors, file)
-    assert_fused(checkpoint, file, made, 1.0, scale=0.7)
+    assert_fused(each_checkpoint, file, made, 1.0, scale=0.7)
 
 
 def test_old_diffusers_naming(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -107,7 +123,8 @@ def test_old_diffusers_naming(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert_fused(checkpoint, file, made, 1.0)
 
 
-def test_kohya_naming_with_the_original_blocks(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_kohya_naming_with_the_original_blocks(each_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    checkpoint = each_checkpoint
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
     original = ldm_names(shapes, checkpoint.config)
 
@@ -150,14 +167,13 @@ def test_alpha_of_peft_metadata(
     assert_fused(checkpoint, file, made, factor)
 
 
-def test_linear_lora_for_a_convolution_of_one_pixel(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path, family_config("tiny-sd", twin=True)))
+def test_linear_lora_for_a_convolution_of_one_pixel(checkpoint: Checkpoint, tmp_path: Path) -> None:
     weight = "down_blocks.0.attentions.0.proj_in.weight"
     down_name, up_name = kohya(weight.removesuffix(".weight"))
     file = tmp_path / "lora.safetensors"
-    save_file({down_name: torch.full((1, 32), 2.0), up_name: torch.full((32, 1), 3.0)}, file)
+    save_file({down_name: torch.full((1, 8), 2.0), up_name: torch.full((8, 1), 3.0)}, file)
     fused = fuse(checkpoint, [open_lora(file, checkpoint)])[weight]()
-    assert fused.shape == (32, 32, 1, 1)
+    assert fused.shape == (8, 8, 1, 1)
     torch.testing.assert_close(fused, read_tensor(checkpoint.tensors[weight]).float() + 6)
 
 
@@ -189,7 +205,9 @@ def test_lora_of_another_family_by_shape(checkpoint: Checkpoint, tmp_path: Path)
     name = next(name for name in made.tensors if "attn2_to_k.lora_down" in name)
     made.tensors[name] = torch.ones(RANK, 1024)
     save_file(made.tensors, file)
-    with pytest.raises(CheckpointError, match=r"another family: '.*attn2.to_k.weight' is \[.*× \[3, 1024\]"):
+    with pytest.raises(
+        CheckpointError, match=r"another family: '.*attn2.to_k.weight' has shape \[.* and \[3, 1024\]"
+    ):
         open_lora(file, checkpoint)
 
 
@@ -211,15 +229,15 @@ def test_lora_of_another_family_by_name(checkpoint: Checkpoint, tmp_path: Path) 
         ("lora_unet_mid_block_x.diff_b", "full differences"),
     ],
 )
-def test_relatives_of_lora_are_named(name: str, kind: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_other_adaptations_are_named(name: str, kind: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     save_file({name: torch.ones(1)}, file)
-    with pytest.raises(CheckpointError, match=f"holds {kind}.*expected a plain LoRA"):
+    with pytest.raises(CheckpointError, match=f"contains {kind}.*expected a plain LoRA"):
         open_lora(file, checkpoint)
 
 
-def test_no_lora_at_all(checkpoint: Checkpoint) -> None:
-    with pytest.raises(CheckpointError, match="is no LoRA"):
+def test_file_that_is_not_a_lora(checkpoint: Checkpoint) -> None:
+    with pytest.raises(CheckpointError, match="is not a LoRA"):
         open_lora(checkpoint.files[0], checkpoint)
 
 
@@ -231,7 +249,7 @@ def test_half_a_pair(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_pickled_lora(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"only \.safetensors LoRAs are read"):
+    with pytest.raises(CheckpointError, match=r"only \.safetensors LoRAs are supported"):
         open_lora(tmp_path / "lora.pt", checkpoint)
 
 
@@ -242,7 +260,7 @@ def test_broken_lora(checkpoint: Checkpoint, tmp_path: Path) -> None:
     made.tensors[broken][0, 0] = float("nan")
     save_file(made.tensors, file)
     fused = fuse(checkpoint, [open_lora(file, checkpoint)])
-    with pytest.raises(CheckpointError, match="holds NaN or Inf after fusing"):
+    with pytest.raises(CheckpointError, match="contains NaN or Inf after fusing"):
         fused[next(iter(made.products))]()
 
 

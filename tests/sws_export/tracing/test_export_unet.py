@@ -1,4 +1,4 @@
-"""The plain export: structure, dynamic sizes, agreement with torch, weights, the same bytes each time."""
+"""The plain export: structure, dynamic sizes, agreement with torch, weights, deterministic bytes."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 def cleaned_bytes(file: Path) -> bytes:
-    """The model as every artefact leaves the road: without what the exporter notes about its own run."""
+    """The model without metadata of the exporter's run, as artefacts are saved."""
     model = ir.load(file)
     CleanGraph()(model)
     return graph_bytes(model)
@@ -79,7 +79,7 @@ def exact_prediction() -> Any:
 
 @pytest.fixture(scope="module")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A UNet with two attention nodes that is exported in a few seconds; random float32 weights."""
+    """A UNet with two attention layers and random float32 weights."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -97,12 +97,12 @@ def tiny(tiny_directory: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def tiny_model(tiny: Checkpoint) -> TinyModel:
-    """Its export, as it comes, in any precision; for looking at only."""
+    """Its export in any precision, not to be changed."""
     return functools.cache(lambda precision: export_plain(tiny, precision))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_one_attention_node_a_site_and_the_names_of_the_contract(
+def test_one_attention_node_for_each_layer_and_the_names_of_inputs(
     shapes_model: ShapesModel, precision: str
 ) -> None:
     model = shapes_model(precision)
@@ -139,7 +139,7 @@ def test_any_size_agrees_with_torch_in_float64(
     assert relative_error(found, expected) <= 1e-5
 
 
-def test_float16_is_as_close_as_float16_can_be(
+def test_float16_agrees_within_its_precision(
     shapes_model: ShapesModel, run_onnx: RunOnnx, exact_prediction: Any
 ) -> None:
     feeds = shapes_feeds(*SIZES[1], dtype="float16")
@@ -148,7 +148,7 @@ def test_float16_is_as_close_as_float16_can_be(
     assert relative_error(found.astype(np.float64), exact_prediction(feeds)) <= 2e-2
 
 
-def test_members_of_a_batch_do_not_see_each_other(shapes_model: ShapesModel, run_onnx: RunOnnx) -> None:
+def test_samples_are_independent(shapes_model: ShapesModel, run_onnx: RunOnnx) -> None:
     feeds = shapes_feeds(3, 16, 24, 7)
     model = shapes_model("fp32")
     together = run_onnx(model, feeds)["out_sample"]
@@ -172,13 +172,13 @@ def test_weights_are_those_of_the_checkpoint(shapes_model: ShapesModel, precisio
 
 
 def test_other_floats_of_a_float16_graph_are_small(shapes_model: ShapesModel) -> None:
-    """What stays float32 is the time embedding's table and constants, never a weight."""
+    """Only the time embedding's table and constants stay float32."""
     model = shapes_model("fp16")
     wide = [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.FLOAT]
     assert all(value.const_value is not None and value.const_value.size <= 16 for value in wide)
 
 
-def test_a_weight_in_the_stored_precision_stays_in_the_checkpoints_file(
+def test_a_weight_in_the_stored_precision_is_read_from_the_checkpoints_file(
     tiny: Checkpoint, tiny_model: TinyModel
 ) -> None:
     model = tiny_model("fp32")
@@ -210,7 +210,7 @@ def test_a_converted_weight_is_rounded_as_torch_rounds(
         assert tensor.tobytes() == expected.to(dtype).view(torch.int16).numpy().tobytes(), name
 
 
-def test_fused_weights_take_the_place_of_stored_ones_and_have_to_fit(tiny: Checkpoint) -> None:
+def test_fused_weights_replace_stored_ones_and_must_be_in_range(tiny: Checkpoint) -> None:
     large = torch.zeros(16)
     large[3] = -7e4
     fused = {"conv_in.bias": lambda: large, "conv_out.bias": lambda: torch.full((4,), 0.5)}
@@ -218,7 +218,9 @@ def test_fused_weights_take_the_place_of_stored_ones_and_have_to_fit(tiny: Check
     assert weights["conv_out.bias"].const_value is not None
     assert weights["conv_out.bias"].const_value.numpy().tolist() == [0.5] * 4
     assert weights["conv_in.bias"].const_value is not None
-    message = r"conv_in\.bias: a weight of 7e\+04 does not fit fp16; export with --precision bf16 or fp32"
+    message = (
+        r"conv_in\.bias: a weight of 7e\+04 exceeds the range of fp16; export with --precision bf16 or fp32"
+    )
     with pytest.raises(ExportError, match=message):
         weights["conv_in.bias"].const_value.tobytes()
 
@@ -259,7 +261,7 @@ def test_another_process_elsewhere_writes_the_same_bytes(
     assert cleaned_bytes(there) == cleaned_bytes(here)
 
 
-def test_no_trace_of_this_machine(shapes_onnx: ShapesOnnx) -> None:
+def test_the_model_contains_no_paths_of_this_machine(shapes_onnx: ShapesOnnx) -> None:
     data = cleaned_bytes(shapes_onnx("fp32"))
     for place in (ROOT, SHAPES, Path(sys.prefix), Path(torch.__file__).parent, Path.home() / ".cache"):
         assert str(place).encode() not in data
@@ -267,7 +269,7 @@ def test_no_trace_of_this_machine(shapes_onnx: ShapesOnnx) -> None:
         assert mark not in data
 
 
-def test_an_input_that_is_not_offered_is_refused_before_anything_is_traced(tiny: Checkpoint) -> None:
+def test_an_unsupported_input_is_refused_before_tracing(tiny: Checkpoint) -> None:
     odd = dataclasses.replace(tiny, config={**tiny.config, "encoder_hid_dim_type": "text_proj"})
     with pytest.raises(ExportError, match="encoder_hid_dim_type"):
         export_plain(odd)

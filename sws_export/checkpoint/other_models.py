@@ -1,4 +1,4 @@
-"""Recognises, from tensor names, the models that are given by mistake for a UNet."""
+"""Recognizes, from tensor names, models that are not a plain UNet2DConditionModel."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -6,21 +6,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of model and the pieces of names of which one (`any_of`) or each (`all_of`) occurs in it."""
+    """A kind of model, recognized by substrings of its tensor names.
+
+    Attributes:
+        what: Description for messages, such as "a VAE".
+        any_of: At least one of these substrings occurs, if there are any.
+        all_of: Each of these substrings occurs.
+    """
 
     what: str
     any_of: tuple[str, ...] = ()
     all_of: tuple[str, ...] = ()
 
     def matches(self, occurs: Callable[[str], bool]) -> bool:
-        if self.all_of and not all(occurs(piece) for piece in self.all_of):
+        if not all(occurs(part) for part in self.all_of):
             return False
-        return not self.any_of or any(occurs(piece) for piece in self.any_of)
+        return not self.any_of or any(occurs(part) for part in self.any_of)
 
 
-_LORA = (
-    "a LoRA, which changes a model and is none; name the model it belongs to, and this file with --lora",
-    (
+_LORA = _Kind(
+    "a LoRA, which only holds changes to a model; pass the model as MODEL and this file with --lora",
+    any_of=(
         ".lora_up.",
         ".lora_down.",
         ".lora_A.",
@@ -35,9 +41,9 @@ _LORA = (
     ),
 )
 
-# Files that hold no UNet at all. The first match counts.
+# Models that do not contain a UNet. The first match is reported.
 _OTHER_MODELS = (
-    _Kind(*_LORA),
+    _LORA,
     _Kind("an IP-Adapter", all_of=("image_proj.", "ip_adapter.")),
     _Kind("a ControlNet", any_of=("control_model.", "controlnet_cond_embedding.", "lora_controlnet")),
     _Kind("a T2I-Adapter", any_of=("adapter.body.", "body.0.block1.")),
@@ -77,8 +83,8 @@ _OTHER_MODELS = (
     _Kind("a textual inversion", any_of=("emb_params", "clip_l", "clip_g")),
 )
 
-# Models that have all the names of a UNet, and more.
-_LOOKALIKES = (
+# Models that have all the tensors of a UNet and additional ones.
+_EXTENDED_UNETS = (
     _Kind(
         "a ControlNet",
         any_of=(
@@ -99,22 +105,22 @@ _LOOKALIKES = (
             ".time_mixer.",
         ),
     ),
-)
-_QUANTISED = _Kind(
-    "a quantised UNet, whose weights need scales that diffusers' UNet does not take; use the fp16 model",
-    any_of=(
-        "scaled_fp8",
-        ".scale_weight",
-        ".weight_scale",
-        ".absmax",
-        ".quant_map",
-        ".quant_state.",
-        "bitsandbytes__",
+    _Kind(
+        "a quantized UNet with scales beside its weights, which are not supported; use its fp16 version",
+        any_of=(
+            "scaled_fp8",
+            ".scale_weight",
+            ".weight_scale",
+            ".absmax",
+            ".quant_map",
+            ".quant_state.",
+            "bitsandbytes__",
+        ),
     ),
 )
 
-# Parts of a UNet2DConditionModel that the shapes do not tell enough about.
-_NEEDS_CONFIG = (
+# Parts of a UNet2DConditionModel that are not determined by tensor shapes.
+_PARTS_THAT_NEED_CONFIG = (
     ("encoder_hid_proj.", "projected text embeddings"),
     (".add_k_proj.", "attention with added keys (DeepFloyd IF, Kandinsky)"),
     ("position_net.", "GLIGEN"),
@@ -122,24 +128,24 @@ _NEEDS_CONFIG = (
 )
 
 
-def name_other_model(names: Collection[str]) -> str | None:
-    """What a file without a UNet holds ("a VAE", ...), or None if it is not recognised."""
+def recognize_other_model(names: Collection[str]) -> str | None:
+    """The kind of model ("a VAE", ...) in a file without a UNet, or None if it is unknown."""
     return _first_match(_OTHER_MODELS, names)
 
 
-def name_lookalike(names: Collection[str]) -> str | None:
-    """What a UNet's names belong to if not to a plain UNet2DConditionModel, or None."""
-    return _first_match((*_LOOKALIKES, _QUANTISED), names)
+def recognize_extended_unet(names: Collection[str]) -> str | None:
+    """The kind of model that extends a UNet ("a ControlNet", ...), or None for a UNet2DConditionModel."""
+    return _first_match(_EXTENDED_UNETS, names)
 
 
-def name_untellable(names: Collection[str]) -> str | None:
-    """A part of the UNet for which its configuration is needed, or None."""
-    return next((what for piece, what in _NEEDS_CONFIG if _occurs(piece, names)), None)
+def part_that_needs_config(names: Collection[str]) -> str | None:
+    """A part of the UNet whose options cannot be inferred from tensor shapes, or None."""
+    return next((what for part, what in _PARTS_THAT_NEED_CONFIG if _occurs(part, names)), None)
 
 
 def _first_match(kinds: Iterable[_Kind], names: Collection[str]) -> str | None:
-    return next((kind.what for kind in kinds if kind.matches(lambda piece: _occurs(piece, names))), None)
+    return next((kind.what for kind in kinds if kind.matches(lambda part: _occurs(part, names))), None)
 
 
-def _occurs(piece: str, names: Collection[str]) -> bool:
-    return any(piece in name for name in names)
+def _occurs(part: str, names: Collection[str]) -> bool:
+    return any(part in name for name in names)
