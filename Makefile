@@ -1,11 +1,14 @@
-# `make demo` runs the main job, `make test` the tests. Both need Python 3.11 or later and nothing else.
+# `make demo` exports the example, `make test` runs the tests. Both need Python 3.11 or later and nothing else.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
+# Test processes. A file of tests stays in one process, so that its fixtures are made once.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test lint slow clean
+.PHONY: demo quick test slow lint clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(OUT)
@@ -15,16 +18,22 @@ demo: $(VENV)/.installed
 		--prompt "green triangle left and yellow circle right" --prompt "" \
 		--seed 2 --seed 3 --steps 16 --guidance 3
 
+# Lint, types and the tests of the graph passes: at most a minute.
+quick: lint
+	$(PYTEST) tests/graph_passes
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# What takes real model sizes or minutes: run before a release.
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
-
-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Shared by all tests: the plain export of the trained example, and a way to run a graph as it is."""
+"""Fixtures of all tests: the plain export of the trained example, and a graph run without optimisations."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -8,17 +8,20 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from sws_export.tensors import Precision
+from tests import export_runs
+
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples" / "shapes" / "unet"
 
 RunOnnx = Callable[[ir.Model, Mapping[str, Any]], dict[str, Any]]
-ShapesOnnx = Callable[[str], Path]
-ShapesModel = Callable[[str], ir.Model]
+ShapesOnnx = Callable[[Precision], Path]
+ShapesModel = Callable[[Precision], ir.Model]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_cache() -> Iterator[None]:
-    """Tests make everything anew, also in processes that they start, unless they set a cache up."""
+    """Tests run without a cache, also in subprocesses, unless they configure one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWS_EXPORT_CACHE_SIZE", "0")
         yield
@@ -45,25 +48,38 @@ def run_onnx() -> RunOnnx:
 
 @pytest.fixture(scope="session")
 def shapes_onnx(tmp_path_factory: pytest.TempPathFactory) -> ShapesOnnx:
-    """File of the example's plain export in `fp32` or `fp16`: written once a session, not to be changed."""
-    known: dict[str, Path] = {}
+    """The file of the example's plain export in a precision: written once a session, not to be changed."""
 
-    def path(precision: str) -> Path:
-        if precision not in known:
-            from sws_export.checkpoint import open_checkpoint
-            from sws_export.onnx_files import save_onnx
-            from sws_export.progress import Silent
-            from sws_export.tracing.export_unet import export_plain
+    def write(file: Path, precision: Precision) -> None:
+        from sws_export.checkpoint import open_checkpoint
+        from sws_export.onnx_files import save_onnx
+        from sws_export.progress import Silent
+        from sws_export.tracing.export_unet import export_plain
 
-            file = tmp_path_factory.mktemp("shapes") / f"{precision}.onnx"
-            save_onnx(export_plain(open_checkpoint(SHAPES), precision), file, Silent())
-            known[precision] = file
-        return known[precision]
+        save_onnx(export_plain(open_checkpoint(SHAPES), precision), file, Silent())
+
+    def path(precision: Precision) -> Path:
+        name = f"shapes-{precision}.onnx"
+        return export_runs.shared(tmp_path_factory, name, lambda file: write(file, precision))
 
     return path
 
 
 @pytest.fixture(scope="session")
 def shapes_model(shapes_onnx: ShapesOnnx) -> ShapesModel:
-    """A fresh copy of the example's plain export in the precision asked for."""
+    """A copy of the example's plain export in a precision, which the test may change."""
     return lambda precision: ir.load(shapes_onnx(precision))
+
+
+@pytest.fixture(scope="session")
+def random_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers directory with a UNet of random weights in float32."""
+    return export_runs.shared(tmp_path_factory, "random_unet", export_runs.make_unet)
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
+    """The plain graph of `random_unet`, as `sws-export --plain` writes it."""
+    return export_runs.shared(
+        tmp_path_factory, "traced.onnx", lambda path: export_runs.trace(random_unet, path)
+    )

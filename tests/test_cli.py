@@ -15,7 +15,7 @@ from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions,
 from sws_export.errors import CheckpointError
 from sws_export.pipeline.preflight import Preflight
 from sws_export.pipeline.run import ExportReport
-from tests.road import COMMAND, error_line
+from tests.export_runs import COMMAND, error_line
 
 PREFLIGHT = Preflight(memory={"export": 1}, disk=2, graph_size=2, available_memory=3, free_disk=4)
 

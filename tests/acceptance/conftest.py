@@ -1,4 +1,4 @@
-"""The trained example on its whole road, traced once a precision, and a run to compare implementations on."""
+"""Exports of the trained example, traced once for each precision, and the reference's run of five steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from graph_passes.parameters import SwsParameters
 from sws_export import ExportOptions, SourceOptions, SwsOptions, export
 from sws_export.reference.attention import SiteResult
 from tests.conftest import ShapesOnnx
-from tests.road import TRAINED, Array, Outputs, Session, make_unet, shared, trace
+from tests.export_runs import TRAINED, Array, Outputs, Session
 
 HEIGHT, WIDTH = 16, 12
 TIGHT = SwsParameters(kl_floor=1e-5, kl_slope=0.0)
@@ -59,18 +59,6 @@ def half_graph(export_trained: ExportTrained) -> Path:
 def tight_graph(export_trained: ExportTrained) -> Path:
     """The example with a KL budget so small that every bisection binds."""
     return export_trained(ExportOptions(sws=SwsOptions(parameters=TIGHT)))
-
-
-@pytest.fixture(scope="session")
-def random_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers directory with a UNet of random weights in float32."""
-    return shared(tmp_path_factory, "random_unet", make_unet)
-
-
-@pytest.fixture(scope="session")
-def traced(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
-    """The plain graph of `random_unet`."""
-    return shared(tmp_path_factory, "traced.onnx", lambda path: trace(random_unet, path))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from graph_passes.parameters import SwsParameters
 from sws_export import ExportOptions, SwsOptions, export
 from sws_export.reference import ReferenceUNet, SiteResult, attention_sites
 from tests.conftest import RunOnnx, ShapesOnnx
-from tests.road import TRAINED, Array, Outputs, Session, difference, shared, trace
+from tests.export_runs import TRAINED, Array, Outputs, Session, difference, shared, trace
 
 STEPS = 10
 BATCH = 3

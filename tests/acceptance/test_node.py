@@ -17,7 +17,7 @@ from sws_export.checkpoint.unet_module import load_unet, unet_arguments
 from sws_export.reference import ComfyUINodeReferenceUNet, node_sites
 from sws_export.reference.attention import SiteResult
 from tests.acceptance.conftest import ExportTrained
-from tests.road import TRAINED, Array, Outputs, Session, difference
+from tests.export_runs import TRAINED, Array, Outputs, Session, difference
 
 STEPS = 10
 DEFAULT = SwsParameters()

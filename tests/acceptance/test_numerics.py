@@ -8,7 +8,7 @@ import pytest
 
 from graph_passes.parameters import SwsParameters
 from tests.acceptance.conftest import TIGHT, Run, inputs_of_steps
-from tests.road import Session, difference
+from tests.export_runs import Session, difference
 
 ReferenceRun = Callable[[SwsParameters], Run]
 STATES = {"sws_state_d2", "sws_state_d4"}

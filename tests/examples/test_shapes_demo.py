@@ -13,9 +13,9 @@ from examples.shapes import sample as plain
 from examples.shapes.pipeline import ShapesPipeline
 from sws_export import ExportOptions, export
 from sws_export.adapters.diffusers import SWSUNet
-from tests import road
+from tests import export_runs
 from tests.conftest import ShapesOnnx
-from tests.road import error_line, run_command
+from tests.export_runs import error_line, run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 @pytest.fixture(scope="session")
 def shapes_sws(tmp_path_factory: pytest.TempPathFactory, shapes_onnx: ShapesOnnx) -> Path:
     """The trained example with SWS."""
-    return road.shared(
+    return export_runs.shared(
         tmp_path_factory,
         "shapes_sws.onnx",
         lambda path: export(shapes_onnx("fp32"), path, ExportOptions(validate=False)),

@@ -1,4 +1,4 @@
-"""A random UNet, the graph traced from it once, and exports that need no trace of their own."""
+"""Exports that read the traced graph of `random_unet` instead of tracing it again."""
 
 from pathlib import Path
 from typing import Any
@@ -8,25 +8,11 @@ import pytest
 
 from sws_export.checkpoint import Checkpoint
 from sws_export.tensors import Precision
-from tests import road
-
-
-@pytest.fixture(scope="session")
-def random_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers directory with a UNet of random weights in float32."""
-    return road.shared(tmp_path_factory, "random_unet", road.make_unet)
-
-
-@pytest.fixture(scope="session")
-def traced(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
-    """The plain graph of `random_unet`, as `sws-export --plain` writes it."""
-    return road.shared(tmp_path_factory, "traced.onnx", lambda path: road.trace(random_unet, path))
 
 
 @pytest.fixture
 def quick_trace(monkeypatch: pytest.MonkeyPatch, traced: Path) -> None:
-    """Exports of `random_unet` in float32 take its graph from disk in place of tracing it anew."""
-
+    """Exports of `random_unet` in float32 load its traced graph from disk."""
     from sws_export.tracing.export_unet import export_plain
 
     def load(checkpoint: Checkpoint, precision: Precision, *rest: Any, **named: Any) -> ir.Model:

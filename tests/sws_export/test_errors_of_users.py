@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sws_export.cli import main
 
-from tests.road import COMMAND, error_line, listing, make_unet
+from tests.export_runs import COMMAND, error_line, listing, make_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -20,7 +20,7 @@ from sws_export import ExportOptions, SwsOptions, export
 from sws_export.adapters.triton.repository import TritonOptions, write_repository
 from sws_export.errors import EngineError, OptionError, OutputError
 from sws_export.runtime import Session
-from tests import road
+from tests import export_runs
 
 triton = pytest.importorskip("tritonclient.grpc")
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
@@ -32,7 +32,7 @@ TOKENS = 5
 @pytest.fixture(scope="session")
 def graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """A small UNet with SWS on one grid, height/2 by width/2."""
-    return road.shared(
+    return export_runs.shared(
         tmp_path_factory, "sws.onnx", lambda path: export(traced, path, ExportOptions(validate=False))
     )
 
@@ -100,7 +100,7 @@ def test_figures_of_the_sites_are_outputs(traced: Path, tmp_path: Path) -> None:
 def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """The same UNet with SWS in all its attention."""
     options = ExportOptions(sws=SwsOptions(sites=("*",)), validate=False)
-    return road.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
+    return export_runs.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
 
 
 def test_a_state_of_the_text_has_one_number_of_tokens(text_graph: Path, tmp_path: Path) -> None:
@@ -136,7 +136,9 @@ def test_every_state_starts_from_zeros(graph: Path, tmp_path: Path) -> None:
 def node_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """A small UNet with the published node, whose one state is of no sample."""
     options = ExportOptions(sws=SwsOptions(preset="node"), validate=False)
-    return road.shared(tmp_path_factory, "node_served.onnx", lambda path: export(traced, path, options))
+    return export_runs.shared(
+        tmp_path_factory, "node_served.onnx", lambda path: export(traced, path, options)
+    )
 
 
 def test_a_state_that_a_batch_shares_is_not_batched(node_graph: Path, tmp_path: Path) -> None:
@@ -206,10 +208,10 @@ def test_python_model(graph: Path, tmp_path: Path) -> None:
 def test_a_model_that_is_there_already(graph: Path, tmp_path: Path) -> None:
     options = TritonOptions(height=8, width=8)
     write_repository(graph, tmp_path, options)
-    before = road.listing(tmp_path)
+    before = export_runs.listing(tmp_path)
     with pytest.raises(OutputError, match="is there already; remove it, or choose another name"):
         write_repository(graph, tmp_path, options)
-    assert road.listing(tmp_path) == before
+    assert export_runs.listing(tmp_path) == before
 
 
 def test_what_triton_cannot_serve(graph: Path, engine: Callable[[str], Path], tmp_path: Path) -> None:
@@ -284,7 +286,7 @@ def served(triton_folder: Path, graph: Path, tmp_path: Path) -> Iterator[Any]:
     command = [triton_folder / "bin" / "tritonserver", "--model-repository", repository]
     command += ["--backend-directory", triton_folder / "backends", "--allow-http=false"]
     command += ["--allow-metrics=false", "--exit-timeout-secs=1", "--grpc-address", host, "--grpc-port", port]
-    paths = [str(road.ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    paths = [str(export_runs.ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
     with log.open("wb") as output:
         server = subprocess.Popen(
             command, stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}

@@ -1,4 +1,5 @@
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_nan_and_inf_are_found_and_placed(tiny_unet: Path, dtype: torch.dtype, v
     tensors = load_file(file)
     tensors[NAME][3, 2, 1, 0] = value
     save_file(tensors, file)
-    kind = "NaN" if value != value else "Inf"
+    kind = "NaN" if math.isnan(value) else "Inf"
     with pytest.raises(CheckpointError, match=rf"{NAME}' .* contains {kind} at index \[3, 2, 1, 0\]"):
         verify_weights(open_checkpoint(tiny_unet), Silent())
 

@@ -26,7 +26,7 @@ from sws_export.progress import Recording, Silent
 from sws_export.tensors import Precision
 from sws_export.tracing.export_unet import export_plain, plain_weights
 from sws_export.validation import OutputDifference, ValidationReport
-from tests.road import listing, with_options
+from tests.export_runs import listing, with_options
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -12,8 +12,8 @@ from sws_export.errors import OptionError, ValidationError
 from sws_export.pipeline import graph as graph_making
 from sws_export.pipeline.revalidate import validate
 from sws_export.runtime import Session, StepError
+from tests.export_runs import listing, with_options
 from tests.graph_passes.small_models import op_counts
-from tests.road import listing, with_options
 
 SIZES = ExportOptions(sizes=SizeOptions(batch="2", height="8", width="12", tokens="7", vae_scale=1))
 ON_SIZES = {"Shape", "Range", "Expand"}

@@ -16,7 +16,7 @@ from sws_export.pipeline.preflight import Preflight, preflight
 from sws_export.progress import Silent
 from sws_export.sources import open_source
 from sws_export.tensors import Range, Sizes
-from tests.road import with_options
+from tests.export_runs import with_options
 
 ONE = Range(1, 1, 1)
 ENGINE = EngineConfig(

@@ -12,7 +12,7 @@ from sws_export.cli import main
 from sws_export import ExportOptions, SwsOptions, SwsParameters, export
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.pipeline.revalidate import validate
-from tests.road import error_line, make_unet
+from tests.export_runs import error_line, make_unet
 
 PARAMETERS = SwsParameters(beta=0.5, scales=(1, 2, 4))
 

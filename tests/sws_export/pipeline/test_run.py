@@ -27,7 +27,7 @@ from sws_export.errors import ValidationError
 from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline import graph as graph_making
 from sws_export.progress import Silent
-from tests.road import Session, difference, error_line, listing, with_options
+from tests.export_runs import Session, difference, error_line, listing, with_options
 
 ENGINE = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 4, 1.0, 0.5, 0.5, 10**6, 3, 0, {})
 FAST = ExportOptions(validate=False)

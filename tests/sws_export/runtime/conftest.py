@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sws_export import ExportOptions, SwsOptions, export
-from tests import road
+from tests import export_runs
 
 TOKENS = 5
 POOLED = 1280
@@ -20,7 +20,7 @@ Inputs = dict[str, Any]
 @pytest.fixture(scope="session")
 def sws_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """A small UNet with SWS on one grid, height/2 by width/2; not to be changed."""
-    return road.shared(
+    return export_runs.shared(
         tmp_path_factory, "sws.onnx", lambda path: export(traced, path, ExportOptions(validate=False))
     )
 
@@ -29,20 +29,20 @@ def sws_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
 def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """The same UNet with SWS in its self- and cross-attention."""
     options = ExportOptions(sws=SwsOptions(sites=("*",)), validate=False)
-    return road.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
+    return export_runs.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
 
 
 @pytest.fixture(scope="session")
 def node_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """The same UNet with the published node in its cross-attention."""
     options = ExportOptions(sws=SwsOptions(preset="node", debug_outputs=True), validate=False)
-    return road.shared(tmp_path_factory, "node.onnx", lambda path: export(traced, path, options))
+    return export_runs.shared(tmp_path_factory, "node.onnx", lambda path: export(traced, path, options))
 
 
 @pytest.fixture(scope="session")
 def telling_graph(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Path:
     """A small UNet with SWS, the figures of its sites among the outputs; validated as it was exported."""
-    return road.shared(
+    return export_runs.shared(
         tmp_path_factory,
         "telling.onnx",
         lambda path: export(random_unet, path, ExportOptions(sws=SwsOptions(debug_outputs=True))),
@@ -52,10 +52,10 @@ def telling_graph(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -
 @pytest.fixture(scope="session")
 def sdxl_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers directory with a small UNet that takes what SDXL's takes."""
-    return road.shared(
+    return export_runs.shared(
         tmp_path_factory,
         "sdxl_unet",
-        lambda path: road.make_unet(
+        lambda path: export_runs.make_unet(
             path,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
@@ -68,7 +68,7 @@ def sdxl_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sdxl_graph(tmp_path_factory: pytest.TempPathFactory, sdxl_unet: Path) -> Path:
     """`sdxl_unet` with SWS."""
-    return road.shared(
+    return export_runs.shared(
         tmp_path_factory,
         "sdxl.onnx",
         lambda path: export(sdxl_unet, path, ExportOptions(validate=False)),
@@ -165,4 +165,4 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Pat
             requires_safety_checker=False,
         ).save_pretrained(path)
 
-    return road.shared(tmp_path_factory, "pipeline", make)
+    return export_runs.shared(tmp_path_factory, "pipeline", make)

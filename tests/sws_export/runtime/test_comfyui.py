@@ -17,7 +17,7 @@ import torch
 from sws_export.adapters.comfyui import SwsDiffusionModel, embed_sizes, family_of, split_adm
 from sws_export.runtime import Session, StepError
 from sws_export.tensors import TensorSpec
-from tests import road
+from tests import export_runs
 from tests.sws_export.runtime.conftest import POOLED, TOKENS
 
 SIGMAS = torch.tensor([9.0, 5.0, 2.0, 0.5, 0.0])
@@ -280,7 +280,7 @@ def node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
         if parent:
             monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
     spec = importlib.util.spec_from_file_location(
-        "sws_comfyui_node", road.ROOT / "integrations" / "comfyui" / "__init__.py"
+        "sws_comfyui_node", export_runs.ROOT / "integrations" / "comfyui" / "__init__.py"
     )
     assert spec is not None
     assert spec.loader is not None

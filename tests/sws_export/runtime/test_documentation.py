@@ -12,10 +12,10 @@ import pytest
 
 from sws_export import ExportOptions, export
 from sws_export.runtime import Session
-from tests import road
+from tests import export_runs
 from tests.conftest import ShapesOnnx
 
-PAGE = road.ROOT / "docs" / "running.md"
+PAGE = export_runs.ROOT / "docs" / "running.md"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
@@ -48,7 +48,7 @@ def place(
     shutil.copy(f"{telling_graph}.json", directory / "unet.onnx.json")
     (directory / "MODEL").symlink_to(random_unet)
     (directory / "PIPELINE").symlink_to(pipeline)
-    (directory / "examples").symlink_to(road.ROOT / "examples")
+    (directory / "examples").symlink_to(export_runs.ROOT / "examples")
     return directory
 
 
@@ -88,7 +88,10 @@ def run_in(place: Path, command: str) -> None:
         ["bash", "-ec", command],
         cwd=place,
         env=os.environ
-        | {"PATH": f"{road.COMMAND.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(road.ROOT)},
+        | {
+            "PATH": f"{export_runs.COMMAND.parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(export_runs.ROOT),
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -16,7 +16,7 @@ from sws_export.parameters import SwsParameters
 from sws_export.reference import comfyui_node_schedule, fresh_transport, moving_average
 from sws_export.report.report import write_report
 from sws_export.runtime import Session, StepError
-from tests import road
+from tests import export_runs
 from tests.sws_export.runtime.conftest import TOKENS
 from tests.sws_export.runtime.test_comfyui import SIGMAS, Sampler, draw
 
@@ -62,7 +62,7 @@ def test_the_contract_says_how_it_is_driven(session: Session) -> None:
 
 
 def test_state_is_fed_back(session: Session, node_graph: Path, step: MakeInputs) -> None:
-    stream, by_hand = session.stream(), road.Session(node_graph)
+    stream, by_hand = session.stream(), export_runs.Session(node_graph)
     steps = [step(number) for number in range(4)]
     spread = [s | {name: np.full(2, s[name]) for name in ("sigma", "intensity")} for s in steps]
     for given, (prediction, state) in zip(steps, by_hand.run(spread), strict=True):

@@ -12,7 +12,7 @@ import pytest
 from sws_export.adapters import polygraphy_data
 from sws_export.errors import OptionError
 from sws_export.runtime import Session
-from tests import road
+from tests import export_runs
 
 SIZES = "batch=2,height=8,width=6,tokens=5"
 
@@ -40,7 +40,7 @@ def test_polygraphy_runs_the_graph(sws_graph: Path) -> None:
     done = subprocess.run(
         [program, "run", sws_graph, "--onnxrt", "--validate", "--data-loader-script", script],
         env=os.environ
-        | {"SWS_MANIFEST": f"{sws_graph}.json", "SWS_SIZES": SIZES, "PYTHONPATH": str(road.ROOT)},
+        | {"SWS_MANIFEST": f"{sws_graph}.json", "SWS_SIZES": SIZES, "PYTHONPATH": str(export_runs.ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -11,7 +11,7 @@ import torch
 
 from sws_export.errors import EngineError, OptionError
 from sws_export.runtime import Session, StepError
-from tests import road
+from tests import export_runs
 
 MakeInputs = Callable[..., dict[str, Any]]
 
@@ -27,7 +27,7 @@ def text_session(text_graph: Path) -> Session:
 
 
 def expected(path: Path, steps: list[dict[str, Any]]) -> list[Any]:
-    return [prediction for prediction, _ in road.Session(path).run(steps)]
+    return [prediction for prediction, _ in export_runs.Session(path).run(steps)]
 
 
 def test_state_is_fed_back(session: Session, sws_graph: Path, inputs: MakeInputs) -> None:
@@ -37,7 +37,7 @@ def test_state_is_fed_back(session: Session, sws_graph: Path, inputs: MakeInputs
     for one, other in zip(found, expected(sws_graph, steps), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
     # The history matters: the same last step without it is another one.
-    assert road.difference(session.stream().step(**steps[-1]), found[-1]) > 1e-5
+    assert export_runs.difference(session.stream().step(**steps[-1]), found[-1]) > 1e-5
 
 
 def test_state_stays_in_two_buffers(session: Session, inputs: MakeInputs) -> None:
@@ -190,7 +190,7 @@ class TestStateOfTheText:
     def test_another_number_of_tokens_empties_it_alone(
         self, text_session: Session, text_graph: Path, inputs: MakeInputs
     ) -> None:
-        stream, graph = text_session.stream(), road.Session(text_graph)
+        stream, graph = text_session.stream(), export_runs.Session(text_graph)
         first, second = inputs(0), inputs(1, tokens=21)
         stream.step(**first)
         _, state = graph.step(first, graph.zero_state(first))
@@ -275,7 +275,7 @@ def test_one_stream_from_many_threads_is_some_order_of_its_steps(
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: stream.step(**step), range(8)))
     serial = expected(sws_graph, [step] * 8)
-    nearest = [int(np.argmin([road.difference(one, other) for other in serial])) for one in found]
+    nearest = [int(np.argmin([export_runs.difference(one, other) for other in serial])) for one in found]
     assert sorted(nearest) == list(range(8))
 
 

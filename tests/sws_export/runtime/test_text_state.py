@@ -22,7 +22,7 @@ from sws_export.runtime.contract import read_contract
 from sws_export.runtime.session import Stream
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
 from sws_export.tensors import Range, Sizes, shapes_for
-from tests import road
+from tests import export_runs
 from tests.sws_export.runtime.test_comfyui import Sampler, by_hand
 from tests.sws_export.runtime.test_contract import make_plan
 from tests.sws_export.runtime.test_diffusers import build, call, draw, vae
@@ -191,6 +191,6 @@ def test_the_graph_for_tensorrt_keeps_the_guard_as_a_plugin_alone(
     assert {name: kept.count(name) for name in set(kept)} == {"KeyGuard": 8, "BandedTransport": 4}
     ir.save(model, tmp_path / "kept.onnx")
     steps = [inputs(number, tokens=20) for number in range(3)]
-    runs = (road.Session(path).run(steps) for path in (tmp_path / "kept.onnx", text_graph))
+    runs = (export_runs.Session(path).run(steps) for path in (tmp_path / "kept.onnx", text_graph))
     for (one, _), (other, _) in zip(*runs, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)

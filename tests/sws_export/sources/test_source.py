@@ -16,7 +16,7 @@ from sws_export.sources import open_source
 from sws_export.sources.checkpoint import CheckpointSource
 from sws_export.sources.onnx import OnnxSource
 from sws_export.validation import SwsSpec
-from tests.road import with_options
+from tests.export_runs import with_options
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import psutil
 import pytest
 
-from tests.road import COMMAND, ROOT, TRAINED, error_line, listing, run_command
+from tests.export_runs import COMMAND, ROOT, TRAINED, error_line, listing, run_command
 
 SWS_NAMES = {
     *("sigma_min", "sigma_max", "tau", "sinkhorn_iters", "rebalance_iters", "beta", "bisection_steps"),
@@ -205,18 +205,3 @@ def test_quiet_says_nothing_and_json_is_alone_on_stdout(traced: Path, tmp_path: 
     assert done.returncode == 0
     assert json.loads(done.stdout)["manifest"]["artefact"] == "graph.onnx"
     assert "wrote" in done.stderr
-
-
-def test_help_comes_without_loading_a_library() -> None:
-    program = (
-        "import sys; from sws_export.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'onnx', 'onnxruntime', 'diffusers', 'tensorrt_rtx'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run(
-        [COMMAND.parent / "python", "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "examples:\n  sws-export unet.safetensors --out engine.plan" in done.stdout

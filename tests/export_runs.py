@@ -1,6 +1,7 @@
-"""Means to walk the road in tests: small UNets, graphs traced once a session, the command as a process."""
+"""Helpers for tests of whole exports: small UNets, files shared by a session, the command as a process."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from filelock import FileLock
 
 from sws_export import ExportOptions, SwsOptions
 
@@ -45,23 +47,33 @@ def make_unet(directory: Path, **changes: Any) -> Path:
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A path that `make` fills the first time it is asked for in a session, whichever folder asks."""
-    path = factory.getbasetemp() / "shared" / name
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        make(path)
+    """A file or directory that `make` writes once a test session, whichever test process asks first.
+
+    The processes of pytest-xdist have a common parent directory. `make` gets the final path, since the
+    contents may refer to it; a marker beside it records that it is complete.
+    """
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    path = base / "shared" / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    complete = path.with_name(f"{path.name}.complete")
+    with FileLock(path.with_name(f"{path.name}.lock")):
+        if not complete.exists():
+            make(path)
+            complete.touch()
     return path
 
 
 def trace(model: Path, out: Path) -> None:
-    """Write the plain graph of `model`: the slow part of every export, without its other stages."""
+    """Write the plain graph of `model`, without validation."""
     from sws_export import export
 
     export(model, out, ExportOptions(sws=SwsOptions(plain=True), validate=False))
 
 
 def with_options(options: ExportOptions, **changes: Any) -> ExportOptions:
-    """`options` with some fields of the groups or of its own changed, each named without its group."""
+    """`options` with fields changed, those of the groups too, each named without its group."""
     grouped: dict[str, dict[str, Any]] = {}
     own: dict[str, Any] = {}
     for name, value in changes.items():
@@ -78,14 +90,14 @@ def with_options(options: ExportOptions, **changes: Any) -> ExportOptions:
 
 
 def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `sws-export` in a process of its own."""
+    """Run `sws-export` in a process."""
     return subprocess.run(
         [COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=500
     )
 
 
 def error_line(stderr: str) -> str:
-    """The one line with which the command must end when it refuses, and nothing like a traceback."""
+    """The error line of the command: exactly one, the last line, and no traceback."""
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if line.startswith("sws-export: ")]
     assert len(lines) == 1, stderr
@@ -94,7 +106,7 @@ def error_line(stderr: str) -> str:
 
 
 def listing(directory: Path) -> dict[str, bytes | None]:
-    """Every name below a directory, hidden ones too, with the contents of files."""
+    """Every path below a directory, hidden ones included, with the contents of files."""
     return {
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in sorted(directory.rglob("*"))
@@ -102,7 +114,7 @@ def listing(directory: Path) -> dict[str, bytes | None]:
 
 
 class Session:
-    """A graph in ONNX Runtime that is fed by name; the state goes in and out in the open."""
+    """A graph in ONNX Runtime without `sws_export.runtime`: the caller passes the state from step to step."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
@@ -118,7 +130,7 @@ class Session:
         }
 
     def zero_state(self, inputs: Mapping[str, Array]) -> Outputs:
-        """The state with which an image begins."""
+        """The zero state that an image starts with, for the sizes of `inputs`."""
         batch, _, height, width = inputs["sample"].shape
         tokens = inputs["encoder_hidden_states"].shape[1]
         sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
@@ -128,7 +140,7 @@ class Session:
         }
 
     def step(self, inputs: Mapping[str, Array], state: Mapping[str, Array]) -> tuple[Array, Outputs]:
-        """The prediction and the next state."""
+        """The prediction and the next state, by the names of the state inputs."""
         feed = {name: np.asarray((inputs | state)[name], dtype) for name, dtype in self.inputs.items()}
         found = dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
         return found.pop("out_sample"), {name.removesuffix("_out"): value for name, value in found.items()}
@@ -142,7 +154,7 @@ class Session:
 
 
 def _size(dimension: int | str, sizes: Mapping[str, int]) -> int:
-    """A dimension as the graph declares it: a number, the name of a size, or a share of it."""
+    """The value of a declared dimension: a number, the name of a size, or `size/divisor`."""
     if isinstance(dimension, int):
         return dimension
     name, _, divisor = dimension.partition("/")
@@ -150,6 +162,6 @@ def _size(dimension: int | str, sizes: Mapping[str, int]) -> int:
 
 
 def difference(found: Array, expected: Array) -> float:
-    """Largest difference relative to the largest expected value; NaN is infinitely far."""
+    """Largest difference relative to the largest expected value; infinite if one is not finite."""
     apart = np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64)).max()
     return float(apart / np.abs(expected).max()) if np.isfinite(apart) else float("inf")
