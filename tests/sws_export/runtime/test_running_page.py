@@ -42,7 +42,7 @@ def place(
     random_unet: Path,
     pipeline: Path,
 ) -> Path:
-    """A directory with what the page speaks of."""
+    """A directory with the files that the commands of the page name."""
     directory = tmp_path_factory.mktemp("place")
     shutil.copy(telling_graph, directory / "unet.onnx")
     shutil.copy(f"{telling_graph}.json", directory / "unet.onnx.json")
@@ -54,7 +54,7 @@ def place(
 
 @pytest.fixture
 def trained(place: Path, shapes_onnx: ShapesOnnx) -> None:
-    """The graph that `make demo` leaves."""
+    """The graph that `make demo` writes."""
     (place / "out").mkdir(exist_ok=True)
     export(shapes_onnx("fp32"), place / "out" / "engine.onnx", ExportOptions(validate=False))
 
@@ -68,7 +68,7 @@ def test_the_page_has_the_commands_that_are_tested() -> None:
 
 
 def samples(command: str) -> bool:
-    """Whether a command draws or looks into whole sampling runs, which takes a minute."""
+    """Whether a command runs whole sampling loops, which takes a minute."""
     return command.startswith(("sws-export sample", "sws-export report"))
 
 
