@@ -6,6 +6,7 @@
       ExportError         the way from the UNet to the SWS graph
       ValidationError     the graph disagrees with the reference
       EngineError         the engine backend: not installed, refused the graph, died
+        ManifestError     the manifest of an artefact: unreadable, malformed, of an unknown format
       PluginError         the TensorRT plugin library: not built, a tool is missing
       StepError           an input of a session's step: missing, of a wrong shape (runtime/errors.py)
       OutputError         the place to write to: not writable, disk full
@@ -41,6 +42,10 @@ class ValidationError(SwsExportError):
 
 class EngineError(SwsExportError):
     """The engine cannot be built or read."""
+
+
+class ManifestError(EngineError):
+    """The manifest of an artefact cannot be read."""
 
 
 class PluginError(SwsExportError):

@@ -1,4 +1,4 @@
-"""What a file is: checkpoint, ONNX graph, manifest or engine, from its header alone."""
+"""Describing a file, a checkpoint, ONNX graph, manifest or engine, without loading its weights."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any
 
 from sws_export.errors import CheckpointError
 from sws_export.files import ENGINE_SUFFIXES
+from sws_export.manifest import Manifest, manifest_path, read_embedded, read_manifest
 
-_MANIFEST_FACTS = (
+_SHOWN = (
     "precision",
     "preset",
     "states",
@@ -24,7 +25,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     """Describe `path` as plain values.
 
     Raises:
-        CheckpointError: It is none of the kinds known, or is damaged.
+        SwsExportError: It is of none of these kinds, or is damaged.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
@@ -33,11 +34,12 @@ def inspect_file(path: Path) -> dict[str, Any]:
     if path.suffix in ENGINE_SUFFIXES:
         return _inspect_engine(path)
     if path.suffix == ".json" and _is_manifest(path):
-        return {"kind": "manifest"} | _read_manifest(path)
+        return {"kind": "manifest", **read_manifest(path)}
     return _inspect_checkpoint(path)
 
 
 def _is_manifest(path: Path) -> bool:
+    """Whether this JSON file is a manifest rather than the configuration of a model."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -45,22 +47,18 @@ def _is_manifest(path: Path) -> bool:
     return isinstance(found, dict) and "artefact" in found
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not a manifest: {error}") from error
+def _shown(manifest: Manifest) -> dict[str, Any]:
+    return {name: value for name, value in manifest.items() if name in _SHOWN}
 
 
 def _inspect_graph(path: Path) -> dict[str, Any]:
-    # Here and below: what a checkpoint does not need is not waited for.
+    # Imports are local because each kind of file needs other modules, some of them slow to import.
     from graph_passes.find_sites import find_sites
     from graph_passes.grids import in_order
-    from sws_export import manifest
     from sws_export.onnx_files import graph_specs, load_onnx
 
     model = load_onnx(path)
-    described = manifest.embedded(model)
+    manifest = read_embedded(path)
     facts: dict[str, Any] = {
         "kind": "onnx",
         "opset": model.graph.opset_imports.get("", 0),
@@ -73,8 +71,8 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
             f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in graph_specs(model.graph.outputs)
         ],
     }
-    if described is not None:
-        return facts | {name: described[name] for name in _MANIFEST_FACTS if name in described}
+    if manifest is not None:
+        return facts | _shown(manifest)
     sites, skipped = find_sites(model, cross_attention=True)
     return facts | {
         "sites": {
@@ -88,15 +86,15 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
 def _inspect_engine(path: Path) -> dict[str, Any]:
     import dataclasses
 
-    from sws_export import manifest
-    from sws_export.engines import plan_header
+    from sws_export.engines.header import plan_header
 
     facts = {"kind": "engine"} | dataclasses.asdict(plan_header(path))
-    beside = manifest.manifest_path(path)
+    beside = manifest_path(path)
     if not beside.is_file():
-        return facts | {"manifest": f"{beside.name} is missing: the contract of this engine is not known"}
-    described = _read_manifest(beside)
-    return facts | {name: described[name] for name in _MANIFEST_FACTS if name in described}
+        return facts | {
+            "manifest": f"{beside.name} is missing: the inputs and states of this engine are not known"
+        }
+    return facts | _shown(read_manifest(beside))
 
 
 def _inspect_checkpoint(path: Path) -> dict[str, Any]:

@@ -15,7 +15,10 @@ from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions,
 from sws_export.errors import CheckpointError
 from sws_export.pipeline.preflight import Preflight
 from sws_export.pipeline.run import ExportReport
-from tests.export_runs import COMMAND, error_line
+from tests.export_runs import COMMAND, ROOT, error_line
+
+RECORDED = ROOT / "tests" / "sws_export" / "manifest" / "recorded" / "format_1_sws.json"
+MANIFEST = json.loads(RECORDED.read_text("utf-8"))
 
 PREFLIGHT = Preflight(memory={"export": 1}, disk=2, graph_size=2, available_memory=3, free_disk=4)
 
@@ -188,11 +191,11 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_inspect_prints_facts_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = tmp_path / "e.plan.json"
-    manifest.write_text(json.dumps({"artefact": "e.plan", "sites": {"d2": ["a", "b"]}, "precision": "fp16"}))
+    manifest.write_text(json.dumps(MANIFEST | {"sites": {"d2": ["a", "b"]}}))
     assert main(["inspect", str(manifest)]) == 0
     said = capsys.readouterr().out
     assert "kind: manifest\n" in said
-    assert "precision: fp16\n" in said
+    assert "precision: fp32\n" in said
     assert main(["inspect", str(manifest), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sites"] == {"d2": ["a", "b"]}
 
@@ -204,7 +207,7 @@ def test_inspect_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_reader_that_has_enough(tmp_path: Path) -> None:
     manifest = tmp_path / "e.plan.json"
-    manifest.write_text(json.dumps({"artefact": "e.plan", "sites": {"d2": ["a" * 200] * 5000}}))
+    manifest.write_text(json.dumps(MANIFEST | {"sites": {"d2": ["a" * 200] * 5000}}))
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(

@@ -110,14 +110,14 @@ class SwsDiffusionModel:
         """Drop all streams where a new sampling run begins."""
         # Samplers that add noise on their way go up by themselves: a sign only where no list tells.
         begins = run is not self._run if run is not None else sigma > self._last
-        if begins and self.session.contract.begins_anew:
+        if begins and self.session.contract.resets_per_image:
             self._streams.clear()
         # Holding the list keeps its identity from being used again.
         self._run, self._last = run, sigma
 
     def _stream(self, options: Mapping[str, Any]) -> Stream:
         key: tuple[Any, ...] = ()
-        if self.session.contract.begins_anew:
+        if self.session.contract.resets_per_image:
             key = (*options.get("uuids", ()), *options.get("cond_or_uncond", ()))
         if key not in self._streams:
             self._streams[key] = self.session.stream()

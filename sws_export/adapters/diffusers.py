@@ -190,7 +190,7 @@ class SWSUNet:
         # last keeps its identity from being used again.
         trajectory = getattr(scheduler, "timesteps", None)
         begins = trajectory is not self._trajectory or sigma > self._last
-        if begins and self.session.contract.begins_anew:
+        if begins and self.session.contract.resets_per_image:
             self.session.reset()
         self._trajectory = trajectory
 

@@ -77,6 +77,6 @@ def _print_report(report: "ExportReport", parsed: argparse.Namespace, console: "
                 "files": [str(file) for file in report.files],
                 "preflight": dataclasses.asdict(report.preflight),
                 "cached": [timing.name for timing in report.stages if timing.cached],
-                "manifest": report.manifest,
+                "manifest": report.manifest or {},
             }
         )

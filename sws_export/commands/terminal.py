@@ -106,10 +106,10 @@ def print_export(console: Console, report: ExportReport) -> None:
         console.print(table)
     for file in report.files:
         console.print(f"wrote {file}  {_size(file)}", markup=False)
-    if not report.files:
+    if report.manifest is None:
         console.print("dry run: nothing was written")
         return
-    states = report.manifest.get("states", [])
+    states = report.manifest["states"]
     if states:
         pairs = ", ".join(f"{pair['output']} -> {pair['input']}" for pair in states)
         console.print(

@@ -19,8 +19,9 @@ from sws_export.cache.store import file_digest
 from sws_export.engines import EngineReport
 from sws_export.engines.gpu import gpu_names
 from sws_export.files import output_errors
-from sws_export.manifest import library_versions
+from sws_export.manifest import GraphDescription, SourceEntry
 from sws_export.onnx_files import load_onnx, save_onnx
+from sws_export.pipeline.describe import library_versions
 from sws_export.pipeline.engine import Engine, profile_shapes
 from sws_export.pipeline.graph import Graph, SourceCheck, WrittenGraph
 from sws_export.pipeline.plan import EngineConfig, ExportPlan
@@ -56,7 +57,7 @@ class CachedCheck(SourceCheck):
         self._remembered = None
         self._digests.forget(self._plan.source.files)
 
-    def _verify(self) -> dict[str, Any]:
+    def _verify(self) -> SourceEntry:
         files = self._plan.source.files
         before, began = stamps(files)
         description = super()._verify()
@@ -275,9 +276,12 @@ class _CachedGraph(Graph):
         return self._made.written
 
     @property
-    def description(self) -> dict[str, Any]:
+    def description(self) -> GraphDescription:
         """The manifest embedded in the graph."""
-        return super().description if self.is_written else dict(self._entry.facts["description"])
+        if self.is_written:
+            return super().description
+        description: GraphDescription = self._entry.facts["description"]
+        return description
 
     @property
     def remark(self) -> str:

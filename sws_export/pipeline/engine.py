@@ -1,16 +1,15 @@
 """The engine of an export."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sws_export.cache.store import FileDigest, file_digest
 from sws_export.engines import EngineReport, build_engine
+from sws_export.manifest import GraphDescription, tensor_specs
 from sws_export.pipeline.graph import Graph
 from sws_export.pipeline.plan import EngineConfig
 from sws_export.pipeline.run_log import RunLog
-from sws_export.tensors import Shapes, TensorSpec, shapes_for
+from sws_export.tensors import Shapes, shapes_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,6 @@ def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> 
         return Engine(path, report, file_digest(path))
 
 
-def profile_shapes(description: Mapping[str, Any], config: EngineConfig) -> Shapes:
-    """Smallest, best and largest shape of each input, from the description of a graph."""
-    inputs = [TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in description["inputs"]]
-    return shapes_for(inputs, config.sizes)
+def profile_shapes(description: GraphDescription, config: EngineConfig) -> Shapes:
+    """Smallest, optimal and largest shape of each input, from the description of a graph."""
+    return shapes_for(tensor_specs(description["inputs"]), config.sizes)

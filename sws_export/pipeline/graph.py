@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx_ir as ir
 
-from sws_export import manifest as manifests
 from sws_export.errors import ValidationError
+from sws_export.manifest import METADATA_KEY, GraphDescription, SourceEntry, parse_manifest
 from sws_export.onnx_files import graph_specs, release_weights, save_onnx, save_sharing
 from sws_export.parameters import SwsParameters, recorded_parameters
+from sws_export.pipeline.describe import describe_graph, embed, library_versions
 from sws_export.pipeline.plan import ExportPlan
 from sws_export.pipeline.rewrite import finish_plain, rewrite
 from sws_export.pipeline.run_log import Recorded, RunLog
@@ -37,7 +38,7 @@ class SourceCheck:
         """What the check logged; None while it was not done."""
 
     @functools.cached_property
-    def description(self) -> dict[str, Any]:
+    def description(self) -> SourceEntry:
         """What the manifest says about the source, its sha256 included.
 
         Raises:
@@ -48,7 +49,7 @@ class SourceCheck:
         self.recorded = recorded
         return description
 
-    def _verify(self) -> dict[str, Any]:
+    def _verify(self) -> SourceEntry:
         return self._plan.source.verify(self._log)
 
     @property
@@ -104,9 +105,9 @@ class Graph:
         return self.written.remark
 
     @property
-    def description(self) -> dict[str, Any]:
+    def description(self) -> GraphDescription:
         """The manifest embedded in the graph."""
-        return manifests.embedded(self.model) or {}
+        return parse_manifest(self.model.metadata_props[METADATA_KEY], str(self.path))
 
 
 class GraphBuilder:
@@ -187,10 +188,10 @@ class GraphBuilder:
                     sizes=sizes,
                 )
         release_weights(model)
-        model.producer_name, model.producer_version = "sws-export", manifests.library_versions()["sws-export"]
-        manifests.embed(
+        model.producer_name, model.producer_version = "sws-export", library_versions()["sws-export"]
+        embed(
             model,
-            manifests.describe_graph(
+            describe_graph(
                 source=source,
                 inputs=graph_specs(model.graph.inputs),
                 outputs=graph_specs(model.graph.outputs),
@@ -253,17 +254,17 @@ def validate_graph(plan: ExportPlan, graph: Graph, log: RunLog) -> ValidationRep
     return validation
 
 
-def sws_spec(description: Mapping[str, Any]) -> SwsSpec:
+def sws_spec(description: GraphDescription) -> SwsSpec:
     """The SWS in a graph, from its manifest."""
-    if not description["sws"]:
+    if description["sws"] is None or description["preset"] is None:
         return SwsSpec(SwsParameters(), ())
+    guard, debug = description["guard"], description["debug_outputs"]
     return SwsSpec(
         recorded_parameters(description["sws"]),
         tuple(name for names in description["sites"].values() for name in names),
-        Fraction(description["guard"]["rows"]),
-        tuple(description.get("debug_outputs", {}).get("sites", ())),
-        # Manifests from before there were presets have none.
-        description.get("preset", "sws"),
+        Fraction(guard["rows"]) if guard else Fraction(1),
+        tuple(debug["sites"]) if debug else (),
+        description["preset"],
     )
 
 

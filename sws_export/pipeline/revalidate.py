@@ -2,11 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from sws_export import manifest
 from sws_export.errors import CheckpointError, ValidationError
-from sws_export.onnx_files import load_onnx
+from sws_export.manifest import Manifest, read_embedded
 from sws_export.options import ExportOptions, SourceOptions
 from sws_export.pipeline.graph import sws_spec
 from sws_export.progress import Progress, Silent
@@ -35,24 +33,24 @@ def validate(
     """
     graph, model = Path(graph), Path(model)
     options, progress = options or SourceOptions(), progress or Silent()
-    described = _description(graph)
-    residuals = any(spec["name"] == MID_RESIDUAL for spec in described["inputs"])
-    as_exported = dataclasses.replace(options, precision=described["precision"], controlnet=residuals)
+    manifest = _manifest(graph)
+    residuals = any(spec["name"] == MID_RESIDUAL for spec in manifest["inputs"])
+    as_exported = dataclasses.replace(options, precision=manifest["precision"], controlnet=residuals)
     source = open_source(model, ExportOptions(source=as_exported), progress)
     found = source.verify(progress)
-    if found["sha256"] != described["source"]["sha256"]:
+    if found["sha256"] != manifest["source"]["sha256"]:
         raise ValidationError(
-            f"{graph} was exported from {described['source']['file']} with sha256 "
-            f"{described['source']['sha256'][:12]}…, {model} has {found['sha256'][:12]}…; "
+            f"{graph} was exported from {manifest['source']['file']} with sha256 "
+            f"{manifest['source']['sha256'][:12]}…, {model} has {found['sha256'][:12]}…; "
             "give the checkpoint that it was exported from"
         )
-    return source.validate(graph, sws_spec(described), progress)
+    return source.validate(graph, sws_spec(manifest), progress)
 
 
-def _description(graph: Path) -> dict[str, Any]:
+def _manifest(graph: Path) -> Manifest:
     if not graph.is_file():
         raise CheckpointError(f"{graph}: no such file")
-    described = manifest.embedded(load_onnx(graph))
-    if described is None:
+    manifest = read_embedded(graph)
+    if manifest is None:
         raise CheckpointError(f"{graph} was not written by sws-export: it has no embedded manifest")
-    return described
+    return manifest

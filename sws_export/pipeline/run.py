@@ -2,17 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-from sws_export import manifest as manifests
 from sws_export.cache import FileDigest, open_cache
 from sws_export.cache.store import file_digest
 from sws_export.engines import EngineReport
 from sws_export.errors import OutputError
 from sws_export.files import publish_together, staged_directory
+from sws_export.manifest import Manifest, manifest_path, write_manifest
 from sws_export.onnx_files import data_file
 from sws_export.options import ExportOptions, artefact_kind
 from sws_export.pipeline.cached import StageCache
+from sws_export.pipeline.describe import complete
 from sws_export.pipeline.engine import Engine, make_engine, profile_shapes
 from sws_export.pipeline.graph import Graph, GraphBuilder, validate_graph
 from sws_export.pipeline.plan import ExportPlan, make_plan
@@ -30,7 +30,7 @@ class ExportReport:
 
     Attributes:
         files: Artefacts written, the requested one first; empty after a dry run.
-        manifest: What was written to `<out>.json`; empty after a dry run.
+        manifest: What was written to `<out>.json`; None after a dry run.
         preflight: The expected needs.
         validation: None if it was skipped.
         engine: None for an ONNX graph.
@@ -38,7 +38,7 @@ class ExportReport:
     """
 
     files: tuple[Path, ...]
-    manifest: dict[str, Any]
+    manifest: Manifest | None
     preflight: Preflight
     validation: ValidationReport | None
     engine: EngineReport | None
@@ -84,7 +84,7 @@ def export(
     for shortage in needs.shortages():
         log.warn(shortage)
     if options.dry_run:
-        return ExportReport((), {}, needs, None, None, ())
+        return ExportReport((), None, needs, None, None, ())
 
     with staged_directory(out) as scratch:
         path = scratch / out.with_suffix(".onnx").name
@@ -122,7 +122,7 @@ def _check_destination(model: Path, out: Path, options: ExportOptions) -> None:
     """Refuse a destination that cannot be written before any long work is done."""
     keeps_graph = artefact_kind(out) == "onnx" or options.keep_onnx
     graph = out.with_suffix(".onnx")
-    files = {out, manifests.manifest_path(out)} | ({graph, data_file(graph)} if keeps_graph else set())
+    files = {out, manifest_path(out)} | ({graph, data_file(graph)} if keeps_graph else set())
     for file in sorted(files):
         if file.is_dir():
             raise OutputError(f"cannot write {file}: it is a directory; choose another --out")
@@ -139,7 +139,7 @@ def _publish(
     engine: Engine | None,
     scratch: Path,
     log: RunLog,
-) -> tuple[dict[str, Any], tuple[Path, ...]]:
+) -> tuple[Manifest, tuple[Path, ...]]:
     """Write the manifest and move the artefacts to their places; returns it and them, the requested first."""
     # The weights come first: an ONNX file must never be there without them.
     staged = [data_file(graph.file), graph.file] if plan.keeps_graph else []
@@ -147,21 +147,21 @@ def _publish(
     digests: dict[Path, FileDigest] = {}
     with log.measure("hash"), log.stage("hash"):
         digests = {file: file_digest(file) for file in staged}
-    profile = None
+    shapes = None
     if engine is not None and plan.engine is not None:
         digests[engine.path] = engine.digest
-        profile = manifests.describe_profile(profile_shapes(graph.description, plan.engine))
-    document = manifests.complete(
+        shapes = profile_shapes(graph.description, plan.engine)
+    document = complete(
         graph.description,
         plan.out,
         digests,
         validation,
         engine.report if engine else None,
-        profile,
+        shapes,
         log.timings,
     )
-    manifest = scratch / manifests.manifest_path(plan.out).name
-    manifests.write_manifest(document, manifest)
+    manifest = scratch / manifest_path(plan.out).name
+    write_manifest(document, manifest)
     places = {file: plan.out.parent / file.name for file in (*digests, manifest)}
     # A large graph that this one replaces had its weights in a file beside it.
     graphs = [place for place in places.values() if place.suffix == ".onnx" and place.exists()]

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sws_export.errors import OptionError, ValidationError
-from sws_export.parameters import bypass_level, recorded_parameters
+from sws_export.manifest import SourceEntry
+from sws_export.parameters import Preset, SwsParameters, bypass_level, recorded_parameters
 from sws_export.progress import Progress
 from sws_export.report.explanation import Floats, SiteMetrics, StepMetrics
 from sws_export.runtime.contract import Contract
@@ -23,8 +24,8 @@ class Probe:
     def __init__(self, session: Session, reference: "Reference | None", intensity: float) -> None:
         self._stream, self._plain = session.stream(), session.stream()
         self._contract = session.contract
-        self._parameters = recorded_parameters(session.contract.manifest["sws"])
-        self._bypass_level = bypass_level(session.contract.preset, self._parameters)
+        self._preset, self._parameters = method_of(session.contract)
+        self._bypass_level = bypass_level(self._preset, self._parameters)
         self._reference = reference
         self._intensity = intensity
 
@@ -50,7 +51,7 @@ class Probe:
             seconds=seconds,
             effect=float(np.sqrt(np.square(found - plain).mean() / np.square(plain).mean())),
             error=error,
-            sites=self._told() if self._contract.figures else sites,
+            sites=self._told() if self._contract.metrics else sites,
             states={name: _banded(self._contract, values) for name, values in self._stream.state().items()},
         )
         return figures, found
@@ -62,7 +63,7 @@ class Probe:
         from sws_export.reference import comfyui_node_schedule, schedule
 
         sigma = torch.from_numpy(step.sigma)
-        if self._contract.preset == "node":
+        if self._preset == "node":
             node = comfyui_node_schedule(sigma, self._parameters)
             return float(node.u[0]), float(node.kappa[0])
         now = schedule(sigma, torch.full_like(sigma, self._intensity), self._parameters)
@@ -70,12 +71,24 @@ class Probe:
 
     def _told(self) -> dict[str, SiteMetrics]:
         """Figures that the artefact gives, by site."""
-        columns = self._stream.figures()
+        columns = self._stream.metrics()
         del columns["kl_cap"]
         return {
             site: SiteMetrics(**{name: float(values[0, column]) for name, values in columns.items()})
             for column, site in enumerate(self._contract.metric_sites)
         }
+
+
+def method_of(contract: Contract) -> tuple[Preset, SwsParameters]:
+    """Preset and parameters of the SWS in an artefact.
+
+    Raises:
+        OptionError: It was exported with --plain.
+    """
+    preset, sws = contract.manifest["preset"], contract.manifest["sws"]
+    if preset is None or sws is None:
+        raise OptionError(f"{contract.path} was exported with --plain: it contains no SWS to report on")
+    return preset, recorded_parameters(sws)
 
 
 def _banded(contract: Contract, state: Floats) -> Floats:
@@ -96,10 +109,10 @@ class Reference:
     def __init__(self, model: Path, contract: Contract, intensity: float, progress: Progress) -> None:
         from sws_export.reference import reference_unet
 
-        manifest = contract.manifest
-        sites = [name for names in manifest["sites"].values() for name in names]
-        unet = _load_checked(model, manifest, progress)
-        self._unet = reference_unet(contract.preset, unet, recorded_parameters(manifest["sws"]), sites)
+        preset, parameters = method_of(contract)
+        sites = [name for names in contract.manifest["sites"].values() for name in names]
+        unet = _load_checked(model, contract.manifest["source"], progress)
+        self._unet = reference_unet(preset, unet, parameters, sites)
         self._intensity = intensity
         self._state: dict[str, Any] | None = None
 
@@ -129,14 +142,13 @@ def _site_metrics(record: Any) -> SiteMetrics:
     return SiteMetrics(**{name: float(getattr(record, name)[0]) for name in names})
 
 
-def _load_checked(model: Path, manifest: Mapping[str, Any], progress: Progress) -> Any:
+def _load_checked(model: Path, recorded: SourceEntry, progress: Progress) -> Any:
     """The UNet in float32, if it is the one the artefact was made from."""
     import torch
 
     from sws_export.checkpoint import open_checkpoint, verify_weights
     from sws_export.checkpoint.unet_module import load_unet
 
-    recorded = manifest["source"]
     if recorded.get("loras"):
         raise OptionError(
             f"{recorded['file']} was exported with LoRA weights fused, which the reference of the report has "

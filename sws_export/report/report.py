@@ -11,7 +11,7 @@ from sws_export.files import publish, staged_directory
 from sws_export.progress import Progress, Silent
 from sws_export.report.explanation import Explanation, Floats, StepMetrics
 from sws_export.report.page import render
-from sws_export.report.probe import Probe, Reference
+from sws_export.report.probe import Probe, Reference, method_of
 from sws_export.runtime.contract import Contract
 from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session
 from sws_export.validation.trajectory import Trajectory
@@ -71,9 +71,8 @@ def write_report(
     progress = progress or Silent()
     session = Session.load(artefact)
     contract = session.contract
-    if not contract.manifest["sws"]:
-        raise OptionError(f"{artefact} was exported with --plain: there is no SWS in it to report on")
-    if model is None and not contract.figures:
+    method_of(contract)
+    if model is None and not contract.metrics:
         raise OptionError(
             f"{artefact} does not tell what its sites do: name the checkpoint that it was exported from, or "
             "export it again with --debug-outputs"
@@ -87,7 +86,7 @@ def write_report(
         intensity=intensity,
         sizes=sizes,
         text="random text embeddings" if encoder_hidden_states is None else "text embeddings of the caller",
-        told_by="artefact" if contract.figures else "reference",
+        told_by="artefact" if contract.metrics else "reference",
         tokens=tokens,
         steps=figures,
     )

@@ -1,51 +1,58 @@
-"""What an artefact takes and gives, read from its manifest and checked against the file."""
+"""The inputs and outputs of an artefact, read from its manifest and checked against the file."""
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from sws_export.engines import plan_header
-from sws_export.errors import EngineError
+from sws_export.engines.header import plan_header
+from sws_export.errors import EngineError, ManifestError
 from sws_export.files import ENGINE_SUFFIXES
-from sws_export.manifest import FORMAT_VERSION, METADATA_KEY, manifest_path
+from sws_export.manifest import (
+    PREDICTION,
+    Manifest,
+    manifest_path,
+    parse_manifest,
+    profile_of,
+    read_embedded,
+    read_manifest,
+    tensor_specs,
+)
 from sws_export.parameters import Preset
 from sws_export.tensors import SIZE_AXES, Shapes, TensorSpec
 
-PREDICTION = "out_sample"
-_DECIDED_BY_GRAPH = ("inputs", "outputs", "states", "preset", "sws", "precision", "debug_outputs")
+_COMPARED = ("inputs", "outputs", "states", "preset", "sws", "precision", "debug_outputs")
 
 
 @dataclasses.dataclass(frozen=True)
-class StatePair:
+class StateSpec:
     """An input of the graph and the output that is fed back into it at the next step.
 
     Attributes:
         spec: The input.
         output: Name of the output.
-        lasting: The batch shares it, and it goes on from image to image, whatever their number and size.
+        persistent: The state continues from image to image and is shared across the batch, whatever the batch
+            and image sizes; otherwise it resets per image.
     """
 
     spec: TensorSpec
     output: str
-    lasting: bool = False
+    persistent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
-    """How an artefact is driven.
+    """What an artefact takes and returns.
 
     Attributes:
         path: The artefact.
         backend: `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
-        inputs: Inputs that the caller gives, states left out.
-        prediction: The output that the caller gets.
-        states: State pairs; none for an artefact exported with --plain.
-        figures: Outputs that tell what each site did, [B, sites] or [B], by the name of the figure; none
-            for an artefact exported without --debug-outputs.
-        profile: Smallest, best and largest shape of each input of an engine; None for a graph.
+        inputs: Inputs that the caller provides; states excluded.
+        prediction: The UNet's output.
+        states: States; none for an artefact exported with --plain.
+        metrics: Output of each site metric, [B, sites] or [B], by the name of the metric; none for an
+            artefact exported without --debug-outputs.
+        profile: Smallest, optimal and largest shape of each input of an engine; None for a graph.
         manifest: Everything that was recorded at the export.
     """
 
@@ -53,14 +60,14 @@ class Contract:
     backend: str
     inputs: tuple[TensorSpec, ...]
     prediction: TensorSpec
-    states: tuple[StatePair, ...]
-    figures: Mapping[str, TensorSpec]
+    states: tuple[StateSpec, ...]
+    metrics: Mapping[str, TensorSpec]
     profile: Shapes | None
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @property
     def fixed_sizes(self) -> dict[str, int]:
-        """batch, height and width (latent) and tokens, as far as the graph is fixed to them."""
+        """Those of batch, height and width (latent) and tokens that are static in the graph."""
         shapes = {spec.name: spec.shape for spec in self.inputs}
         found = {name: shapes[tensor][axis] for name, (tensor, axis) in SIZE_AXES.items() if tensor in shapes}
         return {name: size for name, size in found.items() if isinstance(size, int)}
@@ -71,126 +78,97 @@ class Contract:
         return any(spec.name == "intensity" for spec in self.inputs)
 
     @property
-    def preset(self) -> Preset:
-        """Whose mathematics is in the graph; manifests from before there were presets do not say."""
-        preset: Preset = self.manifest.get("preset") or "sws"
-        return preset
+    def preset(self) -> Preset | None:
+        """The preset; None for a plain export."""
+        return self.manifest["preset"]
 
     @property
-    def batch_wide(self) -> tuple[str, ...]:
-        """Inputs [B] that must be the same for the whole batch."""
-        return tuple(self.manifest.get("batch_wide", ()))
+    def shared_inputs(self) -> tuple[str, ...]:
+        """Inputs [B] that must have one value for the whole batch."""
+        return tuple(self.manifest["shared_inputs"])
 
     @property
-    def begins_anew(self) -> bool:
-        """Whether each image begins with an empty state."""
-        return not any(pair.lasting for pair in self.states)
+    def resets_per_image(self) -> bool:
+        """Whether each image starts with zero states; False where a state is persistent."""
+        return not any(state.persistent for state in self.states)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """Outputs that the caller gets, the prediction first; states left out."""
-        return (self.prediction, *self.figures.values())
+        """Outputs that the caller receives, the prediction first; states excluded."""
+        return (self.prediction, *self.metrics.values())
 
     @property
     def metric_sites(self) -> tuple[str, ...]:
-        """The sites that the columns of the figures are of."""
-        return tuple(self.manifest.get("debug_outputs", {}).get("sites", ()))
+        """The site of each column of the site metrics."""
+        debug = self.manifest["debug_outputs"]
+        return tuple(debug["sites"]) if debug else ()
 
 
 def read_contract(path: Path, *, verify: bool = True) -> Contract:
     """The contract of the artefact at `path`.
 
-    An engine needs its manifest `<path>.json` beside it; an ONNX graph has a copy inside.
+    An engine needs its manifest `<path>.json` beside it; an ONNX graph contains a copy.
 
     Args:
         path: `.onnx`, `.plan` or `.engine`.
-        verify: Compare the sha256 of the artefact with the manifest's, where the manifest has one.
+        verify: Compare the sha256 of the artefact with the one in the manifest, if there is one.
 
     Raises:
-        EngineError: A file is missing, is not what its name says, or is not the one that the manifest is of.
+        EngineError: A file is missing, is not what its name says, or does not belong to its manifest.
     """
     if path.suffix != ".onnx" and path.suffix not in ENGINE_SUFFIXES:
         raise EngineError(f"{path}: expected .onnx, .plan or .engine, found '{path.suffix}'")
     if not path.is_file():
         raise EngineError(f"{path}: no such file; make it with: sws-export MODEL --out {path}")
-    manifest = _beside(path)
-    if manifest is None and path.suffix == ".onnx":
-        manifest = _inside(path)
-    if manifest is None:
-        raise EngineError(
-            f"the manifest {manifest_path(path)} is missing: without it the states of {path.name} and their "
-            "shapes are not known; copy it from where the engine was built, or export again"
-        )
-    _check_format(path, manifest)
+    manifest = _manifest_of(path)
     if verify:
         _check_files(path, manifest)
     return _contract(path, _backend(path, manifest), manifest)
 
 
 def check_embedded(contract: Contract, embedded: str | None) -> None:
-    """Refuse a graph whose own description is not the one that lies beside it.
+    """Check that the manifest beside a graph and the description inside it are of the same graph.
 
     Args:
-        contract: What was read from the manifest.
+        contract: Made from the manifest beside the graph.
         embedded: The metadata property of the graph, as JSON.
 
     Raises:
-        EngineError: They differ in what the graph decides.
+        EngineError: They differ.
     """
-    inside = json.loads(embedded) if embedded else {}
-    for name in _DECIDED_BY_GRAPH:
+    inside: Mapping[str, object] = parse_manifest(embedded, str(contract.path)) if embedded else {}
+    for name in _COMPARED:
         if inside.get(name) != contract.manifest.get(name):
             raise EngineError(
                 f"{manifest_path(contract.path)} is not the manifest of {contract.path.name}: they differ in "
-                f"'{name}'; delete the manifest (the graph has its own inside), or export again"
+                f"'{name}'; delete the manifest (the graph contains its own), or export again"
             )
 
 
-def _beside(path: Path) -> dict[str, Any] | None:
+def _manifest_of(path: Path) -> Manifest:
     beside = manifest_path(path)
-    if not beside.is_file():
-        return None
-    try:
-        manifest = json.loads(beside.read_text("utf-8"))
-    except ValueError as error:
-        raise EngineError(f"{beside} is not a manifest: {error}; export again") from error
-    if not isinstance(manifest, dict):
-        raise EngineError(f"{beside} is not a manifest: expected an object; export again")
-    return manifest
-
-
-def _inside(path: Path) -> dict[str, Any] | None:
-    import onnx_ir as ir
-
-    try:
-        text = ir.load(path).metadata_props.get(METADATA_KEY)
-    except Exception as error:  # protobuf's and onnx_ir's errors share no base class
-        raise EngineError(f"{path} is not an ONNX model or is damaged: {error}") from error
-    if text is None:
-        raise EngineError(
-            f"{path} was not written by sws-export: it does not say how it is driven; "
+    if beside.is_file():
+        return read_manifest(beside)
+    if path.suffix != ".onnx":
+        raise ManifestError(
+            f"the manifest {beside} is missing: without it the states of {path.name} and their "
+            "shapes are not known; copy it from where the engine was built, or export again"
+        )
+    inside = read_embedded(path)
+    if inside is None:
+        raise ManifestError(
+            f"{path} was not written by sws-export: it has no description of its inputs and states; "
             f"put SWS into it with: sws-export {path} --out sws.onnx"
         )
-    return dict(json.loads(text))
+    return inside
 
 
-def _check_format(path: Path, manifest: Mapping[str, Any]) -> None:
-    found = manifest.get("format")
-    missing = [name for name in ("inputs", "outputs", "states") if name not in manifest]
-    if found != FORMAT_VERSION or missing:
-        told = f"has no {' and no '.join(missing)}" if missing else f"has format {found}"
-        raise EngineError(
-            f"the manifest of {path} {told}; this version reads format {FORMAT_VERSION}: "
-            "export again, or use the version of sws-export that wrote it"
-        )
-
-
-def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare the artefact, and the weights of a graph, with the sha256 that the manifest has of them."""
+def _check_files(path: Path, manifest: Manifest) -> None:
+    """Compare the sha256 of the artefact, and of the weights of a graph, with those in the manifest."""
     for entry in manifest.get("files", ()):
         name, expected = entry["name"], entry["sha256"]
         if name == manifest.get("artefact"):
-            # A renamed artefact still is the artefact; its weights are found by their name.
+            # The artefact may have been renamed; the file of its weights may not.
             file = path
         elif path.suffix == ".onnx" and name.endswith(".data"):
             file = path.with_name(name)
@@ -207,7 +185,7 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
             )
 
 
-def _backend(path: Path, manifest: Mapping[str, Any]) -> str:
+def _backend(path: Path, manifest: Manifest) -> str:
     if path.suffix == ".onnx":
         return "onnxruntime"
     header = plan_header(path)
@@ -221,34 +199,22 @@ def _backend(path: Path, manifest: Mapping[str, Any]) -> str:
     return header.backend
 
 
-def _contract(path: Path, backend: str, manifest: Mapping[str, Any]) -> Contract:
-    inputs = {entry["name"]: _spec(entry) for entry in manifest["inputs"]}
-    outputs = {entry["name"]: _spec(entry) for entry in manifest["outputs"]}
+def _contract(path: Path, backend: str, manifest: Manifest) -> Contract:
+    inputs = {spec.name: spec for spec in tensor_specs(manifest["inputs"])}
+    outputs = {spec.name: spec for spec in tensor_specs(manifest["outputs"])}
     states = tuple(
-        StatePair(inputs[pair["input"]], pair["output"], pair.get("resets") == "never")
-        for pair in manifest["states"]
+        StateSpec(inputs[state["input"]], state["output"], state["persistent"])
+        for state in manifest["states"]
     )
-    fed_back = {pair.spec.name for pair in states}
-    figures = manifest.get("debug_outputs", {}).get("outputs", {})
-    profile = manifest.get("profile")
+    state_inputs = {state.spec.name for state in states}
+    debug = manifest["debug_outputs"]
     return Contract(
         path=path,
         backend=backend,
-        inputs=tuple(spec for spec in inputs.values() if spec.name not in fed_back),
+        inputs=tuple(spec for spec in inputs.values() if spec.name not in state_inputs),
         prediction=outputs[PREDICTION],
         states=states,
-        figures={figure: outputs[name] for figure, name in figures.items()},
-        profile=_profile(profile) if profile else None,
+        metrics={metric: outputs[name] for metric, name in debug["outputs"].items()} if debug else {},
+        profile=profile_of(manifest),
         manifest=manifest,
     )
-
-
-def _spec(entry: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
-
-
-def _profile(recorded: Mapping[str, Any]) -> Shapes:
-    return {
-        name: (tuple(shapes["min"]), tuple(shapes["opt"]), tuple(shapes["max"]))
-        for name, shapes in recorded.items()
-    }

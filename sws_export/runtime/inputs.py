@@ -50,7 +50,7 @@ def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Arr
         _take_sizes(spec, value, sizes)
         arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
         _check_range(spec, arrays[spec.name])
-        if spec.name in contract.batch_wide:
+        if spec.name in contract.shared_inputs:
             _check_shared(spec, arrays[spec.name])
     if contract.profile is not None:
         for spec in contract.inputs:

@@ -32,7 +32,7 @@ class Stream:
         self._lock = threading.Lock()
         self._loop: Loop | None = None
         self._shapes: Mapping[str, tuple[int, ...]] = {}
-        self._figures: dict[str, Array] = {}
+        self._metrics: dict[str, Array] = {}
         self._of_text = {pair.spec.name for pair in contract.states if "tokens" in pair.spec.shape}
         # Shape of the latest sample; None before the first step, and where `restore` set the state.
         self._sample: tuple[int, ...] | None = None
@@ -78,37 +78,37 @@ class Stream:
         spec = self._contract.prediction
         shape = (sizes["batch"], spec.shape[1], *arrays["sample"].shape[2:])
         prediction = np.empty(shape, numpy_dtype(spec.dtype))
-        figures = {
-            name: np.empty(concrete_shape(figure, sizes), np.float32)
-            for name, figure in self._contract.figures.items()
+        metrics = {
+            name: np.empty(concrete_shape(output, sizes), np.float32)
+            for name, output in self._contract.metrics.items()
         }
-        outputs = {self._contract.figures[name].name: array for name, array in figures.items()}
+        outputs = {self._contract.metrics[name].name: array for name, array in metrics.items()}
         with self._lock:
             loop = self._loop_of_step(shapes, arrays["sample"].shape)
             loop.run(arrays, {spec.name: prediction, **outputs})
-            self._figures = figures
+            self._metrics = metrics
         return like(prediction, sample)
 
-    def figures(self) -> dict[str, Array]:
-        """What each site did at the last step, of an artefact exported with `--debug-outputs`.
+    def metrics(self) -> dict[str, Array]:
+        """Site metrics of the last step, of an artefact exported with `--debug-outputs`.
 
         Returns:
-            float32 arrays of the caller's own: `alpha_k`, `a_v`, `entropy_mean`, `entropy_min`,
+            Copies, float32: `alpha_k`, `a_v`, `entropy_mean`, `entropy_min`,
             `entropy_max` and `kl`, each [B, sites] with the sites of `Contract.metric_sites`, and `kl_cap`
             [B]. Entropies and KL divergences are in nats.
 
         Raises:
-            StepError: There was no step yet, or the artefact has no such outputs.
+            StepError: No step has run yet, or the artefact has no debug outputs.
         """
-        if not self._contract.figures:
+        if not self._contract.metrics:
             raise StepError(
-                f"{self._contract.path.name} does not tell what its sites do; export it again with "
+                f"{self._contract.path.name} has no site metrics among its outputs; export it again with "
                 "--debug-outputs"
             )
         with self._lock:
-            if not self._figures:
-                raise StepError("figures are of the last step, and there was none yet")
-            return {name: values.copy() for name, values in self._figures.items()}
+            if not self._metrics:
+                raise StepError("site metrics are those of the last step, and no step has run yet")
+            return {name: values.copy() for name, values in self._metrics.items()}
 
     def reset(self, samples: Iterable[int] | None = None) -> None:
         """Forget the history: of every sample of the batch, or of those with the indices `samples`.
@@ -116,7 +116,7 @@ class Stream:
         Raises:
             StepError: An index is outside the batch, or the batch shares its state.
         """
-        if samples is not None and not self._contract.begins_anew:
+        if samples is not None and not self._contract.resets_per_image:
             raise StepError(
                 f"reset: the samples of a batch share the state of {self._contract.path.name}; call reset() "
                 "without indices"
@@ -176,7 +176,7 @@ class Stream:
         """The loop for a step of these sizes, with what carries over from the step before."""
         same_sample = self._sample in (None, sample)
         self._sample = sample
-        same_images = same_sample or not self._contract.begins_anew
+        same_images = same_sample or not self._contract.resets_per_image
         if self._loop is not None and same_images and shapes == self._shapes:
             return self._loop
         changed = {name for name, shape in shapes.items() if shape != self._shapes.get(name)}

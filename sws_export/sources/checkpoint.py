@@ -11,6 +11,7 @@ from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, ve
 from sws_export.checkpoint.unet_io import size_multiple, unet_inputs
 from sws_export.errors import CheckpointError
 from sws_export.lora.fuse import Lora, fuse, open_lora, parse_lora
+from sws_export.manifest import SourceEntry
 from sws_export.options import SourceOptions
 from sws_export.progress import Progress
 from sws_export.tensors import PRECISIONS, Precision, TensorSpec
@@ -100,7 +101,7 @@ class CheckpointSource:
             *found.remarks,
         ]
 
-    def verify(self, progress: Progress) -> dict[str, Any]:
+    def verify(self, progress: Progress) -> SourceEntry:
         """Names, shapes, and every byte of the weights.
 
         Raises:
@@ -113,7 +114,7 @@ class CheckpointSource:
             progress.warn(f"{unused} tensors of the checkpoint have no place in this UNet and are ignored")
         return self._describe(verify_weights(self.checkpoint, progress))
 
-    def _describe(self, sha256: str) -> dict[str, Any]:
+    def _describe(self, sha256: str) -> SourceEntry:
         found = self.checkpoint
         return {
             "kind": "checkpoint",

@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from graph_passes.find_sites import count_levels
 from graph_passes.name_nodes import NameNodes
-from sws_export import manifest
 from sws_export.errors import CheckpointError, ExportError
+from sws_export.manifest import SourceEntry, read_embedded
 from sws_export.onnx_files import graph_specs, load_onnx
 from sws_export.progress import Progress
 from sws_export.tensors import PRECISIONS, SIZE_AXES, Precision, TensorSpec
@@ -70,8 +70,8 @@ class OnnxSource:
         )
 
     def identity(self, sha256: str) -> dict[str, Any]:
-        """What the manifest says about it."""
-        return {"kind": "onnx", "file": self.path.name, "sha256": sha256}
+        """Its description in the manifest."""
+        return dict(self._describe(sha256))
 
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
         """As the graph was read."""
@@ -81,7 +81,7 @@ class OnnxSource:
         """Size and precision."""
         return [f"plain ONNX graph, {self.parameter_count / 1e6:.1f} M parameters, {self.precision}"]
 
-    def verify(self, progress: Progress) -> dict[str, Any]:
+    def verify(self, progress: Progress) -> SourceEntry:
         """Look at all weights and hash the files: the ONNX file, then its external weights by name.
 
         Raises:
@@ -95,7 +95,10 @@ class OnnxSource:
                     while chunk := stream.read(_CHUNK):
                         digest.update(chunk)
                         stage.advance(len(chunk))
-        return self.identity(digest.hexdigest())
+        return self._describe(digest.hexdigest())
+
+    def _describe(self, sha256: str) -> SourceEntry:
+        return {"kind": "onnx", "file": self.path.name, "sha256": sha256}
 
     def _require_finite(self) -> None:
         """Look for NaN and Inf among the weights; scalars are limits, which may be infinite."""
@@ -152,7 +155,7 @@ def open_onnx_source(path: Path) -> OnnxSource:
     _name_dimensions(path, model)
     NameNodes()(model)
     inputs = graph_specs(model.graph.inputs)
-    recorded = manifest.embedded(model) or {}
+    recorded = read_embedded(path)
     weights = {
         name: value.const_value
         for name, value in model.graph.initializers.items()
@@ -164,7 +167,7 @@ def open_onnx_source(path: Path) -> OnnxSource:
         model=model,
         inputs=inputs,
         precision=_precision(path, inputs[0].dtype),
-        vae_scale=recorded.get("source", {}).get("vae_scale"),
+        vae_scale=recorded["source"].get("vae_scale") if recorded else None,
         files=(path, *sorted(external)),
         original_weights=weights,
     )

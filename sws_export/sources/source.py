@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from sws_export.errors import OptionError
+from sws_export.manifest import SourceEntry
 from sws_export.options import ExportOptions
 from sws_export.progress import Progress
 from sws_export.sources.checkpoint import open_checkpoint_source
@@ -63,7 +64,7 @@ class Source(Protocol):
     def describe(self) -> list[str]:
         """A description for the log, a line each."""
 
-    def verify(self, progress: Progress) -> dict[str, Any]:
+    def verify(self, progress: Progress) -> SourceEntry:
         """Check all weights; returns the manifest's description of the source, with its sha256."""
 
     def plain_model(self, progress: Progress) -> ir.Model:

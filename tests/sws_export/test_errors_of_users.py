@@ -269,7 +269,7 @@ def test_the_model_itself_is_not_overwritten(refuse: Refuse, traced: Path, out: 
     "function",
     [
         "sws_export.pipeline.graph.save_onnx",
-        "sws_export.pipeline.run.manifests.write_manifest",
+        "sws_export.pipeline.run.write_manifest",
         "sws_export.files.os.fsync",
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from sws_export.errors import SwsExportError
 from sws_export.inspection import inspect_file
+from sws_export.manifest import read_manifest
 
 
 def test_a_checkpoint(random_unet: Path) -> None:
@@ -41,12 +42,11 @@ def test_a_graph_from_elsewhere(traced: Path, tmp_path: Path) -> None:
 
 
 def test_a_manifest(tmp_path: Path) -> None:
+    recorded = Path(__file__).parent / "manifest" / "recorded" / "format_1_sws.json"
+    assert inspect_file(recorded) == {"kind": "manifest", **read_manifest(recorded)}
     (tmp_path / "e.plan.json").write_text(json.dumps({"artefact": "e.plan", "precision": "fp16"}))
-    assert inspect_file(tmp_path / "e.plan.json") == {
-        "kind": "manifest",
-        "artefact": "e.plan",
-        "precision": "fp16",
-    }
+    with pytest.raises(SwsExportError, match=r"e\.plan\.json has format None"):
+        inspect_file(tmp_path / "e.plan.json")
 
 
 @pytest.mark.parametrize(

@@ -52,12 +52,12 @@ class TritonPythonModel:
         return triton.InferenceResponse(output_tensors=tensors)
 
     def _step(self, stream: Stream, given: dict[str, Any]) -> dict[str, Any]:
-        """The prediction, and the figures of the sites where the artefact gives them, by output."""
+        """The prediction, and the site metrics if the artefact has them, by output name."""
         contract = self._session.contract
         outputs = {contract.prediction.name: stream.step(**given)}
-        if contract.figures:
-            figures = stream.figures()
-            outputs |= {spec.name: figures[name] for name, spec in contract.figures.items()}
+        if contract.metrics:
+            metrics = stream.metrics()
+            outputs |= {spec.name: metrics[name] for name, spec in contract.metrics.items()}
         return outputs
 
     def _stream(self, sequence: int, start: bool) -> Stream:

@@ -11,7 +11,7 @@ from sws_export.errors import EngineError, OptionError, OutputError
 from sws_export.files import output_errors, staged_directory
 from sws_export.manifest import manifest_path
 from sws_export.onnx_files import data_file
-from sws_export.runtime.contract import Contract, StatePair, read_contract
+from sws_export.runtime.contract import Contract, StateSpec, read_contract
 from sws_export.tensors import SIZE_AXES, concrete_shape
 
 Variant = Literal["native", "python"]
@@ -140,7 +140,7 @@ def _native_config(contract: Contract, name: str, options: TritonOptions) -> dic
             f"Triton's TensorRT backend does not run {contract.path.name}, an engine of TensorRT for RTX; "
             "use the variant 'python', or an .onnx graph"
         )
-    if not contract.begins_anew:
+    if not contract.resets_per_image:
         return _native_config_of_shared_state(contract, name, options)
     sizes = _sizes(contract, options)
     batch = _max_batch(contract, options)
@@ -198,12 +198,12 @@ def _instance_kind(contract: Contract) -> EnumName:
     return EnumName("KIND_GPU" if contract.backend == "tensorrt" else "KIND_AUTO")
 
 
-def _state(pair: StatePair, shape: tuple[int, ...]) -> dict[str, Any]:
+def _state(state: StateSpec, shape: tuple[int, ...]) -> dict[str, Any]:
     dims = list(shape)
-    kind = data_type(pair.spec.dtype)
+    kind = data_type(state.spec.dtype)
     return {
-        "input_name": pair.spec.name,
-        "output_name": pair.output,
+        "input_name": state.spec.name,
+        "output_name": state.output,
         "data_type": kind,
         "dims": dims,
         # Without it Triton starts a sequence from uninitialised memory.
@@ -214,7 +214,7 @@ def _state(pair: StatePair, shape: tuple[int, ...]) -> dict[str, Any]:
 def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
     """The one size that a native model is served at: its empty state has a fixed shape."""
     of_text = any("tokens" in pair.spec.shape for pair in contract.states)
-    of_image = contract.begins_anew
+    of_image = contract.resets_per_image
     wanted = {"height": of_image, "width": of_image, "tokens": of_text}
     needed = [name for name, must in wanted.items() if must or getattr(options, name) is not None]
     sizes = {"batch": 1}

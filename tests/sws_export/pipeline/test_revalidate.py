@@ -10,7 +10,7 @@ import pytest
 from sws_export.cli import main
 
 from sws_export import ExportOptions, SwsOptions, SwsParameters, export
-from sws_export.errors import CheckpointError, ValidationError
+from sws_export.errors import CheckpointError, ManifestError, ValidationError
 from sws_export.pipeline.revalidate import validate
 from tests.export_runs import error_line, make_unet
 
@@ -93,5 +93,5 @@ def test_files_that_are_not_there_or_no_graph(random_unet: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"g\.onnx: no such file"):
         validate(tmp_path / "g.onnx", random_unet)
     shutil.copy(random_unet / "config.json", tmp_path / "g.onnx")
-    with pytest.raises(CheckpointError, match="is not an ONNX model or is damaged"):
+    with pytest.raises(ManifestError, match="is not an ONNX model or is damaged"):
         validate(tmp_path / "g.onnx", random_unet)

@@ -243,8 +243,8 @@ STAGES = [
     "sws_export.pipeline.graph.save_onnx",
     "sws_export.sources.checkpoint.validate_against_reference",
     "sws_export.pipeline.engine.build_engine",
-    "sws_export.pipeline.run.manifests.complete",
-    "sws_export.pipeline.run.manifests.write_manifest",
+    "sws_export.pipeline.run.complete",
+    "sws_export.pipeline.run.write_manifest",
     "sws_export.files._flush",
 ]
 

@@ -88,7 +88,7 @@ def test_a_manifest_of_another_graph(edit_manifest: Edit) -> None:
 
 
 def test_a_manifest_of_a_later_format(edit_manifest: Edit) -> None:
-    with pytest.raises(EngineError, match="has format 99; this version reads format 1"):
+    with pytest.raises(EngineError, match="has format 99; this version reads formats 1 and 2"):
         Session.load(edit_manifest(format=99))
 
 

@@ -57,7 +57,7 @@ def test_they_are_the_references(telling_graph: Path, random_unet: Path, inputs:
         stream.step(**given)
         tensors = {name: torch.from_numpy(values).double() for name, values in given.items()}
         _, state = reference.step(**tensors, state=state)
-        found = stream.figures()
+        found = stream.metrics()
         expected = {
             figure: torch.stack([getattr(reference.records[site], figure) for site in sites], dim=1)
             for figure in ("alpha_k", "a_v", "entropy_mean", "entropy_min", "entropy_max", "kl")
@@ -73,17 +73,17 @@ def test_they_are_the_references(telling_graph: Path, random_unet: Path, inputs:
 
 def test_they_are_the_callers_own_and_of_the_last_step(telling_graph: Path, inputs: MakeInputs) -> None:
     stream = Session.load(telling_graph)
-    with pytest.raises(StepError, match="figures are of the last step, and there was none yet"):
-        stream.figures()
+    with pytest.raises(StepError, match="site metrics are those of the last step, and no step has run"):
+        stream.metrics()
     stream.step(**inputs(0))
-    first = stream.figures()
+    first = stream.metrics()
     first["alpha_k"][:] = 7.0
-    assert stream.figures()["alpha_k"].max() < 1.0
+    assert stream.metrics()["alpha_k"].max() < 1.0
     with pytest.raises(StepError):
         stream.step(**(inputs(1) | {"intensity": 2.0}))
-    assert np.array_equal(stream.figures()["a_v"], first["a_v"])
+    assert np.array_equal(stream.metrics()["a_v"], first["a_v"])
     stream.step(**inputs(1, batch=3))
-    assert stream.figures()["a_v"].shape == (3, 4)
+    assert stream.metrics()["a_v"].shape == (3, 4)
 
 
 def test_the_prediction_is_that_of_a_graph_without(
@@ -94,8 +94,8 @@ def test_the_prediction_is_that_of_a_graph_without(
         np.testing.assert_allclose(
             telling.step(**inputs(number)), silent.step(**inputs(number)), rtol=0, atol=1e-6
         )
-    with pytest.raises(StepError, match=r"sws\.onnx does not tell what its sites do.*--debug-outputs"):
-        silent.figures()
+    with pytest.raises(StepError, match=r"sws\.onnx has no site metrics among its outputs.*--debug-outputs"):
+        silent.metrics()
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -111,8 +111,8 @@ def test_the_tensorrt_backend_has_them_too(
         np.testing.assert_allclose(
             stream.step(**inputs(number)), other.step(**inputs(number)), rtol=0, atol=1e-6
         )
-        for figure, values in other.figures().items():
-            np.testing.assert_allclose(stream.figures()[figure], values, rtol=1e-5, atol=1e-6)
+        for figure, values in other.metrics().items():
+            np.testing.assert_allclose(stream.metrics()[figure], values, rtol=1e-5, atol=1e-6)
 
 
 def test_validation_sees_wrong_figures(telling_graph: Path, random_unet: Path, tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def moved(state: Any, sigma: float, times: int = SITES) -> Any:
 def test_the_contract_says_how_it_is_driven(session: Session) -> None:
     contract = session.contract
     assert contract.preset == "node"
-    assert contract.batch_wide == ("sigma", "intensity")
-    assert not contract.begins_anew
-    assert [(pair.spec.name, pair.spec.shape, pair.lasting) for pair in contract.states] == [
+    assert contract.shared_inputs == ("sigma", "intensity")
+    assert not contract.resets_per_image
+    assert [(pair.spec.name, pair.spec.shape, pair.persistent) for pair in contract.states] == [
         (STATE, (1, "tokens", "tokens"), True)
     ]
 
@@ -132,7 +132,7 @@ def test_a_batch_that_differs_is_refused(
 def test_figures_are_the_same_for_all_samples(session: Session, step: MakeInputs) -> None:
     stream = session.stream()
     stream.step(**step(1))
-    figures = stream.figures()
+    figures = stream.metrics()
     assert figures["alpha_k"].shape == (2, SITES)
     assert (figures["alpha_k"] > 0).all()
     assert all(np.array_equal(values[0], values[1]) for values in figures.values())

@@ -148,7 +148,7 @@ def test_spread_is_a_row_of_the_transport() -> None:
 
 
 def test_plain_artefacts_have_nothing_to_report(traced: Path, random_unet: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="was exported with --plain: there is no SWS in it"):
+    with pytest.raises(OptionError, match="was exported with --plain: it contains no SWS"):
         write_report(traced, random_unet, tmp_path / "x.html")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The manifest as text: stable, complete, readable again."""
+"""What the manifest of an export contains."""
 
 import dataclasses
 import json
@@ -10,26 +10,36 @@ from graph_passes.find_sites import SkippedSite
 from graph_passes.grids import TEXT, Grid
 from graph_passes.insert_sws import state_pair
 from graph_passes.parameters import SwsParameters
-from sws_export import manifest
 from sws_export.cache.store import file_digest
+from sws_export.manifest import GraphDescription, parse_manifest, read_embedded
+from sws_export.pipeline.describe import complete, describe_graph, embed, library_versions
 from sws_export.pipeline.rewrite import GuardOptions, RewriteReport
 from sws_export.stage_timings import StageTiming
 from sws_export.tensors import TensorSpec
 
 SAMPLE = TensorSpec("sample", "float16", ("batch", 4, "height", "width"))
+SMALL, LARGE = (1, 4, 8, 8), (4, 4, 16, 8)
 REWRITE = RewriteReport(
     sites={Grid(1): ("a.attn1",), Grid(4): ("b.attn1", "c.attn1"), TEXT: ("b.attn2",)},
     skipped=(SkippedSite("a.attn2", "cross-attention"),),
     states=(state_pair(Grid(1)), state_pair(Grid(4)), state_pair(TEXT)),
     nodes=10,
 )
+INPUTS = [
+    dataclasses.replace(SAMPLE, name=name)
+    for name in ("sample", "sigma", "intensity", *(pair.input for pair in REWRITE.states))
+]
+OUTPUTS = [
+    dataclasses.replace(SAMPLE, name=name)
+    for name in ("out_sample", *(pair.output for pair in REWRITE.states))
+]
 
 
-def described(sws: bool = True, rewrite: RewriteReport = REWRITE) -> dict[str, object]:
-    return manifest.describe_graph(
-        source={"kind": "checkpoint", "sha256": "0" * 64},
-        inputs=[SAMPLE],
-        outputs=[dataclasses.replace(SAMPLE, name="out_sample")],
+def described(sws: bool = True, rewrite: RewriteReport = REWRITE) -> GraphDescription:
+    return describe_graph(
+        source={"kind": "checkpoint", "file": "unet", "sha256": "0" * 64},
+        inputs=INPUTS,
+        outputs=OUTPUTS,
         parameters=SwsParameters() if sws else None,
         rewrite=rewrite if sws else None,
         precision="fp16",
@@ -41,11 +51,13 @@ def described(sws: bool = True, rewrite: RewriteReport = REWRITE) -> dict[str, o
 
 def test_what_the_graph_decides() -> None:
     found = described()
-    assert found["format"] == 1
+    assert found["format"] == 2
     assert found["target"] == "tensorrt-rtx"
-    assert found["inputs"] == [
-        {"name": "sample", "dtype": "float16", "shape": ["batch", 4, "height", "width"]}
-    ]
+    assert found["inputs"][0] == {
+        "name": "sample",
+        "dtype": "float16",
+        "shape": ["batch", 4, "height", "width"],
+    }
     assert found["sites"] == {
         "d1": ["a.attn1"],
         "d4": ["b.attn1", "c.attn1"],
@@ -58,7 +70,7 @@ def test_what_the_graph_decides() -> None:
         "grid": "d4",
         "downsampling": 4,
         "initial": "zeros",
-        "resets": "image",
+        "persistent": False,
         "reset": "feed zeros at the first step of every image",
     }
     assert found["states"][2] == {
@@ -67,42 +79,44 @@ def test_what_the_graph_decides() -> None:
         "grid": "text",
         "downsampling": None,
         "initial": "zeros",
-        "resets": "image",
-        "reset": "feed zeros at the first step of every image, and where the number of text tokens is "
-        "another than at the step before",
+        "persistent": False,
+        "reset": "feed zeros at the first step of every image, and when the number of text tokens changes "
+        "from one step to the next",
     }
     assert found["sws"]["scales"] == (2, 4, 8)
-    assert (found["preset"], found["batch_wide"]) == ("sws", [])
+    assert (found["preset"], found["shared_inputs"]) == ("sws", [])
 
 
 def test_what_is_other_with_the_node() -> None:
     rewrite = RewriteReport({TEXT: ("b.attn2",)}, (), (state_pair(TEXT),), 10, preset="node")
     found = described(rewrite=rewrite)
-    assert (found["preset"], found["batch_wide"]) == ("node", ["sigma", "intensity"])
+    assert (found["preset"], found["shared_inputs"]) == ("node", ["sigma", "intensity"])
     assert found["sws"].keys() == dataclasses.asdict(SwsParameters()).keys() - {"scales", "schedule"}
     (state,) = found["states"]
-    assert state["resets"] == "never"
+    assert state["persistent"]
     assert state["reset"] == (
-        "never: all sites and samples share it, from image to image; feed zeros for a fresh start, and where "
-        "the number of text tokens is another than at the step before"
+        "never; all sites share it, across the batch and from image to image; feed zeros to start over, and "
+        "when the number of text tokens changes from one step to the next"
     )
 
 
 def test_a_plain_graph() -> None:
     found = described(sws=False)
     assert (found["sws"], found["states"], found["sites"], found["skipped_sites"]) == (None, [], {}, [])
-    assert (found["preset"], found["batch_wide"]) == (None, [])
+    assert (found["preset"], found["shared_inputs"]) == (None, [])
 
 
-def test_the_description_survives_inside_a_graph() -> None:
+def test_the_description_survives_inside_a_graph(tmp_path: Path) -> None:
     model = ir.Model(ir.Graph([], [], nodes=[], name="empty"), ir_version=10)
-    assert manifest.embedded(model) is None
-    manifest.embed(model, described())
-    assert manifest.embedded(model) == json.loads(json.dumps(described()))
+    ir.save(model, tmp_path / "g.onnx")
+    assert read_embedded(tmp_path / "g.onnx") is None
+    embed(model, described())
+    ir.save(model, tmp_path / "g.onnx")
+    assert read_embedded(tmp_path / "g.onnx") == json.loads(json.dumps(described()))
 
 
 def test_versions_are_those_installed() -> None:
-    versions = manifest.library_versions()
+    versions = library_versions()
     assert versions["torch"].startswith("2.")
     assert "not installed" not in versions.values()
 
@@ -110,14 +124,13 @@ def test_versions_are_those_installed() -> None:
 def test_a_manifest_is_complete(tmp_path: Path) -> None:
     artefact = tmp_path / "e.plan"
     artefact.write_bytes(b"plan")
-    profile = manifest.describe_profile({"sample": ((1, 4, 8, 8), (2, 4, 8, 8), (4, 4, 16, 8))})
-    found = manifest.complete(
+    found = complete(
         described(),
         artefact,
         {artefact: file_digest(artefact)},
         None,
         None,
-        profile,
+        {spec.name: (SMALL, SMALL, LARGE) for spec in INPUTS},
         [StageTiming("export", 1.5, 10**9)],
     )
     assert found["artefact"] == "e.plan"
@@ -128,10 +141,7 @@ def test_a_manifest_is_complete(tmp_path: Path) -> None:
             "sha256": "64879f7d6b960a01909762d911a32d4582c20010c5641ee90278b644a9e3b525",
         }
     ]
-    assert found["profile"]["sample"] == {"min": [1, 4, 8, 8], "opt": [2, 4, 8, 8], "max": [4, 4, 16, 8]}
+    assert found["profile"]["sample"] == {"min": [1, 4, 8, 8], "opt": [1, 4, 8, 8], "max": [4, 4, 16, 8]}
     assert found["validation"]["passed"] is None
     assert found["stages"] == [{"name": "export", "seconds": 1.5, "peak_memory": 10**9, "cached": False}]
-    path = manifest.manifest_path(artefact)
-    manifest.write_manifest(found, path)
-    assert path == tmp_path / "e.plan.json"
-    assert json.loads(path.read_text()) == json.loads(json.dumps(found))
+    assert parse_manifest(json.dumps(found), "e.plan.json") == json.loads(json.dumps(found))
