@@ -19,7 +19,9 @@ from google.protobuf import text_format
 from sws_export import ExportOptions, SwsOptions, export
 from sws_export.adapters.triton.repository import TritonOptions, write_repository
 from sws_export.errors import EngineError, OptionError, OutputError
+from sws_export.manifest import tensor_specs
 from sws_export.runtime import Session
+from sws_export.tensors import Range, Sizes, shapes_for
 from tests import export_runs
 
 triton = pytest.importorskip("tritonclient.grpc")
@@ -46,10 +48,12 @@ def engine(graph: Path, tmp_path: Path) -> Callable[[str], Path]:
         magic = b"vtrt" if backend == "tensorrt-rtx" else b"ftrt"
         plan.write_bytes(magic + bytes(12) + (64).to_bytes(8, "little") + bytes(40))
         document = json.loads(graph.with_name("sws.onnx.json").read_text())
-        shapes = {"min": [1, 4, 8, 8], "opt": [2, 4, 16, 24], "max": [4, 4, 32, 32]}
         document |= {"artefact": plan.name, "files": [], "engine": {"backend": backend}}
-        tokens = {"min": [1, 7, 16], "opt": [2, 9, 16], "max": [4, 99, 16]}
-        document["profile"] = {"sample": shapes, "encoder_hidden_states": tokens}
+        sizes = Sizes(Range(1, 2, 4), Range(8, 16, 32), Range(8, 24, 32), Range(7, 9, 99))
+        document["profile"] = {
+            name: dict(zip(("min", "opt", "max"), shapes, strict=True))
+            for name, shapes in shapes_for(tensor_specs(document["inputs"]), sizes).items()
+        }
         plan.with_name("engine.plan.json").write_text(json.dumps(document))
         return plan
 

@@ -1,6 +1,7 @@
 """Plain graphs from elsewhere: which are taken, and what is said of the others."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def test_dimensions_of_other_exporters_get_the_names_of_the_contract(traced: Pat
 
 def test_a_recorded_scale_is_remembered(traced: Path, tmp_path: Path) -> None:
     def record(model: ir.Model) -> None:
-        model.metadata_props["sws_export.manifest"] = '{"source": {"vae_scale": 8}}'
+        document = json.loads(model.metadata_props["sws_export.manifest"])
+        document["source"]["vae_scale"] = 8
+        model.metadata_props["sws_export.manifest"] = json.dumps(document)
 
     assert open_onnx_source(changed(traced, tmp_path / "g.onnx", record)).vae_scale == 8
 
