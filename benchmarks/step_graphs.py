@@ -35,9 +35,9 @@ def write_graphs(name: str, folder: Path, forms: list[str]) -> None:
     """Write the missing forms of a model, the plain one first."""
     from graph_passes.parameters import SwsParameters
     from sws_export.checkpoint import open_checkpoint
-    from sws_export.onnx_files import save_onnx, save_sharing
+    from sws_export.onnx_files import save_onnx, save_sharing_weights
     from sws_export.pipeline.rewrite import GuardOptions, finish_plain, rewrite
-    from sws_export.progress import Silent
+    from sws_export.progress import SilentProgress
     from sws_export.tracing.export_unet import export_plain
 
     model = MODELS[name]
@@ -49,15 +49,15 @@ def write_graphs(name: str, folder: Path, forms: list[str]) -> None:
     finish_plain(plain, sizes)
     plain_path = graph_path(folder, name, "plain")
     if not plain_path.exists():
-        save_onnx(plain, plain_path, Silent())
+        save_onnx(plain, plain_path, SilentProgress())
     for form in forms:
         path, made = graph_path(folder, name, form), FORMS[form]
         if path.exists() or made.guard is None:
             continue
         graph = exported.clone()
         parameters, guard = SwsParameters(**made.parameters), GuardOptions(made.guard, made.rows)
-        rewrite(graph, parameters, (), guard, model.target, Silent(), sizes=sizes)
-        save_sharing(graph, path, plain, plain_path, Silent())
+        rewrite(graph, parameters, (), guard, model.target, SilentProgress(), sizes=sizes)
+        save_sharing_weights(graph, path, plain, plain_path, SilentProgress())
 
 
 def scale_logits(model: Any, factor: float) -> None:

@@ -33,7 +33,7 @@ def release_weights(model: ir.Model) -> None:
             value.const_value.release()
 
 
-def data_file(path: Path) -> Path:
+def external_data_path(path: Path) -> Path:
     """Where the weights of `path` lie when they are too large for the file itself."""
     return path.with_name(path.name + ".data")
 
@@ -42,12 +42,19 @@ def load_onnx(path: Path) -> ir.Model:
     """Read the graph at `path`; large weights stay on disk.
 
     Raises:
-        CheckpointError: It is no ONNX model.
+        CheckpointError: The file cannot be read or is not an ONNX model.
     """
     try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's and onnx_ir's errors share no base class
+        model = ir.load(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read the graph {path}: {error.strerror or error}") from error
+    except Exception as error:  # the exceptions of protobuf and onnx_ir have no common base class
         raise CheckpointError(f"{path} is not an ONNX model or is damaged: {error}") from error
+    if not model.graph:
+        raise CheckpointError(f"{path} is not an ONNX model or is damaged: the graph has no nodes")
+    return model
 
 
 def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ...]:
@@ -70,11 +77,13 @@ def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ..
         def written(tensor: ir.TensorProtocol, _: Any) -> None:
             stage.advance(tensor.nbytes)
 
-        ir.save(model, path, external_data=data_file(path).name, callback=written)
-    return (path, data_file(path))
+        ir.save(model, path, external_data=external_data_path(path).name, callback=written)
+    return (path, external_data_path(path))
 
 
-def save_sharing(model: ir.Model, path: Path, other: ir.Model, saved: Path, progress: Progress) -> None:
+def save_sharing_weights(
+    model: ir.Model, path: Path, other: ir.Model, saved: Path, progress: Progress
+) -> None:
     """Write `model`, whose weights are those of `other`, which lies at `saved` in the directory of `path`.
 
     Weights that lie in a file beside `saved` are not written again: both graphs refer to that file. Weights

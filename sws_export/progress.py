@@ -36,7 +36,7 @@ class _SilentStage:
         pass
 
 
-class Silent:
+class SilentProgress:
     """A `Progress` that says nothing: the default of the Python API."""
 
     @contextlib.contextmanager
@@ -51,7 +51,7 @@ class Silent:
         """Drop the warning."""
 
 
-class Recording:
+class RecordingProgress:
     """A `Progress` that passes everything on and remembers the remarks and warnings."""
 
     def __init__(self, progress: Progress) -> None:

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import psutil
 
-# Looking through all objects for freed ones takes a third of a second once torch is loaded.
-_WORTH_COLLECTING = 200_000_000
+# A garbage collection takes a third of a second once torch is loaded: only after stages that used memory.
+_COLLECT_ABOVE = 200_000_000
 
 
 @dataclasses.dataclass
 class StageTiming:
-    """What one stage cost: seconds of wall time, and the process's largest resident memory in bytes.
+    """Cost of one stage.
 
-    `cached` says that this run found the result; the figures are those of the run that made it.
+    Attributes:
+        name: Name of the stage.
+        seconds: Wall time.
+        peak_memory: Largest resident memory of the process in bytes.
+        cached: Whether the result was taken from the cache; time and memory are those of the original run.
     """
 
     name: str
@@ -30,23 +34,43 @@ class StageTiming:
 
 @contextlib.contextmanager
 def measure_stage(name: str) -> Iterator[StageTiming]:
-    """Measure the block; larger values that the block sets itself (those of a child process) are kept."""
-    _reset_peak()
-    before = _peak()
+    """Measure the block. The block may raise `peak_memory` to that of a child process."""
+    _reset_peak_memory()
+    before = peak_memory()
     timing = StageTiming(name, 0.0, 0)
     start = time.monotonic()
     yield timing
     timing.seconds = time.monotonic() - start
-    peak = _peak()
+    peak = peak_memory()
     timing.peak_memory = max(timing.peak_memory, peak)
-    if peak - before > _WORTH_COLLECTING:
-        _give_back_memory()
+    if peak - before > _COLLECT_ABOVE:
+        _trim_memory()
 
 
-def _give_back_memory() -> None:
-    """Return freed memory to the system, where the C library can (glibc).
+def peak_memory(pid: int | None = None) -> int:
+    """Largest resident memory of a process so far, in bytes; 0 for a process that has ended.
 
-    What validation freed otherwise stays with this process, and the engine build beside it needs it.
+    Without /proc (other systems than Linux) it is the resident memory at the moment.
+
+    Args:
+        pid: Process ID; None for this process.
+    """
+    # Not getrusage: its value for a child process starts at the size of the parent that forked it.
+    try:
+        status = Path(f"/proc/{'self' if pid is None else pid}/status").read_text()
+    except OSError:
+        try:
+            return int(psutil.Process(pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+    peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(peaks[0]) * 1024 if peaks else 0
+
+
+def _trim_memory() -> None:
+    """Return freed memory to the system (glibc only).
+
+    Memory freed after validation otherwise stays with this process, while the engine build needs it.
     """
     gc.collect()
     if sys.platform == "linux":
@@ -54,15 +78,7 @@ def _give_back_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def _reset_peak() -> None:
-    """Forget the largest resident memory so far, where the kernel allows it (Linux)."""
+def _reset_peak_memory() -> None:
+    """Reset the largest resident memory of this process (Linux, if the kernel allows it)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return int(psutil.Process().memory_info().rss)
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))

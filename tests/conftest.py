@@ -53,10 +53,10 @@ def shapes_onnx(tmp_path_factory: pytest.TempPathFactory) -> ShapesOnnx:
     def write(file: Path, precision: Precision) -> None:
         from sws_export.checkpoint import open_checkpoint
         from sws_export.onnx_files import save_onnx
-        from sws_export.progress import Silent
+        from sws_export.progress import SilentProgress
         from sws_export.tracing.export_unet import export_plain
 
-        save_onnx(export_plain(open_checkpoint(SHAPES), precision), file, Silent())
+        save_onnx(export_plain(open_checkpoint(SHAPES), precision), file, SilentProgress())
 
     def path(precision: Precision) -> Path:
         name = f"shapes-{precision}.onnx"

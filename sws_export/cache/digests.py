@@ -16,12 +16,12 @@ from pathlib import Path
 
 from sws_export.cache.keys import cache_key
 
-FRESH_SECONDS = 2.0
+RECENT_SECONDS = 2.0
 
 Stamps = list[dict[str, str | int]]
 
 
-def stamps(files: Sequence[Path]) -> tuple[Stamps, float]:
+def file_stamps(files: Sequence[Path]) -> tuple[Stamps, float]:
     """What tells one state of `files` from another, without reading them; and the time (since 1970)."""
     found: Stamps = []
     for file in files:
@@ -39,23 +39,23 @@ def stamps(files: Sequence[Path]) -> tuple[Stamps, float]:
     return found, time.time()
 
 
-class Digests:
-    """Digests of files, one JSON file each below `root`; without `root` it remembers nothing."""
+class DigestCache:
+    """sha256 of files, one JSON file each below `root`; without `root` it remembers nothing."""
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
 
-    def recall(self, files: Sequence[Path]) -> str | None:
+    def get(self, files: Sequence[Path]) -> str | None:
         """The digest of `files` as it was remembered, if they have not changed since."""
         if self._root is None:
             return None
         try:
             known = json.loads(self._place(files).read_text("utf-8"))
-            return str(known["sha256"]) if known["files"] == stamps(files)[0] else None
+            return str(known["sha256"]) if known["files"] == file_stamps(files)[0] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def remember(self, files: Sequence[Path], before: Stamps, began: float, sha256: str) -> None:
+    def put(self, files: Sequence[Path], before: Stamps, began: float, sha256: str) -> None:
         """Remember the digest of `files`.
 
         Args:
@@ -64,10 +64,10 @@ class Digests:
             began: When these were taken.
             sha256: The digest, in hex.
         """
-        if self._root is None or before != stamps(files)[0]:
+        if self._root is None or before != file_stamps(files)[0]:
             return
         changed = max(int(stamp[name]) for stamp in before for name in ("mtime_ns", "ctime_ns"))
-        if changed / 1e9 > began - FRESH_SECONDS:
+        if changed / 1e9 > began - RECENT_SECONDS:
             return
         with contextlib.suppress(OSError):
             self._root.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class Digests:
                 json.dump({"files": before, "sha256": sha256}, stream)
             Path(name).replace(self._place(files))
 
-    def forget(self, files: Sequence[Path]) -> None:
+    def evict(self, files: Sequence[Path]) -> None:
         """Have `files` hashed again."""
         if self._root is not None:
             with contextlib.suppress(OSError):

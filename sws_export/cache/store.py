@@ -2,7 +2,7 @@
 
     entries/<kind>-<key>/entry.json   facts, and size and sha256 of each file; its time is the last use
     entries/<kind>-<key>/<file>
-    digests/, locks/                  see digests.py and `Cache.exclusive`
+    digests/, locks/                  see digests.py and `Cache.lock`
 
 An entry is written under another name and renamed when it is complete, and renamed before it is removed, so
 that whoever finds one finds all of it. Files are linked or copied out: an entry that is removed takes nothing
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import filelock
 
-from sws_export.cache.digests import Digests
+from sws_export.cache.digests import DigestCache
 from sws_export.cache.sharing import share_file
 from sws_export.progress import Progress
 
@@ -53,18 +53,18 @@ class Entry:
     Attributes:
         kind: What it is.
         key: What it was made of, as a sha256 in hex.
-        facts: What is known about it, as JSON values.
+        metadata: What is known about it, as JSON values.
         files: Its files by name.
         directory: Where they lie, for as long as the entry is not removed.
-        used: Seconds since 1970 of its last use.
+        last_used: Seconds since 1970 of its last use.
     """
 
     kind: Kind
     key: str
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     files: dict[str, FileDigest]
     directory: Path
-    used: float
+    last_used: float
 
     @property
     def size(self) -> int:
@@ -72,9 +72,9 @@ class Entry:
         return sum(file.bytes for file in self.files.values())
 
     @property
-    def what(self) -> str:
+    def label(self) -> str:
         """What it was made of, in a few words."""
-        return str(self.facts.get("what", ""))
+        return str(self.metadata.get("label", ""))
 
 
 class Cache:
@@ -83,9 +83,9 @@ class Cache:
     def __init__(self, root: Path | None, limit: int) -> None:
         self.root = root
         self.limit = limit
-        self.digests = Digests(root / "digests" if root else None)
+        self.digests = DigestCache(root / "digests" if root else None)
 
-    def find(self, kind: Kind, key: str) -> Entry | None:
+    def get(self, kind: Kind, key: str) -> Entry | None:
         """The entry of `key`, whose turn to be removed it now is last; a damaged one is removed."""
         if self.root is None:
             return None
@@ -99,7 +99,7 @@ class Cache:
             os.utime(directory / _ENTRY)
         return entry
 
-    def take(self, entry: Entry, name: str, place: Path, replaces: Path | None = None) -> bool:
+    def extract(self, entry: Entry, name: str, place: Path, replaces: Path | None = None) -> bool:
         """Put a file of `entry` at `place`; false, and nothing there, if it is gone or damaged.
 
         Two artefacts never share a hard link: whoever overwrites one of them would change the other.
@@ -124,15 +124,15 @@ class Cache:
             return False
         if file_digest(place) != entry.files[name]:
             place.unlink()
-            self.discard(entry)
+            self.evict(entry)
             return False
         return True
 
-    def store(
+    def put(
         self,
         kind: Kind,
         key: str,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         files: Mapping[Path, FileDigest],
         progress: Progress,
     ) -> None:
@@ -155,7 +155,7 @@ class Cache:
                 (unfinished / _ENTRY).write_text(
                     _signed(
                         {
-                            "facts": facts,
+                            "metadata": metadata,
                             "files": {file.name: asdict(found) for file, found in files.items()},
                         }
                     ),
@@ -169,7 +169,7 @@ class Cache:
             progress.warn(f"the {kind} is not kept in the cache {self.root}: {error.strerror}")
 
     @contextlib.contextmanager
-    def exclusive(self, kind: Kind, key: str, progress: Progress) -> Iterator[None]:
+    def lock(self, kind: Kind, key: str, progress: Progress) -> Iterator[None]:
         """Let one process at a time make the result of `key`; the others wait, and then find it."""
         if self.root is None:
             yield
@@ -192,7 +192,7 @@ class Cache:
         finally:
             lock.release()
 
-    def discard(self, entry: Entry) -> None:
+    def evict(self, entry: Entry) -> None:
         """Remove an entry."""
         self._remove(entry.directory)
 
@@ -201,7 +201,7 @@ class Cache:
         if self.root is None or not self._entries().is_dir():
             return []
         found = (_read(directory) for directory in self._entries().glob("[!.]*"))
-        return sorted((entry for entry in found if entry), key=lambda entry: -entry.used)
+        return sorted((entry for entry in found if entry), key=lambda entry: -entry.last_used)
 
     def clear(self) -> tuple[int, int]:
         """Remove everything; returns how many entries and bytes that were."""
@@ -280,6 +280,6 @@ def _read(directory: Path) -> Entry | None:
         files = {name: FileDigest(**facts) for name, facts in content["files"].items()}
         if any((directory / name).stat().st_size != facts.bytes for name, facts in files.items()):
             return None
-        return Entry(kind, key, content["facts"], files, directory, file.stat().st_mtime)
+        return Entry(kind, key, content["metadata"], files, directory, file.stat().st_mtime)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -36,17 +36,17 @@ def run(arguments: list[str]) -> int:
             {
                 "kind": entry.kind,
                 "key": entry.key,
-                "what": entry.what,
+                "label": entry.label,
                 "bytes": entry.size,
-                "used": entry.used,
+                "last_used": entry.last_used,
             }
             for entry in entries
         ]
         print_json({"directory": cache.root, "limit": cache.limit, "bytes": total, "entries": listed})
         return 0
     for entry in entries:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        print(f"{entry.kind:<10} {entry.key[:12]} {entry.size / 1e6:>9.1f} MB  {used}  {entry.what}")
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        print(f"{entry.kind:<10} {entry.key[:12]} {entry.size / 1e6:>9.1f} MB  {used}  {entry.label}")
     if not parsed.quiet:
         place = cache.root or "no cache: SWS_EXPORT_CACHE_SIZE is 0"
         print(f"{total / 1e9:.2f} of {cache.limit / 1e9:.0f} GB in {place}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Engine backends: from an ONNX file to a plan."""
+"""Engine backends: build a TensorRT engine (a plan) from an ONNX file."""
 
 from sws_export.engines.backend import Backend, BuildOptions
 from sws_export.engines.build import EngineReport, build_engine

@@ -1,4 +1,4 @@
-"""What an engine backend is, and the options of a build."""
+"""Engine backends and build options."""
 
 import importlib
 from collections.abc import Mapping
@@ -13,35 +13,35 @@ from sws_export.options.engine import EngineOptions, option_name
 
 @dataclass(frozen=True)
 class Backend:
-    """One engine library and what it can do.
+    """An engine library and its capabilities.
 
-    TensorRT and TensorRT for RTX share one Python API, so a backend is data: the code that calls the
+    TensorRT and TensorRT for RTX have the same Python API, so a backend is data: the code that calls the
     library is the same for both.
     """
 
     name: str
     """Name on the command line."""
     module: str
-    """Python package that is imported, only where an engine is built."""
+    """Python package, imported only to build or run an engine."""
     extra: str
     """Extra of sws-export that installs the package."""
     needs_gpu: bool
     plugins: bool
-    """Whether the parser can resolve nodes of a foreign domain to plugins."""
+    """Whether the parser can resolve custom operators to plugins."""
     default_capabilities: tuple[str, ...]
-    """Compute capabilities built for when none is asked for; empty: the GPU of this machine."""
+    """Target compute capabilities by default; empty: the GPU of this machine."""
     fused_head_sizes: range
-    """Head sizes for which float16 and bfloat16 attention certainly has a dedicated kernel."""
+    """Head sizes with a dedicated kernel for float16 and bfloat16 attention on every target."""
     memory_factor: float
-    """Peak memory of a build in multiples of the weights as they are in the graph."""
-    refused: Mapping[str, str]
-    """Options of `BuildOptions` that this backend cannot do, and why."""
+    """Peak memory of a build as a multiple of the size of the weights in the graph."""
+    unsupported: Mapping[str, str]
+    """Options of `BuildOptions` that this backend does not support, with the reason."""
 
     def load(self) -> ModuleType:
         """Import the library.
 
         Raises:
-            EngineError: It is not installed, or cannot be loaded.
+            EngineError: The library is not installed or cannot be loaded.
         """
         try:
             return importlib.import_module(self.module)
@@ -63,12 +63,12 @@ BUILDER_FLAGS: Mapping[str, str] = {
     "version_compatible": "VERSION_COMPATIBLE",
     "weight_streaming": "WEIGHT_STREAMING",
 }
-"""Options that are a flag of the build: the member of TensorRT's `BuilderFlag` by the name of the option."""
+"""Name of the TensorRT `BuilderFlag` of each option that is a flag."""
 
 
 @dataclass(frozen=True)
 class BuildOptions(EngineOptions):
-    """How an engine is built by one backend.
+    """Options of an engine build with one backend.
 
     Attributes:
         backend: The engine library.
@@ -84,10 +84,10 @@ class BuildOptions(EngineOptions):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            reason = self.backend.refused.get(field.name)
+            reason = self.backend.unsupported.get(field.name)
             if reason and getattr(self, field.name):
                 raise OptionError(
-                    f"{option_name(field.name)} is not possible with --backend {self.backend.name}: {reason}"
+                    f"{option_name(field.name)} is not supported by --backend {self.backend.name}: {reason}"
                 )
         super().__post_init__()
         if self.compute_capabilities:
@@ -95,11 +95,11 @@ class BuildOptions(EngineOptions):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Compute capabilities that are built for; empty: the GPU of this machine."""
+        """Target compute capabilities; empty: the GPU of this machine."""
         return self.compute_capabilities or self.backend.default_capabilities
 
     def to_json(self) -> dict[str, Any]:
-        """Every option by name, as JSON values: the child process and cache keys use it."""
+        """All options by name, as JSON values; used for the child process and for cache keys."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return values | {
             "backend": self.backend.name,
@@ -110,22 +110,22 @@ class BuildOptions(EngineOptions):
 
 
 def capability_member(capability: str) -> str:
-    """Name of the member of `ComputeCapability` for "8.9": "SM89"."""
+    """Name in the enumeration `ComputeCapability` for "8.9": "SM89"."""
     return "SM" + capability.replace(".", "")
 
 
 def check_capabilities(capabilities: tuple[str, ...], library: ModuleType) -> None:
-    """Refuse a compute capability that `library` cannot build for.
+    """Check that `library` can build for compute capabilities.
 
     Raises:
-        OptionError: Names the capability and those that can be had.
+        OptionError: A capability is not supported.
     """
-    # CURRENT asks the driver for the GPU of this machine; NONE is a placeholder.
+    # CURRENT is the GPU of this machine; NONE is a placeholder.
     members = [name[2:] for name in library.ComputeCapability.__members__ if name.startswith("SM")]
-    known = [f"{digits[:-1]}.{digits[-1]}" for digits in members]
+    supported = [f"{digits[:-1]}.{digits[-1]}" for digits in members]
     for capability in capabilities:
-        if capability not in known:
+        if capability not in supported:
             raise OptionError(
                 f"--compute-capability {capability}: {library.__name__} {library.__version__} "
-                f"builds for {', '.join(known)} only"
+                f"supports {', '.join(supported)} only"
             )

@@ -20,9 +20,10 @@ from sws_export import errors
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.events import EventReader
 from sws_export.engines.header import plan_header
-from sws_export.engines.memory import WHAT_TO_DO, peak_memory, tells_of_lack
+from sws_export.engines.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from sws_export.errors import EngineError
-from sws_export.progress import Progress, Silent, Stage
+from sws_export.progress import Progress, SilentProgress, Stage
+from sws_export.stage_timings import peak_memory
 from sws_export.tensors import Shapes
 
 _POLL_SECONDS = 0.5
@@ -90,7 +91,7 @@ def build_engine(
         OptionError: The shapes do not fit the graph.
         OSError: The plan cannot be written to `out_path`.
     """
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     spec = {
         "parent": os.getpid(),
         "onnx": str(onnx_path.resolve()),
@@ -113,7 +114,7 @@ def build_engine(
     finally:
         if not complete:
             out_path.unlink(missing_ok=True)
-    tell_warnings(report, progress)
+    log_warnings(report, progress)
     return report
 
 
@@ -217,8 +218,8 @@ def _death(number: int, outcome: Outcome, printed: str, options: BuildOptions) -
     said = f"; its last words: {said}" if said else ""
     process = f"the {options.backend.name} build process"
     what = f"{process} was ended by {name} in phase {outcome.phase!r}, {memory}{said}"
-    if number == signal.SIGKILL or tells_of_lack(said):
-        return f"{what}; most likely memory ran out: {WHAT_TO_DO}"
+    if number == signal.SIGKILL or is_out_of_memory(said):
+        return f"{what}; most likely memory ran out: {OUT_OF_MEMORY_ADVICE}"
     return f"{what}; this is a fault of the library: try another version of it, or report the graph to NVIDIA"
 
 
@@ -241,7 +242,7 @@ def _report(outcome: Outcome, out_path: Path, options: BuildOptions, seconds: fl
     )
 
 
-def tell_warnings(report: EngineReport, progress: Progress) -> None:
+def log_warnings(report: EngineReport, progress: Progress) -> None:
     """Say what the library warned of, the first few of it."""
     for text, count in list(report.warnings.items())[:_SHOWN_WARNINGS]:
         progress.warn(f"{report.backend}: {text}" + (f" ({count} times)" if count > 1 else ""))

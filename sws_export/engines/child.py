@@ -1,7 +1,7 @@
 """The process that builds one engine: `python -m sws_export.engines.child EVENT_DESCRIPTOR < spec.json`.
 
-TensorRT may take all memory or abort, and neither can be caught; in a process of its own it takes nothing
-else down. `build.py` starts it and tells users what became of it.
+TensorRT can exhaust the memory or abort, which cannot be caught, so the build runs in a process of its own.
+`build.py` starts the process and reports the result.
 """
 
 import ctypes
@@ -15,19 +15,20 @@ from typing import Any
 
 from sws_export.engines import network as steps
 from sws_export.engines.backend import BuildOptions
-from sws_export.engines.choice import named_backend
+from sws_export.engines.choice import get_backend
 from sws_export.engines.events import EventWriter
 from sws_export.engines.graph_check import check_graph
-from sws_export.engines.memory import WHAT_TO_DO, peak_memory, tells_of_lack
+from sws_export.engines.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from sws_export.engines.monitor import make_logger, make_monitor
 from sws_export.errors import EngineError, SwsExportError
+from sws_export.stage_timings import peak_memory
 from sws_export.tensors import Shapes
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    """Build the engine of the specification on standard input; 0 when the plan is complete."""
+    """Build the engine specified as JSON on standard input; returns 0 if the plan is complete."""
     spec = json.load(sys.stdin)
     _die_with_parent(spec["parent"])
     events = EventWriter(int(sys.argv[1]))
@@ -38,7 +39,9 @@ def main() -> int:
         return 1
     except MemoryError:
         events.send(
-            "failed", error="EngineError", message=f"the engine build ran out of memory; {WHAT_TO_DO}"
+            "failed",
+            error="EngineError",
+            message=f"the engine build ran out of memory; {OUT_OF_MEMORY_ADVICE}",
         )
         return 1
     except OSError as error:
@@ -50,12 +53,12 @@ def main() -> int:
 
 
 def _die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, however that happens (Linux only)."""
+    """Request that the kernel kills this process when its parent ends for any reason (Linux only)."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        sys.exit("the parent process is gone")
+        sys.exit("the parent process has ended")
 
 
 def _build(spec: dict[str, Any], events: EventWriter) -> None:
@@ -63,7 +66,7 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
     options = BuildOptions(
         **values
         | {
-            "backend": named_backend(values["backend"]),
+            "backend": get_backend(values["backend"]),
             "compute_capabilities": tuple(values["compute_capabilities"]),
             "timing_cache": Path(values["timing_cache"]) if values["timing_cache"] else None,
             "plugins": tuple(map(Path, values["plugins"])),
@@ -73,7 +76,7 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
     onnx_path, out_path = Path(spec["onnx"]), Path(spec["out"])
 
     events.send("phase", text="checking the graph")
-    check_graph(onnx_path, foreign_operators=bool(options.plugins))
+    check_graph(onnx_path, custom_operators=bool(options.plugins))
     trt = options.backend.load()
     logger = make_logger(trt, events)
     builder = trt.Builder(logger)
@@ -98,7 +101,7 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
         raise writer.error
     if not good:
         reason = logger.first_error or "no reason given"
-        advice = f"; the build ran out of memory: {WHAT_TO_DO}" if tells_of_lack(reason) else ""
+        advice = f"; the build ran out of memory: {OUT_OF_MEMORY_ADVICE}" if is_out_of_memory(reason) else ""
         raise EngineError(
             f"{trt.__name__} {trt.__version__} cannot build an engine from {onnx_path}: {reason}{advice}"
         )
@@ -111,7 +114,7 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
         decomposed_attentions=decomposed,
         parse_seconds=parsed - started,
         build_seconds=time.monotonic() - parsed,
-        peak_memory=peak_memory(os.getpid()),
+        peak_memory=peak_memory(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which backend builds the engine."""
+"""Selection of the engine backend."""
 
 import importlib.util
 
@@ -11,32 +11,32 @@ BACKENDS = {backend.name: backend for backend in (tensorrt_rtx.BACKEND, tensorrt
 
 
 def choose_backend(name: str | None = None) -> Backend:
-    """The backend called `name`, or the one that suits this machine.
+    """The backend called `name`, or the default for this machine.
 
-    The default is `tensorrt` where it is installed and a GPU is found, otherwise `tensorrt-rtx`.
+    The default is `tensorrt` if it is installed and there is a GPU, otherwise `tensorrt-rtx`.
 
     Raises:
-        OptionError: There is no backend of that name.
-        EngineError: It is not installed, or needs a GPU and there is none.
+        OptionError: There is no backend with that name.
+        EngineError: The library is not installed, or it needs a GPU and there is none.
     """
     if name is None:
         usable = importlib.util.find_spec(tensorrt.BACKEND.module) is not None and gpu_count() > 0
         name = tensorrt.BACKEND.name if usable else tensorrt_rtx.BACKEND.name
-    backend = named_backend(name)
+    backend = get_backend(name)
     backend.load()
     if backend.needs_gpu and gpu_count() == 0:
         raise EngineError(
-            f"backend {backend.name} needs an NVIDIA GPU with its driver and found none; "
+            f"backend {backend.name} needs an NVIDIA GPU with a driver, found none; "
             f"use --backend {tensorrt_rtx.BACKEND.name}, which builds without one, or --out FILE.onnx"
         )
     return backend
 
 
-def named_backend(name: str) -> Backend:
-    """The backend called `name`, whether it can be used here or not.
+def get_backend(name: str) -> Backend:
+    """The backend called `name`, without checking that it can be used on this machine.
 
     Raises:
-        OptionError: There is no backend of that name.
+        OptionError: There is no backend with that name.
     """
     if name not in BACKENDS:
         raise OptionError(f"--backend {name} is unknown; choose {' or '.join(BACKENDS)}")
@@ -44,13 +44,17 @@ def named_backend(name: str) -> Backend:
 
 
 def engine_memory_estimate(weights_bytes: int, backend: Backend) -> int:
-    """Bytes of memory that a build takes at its peak, from the bytes of the weights in the graph.
+    """Estimated peak memory of a build in bytes.
 
-    Measured with TensorRT-RTX 1.7 on float16 UNets: SD1.5-size 5.7 GB plain and 6.4 GB with SWS (weights
-    1.72 GB), SDXL-size 16.0 GB plain (5.14 GB), the SWS example 0.9 GB (0.01 GB). Of this, once the weights
-    are the mapped file, which the kernel can drop when memory is short. For `tensorrt` it is the same
-    figure, not measured.
+    Measured with TensorRT-RTX 1.7 on float16 UNets: 5.7 GB for a plain and 6.4 GB for an SWS graph of the
+    size of SD1.5 (weights 1.72 GB), 16.0 GB for a plain graph of the size of SDXL (5.14 GB), 0.9 GB for the
+    SWS example (0.01 GB). This includes the memory-mapped weights file once, which the kernel can evict if
+    memory is short. The factor of `tensorrt` is the same, not measured.
+
+    Args:
+        weights_bytes: Size of the weights in the graph.
+        backend: The backend that builds the engine.
     """
-    # The libraries, and a graph of thousands of layers without its weights.
+    # The libraries, and the structure of a graph with thousands of layers.
     fixed = 900_000_000
     return fixed + int(backend.memory_factor * weights_bytes)

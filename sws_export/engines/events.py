@@ -1,8 +1,8 @@
-"""What the build process tells the process that started it: one JSON object a line, on a pipe of its own.
+"""Events of the build process for its parent process: one JSON object for each line of a pipe.
 
-{"event": "phase", "text": ...}                        what is being done, for people
+{"event": "phase", "text": ...}                        current work, for display
 {"event": "log", "severity": "warning", "text": ...}   a warning or error of the library
-{"event": "failed", "error": ..., "message": ...}      an error class of `sws_export.errors`
+{"event": "failed", "error": ..., "message": ...}      class name in `sws_export.errors`
 {"event": "not_written", "errno": ..., "path": ...}    the plan could not be written
 {"event": "built", "layers": ..., ...}                 the plan is complete
 """
@@ -17,12 +17,12 @@ class EventWriter:
     """The child's end of the pipe."""
 
     def __init__(self, descriptor: int) -> None:
-        # A process that the library might start must not keep the pipe open.
+        # A process started by the library must not keep the pipe open.
         os.set_inheritable(descriptor, False)
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
 
     def send(self, event: str, **values: Any) -> None:
-        """Send one event now; a parent that is gone is no error, the child is about to be ended with it."""
+        """Send one event. If the parent has ended, nothing happens: the child is killed with it."""
         try:
             self._file.write(json.dumps({"event": event, **values}) + "\n")
             self._file.flush()
@@ -31,14 +31,14 @@ class EventWriter:
 
 
 class EventReader:
-    """The parent's end of the pipe; not blocking beyond `timeout`."""
+    """The parent's end of the pipe."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._rest = b""
 
     def read(self) -> Iterator[dict[str, Any]] | None:
-        """Events that have arrived, or None at the end of the pipe. Call it when the pipe is readable."""
+        """The events received, or None at the end of the pipe. Call it when the pipe is readable."""
         data = os.read(self.descriptor, 1 << 16)
         if not data:
             return None

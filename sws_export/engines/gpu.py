@@ -1,10 +1,10 @@
-"""Whether this machine has an NVIDIA GPU with a working driver."""
+"""NVIDIA GPUs of this machine, queried from the driver."""
 
 import ctypes
 
 
 def gpu_names() -> list[str]:
-    """Name of each CUDA device and, last, the version of the driver's interface; empty without a driver."""
+    """Name of each CUDA device, followed by the CUDA version of the driver; empty without a driver."""
     count = gpu_count()
     if not count:
         return []
@@ -22,7 +22,7 @@ def gpu_names() -> list[str]:
 def gpu_count() -> int:
     """Number of CUDA devices that the driver reports; 0 without a driver.
 
-    It asks the driver itself, so that neither torch nor TensorRT is loaded for it.
+    Calls the driver directly, so that neither torch nor TensorRT is imported.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")

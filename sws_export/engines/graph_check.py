@@ -1,98 +1,82 @@
-"""Refusing, before TensorRT's parser sees it, a graph that would abort the process.
+"""Checks of a graph before TensorRT parses it.
 
-The parser of TensorRT for RTX ends the process when a node resolves to a registered plugin, and that can
-not be caught. So every node must be a standard operator or a function of the model itself.
+The parser of TensorRT for RTX aborts the process for a node that resolves to a registered plugin, and that
+cannot be caught. So every node must be a standard ONNX operator or a call of a function of the model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import onnx
+import onnx.defs
+import onnx_ir as ir
 
 from sws_export.errors import EngineError
+from sws_export.onnx_files import load_onnx
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
-def check_graph(path: Path, *, foreign_operators: bool) -> None:
-    """Read the structure of the model at `path`, not its weights, and refuse what the parser cannot take.
+def check_graph(path: Path, *, custom_operators: bool) -> None:
+    """Check the structure of the model at `path` without reading its weights.
 
     Args:
         path: The ONNX file.
-        foreign_operators: Whether plugins are there for operators that are not ONNX's.
+        custom_operators: Whether plugins for custom operators are loaded.
 
     Raises:
-        EngineError: The file is missing or not an ONNX model, its external data is missing or cut short, or a
-            node is neither a standard operator nor a call of a function of the model.
+        CheckpointError: The file is missing or not an ONNX model.
+        EngineError: External data is missing or truncated, or a node is neither a standard operator nor a
+            call of a function of the model.
     """
-    model = _read_structure(path)
+    model = load_onnx(path)
     _check_external_data(model, path)
-    if not foreign_operators:
+    if not custom_operators:
         _check_operators(model, path)
 
 
-def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
+def _check_external_data(model: ir.Model, path: Path) -> None:
     ends: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-            ends[entries["location"]] = max(end, ends.get(entries["location"], 0))
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            location = str(tensor.location)
+            end = (tensor.offset or 0) + (tensor.length or 0)
+            ends[location] = max(end, ends.get(location, 0))
     for location, end in ends.items():
         data = path.parent / location
         if not data.is_file():
             raise EngineError(
-                f"the weights of {path} are missing: there is no {data}; keep both files together"
+                f"the weights of {path} are missing: {data} does not exist; keep both files together"
             )
-        if data.stat().st_size < end:
+        size = data.stat().st_size
+        if size < end:
             raise EngineError(
-                f"the weights of {path} are cut short: {data} has {data.stat().st_size} bytes, "
-                f"expected {end}; copy or export it again"
+                f"the weights of {path} are truncated: {data} has {size} bytes, expected {end}; "
+                "copy or export it again"
             )
 
 
-def _check_operators(model: onnx.ModelProto, path: Path) -> None:
-    functions = {(function.domain, function.name) for function in model.functions}
-    bodies: list[Iterable[onnx.NodeProto]] = [
-        model.graph.node,
-        *(function.node for function in model.functions),
+def _check_operators(model: ir.Model, path: Path) -> None:
+    functions = {(domain, name) for domain, name, _ in model.functions}
+    bodies: list[Iterable[ir.Node]] = [
+        ir.traversal.RecursiveGraphIterator(model.graph),
+        *(ir.traversal.RecursiveGraphIterator(function.graph) for function in model.functions.values()),
     ]
-    foreign = sorted(
+    custom = sorted(
         {
             f"{node.domain or 'ai.onnx'}::{node.op_type}"
             for body in bodies
-            for node in _nodes(body)
+            for node in body
             if (node.domain, node.op_type) not in functions and not _is_standard(node)
         }
     )
-    if foreign:
+    if custom:
         raise EngineError(
-            f"{path} has operators that no standard ONNX runtime knows: {', '.join(foreign)}; "
-            "this backend runs standard operators only, so export the graph for it (--backend tensorrt-rtx) "
-            "or use --backend tensorrt with the plugin library"
+            f"{path} has custom operators: {', '.join(custom)}; this backend supports only standard "
+            "operators: export the graph for it (--backend tensorrt-rtx), or use --backend tensorrt with the "
+            "plugin library"
         )
 
 
-def _read_structure(path: Path) -> onnx.ModelProto:
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise EngineError(f"cannot read the graph {path}: {error.strerror or error}") from error
-    except Exception as error:  # protobuf's decoder has several error classes, none of them public
-        raise EngineError(f"{path} is not an ONNX model or is damaged ({error}); export it again") from error
-    if not model.graph.node:
-        raise EngineError(f"{path} is not an ONNX model or is damaged (no nodes); export it again")
-    return model
-
-
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """All nodes, those in the bodies of If, Loop and Scan included."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _nodes(graph.node)
-
-
-def _is_standard(node: onnx.NodeProto) -> bool:
+def _is_standard(node: ir.Node) -> bool:
     return node.domain in _STANDARD_DOMAINS and onnx.defs.has(node.op_type)

@@ -1,6 +1,6 @@
-"""TensorRT's progress and log, turned into events.
+"""Log and progress of TensorRT as events.
 
-TensorRT calls these objects from C++, also from other threads, and an exception there would end the process.
+TensorRT calls these objects from C++, also from other threads; an exception there would end the process.
 """
 
 import time
@@ -9,7 +9,7 @@ from typing import Any
 from sws_export.engines.events import EventWriter
 
 _STEP_INTERVAL = 0.1
-"""Seconds between two events about steps: small graphs have thousands of steps in a moment."""
+"""Least seconds between two events about steps, because small graphs have thousands of short steps."""
 
 
 def make_logger(trt: Any, events: EventWriter) -> Any:
@@ -34,7 +34,7 @@ def make_logger(trt: Any, events: EventWriter) -> Any:
 
 
 def make_monitor(trt: Any, events: EventWriter) -> Any:
-    """An `IProgressMonitor` that forwards the phase at work and how far it is."""
+    """An `IProgressMonitor` that forwards the current phase and step."""
 
     class EventMonitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

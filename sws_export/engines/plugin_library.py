@@ -1,4 +1,4 @@
-"""The TensorRT plugin library: find it, build it once for each state of its sources, ask what it holds."""
+"""The TensorRT plugin library: find it, build it from source, and read its build information."""
 
 import contextlib
 import ctypes
@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sws_export.errors import PluginError
-from sws_export.progress import Progress, Silent
+from sws_export.progress import Progress, SilentProgress
 
 LIBRARY_NAME = "libsws_plugins.so"
 DEFAULT_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-"""Compute capabilities, without the point, that a library is built for unless told otherwise."""
+"""Default compute capabilities, without the point, that a library is built for."""
 
 _SOURCE_PATTERNS = ("*.h", "*.cpp", "*.cu", "*.map", "*.cmake", "CMakeLists.txt")
 _LOG_NAME = "build.log"
@@ -31,18 +31,18 @@ _HASH_DIGITS = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PluginInfo:
-    """What a plugin library says about itself.
+    """Build information of a plugin library.
 
     Attributes:
         path: The library.
         operators: Plugin names.
-        namespaces: Plugin namespaces that each operator is registered under.
-        plugin_version: Plugin version of every operator.
-        architectures: Compute capabilities with machine code; PTX is included for the last one.
+        namespaces: Plugin namespaces in which each operator is registered.
+        plugin_version: Plugin version of all operators.
+        architectures: Compute capabilities with machine code; the last one also has PTX.
         cuda: Version of the CUDA compiler.
         tensorrt_headers: Version of the TensorRT headers.
-        source_hash: Hash of the sources it was built from.
-        is_current: Whether that is the hash of the sources at hand; None where there are none.
+        source_hash: Hash of the sources that the library was built from.
+        is_current: Whether this is the hash of the available sources; None without sources.
     """
 
     path: Path
@@ -65,37 +65,39 @@ def build_plugins(
     force: bool = False,
     progress: Progress | None = None,
 ) -> PluginInfo:
-    """Build the plugin library, unless these sources have been built for these architectures before.
+    """Build the plugin library, unless it was already built from these sources for these architectures.
 
-    Of several builds of one library at a time, the first compiles and the others wait for it.
+    Of several concurrent builds of one library, the first compiles and the others wait for it.
 
     Args:
-        architectures: Compute capabilities without the point, ascending, like "90".
-        output: Folder for the library; by default one in the user's cache, where `find_plugin_library` looks.
-        tensorrt_include: Folder of NvInferRuntime.h; by default it is looked for, then fetched from PyPI.
-        jobs: Compilations at a time; each takes about 1 GB.
-        force: Build even if there is a library already.
-        progress: Receives one stage for configuring, one for compiling, one for waiting if need be.
+        architectures: Compute capabilities without the point, ascending, such as "90".
+        output: Folder for the library; by default one in the cache of the user, which
+            `find_plugin_library` searches.
+        tensorrt_include: Folder of NvInferRuntime.h; by default it is searched for, then downloaded from
+            PyPI.
+        jobs: Number of parallel compilations; each takes about 1 GB.
+        force: Build even if the library exists.
+        progress: Receives the stages.
 
     Raises:
-        PluginError: No sources, no CMake, no nvcc, no TensorRT headers, the compiler failed, or the folder
-            cannot be written to.
+        PluginError: Sources, CMake, nvcc or the TensorRT headers are missing, the compiler failed, or the
+            folder is not writable.
     """
     source = _require_sources()
     for architecture in architectures:
         if not re.fullmatch(r"[1-9]\d{1,2}[af]?", architecture):
             raise PluginError(
-                f"architecture '{architecture}': expected a compute capability without its point, like 90"
+                f"architecture '{architecture}': expected a compute capability without the point, such as 90"
             )
     if not architectures:
-        raise PluginError("no architecture to build for: name one or more, like 90")
+        raise PluginError("no architecture given: expected one or more compute capabilities, such as 90")
     folder = output or _cached_folder(source, architectures)
     library = folder / LIBRARY_NAME
     if force or not _is_built(library, source, architectures):
-        progress = progress or Silent()
+        progress = progress or SilentProgress()
         try:
-            with _alone_in(folder, progress):
-                # Another build may have made it meanwhile.
+            with _build_lock(folder, progress):
+                # Another process may have built it in the meantime.
                 if force or not _is_built(library, source, architectures):
                     _build(source, folder, architectures, tensorrt_include, jobs, progress)
         except OSError as error:
@@ -106,10 +108,13 @@ def build_plugins(
 
 
 def plugin_info(library: Path | None = None) -> PluginInfo:
-    """What a plugin library holds; by default the one that `find_plugin_library` finds.
+    """Build information of a plugin library.
+
+    Args:
+        library: The library; by default the one that `find_plugin_library` finds.
 
     Raises:
-        PluginError: There is no library, or it is not one of this project's.
+        PluginError: There is no library, or it is not a plugin library of this project.
     """
     path = library or find_plugin_library()
     if path is None:
@@ -117,23 +122,23 @@ def plugin_info(library: Path | None = None) -> PluginInfo:
             "no plugin library: build one with `sws-export plugins build`, "
             "or install with SWS_BUILD_PLUGINS=1"
         )
-    facts = _read_facts(path)
+    build_info = _read_build_info(path)
     source = find_sources()
     return PluginInfo(
         path=path,
-        operators=tuple(facts["operators"]),
-        namespaces=tuple(facts["namespaces"]),
-        plugin_version=facts["plugin_version"],
-        architectures=tuple(facts["architectures"].split(",")),
-        cuda=facts["cuda"],
-        tensorrt_headers=facts["tensorrt_headers"],
-        source_hash=facts["source_hash"],
-        is_current=None if source is None else facts["source_hash"] == source_hash(source),
+        operators=tuple(build_info["operators"]),
+        namespaces=tuple(build_info["namespaces"]),
+        plugin_version=build_info["plugin_version"],
+        architectures=tuple(build_info["architectures"].split(",")),
+        cuda=build_info["cuda"],
+        tensorrt_headers=build_info["tensorrt_headers"],
+        source_hash=build_info["source_hash"],
+        is_current=None if source is None else build_info["source_hash"] == source_hash(source),
     )
 
 
 def find_plugin_library() -> Path | None:
-    """The library installed with the package, else the newest one built from the sources at hand."""
+    """The library installed with the package, otherwise the newest one built from the available sources."""
     if installed := _installed_library():
         return installed
     source = find_sources()
@@ -144,8 +149,8 @@ def find_plugin_library() -> Path | None:
 
 
 def find_sources() -> Path | None:
-    """The folder of the plugins' CMakeLists.txt: in a checkout, or installed with the package."""
-    package = Path(__file__).resolve().parent
+    """The folder with the CMakeLists.txt of the plugins: in a checkout, or installed with the package."""
+    package = Path(__file__).resolve().parent.parent
     for folder in (package.parent / "plugins", package / "plugins"):
         if (folder / "CMakeLists.txt").is_file() and (folder / "registry.cpp").is_file():
             return folder
@@ -153,14 +158,14 @@ def find_sources() -> Path | None:
 
 
 def source_hash(source: Path) -> str:
-    """Hash of the sources' names and contents, as plugins/cmake/SourceHash.cmake computes it."""
+    """Hash of the names and contents of the sources, as in plugins/cmake/SourceHash.cmake."""
     files = {path.relative_to(source).as_posix() for name in _SOURCE_PATTERNS for path in source.rglob(name)}
     lines = [f"{name} {hashlib.sha256((source / name).read_bytes()).hexdigest()}\n" for name in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:_HASH_DIGITS]
 
 
 def _installed_library() -> Path | None:
-    # Not beside this file in an editable install: the build's part of the package lies elsewhere.
+    # In an editable install, build results are not in the folder of the sources.
     library = importlib.resources.files("sws_export") / "_plugins" / LIBRARY_NAME
     return Path(str(library)) if library.is_file() else None
 
@@ -171,7 +176,7 @@ def _require_sources() -> Path:
     source = find_sources()
     if source is None:
         raise PluginError(
-            "the plugins' sources are not part of this installation: run from a checkout of the repository, "
+            "the plugin sources are not part of this installation: run from a checkout of the repository, "
             "or install with SWS_BUILD_PLUGINS=1"
         )
     return source
@@ -190,39 +195,39 @@ def _is_built(library: Path, source: Path, architectures: Sequence[str]) -> bool
     if not library.is_file():
         return False
     try:
-        facts = _read_facts(library)
+        build_info = _read_build_info(library)
     except PluginError:
         return False
-    built = (facts["source_hash"], facts["architectures"])
+    built = (build_info["source_hash"], build_info["architectures"])
     return built == (source_hash(source), ",".join(architectures))
 
 
-def _read_facts(library: Path) -> dict[str, str]:
+def _read_build_info(library: Path) -> dict[str, str]:
     if not library.is_file():
         raise PluginError(f"no plugin library at {library}; build one with `sws-export plugins build`")
     try:
-        build_info = ctypes.CDLL(str(library)).sws_plugins_build_info
+        function = ctypes.CDLL(str(library)).sws_plugins_build_info
     except (OSError, AttributeError) as error:
         raise PluginError(
-            f"{library} is no plugin library of this project, or is damaged ({error}); build it again with "
+            f"{library} is not a plugin library of this project or is damaged ({error}); build it again with "
             "`sws-export plugins build --force`"
         ) from error
-    build_info.restype = ctypes.c_char_p
-    facts: dict[str, str] = json.loads(build_info())
-    return facts
+    function.restype = ctypes.c_char_p
+    build_info: dict[str, str] = json.loads(function())
+    return build_info
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path, progress: Progress) -> Iterator[None]:
-    """Make the folder and keep other builds out of it; a build that died keeps nobody out."""
-    import fcntl  # Linux, which the caller has made sure of.
+def _build_lock(folder: Path, progress: Progress) -> Iterator[None]:
+    """Create the folder and lock it; the lock is released when the process ends for any reason."""
+    import fcntl  # The caller has checked that this is Linux.
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_NAME).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with progress.stage("waiting for another build of the plugin library"):
+            with progress.stage("wait for another build of the plugin library"):
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -238,9 +243,10 @@ def _build(
     cmake = _require_cmake()
     log = folder / _LOG_NAME
     log.unlink(missing_ok=True)
-    for left_behind in folder.glob(f"{_SCRATCH_PREFIX}*"):
-        shutil.rmtree(left_behind, ignore_errors=True)
-    # Compilers that outlive an interrupt by a moment may still write while it is removed.
+    # Left by killed builds.
+    for orphan in folder.glob(f"{_SCRATCH_PREFIX}*"):
+        shutil.rmtree(orphan, ignore_errors=True)
+    # After an interrupt, compilers may still write while the folder is removed.
     with tempfile.TemporaryDirectory(
         prefix=_SCRATCH_PREFIX, dir=folder, ignore_cleanup_errors=True
     ) as scratch:
@@ -252,9 +258,9 @@ def _build(
         ]
         if tensorrt_include is not None:
             configure.append(f"-DSWS_TENSORRT_INCLUDE_DIR={tensorrt_include}")
-        with progress.stage("configuring the plugin library"):
+        with progress.stage("configure the plugin library"):
             _run(configure, log)
-        with progress.stage(f"compiling the plugin library for {', '.join(architectures)}"):
+        with progress.stage(f"compile the plugin library for {', '.join(architectures)}"):
             _run([cmake, "--build", scratch, "--parallel", str(jobs)], log)
         (Path(scratch) / LIBRARY_NAME).replace(folder / LIBRARY_NAME)
 
@@ -274,11 +280,11 @@ def _run(command: Sequence[str], log: Path) -> None:
         print("$", *command, file=output, flush=True)
         result = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
     if result.returncode != 0:
-        raise PluginError(f"the plugin library was not built: {_reason(log.read_text())} (whole log: {log})")
+        raise PluginError(f"the plugin library was not built: {_reason(log.read_text())} (log: {log})")
 
 
 def _reason(log: str) -> str:
-    """CMake's own error message, else the first compiler error, else the last line."""
+    """The error message of CMake, otherwise the first compiler error, otherwise the last line."""
     if match := re.search(r"CMake Error at .*?:\n\n?((?:  .*\n?|\n)+)", log):
         return " ".join(match.group(1).split())
     lines = [line.strip() for line in log.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""TensorRT proper: builds on the GPU that the engine will run on, and runs plugins."""
+"""TensorRT: builds on the GPU that the engine will run on, and supports plugins."""
 
 from sws_export.engines.backend import Backend
 
@@ -9,14 +9,14 @@ BACKEND = Backend(
     needs_gpu=True,
     plugins=True,
     default_capabilities=(),
-    # Which kernels there are depends on the GPU and cannot be asked before the build. A decomposable
-    # attention still gets its dedicated kernel where there is one, so none is taken for granted.
+    # The available kernels depend on the GPU and cannot be queried before the build. A decomposable
+    # attention still uses a dedicated kernel if there is one, so no head size is listed.
     fused_head_sizes=range(0),
     memory_factor=3.4,
-    refused={
+    unsupported={
         "compute_capabilities": (
-            "TensorRT builds for the GPU of this machine; --hardware-compatible makes the engine run on "
-            "every GPU from Ampere on"
+            "TensorRT builds for the GPU of this machine; with --hardware-compatible the engine runs on "
+            "every GPU since Ampere"
         ),
     },
 )

@@ -1,9 +1,9 @@
-"""TensorRT for RTX: builds on any machine, for GPUs named by their compute capability."""
+"""TensorRT for RTX: builds on any machine, for GPUs given by compute capability."""
 
 from sws_export.engines.backend import Backend
 
 _NEEDS_GPU = (
-    "without a GPU the build of such an engine fails in TensorRT-RTX 1.7; "
+    "without a GPU, TensorRT-RTX 1.7 fails to build such an engine; "
     "use --backend tensorrt on a machine with the GPU"
 )
 
@@ -13,17 +13,17 @@ BACKEND = Backend(
     extra="rtx",
     needs_gpu=False,
     plugins=False,
-    # Ampere and later. Further targets hardly add to the plan, but 7.5 costs a fifth of its size.
+    # Ampere and later. Each target adds little to the plan, except 7.5, which adds a fifth of its size.
     default_capabilities=("8.0", "8.6", "8.9", "12.0"),
-    # Measured for every target of 1.7: 9 to 256 build in float16 and bfloat16, 8 and 257 do not.
+    # Measured for every target of 1.7: head sizes 9 to 256 build in float16 and bfloat16, 8 and 257 do not.
     fused_head_sizes=range(9, 257),
     memory_factor=3.4,
-    refused={
+    unsupported={
         "refit": _NEEDS_GPU,
         "strip_weights": _NEEDS_GPU,
         "version_compatible": "TensorRT-RTX has no lean runtime; use --backend tensorrt",
-        "hardware_compatible": "name the GPUs with --compute-capability, for example 8.6,8.9,12.0",
-        "timing_cache": "TensorRT-RTX times no kernels at build time; they are chosen where the engine runs",
-        "plugins": "TensorRT-RTX runs no plugins; the graph must be lowered to standard operators",
+        "hardware_compatible": "set the target GPUs with --compute-capability, for example 8.6,8.9,12.0",
+        "timing_cache": "TensorRT-RTX selects kernels at run time and does not time them at build time",
+        "plugins": "TensorRT-RTX does not support plugins; the graph must be lowered to standard operators",
     },
 )

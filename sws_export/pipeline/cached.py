@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sws_export.cache import Cache, Entry, cache_key, code_version
-from sws_export.cache.digests import stamps
+from sws_export.cache.digests import file_stamps
 from sws_export.cache.store import file_digest
 from sws_export.engines import EngineReport
 from sws_export.engines.gpu import gpu_names
@@ -40,7 +40,7 @@ class CachedCheck(SourceCheck):
     def __init__(self, plan: ExportPlan, cache: Cache, log: RunLog) -> None:
         super().__init__(plan, log)
         self._digests = cache.digests
-        self._remembered = cache.digests.recall(plan.source.files)
+        self._remembered = cache.digests.get(plan.source.files)
 
     @property
     def sha256(self) -> str:
@@ -55,14 +55,14 @@ class CachedCheck(SourceCheck):
     def forget(self) -> None:
         """Read the files again, because the remembered digest is not theirs."""
         self._remembered = None
-        self._digests.forget(self._plan.source.files)
+        self._digests.evict(self._plan.source.files)
 
     def _verify(self) -> SourceEntry:
         files = self._plan.source.files
-        before, began = stamps(files)
+        before, began = file_stamps(files)
         description = super()._verify()
         self._remembered = str(description["sha256"])
-        self._digests.remember(files, before, began, self._remembered)
+        self._digests.put(files, before, began, self._remembered)
         return description
 
 
@@ -83,22 +83,24 @@ class StageCache:
         """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
         if not self.check.is_remembered:
             return ()
-        entry = self._cache.find("graph", self._graph_key(self._plan.static_sizes))
+        entry = self._cache.get("graph", self._graph_key(self._plan.static_sizes))
         if entry is None or (self._plan.options.validate and self._find_validation() is None):
             return ()
         config = self._plan.engine
         if config is None or config.build.timing_cache is not None:
             return ("graph",)
-        key = _engine_key(entry.facts["content"], profile_shapes(entry.facts["description"], config), config)
-        return ("graph", "engine") if self._cache.find("engine", key) else ("graph",)
+        key = _engine_key(
+            entry.metadata["content"], profile_shapes(entry.metadata["description"], config), config
+        )
+        return ("graph", "engine") if self._cache.get("engine", key) else ("graph",)
 
     def graph(self, graph: Graph) -> Graph:
         """`graph`, or the same one from the cache, which is not written until its file is needed."""
         if self._cache.root is None:
             return graph
         key = self._graph_key(self._plan.static_sizes)
-        with self._cache.exclusive("graph", key, self._log):
-            entry = None if graph.is_written else self._cache.find("graph", key)
+        with self._cache.lock("graph", key, self._log):
+            entry = None if graph.is_written else self._cache.get("graph", key)
             if entry is None:
                 self.keep_graph(graph)
                 return graph
@@ -111,21 +113,21 @@ class StageCache:
         if self._cache.root is None:
             return validate()
         key = self._graph_key({})
-        with self._cache.exclusive("validation", key, self._log):
+        with self._cache.lock("validation", key, self._log):
             entry = self._find_validation()
             if entry is not None:
                 self._log.log(f"validation: from the cache ({key[:12]})")
                 self._replay(entry)
-                return _read_validation(entry.facts["report"])
+                return _read_validation(entry.metadata["report"])
             assert self.check.description
             with self._log.record() as making:
                 validation = validate()
-            facts = {
-                "what": self._plan.summary,
+            metadata = {
+                "label": self._plan.summary,
                 "report": dataclasses.asdict(validation),
                 **self._recorded(making),
             }
-            self._cache.store("validation", self._graph_key({}), facts, {}, self._log)
+            self._cache.put("validation", self._graph_key({}), metadata, {}, self._log)
             return validation
 
     def engine(self, graph: Graph, config: EngineConfig, path: Path, build: Callable[[], Engine]) -> Engine:
@@ -134,22 +136,22 @@ class StageCache:
         if self._cache.root is None or config.build.timing_cache is not None:
             return build()
         key = self._engine_key(graph, config)
-        with self._cache.exclusive("engine", key, self._log), output_errors(self._plan.out):
-            entry = self._cache.find("engine", key)
+        with self._cache.lock("engine", key, self._log), output_errors(self._plan.out):
+            entry = self._cache.get("engine", key)
             if entry is not None and (engine := self._take_engine(entry, path)) is not None:
                 return engine
             assert graph.file
             with self._log.record() as making:
                 engine = build()
             sizes = " ".join(f"{name} {size}" for name, size in config.sizes.ranges().items())
-            facts = {
-                "what": f"{self._plan.summary}, {sizes}",
+            metadata = {
+                "label": f"{self._plan.summary}, {sizes}",
                 "engine": dataclasses.asdict(engine.report),
                 **self._recorded(making),
             }
             # A graph from the cache that could not be written was made again, perhaps with other weights.
             key = self._engine_key(graph, config)
-            self._cache.store("engine", key, facts, {path: engine.digest}, self._log)
+            self._cache.put("engine", key, metadata, {path: engine.digest}, self._log)
             return engine
 
     def keep_graph(self, graph: Graph) -> None:
@@ -162,22 +164,22 @@ class StageCache:
         skeleton = _save_skeleton(graph.model, self._plan.source.weights(), graph.path.parent)
         digest = file_digest(skeleton)
         graph.content = cache_key({"weights": weights, "graph": digest.sha256})
-        facts = {
-            "what": self._plan.summary,
+        metadata = {
+            "label": self._plan.summary,
             "description": graph.description,
             "remark": graph.remark,
             "content": graph.content,
             "weights": weights,
             **self._recorded(making),
         }
-        self._cache.store(
-            "graph", self._graph_key(self._plan.static_sizes), facts, {skeleton: digest}, self._log
+        self._cache.put(
+            "graph", self._graph_key(self._plan.static_sizes), metadata, {skeleton: digest}, self._log
         )
 
     def restore_graph(self, entry: Entry, path: Path) -> ir.Model | None:
         """Write a graph from the cache to `path`; None if that cannot be done, with a warning."""
         skeleton = path.parent / f"skeleton-{_FILE}"
-        if not self._cache.take(entry, _FILE, skeleton):
+        if not self._cache.extract(entry, _FILE, skeleton):
             self._log.warn(
                 f"the graph {entry.key[:12]} in the cache is damaged or was removed: making it again"
             )
@@ -193,10 +195,10 @@ class StageCache:
         if complete:
             with self._log.measure("restore"):
                 save_onnx(model, path, self._log)
-                complete = _weights_digest(path, self._log) == entry.facts["weights"]
+                complete = _weights_digest(path, self._log) == entry.metadata["weights"]
         if complete:
             return model
-        self._cache.discard(entry)
+        self._cache.evict(entry)
         self.check.forget()
         self._log.warn(
             f"the weights of {self._plan.source.path} are not those of the graph {entry.key[:12]} in the "
@@ -221,19 +223,19 @@ class StageCache:
         )
 
     def _recorded(self, making: Recorded) -> dict[str, Any]:
-        """What the check and the making of a result logged, as facts of its entry."""
+        """What the check and the making of a result logged, as metadata of its entry."""
         check = self.check.recorded or Recorded()
         return {"check": check.to_json(), "making": making.to_json()}
 
     def _replay(self, entry: Entry) -> None:
         """Log what the making of a result logged; the check only once in a run."""
         if self.check.recorded is None:
-            self.check.recorded = Recorded.from_json(entry.facts["check"])
+            self.check.recorded = Recorded.from_json(entry.metadata["check"])
             self._log.replay(self.check.recorded)
-        self._log.replay(Recorded.from_json(entry.facts["making"]))
+        self._log.replay(Recorded.from_json(entry.metadata["making"]))
 
     def _find_validation(self) -> Entry | None:
-        return self._cache.find("validation", self._graph_key({}))
+        return self._cache.get("validation", self._graph_key({}))
 
     def _engine_key(self, graph: Graph, config: EngineConfig) -> str:
         return _engine_key(graph.content, profile_shapes(graph.description, config), config)
@@ -243,14 +245,14 @@ class StageCache:
         (name,) = entry.files
         with self._log.stage("read cache") as stage:
             stage.describe(f"engine {entry.key[:12]}")
-            if not self._cache.take(entry, name, path, replaces=self._plan.out):
+            if not self._cache.extract(entry, name, path, replaces=self._plan.out):
                 self._log.warn(
                     f"the engine {entry.key[:12]} in the cache is damaged or was removed: making it again"
                 )
                 return None
         self._log.log(f"engine: from the cache ({entry.key[:12]})")
         self._replay(entry)
-        report: dict[str, Any] = entry.facts["engine"]
+        report: dict[str, Any] = entry.metadata["engine"]
         capabilities = tuple(report["compute_capabilities"])
         return Engine(
             path, EngineReport(**report | {"compute_capabilities": capabilities}), entry.files[name]
@@ -262,7 +264,7 @@ class _CachedGraph(Graph):
 
     def __init__(self, entry: Entry, made: Graph, cache: StageCache) -> None:
         super().__init__(made.path, self._restore)
-        self.content = entry.facts["content"]
+        self.content = entry.metadata["content"]
         self._entry = entry
         self._made = made
         self._cache = cache
@@ -270,7 +272,7 @@ class _CachedGraph(Graph):
     def _restore(self, path: Path) -> WrittenGraph:
         model = self._cache.restore_graph(self._entry, path)
         if model is not None:
-            return WrittenGraph(model, self._entry.facts["remark"])
+            return WrittenGraph(model, self._entry.metadata["remark"])
         self._cache.keep_graph(self._made)
         self.content = self._made.content
         return self._made.written
@@ -280,13 +282,13 @@ class _CachedGraph(Graph):
         """The manifest embedded in the graph."""
         if self.is_written:
             return super().description
-        description: GraphDescription = self._entry.facts["description"]
+        description: GraphDescription = self._entry.metadata["description"]
         return description
 
     @property
     def remark(self) -> str:
         """How a static graph was compared with the dynamic one."""
-        return super().remark if self.is_written else str(self._entry.facts["remark"])
+        return super().remark if self.is_written else str(self._entry.metadata["remark"])
 
 
 def _engine_key(content: str, shapes: Shapes, config: EngineConfig) -> str:
@@ -348,6 +350,6 @@ def _weights_digest(path: Path, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def _read_validation(facts: Mapping[str, Any]) -> ValidationReport:
-    outputs = tuple(OutputDifference(**output) for output in facts["outputs"])
-    return ValidationReport(**dict(facts) | {"outputs": outputs, "remarks": tuple(facts["remarks"])})
+def _read_validation(report: Mapping[str, Any]) -> ValidationReport:
+    outputs = tuple(OutputDifference(**output) for output in report["outputs"])
+    return ValidationReport(**dict(report) | {"outputs": outputs, "remarks": tuple(report["remarks"])})

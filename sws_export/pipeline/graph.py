@@ -12,13 +12,13 @@ import onnx_ir as ir
 
 from sws_export.errors import ValidationError
 from sws_export.manifest import METADATA_KEY, GraphDescription, SourceEntry, parse_manifest
-from sws_export.onnx_files import graph_specs, release_weights, save_onnx, save_sharing
+from sws_export.onnx_files import graph_specs, release_weights, save_onnx, save_sharing_weights
 from sws_export.parameters import SwsParameters, recorded_parameters
 from sws_export.pipeline.describe import describe_graph, embed, library_versions
 from sws_export.pipeline.plan import ExportPlan
 from sws_export.pipeline.rewrite import finish_plain, rewrite
 from sws_export.pipeline.run_log import Recorded, RunLog
-from sws_export.progress import Progress, Silent
+from sws_export.progress import Progress, SilentProgress
 from sws_export.tracing.export_unet import OPSET
 from sws_export.validation import OutputDifference, SwsSpec, ValidationReport
 from sws_export.validation.static_shapes import STEPS, compare_static_shapes
@@ -146,9 +146,9 @@ class GraphBuilder:
         if sizes is not None:
             assert dynamic.file  # it writes to `path` on the way
         with self._log.measure("static shapes"):
-            model = self._rewritten(self._plan.static_sizes, Silent())
+            model = self._rewritten(self._plan.static_sizes, SilentProgress())
             if dynamic.is_written:
-                save_sharing(model, path, dynamic.model, dynamic.path, self._log)
+                save_sharing_weights(model, path, dynamic.model, dynamic.path, self._log)
             else:
                 save_onnx(model, path, self._log)
             return WrittenGraph(model, self._compare_static(path, dynamic, sizes))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sws_export.engines import BuildOptions, choose_backend
-from sws_export.engines.choice import named_backend
+from sws_export.engines.choice import get_backend
 from sws_export.engines.plugin_library import find_plugin_library
 from sws_export.options import ExportOptions, artefact_kind
 from sws_export.options.sizes import check_static_dimensions
@@ -99,4 +99,4 @@ def _graph_target(options: ExportOptions) -> Target:
     """
     if options.backend is None:
         return "onnxruntime"
-    return "tensorrt" if named_backend(options.backend).plugins else "tensorrt-rtx"
+    return "tensorrt" if get_backend(options.backend).plugins else "tensorrt-rtx"

@@ -7,7 +7,7 @@ from sws_export.errors import CheckpointError, ValidationError
 from sws_export.manifest import Manifest, read_embedded
 from sws_export.options import ExportOptions, SourceOptions
 from sws_export.pipeline.graph import sws_spec
-from sws_export.progress import Progress, Silent
+from sws_export.progress import Progress, SilentProgress
 from sws_export.sources import open_source
 from sws_export.tensors import MID_RESIDUAL
 from sws_export.validation import ValidationReport
@@ -32,7 +32,7 @@ def validate(
         ValidationError: The graph was exported from another checkpoint.
     """
     graph, model = Path(graph), Path(model)
-    options, progress = options or SourceOptions(), progress or Silent()
+    options, progress = options or SourceOptions(), progress or SilentProgress()
     manifest = _manifest(graph)
     residuals = any(spec["name"] == MID_RESIDUAL for spec in manifest["inputs"])
     as_exported = dataclasses.replace(options, precision=manifest["precision"], controlnet=residuals)

@@ -9,7 +9,7 @@ from sws_export.engines import EngineReport
 from sws_export.errors import OutputError
 from sws_export.files import publish_together, staged_directory
 from sws_export.manifest import Manifest, manifest_path, write_manifest
-from sws_export.onnx_files import data_file
+from sws_export.onnx_files import external_data_path
 from sws_export.options import ExportOptions, artefact_kind
 from sws_export.pipeline.cached import StageCache
 from sws_export.pipeline.describe import complete
@@ -18,7 +18,7 @@ from sws_export.pipeline.graph import Graph, GraphBuilder, validate_graph
 from sws_export.pipeline.plan import ExportPlan, make_plan
 from sws_export.pipeline.preflight import Preflight, preflight
 from sws_export.pipeline.run_log import RunLog
-from sws_export.progress import Progress, Silent
+from sws_export.progress import Progress, SilentProgress
 from sws_export.sources import open_source
 from sws_export.stage_timings import StageTiming
 from sws_export.validation import ValidationReport
@@ -66,7 +66,7 @@ def export(
         SwsExportError: The model, the options or the machine do not allow the export; no file is left behind.
     """
     model, out, options = Path(model), Path(out), options or ExportOptions()
-    log = RunLog(progress or Silent())
+    log = RunLog(progress or SilentProgress())
 
     # 1. Open: read headers, refuse what cannot be exported or written.
     options.sws.guard_options()
@@ -122,7 +122,7 @@ def _check_destination(model: Path, out: Path, options: ExportOptions) -> None:
     """Refuse a destination that cannot be written before any long work is done."""
     keeps_graph = artefact_kind(out) == "onnx" or options.keep_onnx
     graph = out.with_suffix(".onnx")
-    files = {out, manifest_path(out)} | ({graph, data_file(graph)} if keeps_graph else set())
+    files = {out, manifest_path(out)} | ({graph, external_data_path(graph)} if keeps_graph else set())
     for file in sorted(files):
         if file.is_dir():
             raise OutputError(f"cannot write {file}: it is a directory; choose another --out")
@@ -142,7 +142,7 @@ def _publish(
 ) -> tuple[Manifest, tuple[Path, ...]]:
     """Write the manifest and move the artefacts to their places; returns it and them, the requested first."""
     # The weights come first: an ONNX file must never be there without them.
-    staged = [data_file(graph.file), graph.file] if plan.keeps_graph else []
+    staged = [external_data_path(graph.file), graph.file] if plan.keeps_graph else []
     staged = [file for file in staged if file.exists()]
     digests: dict[Path, FileDigest] = {}
     with log.measure("hash"), log.stage("hash"):
@@ -165,6 +165,8 @@ def _publish(
     places = {file: plan.out.parent / file.name for file in (*digests, manifest)}
     # A large graph that this one replaces had its weights in a file beside it.
     graphs = [place for place in places.values() if place.suffix == ".onnx" and place.exists()]
-    obsolete = [data_file(place) for place in graphs if data_file(place) not in places.values()]
+    obsolete = [
+        external_data_path(place) for place in graphs if external_data_path(place) not in places.values()
+    ]
     publish_together(places, obsolete)
     return document, tuple(sorted(places.values(), key=lambda file: file.name != plan.out.name))

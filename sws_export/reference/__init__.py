@@ -1,17 +1,17 @@
-"""Sigma-Weighted Shuffle in eager torch: slow, obvious, dense; what every exported graph is compared with.
+"""Eager PyTorch reference of Sigma-Weighted Shuffle, which every exported graph is compared with.
 
-One function a formula of the method, batched, each sample on its own. The noise schedule is in
-`noise_schedule`, the transports and their banded layout in `transport`, one attention site in `attention`,
-a live diffusers UNet in `unet`. What the published node computes instead is in `node_guard`,
-`node_transport` and `node_unet`.
+Written for readability, with dense matrices: one function for each formula of the method, batched, with
+independent samples. The noise schedule is in `noise_schedule`, the transports and their banded layout in
+`transport`, one attention site in `attention`, and a diffusers UNet with SWS in `unet`. The published ComfyUI
+node is in `comfyui_node_guard`, `comfyui_node_transport` and `comfyui_node_unet`.
 """
 
 from sws_export.reference.attention import SiteResult, attention_site, kl_divergence, largest_mixing
 from sws_export.reference.comfyui_node_guard import (
+    ComfyUINodeResult,
     ComfyUINodeSchedule,
-    NodeResult,
+    comfyui_node_patch,
     comfyui_node_schedule,
-    node_patch,
 )
 from sws_export.reference.comfyui_node_transport import (
     fresh_transport,
@@ -19,7 +19,7 @@ from sws_export.reference.comfyui_node_transport import (
     text_grid,
     transport_radius,
 )
-from sws_export.reference.comfyui_node_unet import ComfyUINodeReferenceUNet, node_sites
+from sws_export.reference.comfyui_node_unet import ComfyUINodeReferenceUNet, comfyui_node_sites
 from sws_export.reference.noise_schedule import Schedule, blend_weights, schedule
 from sws_export.reference.presets import reference_unet
 from sws_export.reference.transport import (
@@ -34,8 +34,8 @@ from sws_export.reference.unet import ReferenceUNet, Site, attention_sites, self
 
 __all__ = [
     "ComfyUINodeReferenceUNet",
+    "ComfyUINodeResult",
     "ComfyUINodeSchedule",
-    "NodeResult",
     "ReferenceUNet",
     "Schedule",
     "Site",
@@ -45,15 +45,15 @@ __all__ = [
     "band_from_dense",
     "blend_weights",
     "blended_transport",
+    "comfyui_node_patch",
     "comfyui_node_schedule",
+    "comfyui_node_sites",
     "dense_from_band",
     "fresh_transport",
     "kl_divergence",
     "largest_mixing",
     "momentum",
     "moving_average",
-    "node_patch",
-    "node_sites",
     "rebalance",
     "reference_unet",
     "scale_transport",

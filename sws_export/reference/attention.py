@@ -1,8 +1,9 @@
-"""One self-attention site: how far keys and values are mixed with their transported selves, and the result.
+"""One attention site: keys and values are mixed with the transported keys and values, then attended to.
 
-Softmax statistics, entropies, KL divergences and mixing amplitudes are in float32 (float64 for a float64
-model); queries, keys, values and the final attention are in the model's dtype. T x T matrices are made for
-one sample and head at a time, and anew for each use: 64 x 64 tokens stay below a gigabyte.
+Softmax statistics, entropies, KL divergences and mixing amplitudes are computed in float32 (in float64 for a
+float64 model); queries, keys, values and the final attention have the dtype of the model. T x L matrices are
+computed for one sample and head at a time and recomputed for each use, so that 64 x 64 tokens take less than
+1 GB.
 """
 
 import dataclasses
@@ -18,17 +19,17 @@ from sws_export.reference.noise_schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class SiteResult:
-    """What one site computed; all but `out` is [B], float32 or float64.
+    """Result of one site. All attributes except `out` are [B], float32 or float64.
 
     Attributes:
-        out: Attention output, [B, h, T, D], in the model's dtype.
-        alpha_k: Share of the transported keys.
-        a_v: Share of the transported values.
-        amplitude: The a from which both follow.
-        hu: Uncertainty in [0, 1]: the place of the mean entropy between the lowest and the highest.
-        entropy_mean: Of the rows of the plain attention, over heads and rows, in nats.
-        entropy_min: The lowest of them.
-        entropy_max: The highest of them.
+        out: Attention output, [B, h, T, D], in the dtype of the model.
+        alpha_k: Mixing share of the transported keys.
+        a_v: Mixing share of the transported values.
+        amplitude: Mixing amplitude a, from which both shares are computed.
+        hu: Uncertainty in [0, 1]: position of the mean entropy between the minimum and the maximum.
+        entropy_mean: Mean entropy of the rows of the plain attention, over heads and rows, in nats.
+        entropy_min: Minimum entropy.
+        entropy_max: Maximum entropy.
         kl: KL divergence at `alpha_k` in nats, mean over heads and rows.
     """
 
@@ -52,16 +53,16 @@ def attention_site(
     intensity: Tensor,
     parameters: SwsParameters,
 ) -> SiteResult:
-    """Attention with shuffled keys and values.
+    """Attention with mixed keys and values.
 
     Args:
-        q: Queries after their projection, [B, h, T, D], the model's dtype.
-        k: Keys, [B, h, L, D]: of the tokens of the queries, or of the text.
-        v: Values, as `k`.
-        transport: P, [B, L, L], float32 or float64, over the tokens of the keys.
-        schedule: Of the same samples.
-        intensity: Strengths in [0, 1], [B]; 0 gives plain attention, bit for bit.
-        parameters: The constants of the method.
+        q: Projected queries, [B, h, T, D], in the dtype of the model.
+        k: Projected keys, [B, h, L, D], of the image tokens (L = T) or of the text tokens.
+        v: Projected values, [B, h, L, D].
+        transport: Transport P over the tokens of the keys, [B, L, L], float32 or float64.
+        schedule: Schedule of the samples.
+        intensity: Strength in [0, 1], [B]; 0 gives the plain attention, bit for bit.
+        parameters: Parameters of the method.
     """
     q = (q / per_sample(schedule.tau_q)).to(q.dtype)
     kp, vp = transported(transport, k), transported(transport, v)
@@ -88,19 +89,19 @@ def attention_site(
 
 
 def per_sample(values: Tensor) -> Tensor:
-    """[B] made to spread over [B, h, T, D]."""
+    """Reshape [B] to [B, 1, 1, 1], which broadcasts over [B, h, T, D]."""
     return values[:, None, None, None]
 
 
 def transported(transport: Tensor, x: Tensor) -> Tensor:
-    """P x over the tokens, the same P for every head.
+    """Apply the transport over the tokens, P x, with the same P for all heads.
 
     Args:
-        transport: [B, T, T], float32 or float64.
-        x: [B, h, T, D], any float dtype.
+        transport: [B, L, L], float32 or float64.
+        x: [B, h, L, D], any float dtype.
 
     Returns:
-        [B, h, T, D], computed in the dtype of `transport`, returned in that of `x`.
+        [B, h, L, D], computed in the dtype of `transport`, returned in the dtype of `x`.
     """
     by_token = x.transpose(1, 2)
     moved = transport @ by_token.flatten(2).to(transport.dtype)
@@ -108,11 +109,11 @@ def transported(transport: Tensor, x: Tensor) -> Tensor:
 
 
 def mixed(x: Tensor, xp: Tensor, share: Tensor) -> Tensor:
-    """(1 - share) x + share xp, written so that share 0 gives x itself, exactly.
+    """(1 - share) x + share xp, in a form that gives exactly x for share 0.
 
     Args:
-        x: [B, h, T, D].
-        xp: As `x`.
+        x: [B, h, L, D].
+        xp: [B, h, L, D].
         share: [B].
     """
     return x + per_sample(share).to(x.dtype) * (xp - x)
@@ -123,7 +124,7 @@ def logits(q: Tensor, k: Tensor) -> Tensor:
 
     Args:
         q: [T, D], any float dtype.
-        k: [L, D], as `q`.
+        k: [L, D], dtype of `q`.
 
     Returns:
         [T, L], float32 or float64.
@@ -142,7 +143,6 @@ def row_entropies(q: Tensor, k: Tensor) -> Tensor:
     Returns:
         [B, h, T], float32 or float64.
     """
-
     rows = [_row_entropies_of_head(*head) for head in zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)]
     return torch.stack(rows).view(q.shape[:3])
 
@@ -160,13 +160,12 @@ def kl_divergence(q: Tensor, k: Tensor, kp: Tensor, alpha: Tensor) -> Tensor:
     Args:
         q: [B, h, T, D], already divided by its temperature.
         k: [B, h, L, D].
-        kp: Transported keys, as `k`.
-        alpha: Share of the transported keys, [B].
+        kp: Transported keys, [B, h, L, D].
+        alpha: Mixing share of the transported keys, [B].
 
     Returns:
         [B], float32 or float64.
     """
-
     alpha_of_head = alpha.repeat_interleave(q.shape[1])
     heads = zip(q.flatten(0, 1), k.flatten(0, 1), kp.flatten(0, 1), alpha_of_head, strict=True)
     return torch.stack([_row_kl_of_head(*head) for head in heads]).view(len(q), -1).mean(dim=1)
@@ -183,18 +182,18 @@ def _row_kl_of_head(q: Tensor, k: Tensor, kp: Tensor, alpha: Tensor) -> Tensor:
 def largest_mixing(
     q: Tensor, k: Tensor, kp: Tensor, limit: Tensor, kappa: Tensor, parameters: SwsParameters
 ) -> Tensor:
-    """The largest share of transported keys that keeps the KL divergence within its budget.
+    """The largest mixing share of the transported keys with a KL divergence within the budget.
 
-    Found by halving [0, limit] a fixed number of times; the lower end is returned, so a budget that never
-    binds gives limit * (1 - 2 ** -bisection_steps).
+    Bisection of [0, limit] with a fixed number of steps. The lower bound is returned, so the result is
+    limit * (1 - 2 ** -bisection_steps) if the budget is never exceeded.
 
     Args:
-        q: [B, h, T, D], already divided by its temperature.
+        q: [B, h, T, D], already divided by the temperature.
         k: [B, h, L, D].
-        kp: Transported keys, as `k`.
-        limit: Largest share to consider, [B].
-        kappa: Budget in nats, [B].
-        parameters: Gives the number of halvings.
+        kp: Transported keys, [B, h, L, D].
+        limit: Upper bound of the share, [B].
+        kappa: KL budget in nats, [B].
+        parameters: Parameters of the method; `bisection_steps` is used.
 
     Returns:
         [B], in the dtype of `limit`.

@@ -1,7 +1,7 @@
-"""What the node does to the inputs of one cross-attention, before they are projected.
+"""The attn2 patch of the ComfyUI node: changes the inputs of one cross-attention before their projection.
 
-It knows no heads, and its scalars are those of the whole batch. Attention weights, entropies and KL
-divergences are in float32 (float64 for a float64 model), whatever the model's dtype.
+There are no heads, and the scalars are shared across the batch. Attention weights, entropies and KL
+divergences are computed in float32 (in float64 for a float64 model) for every dtype of the model.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ class ComfyUINodeSchedule:
 
     Attributes:
         u: Remaining noise: 1 at sigma_max, 0 at sigma_min.
-        tau: Temperature of queries and keys together.
+        tau: Temperature of the logits; queries and keys are each divided by its square root.
         w: Bell-shaped weight of the mixing amplitude.
         kappa: KL budget of the key mixing in nats.
-        g: Rise of the value mixing, from 0.5 to 1.
+        g: Factor of the value mixing, which rises from 0.5 to 1.
     """
 
     u: Tensor
@@ -38,16 +38,16 @@ class ComfyUINodeSchedule:
 
 
 def comfyui_node_schedule(sigma: Tensor, parameters: SwsParameters) -> ComfyUINodeSchedule:
-    """The schedule of a batch, whose noise level is that of its first sample.
+    """The schedule of a batch, computed from the noise level of its first sample.
 
     Args:
         sigma: Noise levels > 0, [B], any float dtype.
-        parameters: The constants of the method.
+        parameters: Parameters of the method.
     """
     noise = sigma[:1].to(torch.promote_types(sigma.dtype, torch.float32))
     log_min, log_max = math.log(parameters.sigma_min), math.log(parameters.sigma_max)
     u = ((noise.log() - log_min) / (log_max - log_min)).clamp(0, 1)
-    # At the ends exactly: what rounding leaves of w there would count as mixing.
+    # Exactly 0 or 1 at the bounds: otherwise rounding could leave w > 0 there, which would count as mixing.
     u = torch.where(noise >= parameters.sigma_max, 1.0, torch.where(noise <= parameters.sigma_min, 0.0, u))
     return ComfyUINodeSchedule(
         u=u,
@@ -59,19 +59,19 @@ def comfyui_node_schedule(sigma: Tensor, parameters: SwsParameters) -> ComfyUINo
 
 
 @dataclasses.dataclass(frozen=True)
-class NodeResult:
-    """What the node hands to the projections, and how it came to it; scalars are [1].
+class ComfyUINodeResult:
+    """Inputs of the projections, and the metrics of the patch; scalars are [1].
 
     Attributes:
-        q: Queries, [B, T, C], the model's dtype.
-        k: Keys, [B, n, X], the model's dtype.
-        v: Values, as `k`.
-        transport: What is kept for the next call, [n, n].
-        alpha_k: Share of the transported keys.
-        a_v: Share of the transported values.
-        amplitude: The a from which both follow.
-        uncertainty: h in [0, 1]: the place of the mean entropy between the lowest and the highest.
-        entropy: Of the rows of the plain attention in nats, [B, T].
+        q: Queries, [B, T, C], in the dtype of the model.
+        k: Keys, [B, n, X], in the dtype of the model.
+        v: Values, [B, n, X], in the dtype of the model.
+        transport: The new state, [n, n].
+        alpha_k: Mixing share of the transported keys.
+        a_v: Mixing share of the transported values.
+        amplitude: Mixing amplitude a, from which both shares are computed.
+        uncertainty: h in [0, 1]: position of the mean entropy between the minimum and the maximum.
+        entropy: Entropy of the rows of the plain attention in nats, [B, T].
         kl: KL divergence at `alpha_k` in nats.
     """
 
@@ -87,7 +87,7 @@ class NodeResult:
     kl: Tensor
 
 
-def node_patch(
+def comfyui_node_patch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -96,18 +96,18 @@ def node_patch(
     schedule: ComfyUINodeSchedule,
     intensity: Tensor,
     parameters: SwsParameters,
-) -> NodeResult:
-    """Queries, keys and values with the node's temperature, and tokens mixed.
+) -> ComfyUINodeResult:
+    """Divide queries and keys by the temperature, and mix keys and values with the transported ones.
 
     Args:
-        q: Normalised hidden states, [B, T, C], the model's dtype.
+        q: Normalized hidden states, [B, T, C], in the dtype of the model.
         k: Text embeddings, [B, n, X].
-        v: As `k`.
-        previous: Transport that the call before kept, [n, n], float32 or float64; zeros for none.
-        fresh: Transport of this step without its history, likewise.
-        schedule: Of this step.
+        v: Text embeddings, [B, n, X].
+        previous: State of the previous call, [n, n], float32 or float64; zeros if there was none.
+        fresh: Transport of this step without the moving average, [n, n].
+        schedule: Schedule of this step.
         intensity: Strength in [0, 1], [1].
-        parameters: The constants of the method.
+        parameters: Parameters of the method.
     """
     root = schedule.tau.sqrt()
     guard_q, guard_k = q.to(root.dtype) / root, k.to(root.dtype) / root
@@ -118,7 +118,7 @@ def node_patch(
     amplitude = (intensity.to(uncertainty.dtype) * uncertainty * schedule.w).clamp(0, 1)
     if amplitude == 0:
         zero = torch.zeros_like(amplitude)
-        return NodeResult(q, k, v, previous, zero, zero, zero, uncertainty, entropy, zero)
+        return ComfyUINodeResult(q, k, v, previous, zero, zero, zero, uncertainty, entropy, zero)
 
     transport = moving_average(previous, fresh, parameters)
     guard_kp = transported(transport, guard_k)
@@ -126,7 +126,7 @@ def node_patch(
     alpha_k = largest_mixing(guard_q, guard_k, guard_kp, plain, limit, schedule.kappa, parameters)
     alpha_k = torch.where(schedule.u >= parameters.u_stop, 0.0, alpha_k)
     a_v = (parameters.value_cap * amplitude * schedule.g).clamp(0, 1)
-    return NodeResult(
+    return ComfyUINodeResult(
         q=q,
         k=mixed(k, transported(transport, k), alpha_k),
         v=mixed(v, transported(transport, v), a_v),
@@ -141,13 +141,13 @@ def node_patch(
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(d)) without heads, over a common width d.
+    """softmax(q k' / sqrt(d)) without heads.
 
-    Where the widths differ, the wider of the two is brought to the narrower one by an orthonormal basis.
+    If the widths differ, the wider tensor is projected to the smaller width d with an orthonormal basis.
 
     Args:
         q: [B, T, C], float32 or float64.
-        k: [B, n, X], likewise.
+        k: [B, n, X], dtype of `q`.
 
     Returns:
         [B, T, n].
@@ -160,30 +160,30 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def row_entropies(weights: Tensor) -> Tensor:
-    """Entropy of each row in nats: [B, T, n] to [B, T]."""
+    """Entropy of each row in nats, [B, T], from attention weights [B, T, n]."""
     return -torch.xlogy(weights, weights).sum(dim=-1)
 
 
 def entropy_factor(entropy: Tensor) -> Tensor:
-    """The mean of all rows of all samples between the lowest (0) and the highest (1): [B, T] to [1]."""
+    """Position of the mean between the minimum (0) and the maximum (1) over the batch: [1] from [B, T]."""
     low, high = entropy.min(), entropy.max()
     return ((entropy.mean() - low) / (high - low).clamp(min=_MIN_RANGE)).clamp(0, 1)[None]
 
 
 def transported(transport: Tensor, x: Tensor) -> Tensor:
-    """P x over the tokens: [n, n] and [B, n, X] to [B, n, X], in the dtype of `x`."""
+    """Apply the transport [n, n] over the tokens of `x` [B, n, X]; returned in the dtype of `x`."""
     return (transport @ x.to(transport.dtype)).to(x.dtype)
 
 
 def mixed(x: Tensor, xp: Tensor, share: Tensor) -> Tensor:
-    """(1 - share) x + share xp, written so that share 0 gives x itself, exactly; `share` is [1]."""
+    """(1 - share) x + share xp, in a form that gives exactly x for share 0; `share` is [1]."""
     return x + share.to(x.dtype) * (xp - x)
 
 
 def kl_divergence(weights: Tensor, plain: Tensor) -> Tensor:
-    """KL( weights || plain ) in nats, mean over samples and rows: twice [B, T, n] to [1].
+    """KL( weights || plain ) in nats, mean over samples and rows: [1] from two tensors [B, T, n].
 
-    Logarithms are of weights of 1e-8 at least.
+    Weights are clamped to at least 1e-8 in the logarithms.
     """
     ratio = weights.clamp(min=_LOG_FLOOR).log() - plain.clamp(min=_LOG_FLOOR).log()
     return (weights * ratio).sum(dim=-1).mean()[None]
@@ -198,18 +198,18 @@ def largest_mixing(
     kappa: Tensor,
     parameters: SwsParameters,
 ) -> Tensor:
-    """The largest share of transported keys that keeps the KL divergence within its budget.
+    """The largest mixing share of the transported keys with a KL divergence within the budget.
 
-    Found by halving [0, limit] a fixed number of times; the lower end is returned.
+    Bisection of [0, limit] with a fixed number of steps; the lower bound is returned.
 
     Args:
-        q: [B, T, C], already divided by its temperature.
-        k: [B, n, X], likewise.
-        kp: Transported keys, as `k`.
+        q: [B, T, C], already divided by the square root of the temperature.
+        k: [B, n, X], already divided by the square root of the temperature.
+        kp: Transported keys, [B, n, X].
         plain: `attention_weights(q, k)`.
-        limit: Largest share to consider, [1].
-        kappa: Budget in nats, [1].
-        parameters: Gives the number of halvings.
+        limit: Upper bound of the share, [1].
+        kappa: KL budget in nats, [1].
+        parameters: Parameters of the method; `bisection_steps` is used.
 
     Returns:
         [1], in the dtype of `limit`.

@@ -1,6 +1,6 @@
-"""The transport between text tokens that the node keeps: one dense matrix for the whole batch.
+"""The transport between text tokens of the ComfyUI node: one dense matrix, shared across the batch.
 
-Tokens lie on a grid in row-major order: token i = y * width + x. A transport is [n, n], float32 or float64.
+Tokens form a grid in row-major order: token i = y * width + x. A transport is [n, n], float32 or float64.
 """
 
 import math
@@ -17,8 +17,8 @@ _OUTSIDE = -1e4
 def text_grid(tokens: int) -> tuple[int, int]:
     """Height and width of the grid of `tokens` text tokens.
 
-    As near to a square as the number allows by the node's rule, which finds squares and n(n + 1) only: 64 is
-    8 x 8 and 72 is 9 x 8, while 77, 154 and 231 are one row.
+    The rule of the node only finds grids of n x n and (n + 1) x n tokens: 64 tokens are 8 x 8 and 72 are
+    9 x 8, but 77, 154 and 231 tokens are one row.
     """
     width = round(math.sqrt(tokens))
     height = tokens // width
@@ -28,18 +28,18 @@ def text_grid(tokens: int) -> tuple[int, int]:
 
 
 def transport_radius(height: int, width: int, u: float) -> int:
-    """L1 radius of the transport on a grid of `height` x `width` tokens at u."""
+    """L1 radius of the transport at remaining noise `u` on a grid of `height` x `width` tokens."""
     reach = max(1, int(8 * (1 - u)))
     return max(1, int(0.5 * max(1, min(height, width, reach) // 2)))
 
 
 def fresh_transport(tokens: int, u: Tensor, parameters: SwsParameters) -> Tensor:
-    """The transport of one step, without its history.
+    """The transport of one step, without the moving average.
 
     Args:
         tokens: Number n of text tokens.
         u: Remaining noise in [0, 1], [1], float32 or float64.
-        parameters: The constants of the method.
+        parameters: Parameters of the method.
 
     Returns:
         [n, n] in the dtype of `u`.
@@ -54,15 +54,15 @@ def fresh_transport(tokens: int, u: Tensor, parameters: SwsParameters) -> Tensor
 
 
 def moving_average(previous: Tensor, fresh: Tensor, parameters: SwsParameters) -> Tensor:
-    """The transport of one call, in which those of earlier calls linger.
+    """Exponential moving average of the transports of all calls.
 
     Args:
-        previous: What the call before kept, [n, n]; zeros mean that there was none.
-        fresh: Of this step, [n, n].
-        parameters: The constants of the method.
+        previous: Average after the previous call, [n, n]; zeros if there was none.
+        fresh: Transport of this step, [n, n].
+        parameters: Parameters of the method.
 
     Returns:
-        [n, n]; `fresh` as it is where there is no `previous`.
+        [n, n]; `fresh` if there is no `previous`.
     """
     if not previous.any():
         return fresh

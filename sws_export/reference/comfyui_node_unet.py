@@ -1,4 +1,4 @@
-"""The node on a live diffusers UNet, through attention processors, with its one state carried."""
+"""A diffusers UNet with the cross-attention patch of the ComfyUI node, through attention processors."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -11,7 +11,11 @@ from torch import Tensor
 from graph_passes.parameters import SwsParameters
 from sws_export.errors import ExportError
 from sws_export.reference.attention import SiteResult
-from sws_export.reference.comfyui_node_guard import ComfyUINodeSchedule, comfyui_node_schedule, node_patch
+from sws_export.reference.comfyui_node_guard import (
+    ComfyUINodeSchedule,
+    comfyui_node_patch,
+    comfyui_node_schedule,
+)
 from sws_export.reference.comfyui_node_transport import fresh_transport
 from sws_export.reference.unet import chosen_paths, installed
 
@@ -19,11 +23,11 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
 
-NODE_STATE = "sws_state_text"
+COMFYUI_NODE_STATE = "sws_state_text"
 
 
-def node_sites(unet: "UNet2DConditionModel") -> list[str]:
-    """Paths of the cross-attention modules that the node patches, in the order of the UNet's modules."""
+def comfyui_node_sites(unet: "UNet2DConditionModel") -> list[str]:
+    """Paths of the cross-attention modules that the node patches, in module order."""
     from diffusers.models.attention_processor import Attention
 
     return [
@@ -34,15 +38,15 @@ def node_sites(unet: "UNet2DConditionModel") -> list[str]:
 
 
 class ComfyUINodeReferenceUNet:
-    """A UNet whose cross-attention is patched as the node does it, one sampling step a call.
+    """A UNet with the cross-attention patch of the ComfyUI node; one sampling step for each call.
 
-    The UNet itself is left as it was after each step.
+    The attention processors of the UNet are restored after each step.
 
     Attributes:
         sites: Paths of the attention modules that are patched.
-        records: What each of them computed in the last step, by path, in the order of their execution.
-            Scalars are those of the whole batch, the same for each sample.
-        schedule: That of the last step.
+        records: Results of the sites in the last step, by path, in order of execution. Scalars are shared
+            across the batch and have the same value for each sample.
+        schedule: Schedule of the last step.
     """
 
     sites: list[str]
@@ -58,14 +62,14 @@ class ComfyUINodeReferenceUNet:
         """Choose the sites of a UNet.
 
         Args:
-            unet: In any float dtype, in evaluation mode.
-            parameters: The constants of the method; `schedule` and `scales` are of no meaning here.
-            sites: Paths of attention modules, or a predicate of a path; None means all cross-attention.
+            unet: The UNet in evaluation mode, in any float dtype.
+            parameters: Parameters of the method; `schedule` and `scales` are not used.
+            sites: Paths of attention modules, or a predicate of a path; None selects all cross-attention.
 
         Raises:
-            ExportError: A path is no cross-attention of the UNet, or no site is left.
+            ExportError: A path is not a cross-attention module of the UNet, or no site is selected.
         """
-        self.sites = chosen_paths(node_sites(unet), sites, "cross-attention")
+        self.sites = chosen_paths(comfyui_node_sites(unet), sites, "cross-attention")
         self.records = {}
         self._unet = unet
         self._parameters = parameters
@@ -84,20 +88,20 @@ class ComfyUINodeReferenceUNet:
         """One call of the UNet.
 
         Args:
-            sample: Latents, [B, C, Hl, Wl], the UNet's dtype.
-            timestep: [B], as diffusers.
-            encoder_hidden_states: [B, n, X], the UNet's dtype.
-            sigma: Noise levels, [B]; that of the first sample counts for all.
-            intensity: Strengths in [0, 1], [B]; likewise.
-            state: As returned by the step before; None or zeros where there was none.
-            unet_inputs: Further inputs of the UNet's `forward`, under diffusers' names.
+            sample: Latents, [B, C, Hl, Wl], in the dtype of the UNet.
+            timestep: Timesteps, [B].
+            encoder_hidden_states: Text embeddings, [B, n, X], in the dtype of the UNet.
+            sigma: Noise levels, [B]; the first one is used for the whole batch.
+            intensity: Strengths in [0, 1], [B]; the first one is used for the whole batch.
+            state: State returned by the previous step; None or zeros for the first step.
+            unet_inputs: Further arguments of `UNet2DConditionModel.forward`.
 
         Returns:
-            The UNet's output, [B, C', Hl, Wl], and the new state `sws_state_text`, [1, n, n], in float32, or
-            float64 if the UNet is float64.
+            The output of the UNet, [B, C', Hl, Wl], and the new state `sws_state_text`, [1, n, n], in float32
+            (in float64 for a float64 UNet).
 
         Raises:
-            ExportError: The state is another one, or has another shape.
+            ExportError: The state has another name or shape.
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
         tokens = encoder_hidden_states.shape[1]
@@ -112,25 +116,25 @@ class ComfyUINodeReferenceUNet:
         self.records = run.records
         with installed(self._unet, {path: _SiteProcessor(path, run) for path in self.sites}):
             (out,) = self._unet(sample, timestep, encoder_hidden_states, return_dict=False, **unet_inputs)
-        return out, {NODE_STATE: run.transport[None]}
+        return out, {COMFYUI_NODE_STATE: run.transport[None]}
 
 
 def _transport(state: dict[str, Tensor] | None, tokens: int) -> Tensor:
     if state is None:
         return torch.zeros(tokens, tokens)
-    if state.keys() != {NODE_STATE}:
-        raise ExportError(f"state: expected {NODE_STATE}, found {', '.join(state) or 'nothing'}")
-    found = state[NODE_STATE]
+    if state.keys() != {COMFYUI_NODE_STATE}:
+        raise ExportError(f"state: expected {COMFYUI_NODE_STATE}, found {', '.join(state) or 'nothing'}")
+    found = state[COMFYUI_NODE_STATE]
     if found.shape != (1, tokens, tokens):
         raise ExportError(
-            f"state {NODE_STATE}: expected shape {[1, tokens, tokens]}, found {list(found.shape)}"
+            f"state {COMFYUI_NODE_STATE}: expected shape {[1, tokens, tokens]}, found {list(found.shape)}"
         )
     return found[0]
 
 
 @dataclasses.dataclass
 class _Run:
-    """One step on its way through the sites, which hand `transport` to each other."""
+    """One step. Each site reads `transport` and replaces it for the next site."""
 
     transport: Tensor
     fresh: Tensor
@@ -142,7 +146,7 @@ class _Run:
 
 @dataclasses.dataclass(frozen=True)
 class _SiteProcessor:
-    """Does what diffusers' AttnProcessor2_0 does, on inputs that the node has changed."""
+    """diffusers' AttnProcessor2_0 on the patched inputs."""
 
     path: str
     run: _Run
@@ -154,11 +158,13 @@ class _SiteProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention of tokens [B, T, C] to text [B, n, X], as [B, T, C]."""
+        """Attention of image tokens [B, T, C] to text tokens [B, n, X]; returns [B, T, C]."""
         if encoder_hidden_states is None or attention_mask is not None or attn.norm_cross:
-            raise ExportError(f"{self.path}: a site of the node takes a text, no mask and no further norm")
+            raise ExportError(
+                f"{self.path}: the ComfyUI node supports cross-attention without a mask and norm_cross only"
+            )
         run = self.run
-        found = node_patch(
+        found = comfyui_node_patch(
             hidden_states,
             encoder_hidden_states,
             encoder_hidden_states,

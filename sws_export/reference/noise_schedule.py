@@ -1,4 +1,4 @@
-"""What the noise level of each sample says about how, and how much, to shuffle."""
+"""Quantities of the method that depend on the noise level of a sample alone."""
 
 import dataclasses
 import math
@@ -11,14 +11,14 @@ from graph_passes.parameters import SwsParameters
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Quantities that depend on the noise level alone, one a sample, float32 or float64.
+    """Quantities of each sample, float32 or float64.
 
     Attributes:
-        u: Denoising progress in [0, 1], shape [B]; for `schedule="noise"` the remaining noise instead.
+        u: Denoising progress in [0, 1], [B]; for `schedule="noise"` the remaining noise instead.
         w: Bell-shaped weight of the mixing amplitude, [B].
         kappa: KL budget of the key mixing in nats, [B].
-        g: Fading of the value mixing, from 1 to 0.5, [B].
-        tau_q: Query temperature, [B]; exactly 1 at intensity 0.
+        g: Factor of the value mixing, which falls from 1 to 0.5, [B].
+        tau_q: Temperature of the queries, [B]; exactly 1 at intensity 0.
         blend: Weights of the fine, middle and coarse transport, [B, 3]; each row sums to 1.
     """
 
@@ -36,10 +36,10 @@ def schedule(sigma: Tensor, intensity: Tensor, parameters: SwsParameters) -> Sch
     Args:
         sigma: Noise levels > 0, [B], any float dtype.
         intensity: Strengths in [0, 1], [B].
-        parameters: The constants of the method.
+        parameters: Parameters of the method.
 
     Returns:
-        Tensors in float64 if `sigma` is float64, else in float32.
+        Tensors in float64 if `sigma` is float64, otherwise in float32.
     """
     dtype = torch.promote_types(sigma.dtype, torch.float32)
     intensity = intensity.to(dtype)
@@ -62,10 +62,10 @@ def _progress(sigma: Tensor, parameters: SwsParameters) -> Tensor:
 
 
 def blend_weights(u: Tensor) -> Tensor:
-    """Weights of the fine, middle and coarse transport at u.
+    """Weights of the fine, middle and coarse transport.
 
     Args:
-        u: [B], in [0, 1].
+        u: Denoising progress in [0, 1], [B].
 
     Returns:
         [B, 3] in the dtype of `u`; each row sums to 1.

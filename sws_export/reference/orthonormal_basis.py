@@ -1,4 +1,4 @@
-"""The orthonormal basis by which the node brings queries and keys of different widths together."""
+"""The orthonormal basis with which the ComfyUI node projects queries or keys to a common width."""
 
 import functools
 from typing import TYPE_CHECKING
@@ -12,15 +12,15 @@ _NARROW_FACTOR = 9176
 
 @functools.cache
 def orthonormal_basis(wide: int, narrow: int) -> "Tensor":
-    """Q of the reduced QR of a standard-normal matrix from torch's CPU generator, seeded by the two widths.
+    """Q of the reduced QR decomposition of a standard normal matrix, seeded by the two widths.
 
     Args:
         wide: The larger width.
         narrow: The smaller width.
 
     Returns:
-        [wide, narrow], float32, on the CPU; its columns are orthonormal. Made once and shared: not to be
-        written to.
+        [wide, narrow], float32, on the CPU, with orthonormal columns. The tensor is cached and shared: do not
+        modify it.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Near-doubly-stochastic transports between the tokens of one grid, dense and banded.
+"""Nearly doubly stochastic transports between the tokens of a grid, dense and banded.
 
-Tokens are in row-major order: token i = y * width + x. A dense transport is [B, T, T], T = height * width;
-its band is [B, 145, height, width], where entry (b, j, y, x) carries token (y, x) to (y, x) + offset j of
-`diamond_offsets(STATE_RADIUS)`, and is 0 where that leaves the grid.
+Tokens are in row-major order: token i = y * width + x. A dense transport is [B, T, T], T = height * width. In
+its banded layout [B, 145, height, width], entry (b, j, y, x) is the matrix element of row token (y, x) and
+column token (y, x) + offset j of `diamond_offsets(STATE_RADIUS)`, or 0 if the column is outside the grid.
 """
 
 import torch
@@ -12,18 +12,18 @@ from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 from sws_export.reference.noise_schedule import blend_weights
 
 SUM_FLOOR = 1e-8
-"""Smallest row or column sum that is divided by: an all-zero transport stays zero."""
+"""Lower bound of the row and column sums in divisions, so that an all-zero transport stays zero."""
 
 
 def rebalance(transport: Tensor, iters: int) -> Tensor:
-    """Bring rows and columns nearer to sum 1: `iters` rounds of rows, then columns (Sinkhorn).
+    """Sinkhorn iterations: normalize the rows, then the columns, to sum 1.
 
     Args:
-        transport: Non-negative, [..., T, T].
-        iters: Rounds.
+        transport: Nonnegative, [..., T, T].
+        iters: Number of iterations.
 
     Returns:
-        A new tensor of the same shape and dtype, independent of the scale of `transport`.
+        A new tensor of the same shape and dtype. It does not depend on the scale of `transport`.
     """
     for _ in range(iters):
         transport = transport / transport.sum(dim=-1, keepdim=True).clamp(min=SUM_FLOOR)
@@ -34,9 +34,9 @@ def rebalance(transport: Tensor, iters: int) -> Tensor:
 def scale_transport(
     height: int, width: int, scale: int, parameters: SwsParameters, dtype: torch.dtype
 ) -> Tensor:
-    """The transport of one scale: entropic, local, a function of the grid alone.
+    """The entropic transport of one scale, which depends on the grid only.
 
-    The cost is the L1 distance over `scale` within L1 <= `scale`, and forbidden outside.
+    The cost is the L1 distance divided by `scale`, and infinite for distances above `scale`.
 
     Returns:
         [T, T] in `dtype`.
@@ -50,13 +50,13 @@ def scale_transport(
 
 
 def blended_transport(u: Tensor, height: int, width: int, parameters: SwsParameters) -> Tensor:
-    """The transports of the three scales, blended for each sample and rebalanced.
+    """The weighted sum of the transports of the three scales, rebalanced.
 
     Args:
         u: Denoising progress, [B], float32 or float64.
         height: Rows of the token grid.
         width: Columns of the token grid.
-        parameters: The constants of the method.
+        parameters: Parameters of the method.
 
     Returns:
         [B, T, T] in the dtype of `u`.
@@ -70,22 +70,22 @@ def blended_transport(u: Tensor, height: int, width: int, parameters: SwsParamet
 
 
 def momentum(previous: Tensor, transport: Tensor, parameters: SwsParameters) -> Tensor:
-    """Moving average over sampling steps, rebalanced.
+    """Exponential moving average over the sampling steps, rebalanced.
 
     Args:
-        previous: The result of the step before, [B, T, T]; zeros mean that there was none.
-        transport: Of this step, [B, T, T].
-        parameters: The constants of the method.
+        previous: Result of the previous step, [B, T, T]; zeros for the first step.
+        transport: Transport of this step, [B, T, T].
+        parameters: Parameters of the method.
 
     Returns:
-        [B, T, T]; for a zero `previous` it is `rebalance(transport)`.
+        [B, T, T]; `rebalance(transport)` if `previous` is zero.
     """
     average = parameters.beta * previous + (1 - parameters.beta) * transport
     return rebalance(average, parameters.rebalance_iters)
 
 
 def band_from_dense(transport: Tensor, height: int, width: int) -> Tensor:
-    """The entries of a dense transport within L1 distance 8.
+    """The banded layout of a dense transport: its entries within L1 distance 8.
 
     Args:
         transport: [B, T, T].
@@ -102,7 +102,7 @@ def band_from_dense(transport: Tensor, height: int, width: int) -> Tensor:
 
 
 def dense_from_band(band: Tensor) -> Tensor:
-    """The inverse of `band_from_dense`; entries that leave the grid are ignored.
+    """The inverse of `band_from_dense`; entries outside the grid are ignored.
 
     Args:
         band: [B, 145, height, width].
@@ -118,7 +118,7 @@ def dense_from_band(band: Tensor) -> Tensor:
 
 
 def _band_indices(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each offset and token whose target is on the grid: number of the offset, token, target token."""
+    """Index of the offset, source token and target token of each entry whose target is on the grid."""
     offset_y, offset_x = torch.tensor(diamond_offsets(STATE_RADIUS)).T
     token = torch.arange(height * width)
     target_y = offset_y[:, None] + token // width

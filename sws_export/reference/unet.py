@@ -1,4 +1,4 @@
-"""Sigma-Weighted Shuffle on a live diffusers UNet, through attention processors, with its state carried."""
+"""A diffusers UNet with Sigma-Weighted Shuffle, through attention processors."""
 
 import contextlib
 import dataclasses
@@ -25,8 +25,8 @@ class Site:
     """One attention module.
 
     Attributes:
-        path: Its name in the UNet, as in "down_blocks.0.attentions.0.transformer_blocks.0.attn1".
-        grid: The grid of its keys and values: of the image, or the text in cross-attention.
+        path: Module path in the UNet, such as "down_blocks.0.attentions.0.transformer_blocks.0.attn1".
+        grid: Grid of the keys and values: an image grid, or the text for cross-attention.
     """
 
     path: str
@@ -34,19 +34,19 @@ class Site:
 
     @property
     def state_name(self) -> str:
-        """The state that holds the transport of this site's grid."""
+        """Name of the state with the transport of the grid."""
         return f"sws_state_{self.grid.name}"
 
 
 def self_attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
-    """All self-attention modules in the blocks of a UNet, in the order of its modules."""
+    """All self-attention modules in the blocks of a UNet, in module order."""
     return [site for site in attention_sites(unet) if site.grid != TEXT]
 
 
 def attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
-    """Attention modules in the blocks of a UNet, to the image itself or to the text, in order.
+    """All self-attention and cross-attention modules in the blocks of a UNet, in module order.
 
-    Those that add keys of their own to the text's, or normalise the text, are none.
+    Modules with additional key projections (`added_kv_proj_dim`) or `norm_cross` are not included.
     """
     from diffusers.models.attention_processor import Attention
 
@@ -54,7 +54,7 @@ def attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
     sites = []
     for path, module in unet.named_modules():
         if isinstance(module, Attention) and module.added_kv_proj_dim is None and not module.norm_cross:
-            # Blocks change the resolution after their attention.
+            # A block changes the resolution after its attention modules.
             match path.split("."):
                 case ["down_blocks", index, *_]:
                     level = int(index)
@@ -71,32 +71,37 @@ def attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
 def chosen_paths(
     known: Sequence[str], sites: Callable[[str], bool] | Collection[str] | None, kind: str
 ) -> list[str]:
-    """Those of the paths `known` that are named by `sites`, or that it is true of; None means all.
+    """Select paths.
+
+    Args:
+        known: All paths of the kind.
+        sites: Paths to select, or a predicate of a path; None selects all.
+        kind: Kind of the modules, for messages.
 
     Raises:
-        ExportError: A path is no `kind` of the UNet, or no site is left.
+        ExportError: A path is not in `known`, or no path is selected.
     """
-    there_are = f"the UNet has {', '.join(known) or 'none'}"
+    available = f"the UNet has {', '.join(known) or 'none'}"
     if sites is not None and not callable(sites):
         unknown = set(sites) - set(known)
         if unknown:
-            raise ExportError(f"sites: no {kind} at {', '.join(sorted(unknown))}; {there_are}")
+            raise ExportError(f"sites: no {kind} at {', '.join(sorted(unknown))}; {available}")
         sites = frozenset(sites).__contains__
     chosen = [path for path in known if sites is None or sites(path)]
     if not chosen:
-        raise ExportError(f"sites: none chosen; {there_are}")
+        raise ExportError(f"sites: none selected; {available}")
     return chosen
 
 
 class ReferenceUNet:
-    """A UNet whose attention is shuffled, one sampling step a call.
+    """A UNet with SWS; one sampling step for each call.
 
-    The UNet itself is left as it was after each step.
+    The attention processors of the UNet are restored after each step.
 
     Attributes:
-        sites: The attention modules that are shuffled.
-        records: What each of them computed in the last step, by path.
-        schedule: That of the last step.
+        sites: The attention modules with SWS.
+        records: Results of the sites in the last step, by path.
+        schedule: Schedule of the last step.
     """
 
     sites: list[Site]
@@ -112,12 +117,12 @@ class ReferenceUNet:
         """Choose the sites of a UNet.
 
         Args:
-            unet: In any float dtype, in evaluation mode.
-            parameters: The constants of the method.
-            sites: Paths of attention modules, or a predicate of a path; None means all self-attention.
+            unet: The UNet in evaluation mode, in any float dtype.
+            parameters: Parameters of the method.
+            sites: Paths of attention modules, or a predicate of a path; None selects all self-attention.
 
         Raises:
-            ExportError: A path is no attention of the UNet, or no site is left.
+            ExportError: A path is not an attention module of the UNet, or no site is selected.
         """
         known = self_attention_sites(unet) if sites is None else attention_sites(unet)
         chosen = frozenset(chosen_paths([site.path for site in known], sites, "attention"))
@@ -129,9 +134,9 @@ class ReferenceUNet:
     def state_shapes(
         self, batch: int, height: int, width: int, tokens: int
     ) -> dict[str, tuple[int, int, int, int]]:
-        """Shape of each state for `batch` latents of `height` x `width` and `tokens` tokens of text.
+        """Shape of each state for `batch` latents of `height` x `width` and `tokens` text tokens.
 
-        [B, 145, ceil(H/d), ceil(W/d)] for a grid of the image, [B, 145, 1, tokens] for the text.
+        [B, 145, ceil(H/d), ceil(W/d)] for an image grid with factor d, [B, 145, 1, tokens] for the text.
         """
         entries = len(diamond_offsets(STATE_RADIUS))
         return {
@@ -155,21 +160,21 @@ class ReferenceUNet:
         """One call of the UNet.
 
         Args:
-            sample: Latents, [B, C, Hl, Wl], the UNet's dtype.
-            timestep: [B], as diffusers.
-            encoder_hidden_states: [B, L, X], the UNet's dtype.
+            sample: Latents, [B, C, Hl, Wl], in the dtype of the UNet.
+            timestep: Timesteps, [B].
+            encoder_hidden_states: Text embeddings, [B, L, X], in the dtype of the UNet.
             sigma: Noise levels, [B].
             intensity: Strengths in [0, 1], [B].
-            state: As returned by the step before; None or zeros where there was none. That of the text
-                must be zeros where the number of tokens is another.
-            unet_inputs: Further inputs of the UNet's `forward`, under diffusers' names.
+            state: State returned by the previous step; None or zeros for the first step. The state of the
+                text must be zeros if the number of tokens changes.
+            unet_inputs: Further arguments of `UNet2DConditionModel.forward`.
 
         Returns:
-            The UNet's output, [B, C', Hl, Wl], and the new state, [B, 145, H, W] for each grid, in float32,
-            or float64 if the UNet is float64.
+            The output of the UNet, [B, C', Hl, Wl], and the new state, [B, 145, H, W] for each grid, in
+            float32 (in float64 for a float64 UNet).
 
         Raises:
-            ExportError: The state does not fit the sites and the latents.
+            ExportError: The names or shapes of the state do not match the sites and the latents.
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
         intensity = intensity.to(dtype)
@@ -209,7 +214,7 @@ def _check_state(state: dict[str, Tensor] | None, shapes: dict[str, tuple[int, i
 
 @contextlib.contextmanager
 def installed(unet: "UNet2DConditionModel", processors: Mapping[str, Any]) -> Iterator[None]:
-    """The UNet with other processors at some of its attention modules, for a while."""
+    """Replace the processors of some attention modules inside the `with` block."""
     modules = {path: unet.get_submodule(path) for path in processors}
     originals = {path: module.processor for path, module in modules.items()}
     try:
@@ -223,7 +228,7 @@ def installed(unet: "UNet2DConditionModel", processors: Mapping[str, Any]) -> It
 
 @dataclasses.dataclass(frozen=True)
 class _SiteProcessor:
-    """Does what diffusers' AttnProcessor2_0 does, but for the attention itself."""
+    """diffusers' AttnProcessor2_0 with SWS in place of the plain attention."""
 
     site: Site
     transport: Tensor
@@ -240,9 +245,9 @@ class _SiteProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attention of tokens [B, T, C] or pixels [B, C, H, W], in the same layout.
+        """Attention of tokens [B, T, C] or pixels [B, C, H, W]; returned in the same layout.
 
-        To themselves, or to the text [B, tokens, X].
+        The keys are the hidden states themselves or text embeddings [B, tokens, X].
         """
         self._check(encoder_hidden_states, attention_mask)
         residual = hidden_states
@@ -273,7 +278,10 @@ class _SiteProcessor:
 
     def _check(self, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
         if attention_mask is not None:
-            raise ExportError(f"{self.site.path}: a shuffled site takes no attention mask")
+            raise ExportError(f"{self.site.path}: attention masks are not supported at a site with SWS")
         if (encoder_hidden_states is not None) != (self.site.grid == TEXT):
-            kind = "needs the text" if self.site.grid == TEXT else "is self-attention and takes no text"
-            raise ExportError(f"{self.site.path}: this site {kind}")
+            found = (
+                "needs encoder_hidden_states" if self.site.grid == TEXT else "takes no encoder_hidden_states"
+            )
+            kind = "cross-attention" if self.site.grid == TEXT else "self-attention"
+            raise ExportError(f"{self.site.path}: {kind} {found}")

@@ -8,7 +8,7 @@ import numpy as np
 from sws_export.checkpoint.unet_io import size_multiple
 from sws_export.errors import OptionError
 from sws_export.files import publish, staged_directory
-from sws_export.progress import Progress, Silent
+from sws_export.progress import Progress, SilentProgress
 from sws_export.report.explanation import Explanation, Floats, StepMetrics
 from sws_export.report.page import render
 from sws_export.report.probe import Probe, Reference, method_of
@@ -68,7 +68,7 @@ def write_report(
     for down, right in tokens.values():
         if not (0 <= down <= 1 and 0 <= right <= 1):
             raise OptionError(f"token {down:g},{right:g} is out of range; both are 0 to 1")
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     session = Session.load(artefact)
     contract = session.contract
     method_of(contract)

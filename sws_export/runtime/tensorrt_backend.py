@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sws_export.engines import plan_header
-from sws_export.engines.choice import named_backend
+from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError
 from sws_export.runtime.backend import Shapes
 from sws_export.runtime.contract import Contract
@@ -42,7 +42,7 @@ def open_tensorrt(contract: Contract, *, cuda_graphs: bool) -> "TensorRtBackend"
     Raises:
         EngineError: The library is not installed, there is no GPU, or the plan is for another one.
     """
-    library = named_backend(contract.backend).load()
+    library = get_backend(contract.backend).load()
     return TensorRtBackend(contract, library, CudaDevice(), cuda_graphs=cuda_graphs)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sws_export.errors import CheckpointError, OptionError
-from sws_export.progress import Progress, Silent
+from sws_export.progress import Progress, SilentProgress
 from sws_export.sampling.effects import Effect, Floats, Sampled, measure
 from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
 from sws_export.sampling.pipeline_class import pipeline_class
@@ -84,7 +84,7 @@ def sample_pipeline(
     unet.attach(pipe)
     total = len(options.prompts) * len(options.seeds) * len(options.intensities)
     runs = []
-    with (progress or Silent()).stage("sample", total=total) as stage:
+    with (progress or SilentProgress()).stage("sample", total=total) as stage:
         for intensity in options.intensities:
             pictures, changes = [], []
             for prompt, seed in itertools.product(options.prompts, options.seeds):

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from sws_export.checkpoint import Checkpoint, FusedWeights, StoredTensor, read_tensor
 from sws_export.checkpoint.unet_io import size_multiple, unet_inputs, unet_output
 from sws_export.errors import ExportError
-from sws_export.progress import Progress, Silent
+from sws_export.progress import Progress, SilentProgress
 from sws_export.tensors import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def export_plain(
     Raises:
         ExportError: The architecture is not supported, or a tensor is missing.
     """
-    progress = progress or Silent()
+    progress = progress or SilentProgress()
     inputs = unet_inputs(checkpoint.config, PRECISIONS[precision].dtype, controlnet=controlnet)
     output = unet_output(checkpoint.config, PRECISIONS[precision].dtype)
     with progress.stage("export") as stage:

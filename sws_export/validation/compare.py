@@ -1,4 +1,4 @@
-"""How far two outputs are apart."""
+"""Differences between two sets of outputs."""
 
 import dataclasses
 
@@ -11,13 +11,13 @@ _QUANTILE = 0.999
 
 @dataclasses.dataclass(frozen=True)
 class OutputDifference:
-    """Differences of one output over all steps, relative to the reference's largest absolute value.
+    """Differences of one output over all steps, relative to the largest absolute value of the reference.
 
     Attributes:
-        name: The output.
-        maximum: Largest difference of an element.
-        mean: Mean difference of the step where it is largest.
-        quantile: 99.9 % of the elements differ by less, in the step where that is largest.
+        name: Name of the output.
+        maximum: Largest elementwise difference.
+        mean: Mean difference of the step with the largest mean.
+        quantile: 99.9th percentile of the differences of the step with the largest one.
         tolerance: Largest `maximum` that passes.
     """
 
@@ -29,47 +29,55 @@ class OutputDifference:
 
     @property
     def passed(self) -> bool:
-        """Whether the output is within tolerance; NaN is not."""
+        """Whether the output is within tolerance; False for NaN."""
         return self.maximum <= self.tolerance
 
 
 def compare_outputs(
-    found: dict[str, Array], expected: dict[str, Array], tolerances: dict[str, float]
+    actual: dict[str, Array], expected: dict[str, Array], tolerances: dict[str, float]
 ) -> list[OutputDifference]:
-    """Compare the outputs of one step; NaN or Inf in `found` differs without bound."""
+    """Compare the outputs of one step.
+
+    Args:
+        actual: Outputs of the graph; NaN or Inf gives an infinite difference.
+        expected: Outputs of the reference; only these are compared.
+        tolerances: Largest relative difference of each output.
+    """
     from polygraphy.comparator import IterationResult, SimpleCompareFunc
     from polygraphy.logger import G_LOGGER
 
     scale = {name: float(np.abs(values).max()) or 1.0 for name, values in expected.items()}
-    ours = {name: np.asarray(found[name], np.float64) / scale[name] for name in expected}
-    theirs = {name: np.asarray(values, np.float64) / scale[name] for name, values in expected.items()}
+    scaled_actual = {name: np.asarray(actual[name], np.float64) / scale[name] for name in expected}
+    scaled_expected = {
+        name: np.asarray(values, np.float64) / scale[name] for name, values in expected.items()
+    }
     compare = SimpleCompareFunc(atol=tolerances, rtol=0.0, check_error_stat="max")
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
-        results = compare(IterationResult(ours), IterationResult(theirs))
+        results = compare(IterationResult(scaled_actual), IterationResult(scaled_expected))
     return [
         OutputDifference(
             name,
-            maximum=_or_infinite(result.max_absdiff),
-            mean=_or_infinite(result.mean_absdiff),
-            # The comparator has a quantile only where it is the figure that decides.
-            quantile=_or_infinite(_quantile(ours[name], theirs[name])),
+            maximum=_finite_or_inf(result.max_absdiff),
+            mean=_finite_or_inf(result.mean_absdiff),
+            # Polygraphy computes a quantile only if `check_error_stat` is "quantile".
+            quantile=_finite_or_inf(_quantile(scaled_actual[name], scaled_expected[name])),
             tolerance=tolerances[name],
         )
         for name, result in results.items()
     ]
 
 
-def _quantile(ours: Floats, theirs: Floats) -> float:
+def _quantile(actual: Floats, expected: Floats) -> float:
     with np.errstate(invalid="ignore"):
-        return float(np.quantile(np.abs(ours - theirs), _QUANTILE))
+        return float(np.quantile(np.abs(actual - expected), _QUANTILE))
 
 
-def _or_infinite(difference: float) -> float:
+def _finite_or_inf(difference: float) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def worst(steps: list[list[OutputDifference]]) -> tuple[OutputDifference, ...]:
-    """The largest of each figure over all steps, output by output."""
+def max_over_steps(steps: list[list[OutputDifference]]) -> tuple[OutputDifference, ...]:
+    """The maximum of each metric over all steps, for each output."""
     return tuple(
         OutputDifference(
             outputs[0].name,

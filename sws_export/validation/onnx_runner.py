@@ -1,4 +1,4 @@
-"""An exported graph in ONNX Runtime."""
+"""Run an exported graph in ONNX Runtime."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,84 +9,97 @@ import onnx_ir as ir
 
 from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from sws_export.errors import ExportError
+from sws_export.onnx_files import load_onnx
 from sws_export.progress import Stage
-from sws_export.validation.partition import partition_graph
+from sws_export.validation.partition import SUBGRAPH_BYTES, partition_graph
 from sws_export.validation.trajectory import Array
 
 STATE_PREFIX = "sws_state_"
-_ERRORS_ONLY = 3
+_LOG_ERRORS = 3
 
 
 class OnnxRunner:
-    """An exported graph in ONNX Runtime on the CPU, its state fed back from step to step.
+    """An exported graph in ONNX Runtime on the CPU, with the state fed back from step to step.
 
-    A small graph is run as it is. Of a large one, a piece at a time is loaded, run for all steps and
-    dropped, so that a small share of the weights is in memory. ONNX Runtime cannot compute in bfloat16: of
-    such a graph its float32 twin is run.
+    A graph with few weights runs in one session. A larger one is partitioned; each subgraph is loaded, run
+    for all steps and released, so that only a small part of the weights is in memory at a time. ONNX Runtime
+    does not support bfloat16 on the CPU: a float32 copy of a bfloat16 graph is run instead.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read the graph and have ONNX Runtime load it.
+    def __init__(self, path: Path, subgraph_bytes: int = SUBGRAPH_BYTES) -> None:
+        """Read the graph and load it in ONNX Runtime.
+
+        Args:
+            path: The ONNX file.
+            subgraph_bytes: Approximate size of the weights in each subgraph.
 
         Raises:
-            ExportError: ONNX Runtime is not installed or refuses the graph.
+            CheckpointError: The file is not an ONNX model.
+            ExportError: ONNX Runtime is not installed or cannot load the graph.
         """
         self._runtime = _import_onnxruntime()
         self._path = path
-        model = ir.load(path)
-        widened = UpcastBfloat16()(model).modified
+        model = load_onnx(path)
+        upcast = UpcastBfloat16()(model).modified
         self._inputs = list(model.graph.inputs)
         self._outputs = [str(value.name) for value in model.graph.outputs]
-        self._pieces = partition_graph(model)
-        # Of a graph in pieces, too: the file as a whole has to be one that ONNX Runtime takes.
-        whole = None if widened else self._session(path)
-        self._whole = whole if len(self._pieces) == 1 else None
+        self._subgraphs = partition_graph(model, subgraph_bytes)
+        # Also for a partitioned graph: ONNX Runtime must be able to load the whole file.
+        whole = None if upcast else self._session(path)
+        self._whole = whole if len(self._subgraphs) == 1 else None
         self._states: dict[str, Array] | None = None
 
+    @property
+    def subgraph_count(self) -> int:
+        """Number of subgraphs that the graph is partitioned into."""
+        return len(self._subgraphs)
+
     def run(self, steps: Sequence[Mapping[str, Array]], stage: Stage) -> list[dict[str, Array]]:
-        """Run `steps` one after the other, the first from the state of the last run, or a zero state.
+        """Run `steps` in order, starting from the last state of the previous call, or from a zero state.
 
         Args:
-            steps: Inputs by name, without states. They are converted to the graph's dtypes; those that it
-                does not take are left out.
-            stage: Is advanced by one for each step.
+            steps: Inputs by name, without states. They are cast to the dtypes of the graph; inputs that the
+                graph does not have are ignored.
+            stage: Advanced by one for each step.
 
         Returns:
             The outputs of each step by name.
         """
-        known = [self._converted(inputs) for inputs in steps]
-        first = self._states or self._zero_states(steps[0])
-        for place, piece in enumerate(self._pieces):
-            session = self._whole or self._session(ir.to_proto(piece).SerializeToString())
-            states = first
-            for values in known:
+        values_of_steps = [self._cast(inputs) for inputs in steps]
+        initial_states = self._states or self._zero_states(steps[0])
+        for index, subgraph in enumerate(self._subgraphs):
+            session = self._whole or self._session(ir.to_proto(subgraph).SerializeToString())
+            states = initial_states
+            for values in values_of_steps:
                 values |= states
-                self._run_piece(session, values)
-                # Made by the first piece, whichever takes them.
+                self._run_subgraph(session, values)
+                # The first subgraph computes all state outputs.
                 states = {name: values[f"{name}_out"] for name in states}
-                stage.advance(1 / len(self._pieces))
-            # Among what is of no use any more are transposed weights, once for each step.
-            later = self._taken_from(place + 1)
-            known = [{name: values[name] for name in values if name in later} for values in known]
+                stage.advance(1 / len(self._subgraphs))
+            # Drop values that are not used later: transposed weights are among them, one copy for each step.
+            used_later = self._used_from(index + 1)
+            values_of_steps = [
+                {name: values[name] for name in values if name in used_later} for values in values_of_steps
+            ]
         self._states = states
-        return [{name: values[name] for name in self._outputs} for values in known]
+        return [{name: values[name] for name in self._outputs} for values in values_of_steps]
 
-    def _taken_from(self, place: int) -> set[str | None]:
-        """Names of what the pieces from `place` on take, and of the outputs."""
-        inputs = (value.name for piece in self._pieces[place:] for value in piece.graph.inputs)
+    def _used_from(self, index: int) -> set[str | None]:
+        """Names of the graph outputs and of the inputs of the subgraphs from `index` on."""
+        inputs = (value.name for subgraph in self._subgraphs[index:] for value in subgraph.graph.inputs)
         return {*inputs, *self._outputs}
 
-    def _run_piece(self, session: Any, values: dict[str, Array]) -> None:
-        """Add what a piece computes of `values` to them."""
-        made = [output.name for output in session.get_outputs()]
-        taken = {node.name: values[node.name] for node in session.get_inputs()}
-        values |= zip(made, session.run(made, taken), strict=True)
+    def _run_subgraph(self, session: Any, values: dict[str, Array]) -> None:
+        """Run a subgraph on `values` and add its outputs to them."""
+        outputs = [output.name for output in session.get_outputs()]
+        inputs = {node.name: values[node.name] for node in session.get_inputs()}
+        values |= zip(outputs, session.run(outputs, inputs), strict=True)
 
     def _session(self, model: Path | bytes) -> Any:
         options = self._runtime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        if len(self._pieces) > 1:
-            # What makes a session fast over many runs takes copies of its weights.
+        options.log_severity_level = _LOG_ERRORS
+        if len(self._subgraphs) > 1:
+            # These optimizations make repeated runs faster, but copy weights.
             options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
@@ -94,10 +107,10 @@ class OnnxRunner:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             return self._runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's own exceptions share no base class
-            raise ExportError(f"ONNX Runtime refuses {self._path}: {error}") from error
+        except Exception as error:  # the exceptions of ONNX Runtime have no common base class
+            raise ExportError(f"ONNX Runtime cannot load {self._path}: {error}") from error
 
-    def _converted(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def _cast(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return {
             name: np.asarray(inputs[name], value.dtype.numpy())
             for value in self._inputs
@@ -107,9 +120,9 @@ class OnnxRunner:
     def _zero_states(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         batch, _, height, width = inputs["sample"].shape
         tokens = inputs["encoder_hidden_states"].shape[1]
-        sides = {"batch": batch, "height": height, "width": width, "tokens": tokens}
+        sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
         return {
-            str(value.name): np.zeros([_size(dim, sides) for dim in value.shape or ()], np.float32)
+            str(value.name): np.zeros([_dimension(dim, sizes) for dim in value.shape or ()], np.float32)
             for value in self._inputs
             if str(value.name).startswith(STATE_PREFIX)
         }
@@ -121,13 +134,13 @@ def _import_onnxruntime() -> Any:
     except ModuleNotFoundError as error:
         raise ExportError(
             "validation needs ONNX Runtime; install it with: pip install 'sws-export[cpu]', "
-            "or skip it with --no-validate"
+            "or skip validation with --no-validate"
         ) from error
     return onnxruntime
 
 
-def _size(dimension: int | ir.SymbolicDim, sides: Mapping[str, int]) -> int:
-    if isinstance(dimension, int):
-        return dimension
-    name, _, divisor = str(dimension.value).partition("/")
-    return sides[name] // int(divisor or 1)
+def _dimension(dim: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    name, _, divisor = str(dim.value).partition("/")
+    return sizes[name] // int(divisor or 1)

@@ -1,8 +1,8 @@
-"""Cut a graph into pieces that run one after the other, so that no runtime holds all its weights at once.
+"""Partition a graph into consecutive subgraphs, so that no session holds all weights at once.
 
-ONNX Runtime may compute early what depends on weights alone, such as float16 weights cast for a processor
-without float16, or transposed matrices: left alone it holds most of a float32 copy of the model before the
-first layer runs. It cannot look beyond a piece.
+ONNX Runtime folds operators on constants at load time, such as a cast of float16 weights to float32 or a
+transposition. In one session it would therefore hold most of a float32 copy of the model before the first
+layer runs. In a subgraph it can only do so for the weights of that subgraph.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,74 +10,80 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-PIECE_BYTES = 64 * 2**20
+SUBGRAPH_BYTES = 64 * 2**20
+"""Approximate size of the weights in each subgraph."""
 
 
-def partition_graph(model: ir.Model, limit: int = PIECE_BYTES) -> list[ir.Model]:
-    """Cut `model` into consecutive pieces with about `limit` bytes of weights each; infers types in `model`.
+def partition_graph(model: ir.Model, limit: int = SUBGRAPH_BYTES) -> list[ir.Model]:
+    """Partition `model` into consecutive subgraphs with about `limit` bytes of weights each.
 
-    Each piece is a model whose inputs are inputs of the whole and outputs of pieces before it; weights
-    outside the ONNX file are referred to as before. All that a state output depends on is in the first piece,
-    so that a piece may run for all steps before the next one runs for the first. Cuts go through values of
-    known type only.
+    The inputs of each subgraph are inputs of the graph and outputs of earlier subgraphs. The first subgraph
+    computes all state outputs, so that each subgraph can be run for all steps before the next one is loaded.
+    Only values of known type cross a boundary between subgraphs.
+
+    Args:
+        model: The graph; shapes and types are inferred in place. External weights keep their references.
+        limit: Bytes of weights after which a new subgraph starts.
     """
     nodes = list(model.graph)
     ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
-    last_use = {value: place for place, node in enumerate(nodes) for value in _inputs(node)}
+    last_use = {value: index for index, node in enumerate(nodes) for value in _inputs(node)}
     last_use |= dict.fromkeys(model.graph.outputs, len(nodes))
-    ends = [*_cuts(nodes, last_use, _end_of_states(model.graph, nodes), limit), len(nodes)]
+    ends = [*_boundaries(nodes, last_use, _end_of_states(model.graph, nodes), limit), len(nodes)]
     if len(ends) == 1:
         return [model]
     return [
-        _piece(model, nodes[begin:end], [value for value, place in last_use.items() if place >= end])
+        _subgraph(model, nodes[begin:end], [value for value, index in last_use.items() if index >= end])
         for begin, end in zip([0, *ends], ends, strict=False)
     ]
 
 
 def _inputs(node: ir.Node) -> list[ir.Value]:
-    """What a node takes of its graph, from within its branches too."""
-    taken = [value for value in node.inputs if value is not None]
+    """The values of the graph that a node uses, including those used in its subgraph attributes."""
+    inputs = [value for value in node.inputs if value is not None]
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             branch = attribute.as_graph()
             inner = [value for inner_node in branch for value in _inputs(inner_node)]
-            taken += [value for value in (*inner, *branch.outputs) if value.graph is not branch]
-    return taken
+            inputs += [value for value in (*inner, *branch.outputs) if value.graph is not branch]
+    return inputs
 
 
 def _end_of_states(graph: ir.Graph, nodes: Sequence[ir.Node]) -> int:
-    """Position behind the last node that gives a state output."""
+    """Index after the last node that computes a state output."""
     states = {value for value in graph.outputs if str(value.name).startswith("sws_state_")}
     return max(
-        (place + 1 for place, node in enumerate(nodes) if states.intersection(node.outputs)), default=0
+        (index + 1 for index, node in enumerate(nodes) if states.intersection(node.outputs)), default=0
     )
 
 
-def _cuts(nodes: Sequence[ir.Node], last_use: dict[ir.Value, int], first: int, limit: int) -> Iterator[int]:
-    """Positions of the nodes that begin another piece, none before `first`."""
+def _boundaries(
+    nodes: Sequence[ir.Node], last_use: dict[ir.Value, int], first: int, limit: int
+) -> Iterator[int]:
+    """Indices of the nodes that start a new subgraph, none before `first`."""
     weights: set[ir.Value] = set()
-    filled = 0
+    size = 0
     typed_from = 0
-    for place, node in enumerate(nodes):
-        if filled >= limit and place >= max(first, typed_from):
-            yield place
-            weights, filled = set(), 0
-        fresh = {value for value in _inputs(node) if value.const_value is not None} - weights
-        weights |= fresh
-        filled += sum(value.const_value.nbytes for value in fresh if value.const_value is not None)
+    for index, node in enumerate(nodes):
+        if size >= limit and index >= max(first, typed_from):
+            yield index
+            weights, size = set(), 0
+        new_weights = {value for value in _inputs(node) if value.const_value is not None} - weights
+        weights |= new_weights
+        size += sum(value.const_value.nbytes for value in new_weights if value.const_value is not None)
         untyped = [last_use[value] + 1 for value in node.outputs if value.dtype is None and value in last_use]
         typed_from = max([typed_from, *untyped])
 
 
-def _piece(model: ir.Model, nodes: Sequence[ir.Node], needed: Sequence[ir.Value]) -> ir.Model:
-    """`nodes` as a model; `needed` are the values that are taken after them."""
-    made = {value for node in nodes for value in node.outputs}
-    taken = dict.fromkeys(value for node in nodes for value in _inputs(node))
+def _subgraph(model: ir.Model, nodes: Sequence[ir.Node], used_later: Sequence[ir.Value]) -> ir.Model:
+    """`nodes` as a model; those of their outputs that are `used_later` become graph outputs."""
+    outputs = {value for node in nodes for value in node.outputs}
+    inputs = dict.fromkeys(value for node in nodes for value in _inputs(node))
     graph = ir.GraphView(
-        [value for value in taken if value not in made and not value.is_initializer()],
-        [value for value in needed if value in made],
+        [value for value in inputs if value not in outputs and not value.is_initializer()],
+        [value for value in used_later if value in outputs],
         nodes=nodes,
-        initializers=[value for value in taken if value.is_initializer()],
+        initializers=[value for value in inputs if value.is_initializer()],
         opset_imports=model.graph.opset_imports,
         name=model.graph.name,
     )

@@ -1,4 +1,4 @@
-"""Run a graph of fixed sizes beside the one of any size that was compared with the reference."""
+"""Compare a graph with static shapes with the dynamic-shape graph that was validated."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,54 +7,56 @@ import numpy as np
 
 from sws_export.progress import Progress
 from sws_export.tensors import Precision, TensorSpec
-from sws_export.validation.compare import OutputDifference, compare_outputs, worst
+from sws_export.validation.compare import OutputDifference, compare_outputs, max_over_steps
 from sws_export.validation.onnx_runner import OnnxRunner
-from sws_export.validation.tolerances import allowed_differences
+from sws_export.validation.sws_spec import SwsSpec
+from sws_export.validation.tolerances import output_tolerances
 from sws_export.validation.trajectory import Array, Trajectory
-from sws_export.validation.validate import SwsSpec
 
 STEPS = 2
 
 
 def compare_static_shapes(
-    fixed: Path,
-    general: Path,
+    static_path: Path,
+    dynamic_path: Path,
     inputs: Sequence[TensorSpec],
     sizes: Mapping[str, int],
-    shuffled: SwsSpec,
+    sws_spec: SwsSpec,
     precision: Precision,
     progress: Progress,
 ) -> tuple[OutputDifference, ...]:
-    """The largest differences of the outputs, states included, over steps with the state fed back.
+    """The largest differences of the outputs, states included, over `STEPS` steps with the state fed back.
 
     Args:
-        fixed: The graph of fixed sizes.
-        general: The graph that takes any size.
-        inputs: The UNet's inputs as `general` declares them.
-        sizes: batch, height, width (latent) and tokens to run at.
-        shuffled: The SWS in both.
+        static_path: The graph with static shapes.
+        dynamic_path: The graph with dynamic shapes.
+        inputs: Inputs of the UNet as the graph with dynamic shapes declares them.
+        sizes: batch, height, width (of the latent) and tokens to run with.
+        sws_spec: The SWS configuration of both graphs.
         precision: Precision of the export.
         progress: Receives the stage.
     """
     trajectory = Trajectory(inputs, sizes, STEPS)
-    fed: list[dict[str, Array]] = []
+    step_inputs: list[dict[str, Array]] = []
     expected: list[dict[str, Array]] = []
-    with progress.stage("compare fixed sizes", total=2 * STEPS) as stage:
-        runner = OnnxRunner(general)
+    with progress.stage("compare static shapes", total=2 * STEPS) as stage:
+        runner = OnnxRunner(dynamic_path)
         for step in trajectory.steps():
-            fed.append(trajectory.inputs(step) | {"sigma": step.sigma, "intensity": trajectory.intensity})
-            expected += runner.run([fed[-1]], stage)
+            step_inputs.append(
+                trajectory.inputs(step) | {"sigma": step.sigma, "intensity": trajectory.intensity}
+            )
+            expected += runner.run([step_inputs[-1]], stage)
             trajectory.advance(step, expected[-1]["out_sample"].astype(np.float64))
         del runner
-        found = OnnxRunner(fixed).run(fed, stage)
-    allowed = allowed_differences(expected, shuffled.parameters, shuffled.guard_rows, precision)
-    return worst(
+        actual = OnnxRunner(static_path).run(step_inputs, stage)
+    tolerances = output_tolerances(expected, sws_spec.parameters, sws_spec.guard_rows, precision)
+    return max_over_steps(
         [
             compare_outputs(
-                {name: step_found[name] for name in allowed},
-                {name: step_expected[name] for name in allowed},
-                allowed,
+                {name: step_actual[name] for name in tolerances},
+                {name: step_expected[name] for name in tolerances},
+                tolerances,
             )
-            for step_found, step_expected in zip(found, expected, strict=True)
+            for step_actual, step_expected in zip(actual, expected, strict=True)
         ]
     )

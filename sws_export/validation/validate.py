@@ -1,32 +1,31 @@
-"""Run a graph in ONNX Runtime beside its reference and report how far they are apart."""
+"""Run a graph in ONNX Runtime, run its reference, and compare the outputs."""
 
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from graph_passes.parameters import SwsParameters
 from sws_export.checkpoint import Checkpoint, FusedWeights
 from sws_export.checkpoint.unet_io import size_multiple
 from sws_export.errors import ValidationError
 from sws_export.onnx_files import declared_sizes, load_onnx
-from sws_export.parameters import Preset, bypass_level
+from sws_export.parameters import bypass_level
 from sws_export.progress import Progress
 from sws_export.tensors import Precision, TensorSpec
-from sws_export.validation.compare import OutputDifference, compare_outputs, worst
+from sws_export.validation.compare import OutputDifference, compare_outputs, max_over_steps
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.reference_runner import ReferenceRunner
-from sws_export.validation.tolerances import allowed_differences
+from sws_export.validation.sws_spec import SwsSpec
+from sws_export.validation.tolerances import output_tolerances
 from sws_export.validation.trajectory import Array, Trajectory
 
 STEPS = 5
-# More than a transport reaches from its middle, so that some entries of its state lead off the text.
+# More than twice the radius of the transport, so that some state entries point outside the text.
 TOKENS = 19
-# The reference runs in float64 up to this many parameters; beyond, float32 keeps it within minutes.
+# The reference computes in float64 up to this many parameters; above, float32 keeps the time to minutes.
 FLOAT64_PARAMETERS = 200_000_000
 
 _BYPASS_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-5}
@@ -35,34 +34,15 @@ Outputs = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class SwsSpec:
-    """The SWS in a graph.
-
-    Attributes:
-        parameters: What it was exported with.
-        sites: Attention modules; none for a plain graph.
-        guard_rows: Share of the query rows that the key guard sees.
-        debug_sites: Columns of the debug outputs; none where there are no such outputs.
-        preset: Whose mathematics.
-    """
-
-    parameters: SwsParameters
-    sites: tuple[str, ...]
-    guard_rows: Fraction = Fraction(1)
-    debug_sites: tuple[str, ...] = ()
-    preset: Preset = "sws"
-
-
-@dataclasses.dataclass(frozen=True)
 class ValidationReport:
-    """What a validation compared and what it found.
+    """Result of a validation.
 
     Attributes:
         reference: What the graph was compared with, in words.
-        remarks: What the comparison does not show.
-        steps: Steps with the state fed back.
-        sizes: batch, height, width (latent) and tokens.
-        outputs: One entry an output, states included.
+        remarks: Limitations of the comparison.
+        steps: Number of steps with the state fed back.
+        sizes: batch, height, width (of the latent) and tokens.
+        outputs: One entry for each output, states included.
         seconds: Wall time.
     """
 
@@ -79,7 +59,7 @@ class ValidationReport:
         return all(output.passed for output in self.outputs)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
+        """The report as JSON values."""
         return {
             "passed": self.passed,
             "reference": self.reference,
@@ -91,10 +71,15 @@ class ValidationReport:
         }
 
 
-def validation_sizes(config: Mapping[str, Any], parameters: int) -> dict[str, int]:
-    """A non-square grid, small enough that a UNet of billions of parameters still answers in minutes."""
+def validation_sizes(config: Mapping[str, Any], parameter_count: int) -> dict[str, int]:
+    """Sizes for a validation: a non-square latent, smaller for large models to keep the time to minutes.
+
+    Args:
+        config: diffusers configuration of the UNet.
+        parameter_count: Number of parameters of the UNet.
+    """
     multiple = size_multiple(config)
-    rows, columns = (4, 3) if parameters <= FLOAT64_PARAMETERS else (3, 2)
+    rows, columns = (4, 3) if parameter_count <= FLOAT64_PARAMETERS else (3, 2)
     return {"batch": 2, "height": rows * multiple, "width": columns * multiple, "tokens": TOKENS}
 
 
@@ -102,7 +87,7 @@ def validate_against_reference(
     onnx_path: Path,
     checkpoint: Checkpoint,
     inputs: Sequence[TensorSpec],
-    shuffled: SwsSpec,
+    sws_spec: SwsSpec,
     precision: Precision,
     progress: Progress,
     fused: FusedWeights | None = None,
@@ -111,37 +96,30 @@ def validate_against_reference(
 
     Args:
         onnx_path: The exported graph.
-        checkpoint: The weights that the graph was made from.
-        inputs: The UNet's inputs.
-        shuffled: The SWS in the graph.
+        checkpoint: The checkpoint that the graph was exported from.
+        inputs: Inputs of the UNet.
+        sws_spec: The SWS configuration of the graph.
         precision: Precision of the export.
         progress: Receives the stage.
-        fused: Weights that take the place of the checkpoint's, such as those with LoRAs.
+        fused: Weights that replace those of the checkpoint, such as weights with fused LoRAs.
+
+    Raises:
+        ValidationError: An output of the reference is not finite.
     """
     start = time.monotonic()
-    double = checkpoint.parameter_count <= FLOAT64_PARAMETERS
-    sizes = validation_sizes(checkpoint.config, checkpoint.parameter_count) | declared_sizes(
-        load_onnx(onnx_path)
-    )
+    parameter_count = checkpoint.parameter_count
+    float64 = parameter_count <= FLOAT64_PARAMETERS
+    sizes = validation_sizes(checkpoint.config, parameter_count) | declared_sizes(load_onnx(onnx_path))
     trajectory = Trajectory(inputs, sizes, STEPS)
-    expected = []
+    graph_inputs: list[Outputs] = []
+    expected: list[Outputs] = []
     with progress.stage("validate", total=2 * STEPS) as stage:
         stage.describe("loading the reference")
-        reference = ReferenceRunner(
-            checkpoint,
-            fused,
-            shuffled.parameters,
-            shuffled.sites,
-            double,
-            trajectory.intensity,
-            shuffled.debug_sites,
-            shuffled.preset,
-        )
-        fed: list[Outputs] = []
+        reference = ReferenceRunner(checkpoint, fused, sws_spec, trajectory.intensity, float64=float64)
         for step in trajectory.steps():
             stage.describe("running the reference")
             step_inputs = trajectory.inputs(step)
-            fed.append(step_inputs | {"sigma": step.sigma, "intensity": trajectory.intensity})
+            graph_inputs.append(step_inputs | {"sigma": step.sigma, "intensity": trajectory.intensity})
             expected.append(reference.step(step_inputs, step.sigma))
             _require_finite(expected[-1])
             trajectory.advance(step, expected[-1]["out_sample"].astype(np.float64))
@@ -149,19 +127,21 @@ def validate_against_reference(
         stage.describe("loading ONNX Runtime")
         runner = OnnxRunner(onnx_path)
         stage.describe("running ONNX Runtime")
-        found = runner.run(fed, stage)
-    tolerances = allowed_differences(expected, shuffled.parameters, shuffled.guard_rows, precision)
+        actual = runner.run(graph_inputs, stage)
+    tolerances = output_tolerances(expected, sws_spec.parameters, sws_spec.guard_rows, precision)
     remarks = []
     if precision == "bf16":
-        remarks.append("ONNX Runtime has no bfloat16: the graph's float32 twin was compared")
-    if shuffled.guard_rows < 1:
-        remarks.append(f"the guard sees {shuffled.guard_rows} of the query rows, the reference all of them")
+        remarks.append("ONNX Runtime has no bfloat16: a float32 copy of the graph was compared")
+    if sws_spec.guard_rows < 1:
+        remarks.append(
+            f"the guard evaluates {sws_spec.guard_rows} of the query rows, the reference all of them"
+        )
     return ValidationReport(
-        reference=f"eager reference in {'float64' if double else 'float32'}",
+        reference=f"eager reference in {'float64' if float64 else 'float32'}",
         remarks=tuple(remarks),
         steps=STEPS,
         sizes=sizes,
-        outputs=worst([_compare(f, e, tolerances) for f, e in zip(found, expected, strict=True)]),
+        outputs=_compare(actual, expected, tolerances),
         seconds=time.monotonic() - start,
     )
 
@@ -170,14 +150,25 @@ def _require_finite(outputs: Outputs) -> None:
     for name, values in outputs.items():
         if not np.isfinite(values).all():
             raise ValidationError(
-                f"{name} of the eager reference itself holds NaN or Inf, so nothing can be compared with it: "
-                "the model is broken, use another copy; or skip the comparison with --no-validate"
+                f"{name} of the eager reference contains NaN or Inf, so nothing can be compared with it: "
+                "the checkpoint is damaged; use another copy, or skip validation with --no-validate"
             )
 
 
-def _compare(found: Outputs, expected: Outputs, tolerances: dict[str, float]) -> list[OutputDifference]:
-    compared = {name: values for name, values in expected.items() if name in tolerances}
-    return compare_outputs(found, compared, tolerances)
+def _compare(
+    actual: Sequence[Outputs], expected: Sequence[Outputs], tolerances: dict[str, float]
+) -> tuple[OutputDifference, ...]:
+    """Compare the outputs that have a tolerance, over all steps."""
+    return max_over_steps(
+        [
+            compare_outputs(
+                step_actual,
+                {name: values for name, values in step_expected.items() if name in tolerances},
+                tolerances,
+            )
+            for step_actual, step_expected in zip(actual, expected, strict=True)
+        ]
+    )
 
 
 def validate_against_plain(
@@ -185,20 +176,29 @@ def validate_against_plain(
     plain_path: Path,
     inputs: Sequence[TensorSpec],
     sizes: Mapping[str, int],
-    shuffled: SwsSpec,
+    sws_spec: SwsSpec,
     precision: Precision,
     progress: Progress,
 ) -> ValidationReport:
     """Compare an SWS graph at intensity 0 with the plain graph that it was made from.
 
-    For graphs whose checkpoint is not at hand. Shows that the rewrite left the UNet intact; what SWS
-    itself computes is not compared.
+    Used if the checkpoint is not available. It shows that the rewrite preserves the UNet; the computation of
+    SWS itself is not compared.
+
+    Args:
+        onnx_path: The exported graph.
+        plain_path: The plain graph.
+        inputs: Inputs of the plain graph.
+        sizes: batch, height, width (of the latent) and tokens to run with.
+        sws_spec: The SWS configuration of the graph.
+        precision: Precision of the export.
+        progress: Receives the stage.
     """
-    level = bypass_level(shuffled.preset, shuffled.parameters)
+    bypass_sigma = bypass_level(sws_spec.preset, sws_spec.parameters)
     start = time.monotonic()
     trajectory = Trajectory(inputs, sizes, STEPS)
-    bypass = np.zeros(sizes["batch"])
-    fed: list[Outputs] = []
+    intensity = np.zeros(sizes["batch"])
+    graph_inputs: list[Outputs] = []
     expected: list[Outputs] = []
     with progress.stage("validate", total=2 * STEPS) as stage:
         stage.describe("loading ONNX Runtime")
@@ -206,18 +206,18 @@ def validate_against_plain(
         stage.describe("running the plain graph")
         for step in trajectory.steps():
             step_inputs = trajectory.inputs(step)
-            sigma = step.sigma if level is None else np.full_like(step.sigma, level)
-            fed.append(step_inputs | {"sigma": sigma, "intensity": bypass})
+            sigma = step.sigma if bypass_sigma is None else np.full_like(step.sigma, bypass_sigma)
+            graph_inputs.append(step_inputs | {"sigma": sigma, "intensity": intensity})
             expected += plain.run([step_inputs], stage)
             trajectory.advance(step, expected[-1]["out_sample"].astype(np.float64))
-        stage.describe("running the shuffled graph")
-        found = graph.run(fed, stage)
-    tolerances = {"out_sample": _BYPASS_TOLERANCE[precision]}
+        stage.describe("running the SWS graph")
+        actual = graph.run(graph_inputs, stage)
+    at_sigma = "" if bypass_sigma is None else f" and sigma {bypass_sigma:g}"
     return ValidationReport(
-        reference="the plain graph, at intensity 0" + ("" if level is None else f" and sigma {level:g}"),
-        remarks=("what SWS computes was not compared: that needs the checkpoint (sws-export validate)",),
+        reference=f"the plain graph, at intensity 0{at_sigma}",
+        remarks=("the computation of SWS was not compared: that needs the checkpoint (sws-export validate)",),
         steps=STEPS,
         sizes=sizes,
-        outputs=worst([_compare(f, e, tolerances) for f, e in zip(found, expected, strict=True)]),
+        outputs=_compare(actual, expected, {"out_sample": _BYPASS_TOLERANCE[precision]}),
         seconds=time.monotonic() - start,
     )

@@ -14,7 +14,7 @@ from graph_passes.parameters import SwsParameters
 from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsOptions, export
 from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.unet_module import load_unet, unet_arguments
-from sws_export.reference import ComfyUINodeReferenceUNet, node_sites
+from sws_export.reference import ComfyUINodeReferenceUNet, comfyui_node_sites
 from sws_export.reference.attention import SiteResult
 from tests.acceptance.conftest import ExportTrained
 from tests.export_runs import TRAINED, Array, Outputs, Session, difference
@@ -98,7 +98,7 @@ def twin(directory: Path, text_width: int, **changes: Any) -> Case:
         }
     ).eval()
     with torch.no_grad():
-        for path in node_sites(unet):
+        for path in comfyui_node_sites(unet):
             unet.get_submodule(path.replace("attn2", "norm2")).weight.mul_(4)
             unet.get_submodule(path).to_q.weight.mul_(4)
     unet.save_pretrained(directory / "unet")
@@ -186,7 +186,7 @@ def test_the_tight_budget_binds_and_the_free_one_does_not(request: pytest.Fixtur
 @pytest.mark.parametrize("case", ["sd15", "sdxl"])
 def test_the_twins_have_text_on_the_side_that_they_shall(request: pytest.FixtureRequest, case: str) -> None:
     found: Case = request.getfixturevalue(case)
-    widths = {found.unet.get_submodule(path).to_q.in_features for path in node_sites(found.unet)}
+    widths = {found.unet.get_submodule(path).to_q.in_features for path in comfyui_node_sites(found.unet)}
     narrower, wider = min(widths) < found.text_width, max(widths) > found.text_width
     assert (narrower, wider) == (True, case == "sd15")
 

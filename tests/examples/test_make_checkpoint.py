@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from examples.make_checkpoint import FAMILY_NAMES, family_config, write_checkpoint
 from sws_export.checkpoint import check_tensors, open_checkpoint, verify_weights
 from sws_export.checkpoint.families import FAMILIES
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "ldm"])
@@ -20,7 +20,7 @@ def test_twins_are_whole_and_the_same_each_time(family: str, layout: str, tmp_pa
     checkpoint = open_checkpoint(first, tmp_path / "a" / "config.json")
     assert checkpoint.layout == layout
     assert check_tensors(checkpoint) == 0
-    verify_weights(checkpoint, Silent())
+    verify_weights(checkpoint, SilentProgress())
     second = write_checkpoint(tmp_path / "b" / "x.safetensors", config, layout)
     assert first.read_bytes() == second.read_bytes()
 

@@ -16,7 +16,7 @@ from graph_passes.find_sites import find_sites
 from graph_passes.insert_comfyui_node import InsertComfyUINode, basis_widths
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
-from sws_export.reference import comfyui_node_schedule, fresh_transport, node_patch
+from sws_export.reference import comfyui_node_patch, comfyui_node_schedule, fresh_transport
 from sws_export.reference.orthonormal_basis import orthonormal_basis
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import (
@@ -177,7 +177,7 @@ def test_two_steps_of_the_first_site_equal_the_reference(run_onnx: RunOnnx, text
         now = comfyui_node_schedule(torch.tensor([sigma], dtype=torch.float64), SwsParameters())
         fresh = fresh_transport(TOKENS, now.u, SwsParameters())
         strength = torch.tensor([0.8], dtype=torch.float64)
-        result = node_patch(hidden, text, text, kept, fresh, now, strength, SwsParameters())
+        result = comfyui_node_patch(hidden, text, text, kept, fresh, now, strength, SwsParameters())
         kept = result.transport
         q, k, v = (
             (x @ weight).unflatten(-1, (HEADS, -1)).transpose(1, 2)

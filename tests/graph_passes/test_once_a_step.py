@@ -9,7 +9,7 @@ import pytest
 from graph_passes.insert_sws import InsertSws
 from graph_passes.parameters import SwsParameters
 from sws_export.pipeline.rewrite import GuardOptions, Target, rewrite
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 from tests.conftest import ShapesModel
 from tests.graph_passes.small_models import SiteSpec, build_model, op_counts, site_name
 
@@ -28,7 +28,9 @@ def finished(factors: list[int], sizes: dict[str, int], target: Target = "onnxru
     names = {factor: iter(paths) for factor, paths in NAMES.items()}
     specs = [SiteSpec(name=site_name(next(names[factor])), factor=factor) for factor in factors]
     model = build_model(specs, levels=2)
-    rewrite(model, SwsParameters(), (), GuardOptions("fused", Fraction(1)), target, Silent(), sizes=sizes)
+    rewrite(
+        model, SwsParameters(), (), GuardOptions("fused", Fraction(1)), target, SilentProgress(), sizes=sizes
+    )
     return model
 
 
@@ -78,7 +80,7 @@ def test_nothing_is_unused_or_done_twice(
 ) -> None:
     """On the example in float16, whose statistics are float32: no Cast is made twice, none is undone."""
     model = shapes_model("fp16")
-    rewrite(model, SwsParameters(), (), GuardOptions("fused"), target, Silent(), sizes=sizes)
+    rewrite(model, SwsParameters(), (), GuardOptions("fused"), target, SilentProgress(), sizes=sizes)
     casts = collections.Counter()
     for node in model.graph.all_nodes():
         assert any(value.uses() or value.is_graph_output() for value in node.outputs), node.name

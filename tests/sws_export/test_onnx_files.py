@@ -9,13 +9,13 @@ import onnx_ir as ir
 import pytest
 
 from sws_export import onnx_files
-from sws_export.onnx_files import data_file, release_weights, save_onnx, weight_bytes
-from sws_export.progress import Silent, Stage
+from sws_export.onnx_files import external_data_path, release_weights, save_onnx, weight_bytes
+from sws_export.progress import SilentProgress, Stage
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import SiteSpec, build_model, feeds
 
 
-class _Counting(Silent):
+class _Counting(SilentProgress):
     """Adds up what is reported as written."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ def test_a_small_model_is_one_file(tmp_path: Path, run_onnx: RunOnnx) -> None:
     source.mkdir()
     out = tmp_path / "out" / "m.onnx"
     out.parent.mkdir()
-    assert save_onnx(_external_model(source), out, Silent()) == (out,)
+    assert save_onnx(_external_model(source), out, SilentProgress()) == (out,)
     assert list(out.parent.iterdir()) == [out]
     (source / "weights.bin").unlink()
     _check_saved(out, run_onnx)
@@ -84,7 +84,7 @@ def test_a_large_model_has_its_weights_beside_it(
     progress = _Counting()
     out = tmp_path / "out" / "m.onnx"
     out.parent.mkdir()
-    assert save_onnx(model, out, progress) == (out, data_file(out))
+    assert save_onnx(model, out, progress) == (out, external_data_path(out))
     assert {file.name for file in out.parent.iterdir()} == {"m.onnx", "m.onnx.data"}
     assert str(tmp_path).encode() not in out.read_bytes()
     assert progress.total == total
@@ -102,14 +102,14 @@ def test_the_same_model_gives_the_same_bytes(
     for name in ("first", "second"):
         directory = tmp_path / name
         directory.mkdir()
-        files = save_onnx(_external_model(tmp_path), directory / "m.onnx", Silent())
+        files = save_onnx(_external_model(tmp_path), directory / "m.onnx", SilentProgress())
         written.append([file.read_bytes() for file in files])
     assert written[0] == written[1]
 
 
 def test_a_write_that_fails_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No such file|not exist"):
-        save_onnx(build_model([SiteSpec()]), tmp_path / "missing" / "m.onnx", Silent())
+        save_onnx(build_model([SiteSpec()]), tmp_path / "missing" / "m.onnx", SilentProgress())
 
 
 def test_bfloat16_weights_survive(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_bfloat16_weights_survive(tmp_path: Path) -> None:
     node = ir.node("Identity", [value], name="n")
     node.outputs[0].name, node.outputs[0].type = "y", value.type
     graph = ir.Graph([], node.outputs, nodes=[node], initializers=[value], opset_imports={"": 23}, name="g")
-    save_onnx(ir.Model(graph, ir_version=11), tmp_path / "m.onnx", Silent())
+    save_onnx(ir.Model(graph, ir_version=11), tmp_path / "m.onnx", SilentProgress())
     (loaded,) = ir.load(tmp_path / "m.onnx").graph.initializers.values()
     assert loaded.dtype == ir.DataType.BFLOAT16
     assert loaded.const_value is not None
@@ -154,17 +154,19 @@ def test_weights_of_another_graph_are_not_written_again(
     )
     out = tmp_path / "out"
     out.mkdir()
-    save_onnx(general, out / "general.onnx", Silent())
-    size = data_file(out / "general.onnx").stat().st_size
+    save_onnx(general, out / "general.onnx", SilentProgress())
+    size = external_data_path(out / "general.onnx").stat().st_size
     for tensor, inside in ((kept.const_value, False), (twin, True)):
         kept.const_value = tensor
-        onnx_files.save_sharing(model.clone(), out / "other.onnx", general, out / "general.onnx", Silent())
+        onnx_files.save_sharing_weights(
+            model.clone(), out / "other.onnx", general, out / "general.onnx", SilentProgress()
+        )
         assert sorted(file.name for file in out.iterdir()) == [
             "general.onnx",
             "general.onnx.data",
             "other.onnx",
         ]
-        assert data_file(out / "general.onnx").stat().st_size == size
+        assert external_data_path(out / "general.onnx").stat().st_size == size
         found = ir.load(out / "other.onnx").graph.initializers
         assert isinstance(found[large].const_value, ir.ExternalTensor) != inside
         for name, value in general.graph.initializers.items():

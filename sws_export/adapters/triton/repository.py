@@ -10,7 +10,7 @@ from sws_export.adapters.triton.config import EnumName, batched_tensor, data_typ
 from sws_export.errors import EngineError, OptionError, OutputError
 from sws_export.files import output_errors, staged_directory
 from sws_export.manifest import manifest_path
-from sws_export.onnx_files import data_file
+from sws_export.onnx_files import external_data_path
 from sws_export.runtime.contract import Contract, StateSpec, read_contract
 from sws_export.tensors import SIZE_AXES, concrete_shape
 
@@ -127,7 +127,7 @@ def _copy_artefact(contract: Contract, version: Path) -> None:
     beside = manifest_path(contract.path)
     if beside.is_file():
         shutil.copyfile(beside, manifest_path(target))
-    weights = data_file(contract.path)
+    weights = external_data_path(contract.path)
     if contract.backend == "onnxruntime" and weights.is_file():
         # The graph names the file of its weights, so that name stays.
         shutil.copyfile(weights, version / weights.name)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from graph_passes.functions import build_comfyui_node_functions
 from graph_passes.parameters import SwsParameters
-from sws_export.reference import comfyui_node_schedule, fresh_transport, moving_average, node_patch
+from sws_export.reference import comfyui_node_patch, comfyui_node_schedule, fresh_transport, moving_average
 from sws_export.reference.orthonormal_basis import orthonormal_basis
 from tests.graph_passes.functions.calls import FLOAT, Array, Call
 
@@ -132,7 +132,7 @@ def reference(
     now = comfyui_node_schedule(torch.tensor([sigma], dtype=torch.float64), parameters)
     fresh = fresh_transport(text.shape[1], now.u, parameters)
     strength = torch.tensor([intensity], dtype=torch.float64)
-    return fresh, node_patch(q, k, k, kept, fresh, now, strength, parameters)
+    return fresh, comfyui_node_patch(q, k, k, kept, fresh, now, strength, parameters)
 
 
 @pytest.mark.parametrize("caps", CAPS)
@@ -171,7 +171,7 @@ def test_weights_below_the_floor(budget: float, monkeypatch: pytest.MonkeyPatch)
         q, k, transport = (torch.from_numpy(x).double() for x in (hidden, text, fresh[0]))
         now = comfyui_node_schedule(torch.tensor([3.0], dtype=torch.float64), parameters)
         none, one = torch.zeros_like(transport), torch.ones(1, dtype=torch.float64)
-        return node_patch(q, k, k, none, transport, now, one, parameters).alpha_k.numpy()
+        return comfyui_node_patch(q, k, k, none, transport, now, one, parameters).alpha_k.numpy()
 
     _, alpha_k, _ = call("ComfyUINodeGuard", parameters)(
         hidden=hidden,

@@ -6,43 +6,43 @@ from pathlib import Path
 
 import pytest
 
-from sws_export.cache.digests import Digests, stamps
+from sws_export.cache.digests import DigestCache, file_stamps
 
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that counts as old."""
-    monkeypatch.setattr("sws_export.cache.digests.FRESH_SECONDS", -1.0)
+    monkeypatch.setattr("sws_export.cache.digests.RECENT_SECONDS", -1.0)
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     return path
 
 
 @pytest.fixture
-def digests(tmp_path: Path) -> Digests:
-    return Digests(tmp_path / "digests")
+def digests(tmp_path: Path) -> DigestCache:
+    return DigestCache(tmp_path / "digests")
 
 
-def remember(digests: Digests, *files: Path) -> None:
-    digests.remember(files, *stamps(files), "abc")
+def remember(digests: DigestCache, *files: Path) -> None:
+    digests.put(files, *file_stamps(files), "abc")
 
 
-def test_an_unchanged_file_is_recalled(digests: Digests, file: Path) -> None:
-    assert digests.recall([file]) is None
+def test_an_unchanged_file_is_recalled(digests: DigestCache, file: Path) -> None:
+    assert digests.get([file]) is None
     remember(digests, file)
-    assert digests.recall([file]) == "abc"
-    assert Digests(None).recall([file]) is None
+    assert digests.get([file]) == "abc"
+    assert DigestCache(None).get([file]) is None
 
 
-def test_several_files_count_together(digests: Digests, file: Path, tmp_path: Path) -> None:
+def test_several_files_count_together(digests: DigestCache, file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"more")
     remember(digests, file, other)
-    assert digests.recall([file, other]) == "abc"
-    assert digests.recall([file]) is None
+    assert digests.get([file, other]) == "abc"
+    assert digests.get([file]) is None
 
 
-def test_times_that_were_set_back_do_not_deceive(digests: Digests, file: Path) -> None:
+def test_times_that_were_set_back_do_not_deceive(digests: DigestCache, file: Path) -> None:
     """The same size, and the same mtime as after `cp -p` or `touch -r`: ctime tells."""
     remember(digests, file)
     before = file.stat()
@@ -55,41 +55,41 @@ def test_times_that_were_set_back_do_not_deceive(digests: Digests, file: Path) -
         before.st_mtime_ns,
         before.st_ino,
     )
-    assert digests.recall([file]) is None
+    assert digests.get([file]) is None
 
 
-def test_another_file_in_its_place_is_not_it(digests: Digests, file: Path, tmp_path: Path) -> None:
+def test_another_file_in_its_place_is_not_it(digests: DigestCache, file: Path, tmp_path: Path) -> None:
     remember(digests, file)
     other = tmp_path / "new"
     other.write_bytes(b"weights")
     other.replace(file)
-    assert digests.recall([file]) is None
+    assert digests.get([file]) is None
 
 
-def test_a_file_that_changed_while_it_was_hashed_is_not_remembered(digests: Digests, file: Path) -> None:
-    before = stamps([file])
+def test_a_file_that_changed_while_it_was_hashed_is_not_remembered(digests: DigestCache, file: Path) -> None:
+    before = file_stamps([file])
     time.sleep(0.02)
     file.write_bytes(b"longer weights")
-    digests.remember([file], *before, "abc")
-    assert digests.recall([file]) is None
+    digests.put([file], *before, "abc")
+    assert digests.get([file]) is None
 
 
 def test_a_file_written_just_now_is_not_remembered(
-    digests: Digests, file: Path, monkeypatch: pytest.MonkeyPatch
+    digests: DigestCache, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sws_export.cache.digests.FRESH_SECONDS", 2.0)
+    monkeypatch.setattr("sws_export.cache.digests.RECENT_SECONDS", 2.0)
     remember(digests, file)
-    assert digests.recall([file]) is None
+    assert digests.get([file]) is None
 
 
-def test_a_damaged_memory_is_none(digests: Digests, file: Path, tmp_path: Path) -> None:
+def test_a_damaged_memory_is_none(digests: DigestCache, file: Path, tmp_path: Path) -> None:
     remember(digests, file)
     (memory,) = (tmp_path / "digests").iterdir()
     memory.write_text("{")
-    assert digests.recall([file]) is None
+    assert digests.get([file]) is None
 
 
-def test_what_was_forgotten_is_not_recalled(digests: Digests, file: Path) -> None:
+def test_what_was_forgotten_is_not_recalled(digests: DigestCache, file: Path) -> None:
     remember(digests, file)
-    digests.forget([file])
-    assert digests.recall([file]) is None
+    digests.evict([file])
+    assert digests.get([file]) is None

@@ -17,7 +17,7 @@ from sws_export.cache.keys import cache_key, code_version
 from sws_export.cache.settings import cache_directory, open_cache
 from sws_export.cache.store import Cache, file_digest
 from sws_export.errors import OptionError
-from sws_export.progress import Recording, Silent
+from sws_export.progress import RecordingProgress, SilentProgress
 
 KEY = "a" * 64
 
@@ -27,13 +27,15 @@ def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache", 10_000)
 
 
-def store(cache: Cache, key: str = KEY, size: int = 1000, said: Recording | None = None) -> Path:
+def store(cache: Cache, key: str = KEY, size: int = 1000, said: RecordingProgress | None = None) -> Path:
     """Keep a file of `size` bytes; returns it."""
     assert cache.root is not None
     file = cache.root.parent / f"{key[:4]}.plan"
     file.unlink(missing_ok=True)
     file.write_bytes(key[:1].encode() * size)
-    cache.store("engine", key, {"number": 1.5}, {file: file_digest(file)}, said or Recording(Silent()))
+    cache.put(
+        "engine", key, {"number": 1.5}, {file: file_digest(file)}, said or RecordingProgress(SilentProgress())
+    )
     return file
 
 
@@ -42,13 +44,13 @@ def keys(cache: Cache) -> set[str]:
 
 
 def test_what_was_stored_is_found_and_taken(cache: Cache, tmp_path: Path) -> None:
-    assert cache.find("engine", KEY) is None
+    assert cache.get("engine", KEY) is None
     file = store(cache)
-    entry = cache.find("engine", KEY)
+    entry = cache.get("engine", KEY)
     assert entry is not None
-    assert (entry.kind, entry.key, entry.facts, entry.size) == ("engine", KEY, {"number": 1.5}, 1000)
-    assert cache.find("graph", KEY) is None
-    assert cache.take(entry, file.name, tmp_path / "taken")
+    assert (entry.kind, entry.key, entry.metadata, entry.size) == ("engine", KEY, {"number": 1.5}, 1000)
+    assert cache.get("graph", KEY) is None
+    assert cache.extract(entry, file.name, tmp_path / "taken")
     assert (tmp_path / "taken").read_bytes() == b"a" * 1000
 
 
@@ -57,9 +59,9 @@ def test_no_directory_or_no_size_is_no_cache(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SWS_EXPORT_CACHE_SIZE", "0")
     for none in (open_cache(), open_cache(enabled=False)):
         assert none.root is None
-        none.store("engine", KEY, {}, {}, Silent())
-        with none.exclusive("engine", KEY, Silent()):
-            assert none.find("engine", KEY) is None
+        none.put("engine", KEY, {}, {}, SilentProgress())
+        with none.lock("engine", KEY, SilentProgress()):
+            assert none.get("engine", KEY) is None
         assert none.entries() == []
     assert not (tmp_path / "cache").exists()
 
@@ -105,24 +107,24 @@ def test_damage_is_found_and_removed(
     cache: Cache, tmp_path: Path, name: str, damage: Callable[[Path], object]
 ) -> None:
     file = store(cache)
-    entry = cache.find("engine", KEY)
+    entry = cache.get("engine", KEY)
     assert entry is not None
     damage(entry.directory / name)
-    found = cache.find("engine", KEY)
-    assert found is None or not cache.take(found, file.name, tmp_path / "taken")
+    found = cache.get("engine", KEY)
+    assert found is None or not cache.extract(found, file.name, tmp_path / "taken")
     assert not entry.directory.exists()
     assert not (tmp_path / "taken").exists()
     store(cache)
-    assert cache.find("engine", KEY) is not None
+    assert cache.get("engine", KEY) is not None
 
 
 def test_a_changed_fact_is_damage(cache: Cache) -> None:
     store(cache)
     file = cache.entries()[0].directory / "entry.json"
     changed = json.loads(file.read_text())
-    changed["content"]["facts"]["number"] = 2.5
+    changed["content"]["metadata"]["number"] = 2.5
     file.write_text(json.dumps(changed))
-    assert cache.find("engine", KEY) is None
+    assert cache.get("engine", KEY) is None
 
 
 # Sharing
@@ -135,15 +137,15 @@ def test_two_artefacts_are_never_one_file(
     if not clone:
         monkeypatch.setattr(sharing, "_clone", lambda *_: False)
     first = store(cache)
-    entry = cache.find("engine", KEY)
+    entry = cache.get("engine", KEY)
     assert entry is not None
     second = tmp_path / "second"
-    assert cache.take(entry, first.name, second)
+    assert cache.extract(entry, first.name, second)
     second.write_bytes(b"other")
     assert first.read_bytes() == b"a" * 1000
     # In the place of the first it may be the same file again: there is one artefact as before.
     third = tmp_path / "third"
-    assert cache.take(entry, first.name, third, replaces=first)
+    assert cache.extract(entry, first.name, third, replaces=first)
     third.replace(first)
     assert first.read_bytes() == b"a" * 1000
 
@@ -154,9 +156,9 @@ def test_an_overwritten_artefact_damages_nothing_unseen(
     monkeypatch.setattr(sharing, "_clone", lambda *_: False)
     file = store(cache)
     file.write_bytes(b"b" * 1000)
-    entry = cache.find("engine", KEY)
+    entry = cache.get("engine", KEY)
     assert entry is not None
-    assert not cache.take(entry, file.name, tmp_path / "taken")
+    assert not cache.extract(entry, file.name, tmp_path / "taken")
 
 
 def test_another_file_system_gets_a_copy(
@@ -169,9 +171,9 @@ def test_another_file_system_gets_a_copy(
     monkeypatch.setattr(os, "link", refuse)
     file = store(cache)
     assert file.stat().st_nlink == 1
-    entry = cache.find("engine", KEY)
+    entry = cache.get("engine", KEY)
     assert entry is not None
-    assert cache.take(entry, file.name, tmp_path / "taken")
+    assert cache.extract(entry, file.name, tmp_path / "taken")
 
 
 def test_a_full_disk_is_a_warning(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +181,7 @@ def test_a_full_disk_is_a_warning(cache: Cache, monkeypatch: pytest.MonkeyPatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("sws_export.cache.store.share_file", full)
-    said = Recording(Silent())
+    said = RecordingProgress(SilentProgress())
     store(cache, said=said)
     assert said.lines == [
         (True, f"the engine is not kept in the cache {cache.root}: No space left on device")
@@ -194,14 +196,14 @@ def test_what_was_used_longest_ago_goes_first(cache: Cache) -> None:
     for number, key in enumerate("abc"):
         store(cache, key * 64, 3000)
         os.utime(cache.entries()[0].directory / "entry.json", (number + 1, number + 1))
-    assert cache.find("engine", "a" * 64) is not None
+    assert cache.get("engine", "a" * 64) is not None
     store(cache, "d" * 64, 3000)
     assert keys(cache) == {"a" * 64, "c" * 64, "d" * 64}
 
 
 def test_what_is_larger_than_the_cache_is_not_kept(cache: Cache) -> None:
     store(cache, "b" * 64)
-    said = Recording(Silent())
+    said = RecordingProgress(SilentProgress())
     store(cache, size=10_001, said=said)
     assert keys(cache) == {"b" * 64}
     assert "the engine of 0.0 GB is not kept" in said.lines[0][1]
@@ -209,19 +211,19 @@ def test_what_is_larger_than_the_cache_is_not_kept(cache: Cache) -> None:
 
 def test_an_entry_in_use_may_be_removed(cache: Cache, tmp_path: Path) -> None:
     file = store(cache, size=9000)
-    entry = cache.find("engine", KEY)
+    entry = cache.get("engine", KEY)
     assert entry is not None
-    assert cache.take(entry, file.name, tmp_path / "taken")
+    assert cache.extract(entry, file.name, tmp_path / "taken")
     store(cache, "b" * 64, 9000)
     assert keys(cache) == {"b" * 64}
     assert (tmp_path / "taken").read_bytes() == b"a" * 9000
     # Found before, and gone now: a miss, no error.
-    assert not cache.take(entry, file.name, tmp_path / "again")
+    assert not cache.extract(entry, file.name, tmp_path / "again")
 
 
 def test_clear_removes_everything(cache: Cache, tmp_path: Path) -> None:
     file = store(cache)
-    with cache.exclusive("engine", KEY, Silent()):
+    with cache.lock("engine", KEY, SilentProgress()):
         pass
     assert cache.clear() == (1, 1000)
     assert cache.entries() == []
@@ -257,7 +259,7 @@ def test_a_process_killed_while_storing_leaves_nothing_to_be_found(cache: Cache)
     process.join()
     entries = (cache.root or Path()) / "entries"
     (left,) = entries.iterdir()
-    assert cache.find("engine", KEY) is None
+    assert cache.get("engine", KEY) is None
     assert cache.entries() == []
     # It is removed once it is certain that nobody is at work on it.
     store(cache)
@@ -270,8 +272,8 @@ def test_a_process_killed_while_storing_leaves_nothing_to_be_found(cache: Cache)
 def _make_once(root: Path, barrier: Any, results: Any) -> None:
     cache = Cache(root, 10_000)
     barrier.wait(60)
-    with cache.exclusive("engine", KEY, Silent()):
-        if cache.find("engine", KEY) is None:
+    with cache.lock("engine", KEY, SilentProgress()):
+        if cache.get("engine", KEY) is None:
             results.put("made")
             time.sleep(0.5)
             store(cache)
@@ -292,7 +294,7 @@ def test_one_process_makes_and_the_other_waits(cache: Cache) -> None:
 
 def test_storing_twice_keeps_one(cache: Cache) -> None:
     store(cache)
-    said = Recording(Silent())
+    said = RecordingProgress(SilentProgress())
     store(cache, said=said)
     assert said.lines == []
     assert keys(cache) == {KEY}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sws_export.checkpoint import open_checkpoint, read_tensor, verify_weights
 from sws_export.checkpoint.header import read_header
 from sws_export.errors import CheckpointError
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 
 NAME = "down_blocks.0.resnets.0.conv1.weight"
 
@@ -23,7 +23,7 @@ def write_tiny(directory: Path, dtype: torch.dtype) -> Path:
     return file
 
 
-class Counting(Silent):
+class Counting(SilentProgress):
     """Records the progress of each stage."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ def test_nan_and_inf_are_found_and_placed(tiny_unet: Path, dtype: torch.dtype, v
     save_file(tensors, file)
     kind = "NaN" if math.isnan(value) else "Inf"
     with pytest.raises(CheckpointError, match=rf"{NAME}' .* contains {kind} at index \[3, 2, 1, 0\]"):
-        verify_weights(open_checkpoint(tiny_unet), Silent())
+        verify_weights(open_checkpoint(tiny_unet), SilentProgress())
 
 
 def test_the_single_nan_of_e4m3_is_found(tiny_unet: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_single_nan_of_e4m3_is_found(tiny_unet: Path) -> None:
     tensors[NAME].view(torch.uint8)[0, 0, 0, 0] = 0xFF
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"contains NaN at index \[0, 0, 0, 0\]"):
-        verify_weights(open_checkpoint(tiny_unet), Silent())
+        verify_weights(open_checkpoint(tiny_unet), SilentProgress())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -117,7 +117,7 @@ def test_largest_and_smallest_numbers_pass(tiny_unet: Path, dtype: torch.dtype) 
         [limits.max, limits.min, limits.smallest_normal / 2, -0.0], dtype=dtype
     )
     save_file(tensors, file)
-    verify_weights(open_checkpoint(tiny_unet), Silent())
+    verify_weights(open_checkpoint(tiny_unet), SilentProgress())
 
 
 def test_nan_in_the_last_element_across_chunks(tiny_unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_nan_in_the_last_element_across_chunks(tiny_unet: Path, monkeypatch: pyt
     tensors[NAME][-1, -1, -1, -1] = float("nan")
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"contains NaN at index \[31, 31, 2, 2\]"):
-        verify_weights(open_checkpoint(tiny_unet), Silent())
+        verify_weights(open_checkpoint(tiny_unet), SilentProgress())
 
 
 def test_nan_outside_the_unet_is_ignored(
@@ -141,4 +141,4 @@ def test_nan_outside_the_unet_is_ignored(
     )
     checkpoint = open_checkpoint(file, tiny_unet / "config.json")
     assert checkpoint.ignored == {"VAE": 1}
-    assert verify_weights(checkpoint, Silent()) == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert verify_weights(checkpoint, SilentProgress()) == hashlib.sha256(file.read_bytes()).hexdigest()

@@ -10,11 +10,11 @@ from sws_export.engines import (
     engine_memory_estimate,
     parse_capabilities,
 )
-from sws_export.engines.choice import named_backend
+from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError, OptionError
 
-RTX = named_backend("tensorrt-rtx")
-TENSORRT = named_backend("tensorrt")
+RTX = get_backend("tensorrt-rtx")
+TENSORRT = get_backend("tensorrt")
 
 
 @pytest.fixture
@@ -77,12 +77,12 @@ def test_a_package_that_cannot_be_loaded_is_not_called_missing(monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("option", "value", "text"),
     [
-        ("refit", True, "--refit is not possible with --backend tensorrt-rtx: without a GPU"),
+        ("refit", True, "--refit is not supported by --backend tensorrt-rtx: without a GPU"),
         ("strip_weights", True, "--strip-weights is not possible"),
         ("version_compatible", True, "--version-compatible is not possible"),
         ("hardware_compatible", True, "--hardware-compatible .*--compute-capability"),
         ("timing_cache", "file", "--timing-cache .* chosen where the engine runs"),
-        ("plugins", ("x.so",), "runs no plugins"),
+        ("plugins", ("x.so",), "does not support plugins"),
     ],
 )
 def test_what_rtx_cannot_do_is_refused_with_the_reason(option, value, text):

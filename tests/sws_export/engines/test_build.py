@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from sws_export.engines import BuildOptions, build, build_engine, plan_header
-from sws_export.engines.choice import named_backend
+from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError, OptionError
 
-OPTIONS = BuildOptions(named_backend("tensorrt-rtx"), compute_capabilities=("8.9",))
+OPTIONS = BuildOptions(get_backend("tensorrt-rtx"), compute_capabilities=("8.9",))
 TREE = Path(__file__).parents[3]
 
 
@@ -163,7 +163,7 @@ PROGRAM = """
     import contextlib, sys
     from pathlib import Path
     from sws_export.engines import BuildOptions, build_engine
-    from sws_export.engines.choice import named_backend
+    from sws_export.engines.choice import get_backend
 
     class Printer:
         @contextlib.contextmanager
@@ -178,7 +178,7 @@ PROGRAM = """
         Path(sys.argv[1]),
         Path(sys.argv[2]),
         {shapes},
-        BuildOptions(named_backend("tensorrt-rtx"), ("8.9",)),
+        BuildOptions(get_backend("tensorrt-rtx"), ("8.9",)),
         Printer(),
     )
 """

@@ -3,7 +3,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from sws_export.engines.graph_check import check_graph
-from sws_export.errors import EngineError
+from sws_export.errors import CheckpointError, EngineError
 
 OPSETS = [helper.make_opsetid("", 23), helper.make_opsetid("sws", 1)]
 
@@ -25,33 +25,33 @@ def function(name, body):
 
 
 def test_standard_operators_pass(graph):
-    check_graph(graph, foreign_operators=False)
+    check_graph(graph, custom_operators=False)
 
 
 @pytest.mark.parametrize("operator", ["sws::BandedTransport", "com.microsoft::Gelu", "ai.onnx::ROIAlign_TRT"])
-def test_a_foreign_operator_is_named(tmp_path, operator):
+def test_a_custom_operator_is_named(tmp_path, operator):
     domain, op_type = operator.split("::")
     path = saved(tmp_path / "m.onnx", [call(op_type, "" if domain == "ai.onnx" else domain)])
-    with pytest.raises(EngineError, match=rf"no standard ONNX runtime knows: {operator};"):
-        check_graph(path, foreign_operators=False)
+    with pytest.raises(EngineError, match=rf"has custom operators: {operator};"):
+        check_graph(path, custom_operators=False)
 
 
-def test_a_foreign_operator_passes_where_plugins_are(tmp_path):
-    check_graph(saved(tmp_path / "m.onnx", [call("BandedTransport")]), foreign_operators=True)
+def test_custom_operators_pass_with_plugins(tmp_path):
+    check_graph(saved(tmp_path / "m.onnx", [call("BandedTransport")]), custom_operators=True)
 
 
-def test_a_function_of_the_model_is_no_foreign_operator(tmp_path):
+def test_a_function_of_the_model_is_not_a_custom_operator(tmp_path):
     body = helper.make_node("Relu", ["x"], ["y"])
-    check_graph(saved(tmp_path / "m.onnx", [call("F")], [function("F", body)]), foreign_operators=False)
+    check_graph(saved(tmp_path / "m.onnx", [call("F")], [function("F", body)]), custom_operators=False)
 
 
-def test_a_foreign_operator_inside_a_function_is_found(tmp_path):
+def test_a_custom_operator_inside_a_function_is_found(tmp_path):
     functions = [function("F", call("G")), function("G", call("KeyGuard"))]
-    with pytest.raises(EngineError, match=r"knows: sws::KeyGuard;"):
-        check_graph(saved(tmp_path / "m.onnx", [call("F")], functions), foreign_operators=False)
+    with pytest.raises(EngineError, match=r"custom operators: sws::KeyGuard;"):
+        check_graph(saved(tmp_path / "m.onnx", [call("F")], functions), custom_operators=False)
 
 
-def test_a_foreign_operator_inside_a_branch_is_found(tmp_path):
+def test_a_custom_operator_inside_a_branch_is_found(tmp_path):
     def branch(op_type, domain):
         out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
         return helper.make_graph([call(op_type, domain)], "branch", [], [out])
@@ -59,20 +59,20 @@ def test_a_foreign_operator_inside_a_branch_is_found(tmp_path):
     choice = helper.make_node(
         "If", ["x"], ["y"], then_branch=branch("Relu", ""), else_branch=branch("KeyGuard", "sws")
     )
-    with pytest.raises(EngineError, match=r"knows: sws::KeyGuard;"):
-        check_graph(saved(tmp_path / "m.onnx", [choice]), foreign_operators=False)
+    with pytest.raises(EngineError, match=r"custom operators: sws::KeyGuard;"):
+        check_graph(saved(tmp_path / "m.onnx", [choice]), custom_operators=False)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"\x80"])
-def test_a_file_that_is_no_model_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_model(tmp_path, content):
     (tmp_path / "m.onnx").write_bytes(content)
-    with pytest.raises(EngineError, match="is not an ONNX model or is damaged"):
-        check_graph(tmp_path / "m.onnx", foreign_operators=False)
+    with pytest.raises(CheckpointError, match="is not an ONNX model or is damaged"):
+        check_graph(tmp_path / "m.onnx", custom_operators=False)
 
 
-def test_a_missing_file_is_reported(tmp_path):
-    with pytest.raises(EngineError, match=r"cannot read the graph .*m\.onnx: No such file"):
-        check_graph(tmp_path / "m.onnx", foreign_operators=False)
+def test_a_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"m\.onnx: no such file"):
+        check_graph(tmp_path / "m.onnx", custom_operators=False)
 
 
 def with_external_data(path, small):
@@ -80,20 +80,20 @@ def with_external_data(path, small):
     return path
 
 
-def test_complete_external_data_pass(tmp_path, small):
-    check_graph(with_external_data(tmp_path / "m.onnx", small), foreign_operators=False)
+def test_complete_external_data(tmp_path, small):
+    check_graph(with_external_data(tmp_path / "m.onnx", small), custom_operators=False)
 
 
-def test_missing_external_data_are_named(tmp_path, small):
+def test_missing_external_data(tmp_path, small):
     path = with_external_data(tmp_path / "m.onnx", small)
     (tmp_path / "m.data").unlink()
-    with pytest.raises(EngineError, match=r"weights of .* are missing: there is no .*m\.data"):
-        check_graph(path, foreign_operators=False)
+    with pytest.raises(EngineError, match=r"weights of .* are missing: .*m\.data does not exist"):
+        check_graph(path, custom_operators=False)
 
 
-def test_external_data_cut_short_are_named(tmp_path, small):
+def test_truncated_external_data(tmp_path, small):
     path = with_external_data(tmp_path / "m.onnx", small)
     data = tmp_path / "m.data"
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(EngineError, match=r"cut short: .*m\.data has \d+ bytes, expected \d+"):
-        check_graph(path, foreign_operators=False)
+    with pytest.raises(EngineError, match=r"truncated: .*m\.data has \d+ bytes, expected \d+"):
+        check_graph(path, custom_operators=False)

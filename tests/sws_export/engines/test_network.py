@@ -13,11 +13,11 @@ import pytest
 import tensorrt_rtx as trt
 
 from sws_export.engines import BuildOptions, network
-from sws_export.engines.choice import named_backend
+from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError, OptionError
 
-RTX = named_backend("tensorrt-rtx")
-TENSORRT = named_backend("tensorrt")
+RTX = get_backend("tensorrt-rtx")
+TENSORRT = get_backend("tensorrt")
 PLAIN = BuildOptions(RTX)
 
 

@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, fake_cmake:
 
 @pytest.mark.parametrize("architecture", ["9.0", "sm_90", "", "1234"])
 def test_a_malformed_architecture_is_refused(architecture: str) -> None:
-    with pytest.raises(PluginError, match=r"expected a compute capability without its point, like 90"):
+    with pytest.raises(PluginError, match=r"expected a compute capability without the point, such as 90"):
         build_plugins(architectures=[architecture])
 
 

@@ -15,14 +15,14 @@ from sws_export.cli import main
 
 from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsParameters, export
 from sws_export.cache import Cache, open_cache
-from sws_export.cache.digests import Digests
+from sws_export.cache.digests import DigestCache
 from sws_export.checkpoint import Checkpoint
 from sws_export.engines import EngineReport
-from sws_export.engines.build import tell_warnings
+from sws_export.engines.build import log_warnings
 from sws_export.errors import ValidationError
 from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline.run import ExportReport
-from sws_export.progress import Recording, Silent
+from sws_export.progress import RecordingProgress, SilentProgress
 from sws_export.tensors import Precision
 from sws_export.tracing.export_unet import export_plain, plain_weights
 from sws_export.validation import OutputDifference, ValidationReport
@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     """An empty cache, for which every file is old enough to be remembered."""
     monkeypatch.setenv("SWS_EXPORT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SWS_EXPORT_CACHE_SIZE", "1GB")
-    monkeypatch.setattr("sws_export.cache.digests.FRESH_SECONDS", -1.0)
+    monkeypatch.setattr("sws_export.cache.digests.RECENT_SECONDS", -1.0)
     return open_cache()
 
 
@@ -63,7 +63,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append(shapes)
         out.write_bytes(b"plan %d" % len(calls))
         report = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 6, 1.0, 0.5, 0.5, 10**6, 3, 0, {"slow": 2})
-        tell_warnings(report, progress)
+        log_warnings(report, progress)
         return report
 
     monkeypatch.setattr(engine_stage, "build_engine", build)
@@ -131,7 +131,7 @@ def test_the_same_graph_again(model: Path, out: Path, monkeypatch: pytest.Monkey
     assert cached(first) == []
     for name in ("check_tensors", "verify_weights", "export_plain", "validate_against_reference"):
         monkeypatch.setattr(f"sws_export.sources.checkpoint.{name}", None)
-    said = Recording(Silent())
+    said = RecordingProgress(SilentProgress())
     second = export(model, out / "graph.onnx", progress=said)
     assert cached(second) == ["check", "export", "rewrite", "validate", "digest"]
     after = listing(out)
@@ -184,7 +184,7 @@ def test_a_plain_graph_as_the_source(traced: Path, out: Path) -> None:
 
 
 def test_the_same_engine_again(model: Path, out: Path, built: list[Any]) -> None:
-    said, again = Recording(Silent()), Recording(Silent())
+    said, again = RecordingProgress(SilentProgress()), RecordingProgress(SilentProgress())
     first = export(model, out / "e.plan", PLAN, said)
     second = export(model, out / "e.plan", PLAN, again)
     assert len(built) == 1
@@ -213,7 +213,7 @@ def test_a_size_of_one_number_is_of_the_graph_and_its_validation_is_not_repeated
     model: Path, out: Path, built: list[Any]
 ) -> None:
     export(model, out / "e.plan", PLAN)
-    said = Recording(Silent())
+    said = RecordingProgress(SilentProgress())
     fixed = with_options(PLAN, tokens="7")
     report = export(model, out / "e.plan", fixed, said)
     assert cached(report) == ["validate"]
@@ -359,7 +359,7 @@ def test_a_damaged_graph_is_made_anew(model: Path, out: Path, cache: Cache) -> N
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    said = Recording(Silent())
+    said = RecordingProgress(SilentProgress())
     report = export(model, out / "graph.onnx", progress=said)
     assert cached(report) == ["validate"]
     assert any(warning and "damaged or was removed: making it again" in text for warning, text in said.lines)
@@ -372,11 +372,13 @@ def test_weights_that_changed_unseen_are_found(
 ) -> None:
     """The memory of digests is deceived: the weights themselves are looked at before a graph is used."""
     export(model, out / "graph.onnx")
-    known = open_cache().digests.recall([model / WEIGHTS])
+    known = open_cache().digests.get([model / WEIGHTS])
     change_weights(model)
-    monkeypatch.setattr(Digests, "recall", lambda *_: known)
-    monkeypatch.setattr(Digests, "forget", lambda *_: monkeypatch.setattr(Digests, "recall", lambda *_: None))
-    said = Recording(Silent())
+    monkeypatch.setattr(DigestCache, "get", lambda *_: known)
+    monkeypatch.setattr(
+        DigestCache, "evict", lambda *_: monkeypatch.setattr(DigestCache, "get", lambda *_: None)
+    )
+    said = RecordingProgress(SilentProgress())
     report = export(model, out / "graph.onnx", progress=said)
     assert any("are not those of the graph" in text for _, text in said.lines)
     assert cached(report) == []
@@ -397,14 +399,14 @@ def test_an_engine_that_is_removed_meanwhile(
     model: Path, out: Path, built: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(model, out / "e.plan", PLAN)
-    take = Cache.take
+    take = Cache.extract
 
     def late(self: Cache, *arguments: Any, **named: Any) -> bool:
         shutil.rmtree((self.root or Path()) / "entries")
-        monkeypatch.setattr(Cache, "take", take)
+        monkeypatch.setattr(Cache, "extract", take)
         return take(self, *arguments, **named)
 
-    monkeypatch.setattr(Cache, "take", late)
+    monkeypatch.setattr(Cache, "extract", late)
     report = export(model, out / "e.plan", PLAN)
     assert len(built) == 2
     assert cached(report) == []
@@ -450,7 +452,7 @@ def test_a_graph_over_tolerance_is_not_kept(
 
 def test_a_cache_that_cannot_be_written_is_a_warning(model: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file in the way")
-    said = Recording(Silent())
+    said = RecordingProgress(SilentProgress())
     export(model, out / "graph.onnx", ExportOptions(validate=False), said)
     assert (out / "graph.onnx").is_file()
     assert any(warning and "is not kept in the cache" in text for warning, text in said.lines)

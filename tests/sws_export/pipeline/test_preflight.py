@@ -10,23 +10,25 @@ import pytest
 
 from sws_export import ExportOptions, SwsOptions
 from sws_export.engines import BuildOptions
-from sws_export.engines.choice import named_backend
+from sws_export.engines.choice import get_backend
 from sws_export.pipeline.plan import EngineConfig
 from sws_export.pipeline.preflight import Preflight, preflight
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 from sws_export.sources import open_source
 from sws_export.tensors import Range, Sizes
 from tests.export_runs import with_options
 
 ONE = Range(1, 1, 1)
 ENGINE = EngineConfig(
-    Sizes(Range(1, 2, 4), ONE, ONE, Range(77, 77, 77)), BuildOptions(backend=named_backend("tensorrt-rtx"))
+    Sizes(Range(1, 2, 4), ONE, ONE, Range(77, 77, 77)), BuildOptions(backend=get_backend("tensorrt-rtx"))
 )
 
 
 def needs(model: Path, out: Path, *, engine: bool = False, **options: Any) -> Preflight:
     chosen = with_options(ExportOptions(), **options)
-    return preflight(open_source(model, chosen, Silent()), ENGINE if engine else None, chosen, out / "e.plan")
+    return preflight(
+        open_source(model, chosen, SilentProgress()), ENGINE if engine else None, chosen, out / "e.plan"
+    )
 
 
 def test_stages_that_are_left_out_need_nothing(random_unet: Path, tmp_path: Path) -> None:
@@ -143,5 +145,5 @@ def test_turing_and_stripped_weights_change_the_plan(tmp_path: Path) -> None:
     assert size(compute_capabilities=("7.5", "8.9")) == pytest.approx(
         1.2 * size(compute_capabilities=("8.9",))
     )
-    tensorrt = named_backend("tensorrt")
+    tensorrt = get_backend("tensorrt")
     assert size(backend=tensorrt, strip_weights=True) < 10**8

@@ -11,7 +11,7 @@ from graph_passes.parameters import SwsParameters
 from sws_export.errors import ExportError, OptionError
 from sws_export.onnx_files import graph_specs
 from sws_export.pipeline.rewrite import GuardOptions, RewriteReport, describe_sites, rewrite
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 from sws_export.tensors import TensorSpec
 
 DOWN, MID, UP = (
@@ -21,7 +21,7 @@ DOWN, MID, UP = (
 SECOND_UP = UP.replace("attentions.0", "attentions.1")
 
 
-class Listener(Silent):
+class Listener(SilentProgress):
     """Remembers remarks."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ def test_cross_attention_alone(traced: Path) -> None:
 def test_a_graph_with_sws_is_refused(traced: Path) -> None:
     model, _, _ = rewritten(traced, "mid_block.*attn1")
     with pytest.raises(ExportError, match="SWS"):
-        rewrite(model, SwsParameters(), (), GuardOptions(), "tensorrt-rtx", Silent())
+        rewrite(model, SwsParameters(), (), GuardOptions(), "tensorrt-rtx", SilentProgress())
 
 
 def test_reasons_are_counted_where_no_site_is_left(traced: Path) -> None:
@@ -100,7 +100,7 @@ def test_reasons_are_counted_where_no_site_is_left(traced: Path) -> None:
         if node.op_type == "Attention":
             node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
     with pytest.raises(ExportError, match=r"no attention site that SWS can take: 8 × it is causal"):
-        rewrite(model, SwsParameters(), (), GuardOptions(), "tensorrt-rtx", Silent())
+        rewrite(model, SwsParameters(), (), GuardOptions(), "tensorrt-rtx", SilentProgress())
 
 
 def test_specs_of_a_graph(traced: Path) -> None:

@@ -26,7 +26,7 @@ from sws_export.engines import EngineReport
 from sws_export.errors import ValidationError
 from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline import graph as graph_making
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 from tests.export_runs import Session, difference, error_line, listing, with_options
 
 ENGINE = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 4, 1.0, 0.5, 0.5, 10**6, 3, 0, {})
@@ -179,7 +179,7 @@ def test_a_plain_graph_joins_the_road(random_unet: Path, traced: Path, out: Path
 def test_bfloat16_is_validated_through_its_float32_twin(random_unet: Path, out: Path) -> None:
     report = export(random_unet, out / "graph.onnx", ExportOptions(source=SourceOptions(precision="bf16")))
     assert report.validation is not None
-    assert any("float32 twin" in remark for remark in report.validation.remarks)
+    assert any("float32 copy" in remark for remark in report.validation.remarks)
     assert report.validation.passed
     assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
     model = ir.load(out / "graph.onnx")
@@ -331,6 +331,6 @@ def test_tightening_the_budget_changes_the_prediction(random_unet: Path, out: Pa
     tight = with_options(FAST, parameters=SwsParameters(value_cap=0.0, key_cap=0.0))
     results = []
     for name, options in (("loose.onnx", loose), ("tight.onnx", tight)):
-        export(random_unet, out / name, options, Silent())
+        export(random_unet, out / name, options, SilentProgress())
         results.append(Session(out / name).step(inputs(), {"sws_state_d2": np.zeros((2, 145, 4, 3))})[0])
     assert difference(*results) > 1e-7

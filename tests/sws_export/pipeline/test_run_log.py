@@ -3,11 +3,11 @@
 import pytest
 
 from sws_export.pipeline.run_log import Recorded, RunLog
-from sws_export.progress import Recording, Silent
+from sws_export.progress import RecordingProgress, SilentProgress
 
 
 def test_a_part_of_a_run_is_recorded_and_replayed() -> None:
-    shown = Recording(Silent())
+    shown = RecordingProgress(SilentProgress())
     log = RunLog(shown)
     log.log("before")
     with log.record() as outer, log.measure("export"):
@@ -19,7 +19,7 @@ def test_a_part_of_a_run_is_recorded_and_replayed() -> None:
     assert [timing.name for timing in outer.timings] == ["export"]
     assert shown.lines == [(False, "before"), *outer.messages]
 
-    later = Recording(Silent())
+    later = RecordingProgress(SilentProgress())
     again = RunLog(later)
     again.replay(Recorded.from_json(outer.to_json()))
     assert later.lines == outer.messages
@@ -28,7 +28,7 @@ def test_a_part_of_a_run_is_recorded_and_replayed() -> None:
 
 
 def test_a_stage_that_fails_is_not_listed() -> None:
-    log = RunLog(Silent())
+    log = RunLog(SilentProgress())
     with pytest.raises(ValueError, match="no"), log.record() as recorded, log.measure("export"):
         raise ValueError("no")
     assert log.timings == recorded.timings == []

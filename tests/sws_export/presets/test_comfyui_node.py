@@ -12,7 +12,7 @@ from sws_export import ExportOptions, SwsOptions, export
 from sws_export.errors import ExportError, OptionError
 from sws_export.onnx_files import graph_specs
 from sws_export.pipeline.rewrite import GuardOptions, RewriteReport, rewrite
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 from sws_export.reference.orthonormal_basis import orthonormal_basis
 from sws_export.tensors import TensorSpec
 
@@ -28,7 +28,9 @@ DOWN, MID, UP, SECOND_UP = (
 
 
 def rewritten(model: ir.Model, *patterns: str) -> RewriteReport:
-    return rewrite(model, SwsParameters(), patterns, GuardOptions(), "tensorrt-rtx", Silent(), preset="node")
+    return rewrite(
+        model, SwsParameters(), patterns, GuardOptions(), "tensorrt-rtx", SilentProgress(), preset="node"
+    )
 
 
 def attention(model: ir.Model, name: str) -> ir.Node:

@@ -1,4 +1,4 @@
-"""One attention site against a literal transcription in numpy and the facts that characterise it."""
+"""One attention site against a literal transcription in numpy and its characteristic properties."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ INTENSITY = torch.tensor([0.5, 1.0, 0.8], dtype=torch.float64)
 
 
 def random_qkv(batch: int = 3, peaked: float = 1.0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Queries, keys and values, [batch, 2, 15, 4]; `peaked` stretches the logits."""
+    """Queries, keys and values, [batch, 2, 15, 4]; `peaked` scales the logits."""
     generator = torch.Generator().manual_seed(11)
     q, k, v = torch.randn(3, batch, 2, TOKENS, 4, dtype=torch.float64, generator=generator)
     return [(peaked * q).to(dtype), k.to(dtype), v.to(dtype)]
@@ -68,7 +68,7 @@ def site_of_one_sample(
     intensity: float,
     kappa: float,
 ) -> dict[str, float | np.ndarray]:
-    """The formulas for one sample, [h, T, D], with the default constants; tries all 128 shares."""
+    """The formulas for one sample, [h, T, D], with the default constants; evaluates all 128 shares."""
     root = math.sqrt(q.shape[-1])
     q = q / (1 + intensity * (1 - u))
     plain = softmax(q @ k.swapaxes(1, 2) / root)
@@ -103,7 +103,7 @@ def site_of_one_sample(
 
 @pytest.mark.parametrize("peaked", [1.0, 6.0])
 @pytest.mark.parametrize("budget", [{}, {"kl_floor": 1e-4, "kl_slope": 1e-4}])
-def test_site_follows_the_formulas(peaked: float, budget: dict[str, float]) -> None:
+def test_a_site_matches_the_formulas(peaked: float, budget: dict[str, float]) -> None:
     parameters = SwsParameters(**budget)
     q, k, v = random_qkv(peaked=peaked)
     found = run_site(q, k, v, parameters=parameters)
@@ -149,7 +149,7 @@ def test_kl_equals_its_streaming_form(peaked: float) -> None:
     torch.testing.assert_close(kl_divergence(q, k, kp, alpha), streaming)
 
 
-def test_a_budget_that_does_not_bind_gives_all_but_the_last_step() -> None:
+def test_an_unreached_budget_gives_the_limit_but_for_one_interval() -> None:
     q, k, kp = random_keys_and_transported()
     limit = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     kappa = kl_divergence(q, k, kp, limit)
@@ -160,7 +160,7 @@ def test_a_budget_that_does_not_bind_gives_all_but_the_last_step() -> None:
 
 
 @pytest.mark.parametrize("peaked", [1.0, 8.0])
-def test_a_budget_that_binds_gives_the_largest_step_within_it(peaked: float) -> None:
+def test_a_binding_budget_gives_the_largest_share_within_it(peaked: float) -> None:
     q, k, kp = random_keys_and_transported(peaked)
     limit = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     kappa = kl_divergence(q, k, kp, limit * torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64))
@@ -199,7 +199,7 @@ def test_intensity_zero_is_plain_attention(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("sigma", "progress"), [(1e4, 0.0), (1e-4, 1.0)])
-def test_ends_of_the_schedule_mix_nothing(sigma: float, progress: float) -> None:
+def test_no_mixing_at_the_ends_of_the_schedule(sigma: float, progress: float) -> None:
     q, k, v = random_qkv()
     found = run_site(q, k, v, sigma=torch.full((3,), sigma))
     assert found.amplitude.tolist() == [0, 0, 0]
@@ -207,7 +207,7 @@ def test_ends_of_the_schedule_mix_nothing(sigma: float, progress: float) -> None
     torch.testing.assert_close(found.out, F.scaled_dot_product_attention(q / temperature, k, v))
 
 
-def test_late_in_sampling_keys_stop_and_values_go_on() -> None:
+def test_only_values_are_mixed_above_u_stop() -> None:
     # u is 0.75 at sigma 0.28 ** 0.75 * 25 ** 0.25 = 0.8609...
     q, k, v = random_qkv()
     found = run_site(q, k, v, sigma=torch.tensor([0.87, 0.85, 0.4], dtype=torch.float64))
@@ -247,7 +247,7 @@ def test_extremely_peaked_attention_stays_finite(dtype: torch.dtype) -> None:
     assert (found.entropy_min < 1e-6).all()
 
 
-def test_members_of_a_batch_are_independent() -> None:
+def test_samples_are_independent() -> None:
     q, k, v = random_qkv(peaked=3)
     together = run_site(q, k, v)
     for i in range(3):

@@ -1,4 +1,4 @@
-"""The node's formulas against a transcription in numpy of their description."""
+"""The formulas of the ComfyUI node against a NumPy transcription of their description."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ import torch
 
 from graph_passes.parameters import SwsParameters
 from sws_export.reference import (
-    NodeResult,
+    ComfyUINodeResult,
+    comfyui_node_patch,
     comfyui_node_schedule,
     fresh_transport,
     moving_average,
-    node_patch,
     text_grid,
     transport_radius,
 )
@@ -126,7 +126,7 @@ def site_of(
 
 
 def tensors(queries: int, text: int, tokens: int = 7, peaked: float = 3.0) -> list[torch.Tensor]:
-    """q [2, 5, queries], k and v [2, tokens, text]; `peaked` stretches the logits."""
+    """q [2, 5, queries], k and v [2, tokens, text]; `peaked` scales the logits."""
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(2, 5, queries, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, 2, tokens, text, dtype=torch.float64, generator=generator)
@@ -141,15 +141,17 @@ def run_site(
     sigma: float,
     intensity: float,
     parameters: SwsParameters = DEFAULT,
-) -> NodeResult:
+) -> ComfyUINodeResult:
     now = comfyui_node_schedule(torch.tensor([sigma], dtype=torch.float64), parameters)
     tokens = given[1].shape[1]
     kept = torch.zeros(tokens, tokens).double() if previous is None else torch.from_numpy(previous)
     strength = torch.tensor([intensity], dtype=torch.float64)
-    return node_patch(*given, kept, fresh_transport(tokens, now.u, parameters), now, strength, parameters)
+    return comfyui_node_patch(
+        *given, kept, fresh_transport(tokens, now.u, parameters), now, strength, parameters
+    )
 
 
-def test_u_falls_from_the_start_to_the_end() -> None:
+def test_u_decreases_from_sigma_max_to_sigma_min() -> None:
     now = [
         comfyui_node_schedule(torch.tensor([sigma], dtype=torch.float64), DEFAULT)
         for sigma in (99, 25, 3.0, 0.28, 1e-4)
@@ -161,7 +163,7 @@ def test_u_falls_from_the_start_to_the_end() -> None:
     assert [float(step.g) for step in (now[0], now[-1])] == [0.5, 1]
 
 
-def test_the_first_sample_gives_the_noise_level_of_a_batch() -> None:
+def test_the_first_sample_sets_the_noise_level_of_the_batch() -> None:
     both = comfyui_node_schedule(torch.tensor([3.0, 0.5]), DEFAULT)
     assert both.u.shape == (1,)
     assert torch.equal(both.u, comfyui_node_schedule(torch.tensor([3.0]), DEFAULT).u)
@@ -190,14 +192,14 @@ def test_grids_of_text_tokens(tokens: int, grid: tuple[int, int]) -> None:
     assert text_grid(tokens) == grid
 
 
-def test_only_squares_and_their_neighbours_have_two_dimensions() -> None:
+def test_only_n_by_n_and_n_plus_1_by_n_grids_have_two_dimensions() -> None:
     flat = {n for n in range(3, 1000) if text_grid(n)[0] == 1}
     assert set(range(3, 1000)) - flat == {
         n for m in range(1, 40) for n in (m * m, m * (m + 1)) if 3 <= n < 1000
     }
 
 
-def test_the_radius_is_one_but_at_the_very_end_on_a_large_grid() -> None:
+def test_the_radius_exceeds_one_only_near_u_0_on_large_grids() -> None:
     radii = {
         (height, u): transport_radius(height, height, u)
         for height in (1, 2, 7, 8, 20)
@@ -215,13 +217,13 @@ def test_transport_equals_the_transcription(tokens: int, u: float) -> None:
     np.testing.assert_allclose(found.numpy(), transport_of(tokens, u), rtol=1e-12, atol=1e-15)
 
 
-def test_without_history_nothing_is_averaged_nor_balanced_again() -> None:
+def test_the_first_step_returns_the_fresh_transport() -> None:
     fresh = fresh_transport(9, torch.tensor([0.5]), DEFAULT)
     assert torch.equal(moving_average(torch.zeros(9, 9), fresh, DEFAULT), fresh)
     assert not torch.allclose(moving_average(fresh, fresh, DEFAULT), fresh, atol=1e-5)
 
 
-def test_history_is_averaged_and_balanced() -> None:
+def test_later_steps_are_averaged_and_rebalanced() -> None:
     earlier, fresh = transport_of(64, 0.0), transport_of(64, 0.5)
     found = moving_average(torch.from_numpy(earlier), torch.from_numpy(fresh), DEFAULT)
     np.testing.assert_allclose(found.numpy(), balanced(0.8 * earlier + 0.2 * fresh), rtol=1e-12)
@@ -262,7 +264,7 @@ def test_a_site_equals_the_transcription(
     assert float(found.kl) <= slope * (1 - remaining_noise(sigma)) + floor + 1e-15
 
 
-def test_logarithms_are_of_weights_above_the_floor() -> None:
+def test_weights_are_clamped_in_logarithms() -> None:
     plain = torch.tensor([[[1 - 1e-20, 1e-20]]], dtype=torch.float64)
     even = torch.tensor([[[0.5, 0.5]]], dtype=torch.float64)
     assert float(kl_divergence(even, plain)) == pytest.approx(
@@ -272,7 +274,7 @@ def test_logarithms_are_of_weights_above_the_floor() -> None:
 
 
 def test_the_caps_bind_and_do_not() -> None:
-    """That the cases above are what they say."""
+    """The parametrized cases above cover both sides of each cap."""
     shares = {caps: site_of(*(x.numpy() for x in tensors(6, 6)), None, 1.5, 0.8, *caps) for caps in CAPS}
     free = {caps: found.alpha / (0.3 * found.a * 127 / 128) for caps, found in shares.items()}
     assert free[CAPS[0]] == pytest.approx(1)
@@ -281,7 +283,7 @@ def test_the_caps_bind_and_do_not() -> None:
     assert free[CAPS[3]] == 0
 
 
-def test_keys_are_left_alone_early() -> None:
+def test_keys_are_unchanged_above_u_stop() -> None:
     given = tensors(6, 6)
     # u is 0.75 at sigma 8.13.
     early, later = (run_site(given, None, sigma, 1.0) for sigma in (8.2, 8.0))
@@ -291,7 +293,7 @@ def test_keys_are_left_alone_early() -> None:
 
 
 @pytest.mark.parametrize(("sigma", "intensity"), [(3.0, 0.0), (25.0, 1.0), (0.28, 1.0)])
-def test_no_amplitude_scales_and_leaves_the_rest(sigma: float, intensity: float) -> None:
+def test_zero_amplitude_only_applies_the_temperature(sigma: float, intensity: float) -> None:
     given = tensors(6, 6)
     kept = transport_of(7, 0.9)
     found = run_site(given, kept, sigma, intensity)
@@ -303,11 +305,11 @@ def test_no_amplitude_scales_and_leaves_the_rest(sigma: float, intensity: float)
     assert (run_site(given, None, sigma, intensity).transport == 0).all()
 
 
-def test_one_text_token_leaves_nothing_to_mix() -> None:
+def test_one_text_token_is_not_mixed() -> None:
     assert float(run_site(tensors(6, 6, tokens=1), None, 3.0, 1.0).amplitude) == 0
 
 
-def test_one_uncertainty_for_the_whole_batch() -> None:
+def test_the_uncertainty_is_shared_across_the_batch() -> None:
     given = tensors(6, 6)
     both = run_site(given, None, 3.0, 1.0)
     alone = [run_site([x[member : member + 1] for x in given], None, 3.0, 1.0) for member in (0, 1)]
@@ -316,11 +318,11 @@ def test_one_uncertainty_for_the_whole_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_is_that_of_what_goes_out_only(dtype: torch.dtype) -> None:
+def test_only_the_outputs_have_low_precision(dtype: torch.dtype) -> None:
     given = [x.to(dtype) for x in tensors(6, 9)]
     now = comfyui_node_schedule(torch.tensor([3.0]), DEFAULT)
     fresh = fresh_transport(7, now.u, DEFAULT)
-    found = node_patch(*given, torch.zeros(7, 7), fresh, now, torch.ones(1), DEFAULT)
+    found = comfyui_node_patch(*given, torch.zeros(7, 7), fresh, now, torch.ones(1), DEFAULT)
     wide = [x.double() for x in given]
     expected = run_site(wide, None, 3.0, 1.0)
     assert {x.dtype for x in (found.q, found.k, found.v)} == {dtype}

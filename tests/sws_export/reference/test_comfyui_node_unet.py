@@ -1,4 +1,4 @@
-"""The node's reference on a live diffusers UNet: the order of its sites, and the one state they share."""
+"""The reference of the ComfyUI node on a diffusers UNet: order of the sites and their shared state."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from sws_export.errors import ExportError
 from sws_export.reference import (
     ComfyUINodeReferenceUNet,
     comfyui_node_schedule,
+    comfyui_node_sites,
     fresh_transport,
     moving_average,
-    node_sites,
 )
 
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -24,7 +24,7 @@ INTENSITY = torch.tensor([1.0, 1.0])
 
 
 def tiny_unet(dtype: torch.dtype = torch.float64, **config: Any) -> UNet2DConditionModel:
-    """Widths 8 and 16 around the text's 12; queries stretched, so that attention is peaked."""
+    """Widths 8 and 16, text width 12; scaled queries, so that the attention is peaked."""
     torch.manual_seed(5)
     unet = UNet2DConditionModel(
         **{
@@ -40,7 +40,7 @@ def tiny_unet(dtype: torch.dtype = torch.float64, **config: Any) -> UNet2DCondit
         }
     ).eval()
     with torch.no_grad():
-        for path in node_sites(unet):
+        for path in comfyui_node_sites(unet):
             unet.get_submodule(path).to_q.weight *= 12
     return unet.to(dtype)
 
@@ -65,25 +65,25 @@ def unet() -> UNet2DConditionModel:
     return tiny_unet()
 
 
-def test_cross_attention_modules_are_its_sites(unet: UNet2DConditionModel) -> None:
-    assert len(node_sites(unet)) == 7
-    assert {path.rpartition(".")[2] for path in node_sites(unet)} == {"attn2"}
+def test_the_sites_are_the_cross_attention_modules(unet: UNet2DConditionModel) -> None:
+    assert len(comfyui_node_sites(unet)) == 7
+    assert {path.rpartition(".")[2] for path in comfyui_node_sites(unet)} == {"attn2"}
 
 
 def test_blocks_with_cross_attention_twice_are_patched_once() -> None:
     unet = tiny_unet(only_cross_attention=True)
-    assert {path.rpartition(".")[2] for path in node_sites(unet)} == {"attn2"}
+    assert {path.rpartition(".")[2] for path in comfyui_node_sites(unet)} == {"attn2"}
 
 
-def test_sites_run_down_middle_up(unet: UNet2DConditionModel) -> None:
+def test_sites_run_in_the_order_down_mid_up(unet: UNet2DConditionModel) -> None:
     reference = ComfyUINodeReferenceUNet(unet, SwsParameters())
     reference.step(**inputs(), sigma=SIGMA, intensity=INTENSITY)
     assert list(dict.fromkeys(path.partition("_")[0] for path in reference.records)) == ["down", "mid", "up"]
     assert reference.records.keys() == set(reference.sites)
 
 
-def test_every_site_moves_the_one_state(unet: UNet2DConditionModel) -> None:
-    """In the order of execution: seven averages of the same transport, the first of them without history."""
+def test_every_site_updates_the_shared_state(unet: UNet2DConditionModel) -> None:
+    """Seven moving averages of the same transport, in execution order; the first has no previous state."""
     reference = ComfyUINodeReferenceUNet(unet, SwsParameters())
     _, state = reference.step(**inputs(), sigma=SIGMA, intensity=INTENSITY)
     fresh = fresh_transport(5, comfyui_node_schedule(SIGMA.double(), SwsParameters()).u, SwsParameters())
@@ -98,8 +98,8 @@ def test_every_site_moves_the_one_state(unet: UNet2DConditionModel) -> None:
     torch.testing.assert_close(later["sws_state_text"], expected[None], rtol=1e-13, atol=0)
 
 
-def test_a_site_projects_what_the_node_made_of_its_inputs(unet: UNet2DConditionModel) -> None:
-    """At sigma_max all that the node does is nothing."""
+def test_a_site_projects_the_patched_inputs(unet: UNet2DConditionModel) -> None:
+    """At sigma_max the patch changes nothing."""
     reference = ComfyUINodeReferenceUNet(unet, SwsParameters())
     out, state = reference.step(**inputs(), sigma=torch.full((2,), 25.0), intensity=INTENSITY)
     torch.testing.assert_close(out, plain(unet, **inputs()), rtol=1e-12, atol=1e-13)
@@ -115,12 +115,12 @@ def test_intensity_zero_keeps_the_temperature_and_the_state(unet: UNet2DConditio
     # Dividing queries and keys by sqrt(tau) each is to scale the logits by 1 / tau.
     tau = float(comfyui_node_schedule(SIGMA.double(), SwsParameters()).tau)
     scaled = tiny_unet()
-    for path in node_sites(scaled):
+    for path in comfyui_node_sites(scaled):
         scaled.get_submodule(path).to_q.weight.data /= tau
     torch.testing.assert_close(out, plain(scaled, **inputs()), rtol=1e-10, atol=1e-12)
 
 
-def test_only_chosen_sites_are_patched(unet: UNet2DConditionModel) -> None:
+def test_only_selected_sites_are_patched(unet: UNet2DConditionModel) -> None:
     reference = ComfyUINodeReferenceUNet(unet, SwsParameters(), [FIRST])
     _, state = reference.step(**inputs(), sigma=SIGMA, intensity=INTENSITY)
     assert reference.records.keys() == {FIRST}
@@ -128,7 +128,7 @@ def test_only_chosen_sites_are_patched(unet: UNet2DConditionModel) -> None:
     assert torch.equal(state["sws_state_text"][0], fresh)
 
 
-def test_zeros_mean_no_history(unet: UNet2DConditionModel) -> None:
+def test_a_zero_state_equals_none(unet: UNet2DConditionModel) -> None:
     reference = ComfyUINodeReferenceUNet(unet, SwsParameters())
     fresh = reference.step(**inputs(), sigma=SIGMA, intensity=INTENSITY)
     zeros = {"sws_state_text": torch.zeros(1, 5, 5)}
@@ -162,10 +162,10 @@ def test_float32_stays_near_float64() -> None:
         assert (low - high).abs().max() <= 1e-5 * high.abs().max()
 
 
-def test_what_does_not_fit_is_refused(unet: UNet2DConditionModel) -> None:
+def test_unsupported_arguments(unet: UNet2DConditionModel) -> None:
     with pytest.raises(ExportError, match=r"no cross-attention at .*attn1"):
         ComfyUINodeReferenceUNet(unet, SwsParameters(), [FIRST.replace("attn2", "attn1")])
-    with pytest.raises(ExportError, match="none chosen"):
+    with pytest.raises(ExportError, match="none selected"):
         ComfyUINodeReferenceUNet(unet, SwsParameters(), lambda _: False)
     reference = ComfyUINodeReferenceUNet(unet, SwsParameters())
     for state in ({"sws_state_d1": torch.zeros(1, 5, 5)}, {"sws_state_text": torch.zeros(1, 6, 6)}):

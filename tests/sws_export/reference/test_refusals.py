@@ -1,4 +1,4 @@
-"""What the reference refuses, with the message that says why."""
+"""Errors of the reference for unsupported sites, states and inputs."""
 
 from collections.abc import Callable
 
@@ -41,11 +41,11 @@ def unet() -> UNet2DConditionModel:
             ["down_blocks.0.attn9"],
             r"sites: no attention at down_blocks\.0\.attn9; the UNet has down_blocks",
         ),
-        (str.isupper, "sites: none chosen; the UNet has down_blocks"),
-        ([], "sites: none chosen"),
+        (str.isupper, "sites: none selected; the UNet has down_blocks"),
+        ([], "sites: none selected"),
     ],
 )
-def test_sites_that_do_not_exist_are_refused(
+def test_unknown_sites(
     unet: UNet2DConditionModel, choice: list[str] | Callable[[str], bool], message: str
 ) -> None:
     with pytest.raises(ExportError, match=message):
@@ -66,7 +66,7 @@ def test_sites_that_do_not_exist_are_refused(
         ),
     ],
 )
-def test_state_that_does_not_fit_is_refused(
+def test_a_state_of_the_wrong_names_or_shape(
     unet: UNet2DConditionModel, change: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
     reference = ReferenceUNet(unet, SwsParameters())
@@ -76,7 +76,7 @@ def test_state_that_does_not_fit_is_refused(
         reference.step(**INPUTS, state=state)
 
 
-def test_an_attention_mask_is_refused(unet: UNet2DConditionModel) -> None:
+def test_an_attention_mask_is_unsupported(unet: UNet2DConditionModel) -> None:
     reference = ReferenceUNet(unet, SwsParameters())
-    with pytest.raises(ExportError, match=f"{FIRST}: a shuffled site takes no attention mask"):
+    with pytest.raises(ExportError, match=f"{FIRST}: attention masks are not supported"):
         reference.step(**INPUTS, attention_mask=torch.ones(2, 30))

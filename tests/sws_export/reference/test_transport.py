@@ -1,4 +1,4 @@
-"""The schedule, and transports against exact arithmetic and the facts that characterise them."""
+"""The schedule, and transports against exact arithmetic and their characteristic properties."""
 
 import math
 from fractions import Fraction
@@ -188,14 +188,14 @@ def test_sinkhorn_keeps_the_form_diag_k_diag(scale: int) -> None:
     torch.testing.assert_close((equations @ solution)[:, 0], ratio, rtol=0, atol=1e-12)
 
 
-def test_zero_state_means_no_history() -> None:
+def test_a_zero_state_equals_none() -> None:
     fresh = blended_transport(random_u(2), 6, 7, DEFAULT)
     found = momentum(torch.zeros_like(fresh), fresh, DEFAULT)
     torch.testing.assert_close(found, rebalance(fresh, DEFAULT.rebalance_iters), rtol=1e-13, atol=0)
     assert (found - momentum(fresh.flip(0), fresh, DEFAULT)).abs().max() > 1e-3
 
 
-def test_history_of_one_sample_does_not_touch_another() -> None:
+def test_samples_are_independent() -> None:
     fresh = blended_transport(random_u(2), 6, 7, DEFAULT)
     previous = torch.stack([torch.zeros_like(fresh[0]), fresh[0]])
     together = momentum(previous, fresh, DEFAULT)
@@ -205,7 +205,7 @@ def test_history_of_one_sample_does_not_touch_another() -> None:
         )
 
 
-def test_rebalance_leaves_zeros_alone() -> None:
+def test_rebalance_keeps_zeros() -> None:
     assert (rebalance(torch.zeros(2, 3, 3), 2) == 0).all()
 
 
@@ -216,13 +216,13 @@ def test_rebalance_leaves_zeros_alone() -> None:
         ([[1e-10, 1], [1e-10, 1]], [[0.01, 0.5], [0.01, 0.5]]),
     ],
 )
-def test_sums_are_floored(rows: list[list[float]], expected: list[list[float]]) -> None:
+def test_sums_are_clamped(rows: list[list[float]], expected: list[list[float]]) -> None:
     found = rebalance(torch.tensor(rows, dtype=torch.float64), 1)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)
-def test_band_loses_nothing_of_a_transport(height: int, width: int) -> None:
+def test_the_band_is_lossless(height: int, width: int) -> None:
     transport = blended_transport(random_u(2), height, width, DEFAULT)
     band = band_from_dense(transport, height, width)
     assert band.shape == (2, 145, height, width)
@@ -230,7 +230,7 @@ def test_band_loses_nothing_of_a_transport(height: int, width: int) -> None:
     torch.testing.assert_close(band.sum(dim=1).flatten(1), transport.sum(dim=2))
 
 
-def test_band_entry_carries_a_token_by_its_offset() -> None:
+def test_a_band_entry_maps_a_token_by_its_offset() -> None:
     height, width = 4, 11
     transport = torch.arange(44.0 * 44).view(1, 44, 44) + 1
     band = band_from_dense(transport, height, width)
@@ -241,7 +241,7 @@ def test_band_entry_carries_a_token_by_its_offset() -> None:
     assert band[0, offsets.index((1, 0)), 3, 1] == 0
 
 
-def test_band_entries_off_the_grid_are_ignored() -> None:
+def test_band_entries_outside_the_grid_are_ignored() -> None:
     band = band_from_dense(blended_transport(random_u(1), 3, 4, DEFAULT), 3, 4)
     cell = (0, diamond_offsets(8).index((0, -1)), 1, 0)
     assert band[cell] == 0

@@ -1,4 +1,4 @@
-"""The reference on a live diffusers UNet: exact bypass, state over steps, which sites."""
+"""The reference on a diffusers UNet: exact bypass, state over steps, selected sites."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ INTENSITY = torch.tensor([0.5, 1.0])
 
 
 def tiny_unet(dtype: torch.dtype = torch.float32, **config: Any) -> UNet2DConditionModel:
-    """Three levels, attention on the first and the last; queries stretched so that attention is peaked."""
+    """Three levels, attention on the first and the last; scaled queries, so that the attention is peaked."""
     torch.manual_seed(5)
     unet = UNet2DConditionModel(
         **{
@@ -80,7 +80,7 @@ def test_intensity_zero_is_the_plain_unet_bit_for_bit(dtype: torch.dtype) -> Non
     ("dtype", "state_dtype"),
     [(torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
 )
-def test_one_state_a_grid(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+def test_one_state_for_each_grid(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     reference = ReferenceUNet(tiny_unet(dtype), SwsParameters())
     out, state = reference.step(**inputs(dtype), sigma=SIGMA, intensity=INTENSITY)
     assert out.shape == (2, 4, 10, 7)
@@ -127,7 +127,7 @@ def test_a_site_gets_its_projections_and_its_grid(path: str, grid: str) -> None:
         torch.testing.assert_close(getattr(reference.records[path], name), value)
 
 
-def test_zeros_mean_no_history(unet: UNet2DConditionModel) -> None:
+def test_a_zero_state_equals_none(unet: UNet2DConditionModel) -> None:
     reference = ReferenceUNet(unet, SwsParameters())
     fresh = reference.step(**inputs(), sigma=SIGMA, intensity=INTENSITY)
     zeros = {name: torch.zeros_like(band) for name, band in fresh[1].items()}
@@ -149,7 +149,7 @@ def test_state_is_carried_and_averaged(unet: UNet2DConditionModel) -> None:
         assert (carried[name] - fresh[name]).abs().max() > 5e-2
 
 
-def test_two_members_that_differ_equal_two_single_runs() -> None:
+def test_a_batch_of_two_equals_two_single_runs() -> None:
     unet = tiny_unet(torch.float64)
     reference = ReferenceUNet(unet, SwsParameters(kl_floor=1e-4, kl_slope=1e-3))
     steps = [SIGMA, SIGMA * 0.8, SIGMA * 0.5]
@@ -170,7 +170,7 @@ def test_two_members_that_differ_equal_two_single_runs() -> None:
             torch.testing.assert_close(both[member], alone, rtol=1e-9, atol=1e-11)
 
 
-def test_tight_cap_makes_every_bisection_bind(unet: UNet2DConditionModel) -> None:
+def test_a_small_budget_binds_at_every_site(unet: UNet2DConditionModel) -> None:
     parameters = SwsParameters(kl_floor=2e-5, kl_slope=0)
     reference = ReferenceUNet(unet, parameters)
     reference.step(**inputs(height=16, width=12), sigma=torch.tensor([6.0, 2.0]), intensity=INTENSITY)
@@ -180,7 +180,7 @@ def test_tight_cap_makes_every_bisection_bind(unet: UNet2DConditionModel) -> Non
         assert (record.kl <= 2e-5).all(), path
 
 
-def test_late_in_sampling_values_alone_are_mixed(unet: UNet2DConditionModel) -> None:
+def test_only_values_are_mixed_above_u_stop(unet: UNet2DConditionModel) -> None:
     reference = ReferenceUNet(unet, SwsParameters())
     reference.step(**inputs(), sigma=torch.tensor([3.0, 0.5]), intensity=INTENSITY)
     for path, record in reference.records.items():
@@ -216,14 +216,14 @@ def test_float32_stays_near_float64() -> None:
 
 
 @pytest.mark.parametrize("choice", [[FIRST], {FIRST}, lambda path: path == FIRST])
-def test_only_chosen_sites_are_shuffled(unet: UNet2DConditionModel, choice: Any) -> None:
+def test_only_selected_sites_have_sws(unet: UNet2DConditionModel, choice: Any) -> None:
     reference = ReferenceUNet(unet, SwsParameters(), choice)
     _, state = reference.step(**inputs(), sigma=SIGMA, intensity=INTENSITY)
     assert reference.records.keys() == {FIRST}
     assert state.keys() == {"sws_state_d1"}
 
 
-def test_the_unet_is_left_as_it_was(unet: UNet2DConditionModel) -> None:
+def test_the_processors_are_restored(unet: UNet2DConditionModel) -> None:
     before = dict(unet.attn_processors)
     reference = ReferenceUNet(unet, SwsParameters())
     reference.step(**inputs(), sigma=SIGMA, intensity=INTENSITY)
@@ -248,7 +248,7 @@ def test_attention_on_pixels_with_norm_and_residual() -> None:
     assert (reference.records["down_blocks.0.attentions.0"].a_v > 0).all()
 
 
-def test_blocks_with_cross_attention_only_are_no_sites() -> None:
+def test_blocks_with_only_cross_attention_have_no_self_attention_sites() -> None:
     unet = tiny_unet(only_cross_attention=(True, False, False), mid_block_only_cross_attention=False)
     found = {site.path for site in self_attention_sites(unet)}
     assert FIRST not in found

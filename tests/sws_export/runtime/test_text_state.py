@@ -15,7 +15,7 @@ from sws_export.adapters import polygraphy_data
 from sws_export.adapters.comfyui import SwsDiffusionModel
 from sws_export.adapters.diffusers import SWSUNet
 from sws_export.engines import BuildOptions, network
-from sws_export.engines.choice import named_backend
+from sws_export.engines.choice import get_backend
 from sws_export.engines.graph_check import check_graph
 from sws_export.runtime import Session
 from sws_export.runtime.contract import read_contract
@@ -124,8 +124,8 @@ class TestTensorRt:
         )
         logger = trt.Logger(trt.Logger.ERROR)
         builder = trt.Builder(logger)
-        check_graph(graph, foreign_operators=False)
-        options = BuildOptions(named_backend("tensorrt-rtx"))
+        check_graph(graph, custom_operators=False)
+        options = BuildOptions(get_backend("tensorrt-rtx"))
         parsed = network.parse(trt, builder, logger, graph, options)
         names = [parsed.get_input(index).name for index in range(parsed.num_inputs)]
         assert names[-2:] == ["sws_state_d2", TEXT]
@@ -183,10 +183,10 @@ def test_the_graph_for_tensorrt_keeps_the_guard_as_a_plugin_alone(
 
     from graph_passes.parameters import SwsParameters
     from sws_export.pipeline.rewrite import GuardOptions, rewrite
-    from sws_export.progress import Silent
+    from sws_export.progress import SilentProgress
 
     model = ir.load(traced)
-    rewrite(model, SwsParameters(), ["*"], GuardOptions("fused"), "tensorrt", Silent())
+    rewrite(model, SwsParameters(), ["*"], GuardOptions("fused"), "tensorrt", SilentProgress())
     kept = [node.op_type for node in model.graph if node.domain == "sws"]
     assert {name: kept.count(name) for name in set(kept)} == {"KeyGuard": 8, "BandedTransport": 4}
     ir.save(model, tmp_path / "kept.onnx")

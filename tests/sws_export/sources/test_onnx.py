@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from sws_export.errors import CheckpointError, ExportError
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 from sws_export.sources.onnx import open_onnx_source
 
 
@@ -57,7 +57,7 @@ def test_the_digest_covers_external_weights(traced: Path, tmp_path: Path) -> Non
     file = tmp_path / "g.onnx"
     ir.save(ir.load(traced), file, external_data="g.weights")
     content = file.read_bytes() + (tmp_path / "g.weights").read_bytes()
-    assert open_onnx_source(file).verify(Silent())["sha256"] == hashlib.sha256(content).hexdigest()
+    assert open_onnx_source(file).verify(SilentProgress())["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_missing_weights_are_an_error_of_the_file(traced: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_weights_that_are_not_finite(traced: Path, tmp_path: Path, value: float,
 
     graph = open_onnx_source(changed(traced, tmp_path / "g.onnx", damage))
     with pytest.raises(CheckpointError, match=r"weight 'conv_out\.bias' has NaN or Inf"):
-        graph.verify(Silent())
+        graph.verify(SilentProgress())
 
 
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_graph_with_sws(traced: Path, tmp_path: Path) -> None:
     from sws_export.pipeline.rewrite import GuardOptions, rewrite
 
     def insert(model: ir.Model) -> None:
-        rewrite(model, SwsParameters(), (), GuardOptions(), "onnxruntime", Silent())
+        rewrite(model, SwsParameters(), (), GuardOptions(), "onnxruntime", SilentProgress())
 
     with pytest.raises(
         ExportError, match="has SWS already; give the checkpoint or a graph exported with --plain"

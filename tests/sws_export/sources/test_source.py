@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from graph_passes.parameters import SwsParameters
 from sws_export import ExportOptions
 from sws_export.errors import CheckpointError, OptionError
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 from sws_export.sources import open_source
 from sws_export.sources.checkpoint import CheckpointSource
 from sws_export.sources.onnx import OnnxSource
@@ -21,7 +21,7 @@ from tests.export_runs import with_options
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-class Listener(Silent):
+class Listener(SilentProgress):
     """Remembers warnings."""
 
     def __init__(self) -> None:
@@ -31,8 +31,8 @@ class Listener(Silent):
         self.warnings.append(message)
 
 
-def opened(model: Path, progress: Silent | None = None, **options: Any) -> Any:
-    return open_source(model, with_options(ExportOptions(), **options), progress or Silent())
+def opened(model: Path, progress: SilentProgress | None = None, **options: Any) -> Any:
+    return open_source(model, with_options(ExportOptions(), **options), progress or SilentProgress())
 
 
 def copy_with(random_unet: Path, directory: Path, change: Any) -> Path:
@@ -76,7 +76,7 @@ def test_precision_defaults_to_what_is_stored(
 
 
 def test_a_checkpoint_tells_what_it_is_in_the_manifest(random_unet: Path) -> None:
-    said = opened(random_unet, prediction_type="v_prediction").verify(Silent())
+    said = opened(random_unet, prediction_type="v_prediction").verify(SilentProgress())
     assert said["kind"] == "checkpoint"
     assert said["sha256"] == hashlib.sha256((random_unet / WEIGHTS).read_bytes()).hexdigest()
     assert said["prediction_type"] == "v_prediction"
@@ -98,7 +98,7 @@ def test_a_missing_tensor_is_named(random_unet: Path, tmp_path: Path) -> None:
         return tensors
 
     with pytest.raises(CheckpointError, match=r"lacks 1 of the .*\(conv_out\.bias\)"):
-        opened(copy_with(random_unet, tmp_path / "less", without)).verify(Silent())
+        opened(copy_with(random_unet, tmp_path / "less", without)).verify(SilentProgress())
 
 
 def test_a_graph(traced: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_graph(traced: Path) -> None:
         ("batch", "tokens", 16),
     ]
     assert source.describe()[0].startswith("plain ONNX graph, ")
-    assert source.verify(Silent()) == {
+    assert source.verify(SilentProgress()) == {
         "kind": "onnx",
         "file": "traced.onnx",
         "sha256": hashlib.sha256(traced.read_bytes()).hexdigest(),
@@ -138,15 +138,15 @@ def test_a_graph_is_validated_at_intensity_0(traced: Path, tmp_path: Path, size:
     start, made = tmp_path / "start.onnx", tmp_path / "made.onnx"
     ir.save(model, start)
     source = opened(start)
-    graph = source.plain_model(Silent())
+    graph = source.plain_model(SilentProgress())
     parameters = SwsParameters()
-    report = rewrite(graph, parameters, (), GuardOptions(), "onnxruntime", Silent())
-    save_onnx(graph, made, Silent())
-    found = source.validate(made, SwsSpec(parameters, report.site_names), Silent())
+    report = rewrite(graph, parameters, (), GuardOptions(), "onnxruntime", SilentProgress())
+    save_onnx(graph, made, SilentProgress())
+    found = source.validate(made, SwsSpec(parameters, report.site_names), SilentProgress())
     assert found.passed
     assert found.outputs[0].maximum <= 1e-5
     assert found.remarks == (
-        "what SWS computes was not compared: that needs the checkpoint (sws-export validate)",
+        "the computation of SWS was not compared: that needs the checkpoint (sws-export validate)",
     )
     expected = (6, 10) if size == "fixed" else (8, 6)
     assert (found.sizes["height"], found.sizes["width"]) == expected

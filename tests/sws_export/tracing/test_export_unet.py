@@ -20,7 +20,7 @@ from sws_export.checkpoint import Checkpoint, open_checkpoint
 from sws_export.checkpoint.unet_module import call_unet, load_unet
 from sws_export.errors import ExportError
 from sws_export.onnx_files import save_onnx
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 from sws_export.tracing.export_unet import export_plain
 from tests.conftest import ROOT, SHAPES, RunOnnx, ShapesModel, ShapesOnnx
 from tests.graph_passes.small_models import graph_bytes
@@ -200,7 +200,7 @@ def test_a_converted_weight_is_rounded_as_torch_rounds(
     ir_dtype = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[precision]
     assert [value.dtype for value in model.graph.inputs] == [ir_dtype, ir.DataType.FLOAT, ir_dtype]
     assert model.graph.outputs[0].dtype == ir_dtype
-    save_onnx(model, tmp_path / "m.onnx", Silent())
+    save_onnx(model, tmp_path / "m.onnx", SilentProgress())
     saved = ir.load(tmp_path / "m.onnx").graph.initializers
     for name, expected in load_file(tiny.files[0]).items():
         tensor = saved[name].const_value
@@ -237,8 +237,8 @@ from pathlib import Path
 from sws_export.checkpoint import open_checkpoint
 from sws_export.tracing.export_unet import export_plain
 from sws_export.onnx_files import save_onnx
-from sws_export.progress import Silent
-save_onnx(export_plain(open_checkpoint(Path(sys.argv[1])), "fp16"), Path(sys.argv[2]), Silent())
+from sws_export.progress import SilentProgress
+save_onnx(export_plain(open_checkpoint(Path(sys.argv[1])), "fp16"), Path(sys.argv[2]), SilentProgress())
 """
 
 
@@ -246,7 +246,7 @@ def test_another_process_elsewhere_writes_the_same_bytes(
     tiny_directory: Path, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     here = tmp_path / "here.onnx"
-    save_onnx(tiny_model("fp16"), here, Silent())
+    save_onnx(tiny_model("fp16"), here, SilentProgress())
     moved = tmp_path / "copy"
     moved.mkdir()
     for file in tiny_directory.iterdir():

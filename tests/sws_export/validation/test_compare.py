@@ -1,21 +1,21 @@
-"""Differences relative to the largest expected value, and what counts as passed."""
+"""Differences relative to the largest expected value, and which of them pass."""
 
 import numpy as np
 import pytest
 
-from sws_export.validation.compare import OutputDifference, compare_outputs, worst
+from sws_export.validation.compare import OutputDifference, compare_outputs, max_over_steps
 
 
-def compared(found: list[float], expected: list[float], tolerance: float = 0.1) -> OutputDifference:
+def compared(actual: list[float], expected: list[float], tolerance: float = 0.1) -> OutputDifference:
     (difference,) = compare_outputs(
-        {"out": np.array(found, np.float32), "more": np.zeros(1)},
+        {"out": np.array(actual, np.float32), "more": np.zeros(1)},
         {"out": np.array(expected)},
         {"out": tolerance},
     )
     return difference
 
 
-def test_figures_are_relative_to_the_largest_value() -> None:
+def test_metrics_are_relative_to_the_largest_value() -> None:
     found = compared([1.0, 2.0, -19.0, 4.0], [1.0, 2.0, -20.0, 4.0])
     assert found.name == "out"
     assert found.maximum == pytest.approx(1 / 20)
@@ -35,18 +35,18 @@ def test_an_output_of_zeros() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_never_pass(value: float) -> None:
+def test_nonfinite_values_never_pass(value: float) -> None:
     found = compared([value, 1.0], [1.0, 1.0], tolerance=1e9)
     assert found.maximum == np.inf
     assert not found.passed
 
 
-def test_the_worst_of_all_steps() -> None:
+def test_the_maximum_of_all_steps() -> None:
     steps = [
         [OutputDifference("a", 0.1, 0.02, 0.05, 1.0), OutputDifference("b", 0.0, 0.0, 0.0, 2.0)],
         [OutputDifference("a", 0.2, 0.01, 0.06, 1.0), OutputDifference("b", 0.3, 0.1, 0.2, 2.0)],
     ]
-    assert worst(steps) == (
+    assert max_over_steps(steps) == (
         OutputDifference("a", 0.2, 0.02, 0.06, 1.0),
         OutputDifference("b", 0.3, 0.1, 0.2, 2.0),
     )

@@ -1,6 +1,5 @@
-"""A graph in ONNX Runtime, whole and in pieces: the same outputs, and the state fed back."""
+"""A graph in ONNX Runtime, whole and partitioned: the same outputs, and the state fed back."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,8 @@ import pytest
 
 from sws_export import ExportOptions, SourceOptions, export
 from sws_export.errors import ExportError
-from sws_export.progress import Silent
+from sws_export.progress import SilentProgress
 from sws_export.validation.onnx_runner import OnnxRunner
-from sws_export.validation.partition import partition_graph
 from sws_export.validation.trajectory import Array
 
 INPUTS: dict[str, Array] = {
@@ -40,54 +38,49 @@ def graphs(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return made
 
 
-def run(path: Path, steps: list[dict[str, Array]] = STEPS) -> list[dict[str, Array]]:
-    with Silent().stage("run") as stage:
-        return OnnxRunner(path).run(steps, stage)
+SMALL = 100_000
+"""Bytes of weights in each subgraph of a partitioned graph."""
 
 
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = functools.partial(partition_graph, limit=100_000)
-    monkeypatch.setattr("sws_export.validation.onnx_runner.partition_graph", cut)
+def run(path: Path, steps: list[dict[str, Array]] = STEPS, **options: int) -> list[dict[str, Array]]:
+    with SilentProgress().stage("run") as stage:
+        return OnnxRunner(path, **options).run(steps, stage)
 
 
-# In pieces nothing is fused over their borders, and float16 is rounded at them.
+# ONNX Runtime fuses no operators across subgraphs, and rounds to float16 at their boundaries.
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 4e-3), ("bf16", 1e-5)])
-def test_pieces_compute_what_the_whole_does(
-    graphs: dict[str, Path], precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+def test_a_partitioned_graph_computes_the_same_outputs(
+    graphs: dict[str, Path], precision: str, tolerance: float
 ) -> None:
     whole = run(graphs[precision])
-    small_pieces(monkeypatch)
-    assert len(OnnxRunner(graphs[precision])._pieces) > 10
-    pieces = run(graphs[precision])
-    assert [list(outputs) for outputs in pieces] == [list(outputs) for outputs in whole]
-    for ours, theirs in zip(pieces, whole, strict=True):
-        for name, value in theirs.items():
+    assert OnnxRunner(graphs[precision]).subgraph_count == 1
+    assert OnnxRunner(graphs[precision], SMALL).subgraph_count > 10
+    partitioned = run(graphs[precision], subgraph_bytes=SMALL)
+    assert [list(outputs) for outputs in partitioned] == [list(outputs) for outputs in whole]
+    for actual, expected in zip(partitioned, whole, strict=True):
+        for name, value in expected.items():
             scale = np.abs(value).max()
-            np.testing.assert_allclose(ours[name], value, rtol=0, atol=tolerance * scale, err_msg=name)
+            np.testing.assert_allclose(actual[name], value, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("in_pieces", [False, True])
-def test_the_state_is_fed_back(
-    graphs: dict[str, Path], in_pieces: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if in_pieces:
-        small_pieces(monkeypatch)
-    together = run(graphs["fp32"])
+@pytest.mark.parametrize("options", [{}, {"subgraph_bytes": SMALL}])
+def test_the_state_is_fed_back(graphs: dict[str, Path], options: dict[str, int]) -> None:
+    together = run(graphs["fp32"], **options)
     assert together[0]["sws_state_d2_out"].shape == (2, 145, 4, 3)
-    alone = run(graphs["fp32"], STEPS[2:])
+    alone = run(graphs["fp32"], STEPS[2:], **options)
     assert not np.allclose(together[2]["sws_state_d2_out"], alone[0]["sws_state_d2_out"], atol=1e-4)
-    with Silent().stage("run") as stage:
-        runner = OnnxRunner(graphs["fp32"])
+    with SilentProgress().stage("run") as stage:
+        runner = OnnxRunner(graphs["fp32"], **options)
         one_by_one = [outputs for step in STEPS for outputs in runner.run([step], stage)]
     for a, b in zip(together, one_by_one, strict=True):
         for name, value in a.items():
             np.testing.assert_array_equal(b[name], value)
 
 
-def test_a_file_that_onnx_runtime_refuses(graphs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_that_onnx_runtime_cannot_load(graphs: dict[str, Path], tmp_path: Path) -> None:
     model = ir.load(graphs["fp32"])
     model.graph.opset_imports[""] = 999
     broken = tmp_path / "broken.onnx"
     ir.save(model, broken)
-    with pytest.raises(ExportError, match=r"ONNX Runtime refuses .*broken.onnx: .*opset"):
+    with pytest.raises(ExportError, match=r"ONNX Runtime cannot load .*broken.onnx: .*opset"):
         OnnxRunner(broken)

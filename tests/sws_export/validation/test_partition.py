@@ -1,4 +1,4 @@
-"""Where a graph is cut, and what each piece takes and gives."""
+"""The boundaries of the subgraphs, and the inputs and outputs of each subgraph."""
 
 from pathlib import Path
 
@@ -30,42 +30,42 @@ def chain(count: int = 4, operator: str = "Add", domain: str = "") -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
-def values(piece: ir.Model) -> tuple[list[str | None], list[str | None], list[str | None]]:
-    graph = piece.graph
+def names(subgraph: ir.Model) -> tuple[list[str | None], list[str | None], list[str | None]]:
+    graph = subgraph.graph
     return [v.name for v in graph.inputs], [v.name for v in graph.outputs], list(graph.initializers)
 
 
-def test_a_piece_takes_what_it_needs_and_gives_what_is_needed() -> None:
-    pieces = partition_graph(chain(4), limit=800)
-    assert [values(piece) for piece in pieces] == [
+def test_inputs_outputs_and_weights_of_each_subgraph() -> None:
+    subgraphs = partition_graph(chain(4), limit=800)
+    assert [names(subgraph) for subgraph in subgraphs] == [
         (["x"], ["v1"], ["w0", "w1"]),
         (["v1"], ["v3"], ["w2", "w3"]),
     ]
 
 
-def test_few_weights_stay_whole() -> None:
+def test_a_graph_with_few_weights_is_not_partitioned() -> None:
     model = chain(4)
     assert partition_graph(model, limit=1600) == [model]
 
 
-def test_values_of_unknown_type_are_not_cut() -> None:
-    model = chain(4, "Odd", "somebody")
+def test_values_of_unknown_type_cross_no_boundary() -> None:
+    model = chain(4, "Unknown", "custom")
     assert partition_graph(model, limit=400) == [model]
     list(model.graph)[1].outputs[0].type = ir.TensorType(FLOAT)
-    assert [values(piece)[1] for piece in partition_graph(model, limit=400)] == [["v1"], ["v3"]]
+    assert [names(subgraph)[1] for subgraph in partition_graph(model, limit=400)] == [["v1"], ["v3"]]
 
 
-def test_states_are_made_by_the_first_piece() -> None:
+def test_the_first_subgraph_computes_the_states() -> None:
     model = chain(4)
     state = list(model.graph)[2].outputs[0]
     state.name, state.type = "sws_state_d1_out", ir.TensorType(FLOAT)
     model.graph.outputs.append(state)
     first, second = partition_graph(model, limit=400)
-    assert values(first) == (["x"], ["sws_state_d1_out"], ["w0", "w1", "w2"])
-    assert values(second) == (["sws_state_d1_out"], ["v3"], ["w3"])
+    assert names(first) == (["x"], ["sws_state_d1_out"], ["w0", "w1", "w2"])
+    assert names(second) == (["sws_state_d1_out"], ["v3"], ["w3"])
 
 
-def test_a_branch_takes_values_from_outside() -> None:
+def test_a_branch_uses_values_of_the_outer_graph() -> None:
     model = chain(2)
     first, second = model.graph
     branches = {}
@@ -79,22 +79,24 @@ def test_a_branch_takes_values_from_outside() -> None:
     chosen.outputs[0].name, chosen.outputs[0].type = "chosen", ir.TensorType(FLOAT)
     model.graph.insert_after(second, chosen)
     model.graph.outputs.append(chosen.outputs[0])
-    pieces = partition_graph(model, limit=400)
-    assert values(pieces[-1]) == (["condition", "v0"], ["chosen"], ["w0", "w1"])
+    subgraphs = partition_graph(model, limit=400)
+    assert names(subgraphs[-1]) == (["condition", "v0"], ["chosen"], ["w0", "w1"])
 
 
 @pytest.mark.parametrize("limit", [50_000, 500_000])
-def test_pieces_of_a_unet_hold_about_the_limit(random_unet: Path, tmp_path: Path, limit: int) -> None:
+def test_subgraphs_of_a_unet_have_about_limit_bytes_of_weights(
+    random_unet: Path, tmp_path: Path, limit: int
+) -> None:
     export(random_unet, tmp_path / "graph.onnx", ExportOptions(validate=False))
     model = ir.load(tmp_path / "graph.onnx")
     largest = max(
         v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
     )
-    pieces = partition_graph(model, limit)
-    assert len(pieces) > 3
-    assert sum(len(list(piece.graph)) for piece in pieces) == len(list(model.graph))
-    for piece in pieces[1:]:
+    subgraphs = partition_graph(model, limit)
+    assert len(subgraphs) > 3
+    assert sum(len(list(subgraph.graph)) for subgraph in subgraphs) == len(list(model.graph))
+    for subgraph in subgraphs[1:]:
         held = sum(
-            v.const_value.nbytes for v in piece.graph.initializers.values() if v.const_value is not None
+            v.const_value.nbytes for v in subgraph.graph.initializers.values() if v.const_value is not None
         )
         assert held <= limit + 3 * largest

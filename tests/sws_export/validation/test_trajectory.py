@@ -1,4 +1,4 @@
-"""The run that implementations are compared on."""
+"""The sampling run on which implementations are compared."""
 
 import itertools
 
@@ -18,7 +18,7 @@ INPUTS = (
 SIZES = {"batch": 2, "height": 8, "width": 6, "tokens": 5}
 
 
-def test_members_differ_in_everything() -> None:
+def test_samples_of_the_batch_differ_in_every_input() -> None:
     run = Trajectory(INPUTS, SIZES, 5)
     steps = list(run.steps())
     assert len(steps) == 5
@@ -31,7 +31,7 @@ def test_members_differ_in_everything() -> None:
     assert all(np.array_equal(row, [64, 48, 0, 0, 64, 48]) for row in inputs["time_ids"])
 
 
-def test_noise_falls_from_step_to_step_and_ends_where_the_next_begins() -> None:
+def test_noise_levels_decrease_and_steps_are_contiguous() -> None:
     steps = list(Trajectory(INPUTS, SIZES, 5).steps())
     for step, following in itertools.pairwise(steps):
         assert (step.next_sigma < step.sigma).all()
@@ -50,7 +50,7 @@ def test_the_latent_has_the_variance_that_a_unet_is_trained_on() -> None:
     assert run.inputs(next(run.steps()))["sample"].std() == pytest.approx(1.0, abs=0.05)
 
 
-def test_a_step_moves_the_predicted_channels_alone() -> None:
+def test_a_step_updates_only_the_predicted_channels() -> None:
     run = Trajectory(INPUTS, SIZES, 5)
     step = TrajectoryStep(np.array([2.0, 1.0]), np.array([1.0, 0.5]))
     before = run.inputs(step)["sample"]

@@ -1,4 +1,4 @@
-"""Sizes, tolerances and remarks of a validation; what it needs to run."""
+"""Sizes, tolerances, remarks and requirements of a validation."""
 
 import sys
 from pathlib import Path
@@ -11,11 +11,11 @@ from sws_export import ExportOptions, export
 from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.unet_io import unet_inputs
 from sws_export.errors import ExportError, ValidationError
-from sws_export.progress import Silent
-from sws_export.validation import OutputDifference, ValidationReport, validate_against_reference
+from sws_export.progress import SilentProgress
+from sws_export.validation import OutputDifference, SwsSpec, ValidationReport, validate_against_reference
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.reference_runner import ReferenceRunner
-from sws_export.validation.validate import SwsSpec, validation_sizes
+from sws_export.validation.validate import validation_sizes
 
 
 def test_sizes_are_not_square_and_fit_the_unet() -> None:
@@ -29,7 +29,7 @@ def test_sizes_are_not_square_and_fit_the_unet() -> None:
     assert large["height"] * large["width"] < small["height"] * small["width"]
 
 
-def test_the_report_as_plain_values() -> None:
+def test_the_report_as_json_values() -> None:
     outputs = (OutputDifference("a", 0.5, 0.1, 0.2, 1.0), OutputDifference("b", 0.5, 0.1, 0.2, 0.25))
     report = ValidationReport("x", ("r",), 5, {"batch": 2}, outputs, 1.234)
     assert not report.passed
@@ -62,7 +62,7 @@ def validated(graph: Path, random_unet: Path, parameters: SwsParameters) -> dict
     sites = tuple(site.path for site in self_attention_sites(build_unet(checkpoint.config, "fp32")))
     inputs = unet_inputs(checkpoint.config, "float32")
     report = validate_against_reference(
-        graph, checkpoint, inputs, SwsSpec(parameters, sites), "fp32", Silent()
+        graph, checkpoint, inputs, SwsSpec(parameters, sites), "fp32", SilentProgress()
     )
     return {output.name: output for output in report.outputs}
 
@@ -75,21 +75,23 @@ def test_the_graph_passes_with_its_own_parameters_only(graph: Path, random_unet:
     assert not wrong["sws_state_d2_out"].passed
 
 
-def test_bisections_that_bind_have_a_tolerance_of_their_own(graph: Path, random_unet: Path) -> None:
+def test_a_binding_kl_budget_has_its_own_tolerance(graph: Path, random_unet: Path) -> None:
     found = validated(graph, random_unet, SwsParameters(kl_floor=1e-5, kl_slope=0.0))
     assert found["out_sample"].tolerance == 5e-4
 
 
-def test_a_reference_that_is_not_finite_is_no_fault_of_the_graph(
+def test_a_nonfinite_reference_is_an_error_of_the_checkpoint(
     graph: Path, random_unet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = {"out_sample": np.array([1.0, np.nan])}
     monkeypatch.setattr(ReferenceRunner, "step", lambda *_: broken)
-    with pytest.raises(ValidationError, match="out_sample of the eager reference itself holds NaN or Inf"):
+    with pytest.raises(ValidationError, match="out_sample of the eager reference contains NaN or Inf"):
         validated(graph, random_unet, SwsParameters())
 
 
 def test_validation_needs_onnx_runtime(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ExportError, match=r"pip install 'sws-export\[cpu\]', or skip it with --no-validate"):
+    with pytest.raises(
+        ExportError, match=r"pip install 'sws-export\[cpu\]', or skip validation with --no-validate"
+    ):
         OnnxRunner(graph)
