@@ -215,7 +215,7 @@ def _death(number: int, outcome: Outcome, printed: str, options: BuildOptions) -
     total = psutil.virtual_memory().total
     memory = f"at {outcome.peak_memory / 1e9:.1f} of {total / 1e9:.1f} GB of memory"
     said = outcome.first_error or (printed.strip().splitlines() or [""])[-1].strip()
-    said = f"; its last words: {said}" if said else ""
+    said = f"; last output: {said}" if said else ""
     process = f"the {options.backend.name} build process"
     what = f"{process} was ended by {name} in phase {outcome.phase!r}, {memory}{said}"
     if number == signal.SIGKILL or is_out_of_memory(said):

@@ -1,4 +1,4 @@
-"""Small ONNX graphs that build in a moment, and the sizes to build them for."""
+"""Small ONNX graphs with short builds, and sizes for their profiles."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def _weights(name: str, shape: tuple[int, ...], dtype: str) -> onnx.TensorProto:
 
 
 def attention_model(dtype: str = "float16", head_size: int = 64) -> onnx.ModelProto:
-    """A convolution, one attention site and two states, all sizes dynamic: a UNet in the small."""
+    """A convolution, one attention site and two states, with dynamic shapes: a minimal UNet."""
     width = 2 * head_size
     nodes = [
         helper.make_node("Conv", ["sample", "conv_in"], ["x"], pads=[1, 1, 1, 1]),
@@ -65,7 +65,7 @@ def attention_model(dtype: str = "float16", head_size: int = 64) -> onnx.ModelPr
 
 
 def long_model(length: int) -> onnx.ModelProto:
-    """A chain of convolutions of which each wants a kernel of its own: 200 of them build for seconds."""
+    """A chain of convolutions with different kernels: 200 of them build for seconds."""
     nodes, weights, value, width = [], [], "sample", FEATURES
     for index in range(length):
         wider = 16 + 8 * (index % 13)
@@ -82,7 +82,7 @@ def long_model(length: int) -> onnx.ModelProto:
 
 
 class Recorder:
-    """A `Progress` that remembers, and calls `on_describe` for each description."""
+    """A `Progress` that records its calls, and calls `on_describe` for each description."""
 
     def __init__(self, on_describe: Callable[[str], None] = lambda _: None) -> None:
         self.stages: list[str] = []

@@ -1,4 +1,4 @@
-"""Real builds with TensorRT for RTX in its child process, and every way in which one can end."""
+"""Builds with TensorRT for RTX in the child process, and every way in which a build can end."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def build_processes(process=None):
 
 @pytest.fixture
 def plan(tmp_path):
-    """Where the plan goes; no build process may outlive the test."""
+    """Path of the plan; checks that no build process is left after the test."""
     yield tmp_path / "out" / "engine.plan"
     assert not build_processes()
 
@@ -53,23 +53,25 @@ def test_an_engine_is_built_and_measured(tmp_path, plan, small, shapes, dtype, h
     assert 0 < report.build_seconds < report.seconds
 
 
-def test_weights_may_lie_in_a_file_of_their_own(tmp_path, plan, small, shapes):
+def test_a_graph_with_external_weights(tmp_path, plan, small, shapes):
     onnx.save(small(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     assert build_engine(tmp_path / "m.onnx", plan, shapes, OPTIONS).size > 0
 
 
-def test_weight_streaming_and_level_are_taken(graph, plan, shapes):
-    options = BuildOptions(OPTIONS.backend, ("8.9",), optimization_level=0, weight_streaming=True)
+def test_weight_streaming_and_optimization_level(graph, plan, shapes):
+    options = BuildOptions(
+        OPTIONS.backend, compute_capabilities=("8.9",), optimization_level=0, weight_streaming=True
+    )
     assert build_engine(graph, plan, shapes, options).size > 0
 
 
-def test_relative_paths_are_those_of_the_caller(graph, plan, shapes, monkeypatch):
+def test_relative_paths(graph, plan, shapes, monkeypatch):
     monkeypatch.chdir(plan.parent)
     build_engine(Path("..") / graph.name, Path(plan.name), shapes, OPTIONS)
     assert plan.exists()
 
 
-def test_progress_hears_of_the_phases_and_the_memory(long_graph, plan, long_shapes, recorder):
+def test_progress_receives_phases_and_memory(long_graph, plan, long_shapes, recorder):
     progress = recorder()
     build_engine(long_graph, plan, long_shapes, OPTIONS, progress)
     assert progress.stages == ["engine (tensorrt-rtx)"]
@@ -78,16 +80,16 @@ def test_progress_hears_of_the_phases_and_the_memory(long_graph, plan, long_shap
     assert all(text.endswith(" GB") for text in progress.described)
 
 
-def test_a_custom_operator_never_reaches_the_parser(tmp_path, plan, small, shapes):
+def test_a_custom_operator_is_an_error_before_parsing(tmp_path, plan, small, shapes):
     model = small()
     model.graph.node[4].domain = "sws"
     model.opset_import.append(onnx.helper.make_opsetid("sws", 1))
     onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(EngineError, match="no standard ONNX runtime knows: sws::Attention"):
+    with pytest.raises(EngineError, match="has custom operators: sws::Attention"):
         build_engine(tmp_path / "m.onnx", plan, shapes, OPTIONS)
 
 
-def test_a_graph_the_parser_refuses_leaves_no_file(tmp_path, plan, small, shapes):
+def test_a_parser_error_leaves_no_file(tmp_path, plan, small, shapes):
     model = small()
     model.graph.node[4].input[0] = "x"
     onnx.save(model, tmp_path / "m.onnx")
@@ -96,8 +98,8 @@ def test_a_graph_the_parser_refuses_leaves_no_file(tmp_path, plan, small, shapes
     assert list(plan.parent.iterdir()) == []
 
 
-def test_a_graph_the_builder_refuses_is_told_in_the_words_of_the_library(graph, plan, shapes):
-    # Both inputs have the graph's symbol for the height, so their ranges must meet.
+def test_a_builder_error_quotes_the_library(graph, plan, shapes):
+    # The height is the same symbol in both inputs, so their ranges must overlap.
     apart = dict(shapes) | {"sws_state_d1": ((1, 145, 17, 16), (2, 145, 17, 16), (4, 145, 18, 32))}
     apart["sample"] = ((1, 4, 8, 16), (2, 4, 8, 16), (4, 4, 16, 32))
     with pytest.raises(
@@ -107,19 +109,19 @@ def test_a_graph_the_builder_refuses_is_told_in_the_words_of_the_library(graph, 
     assert list(plan.parent.iterdir()) == []
 
 
-def test_shapes_that_do_not_fit_are_an_option_error(graph, plan, shapes):
+def test_missing_shapes_are_an_option_error(graph, plan, shapes):
     with pytest.raises(OptionError, match="no shapes for input sample"):
         build_engine(graph, plan, {"sws_state_d1": shapes["sws_state_d1"]}, OPTIONS)
 
 
-def test_a_place_that_cannot_be_written_is_an_os_error_with_its_path(graph, tmp_path, shapes):
+def test_an_output_path_that_cannot_be_written(graph, tmp_path, shapes):
     out = tmp_path / "missing" / "engine.plan"
     with pytest.raises(FileNotFoundError, match=str(out)):
         build_engine(graph, out, shapes, OPTIONS)
 
 
-def at_work(described):
-    """Whether the library is at work; which of its phases is told of depends on how fast they pass."""
+def is_library_phase(described):
+    """Whether a phase of the library is reported; which one depends on how fast they are."""
     return bool(described) and not described.startswith(("starting", "checking"))
 
 
@@ -130,17 +132,17 @@ def at_work(described):
         (signal.SIGABRT, r"ended by SIGABRT in phase .*; this is a fault of the library"),
     ],
 )
-def test_the_death_of_the_build_process_is_an_error(long_graph, plan, long_shapes, recorder, number, text):
+def test_a_killed_build_process_is_an_error(long_graph, plan, long_shapes, recorder, number, text):
     ended = []
 
-    def end_it(described):
-        if at_work(described) and not ended:
+    def kill(described):
+        if is_library_phase(described) and not ended:
             ended.extend(build_processes())
             for child in ended:
                 child.send_signal(number)
 
     with pytest.raises(EngineError, match=text):
-        build_engine(long_graph, plan, long_shapes, OPTIONS, recorder(end_it))
+        build_engine(long_graph, plan, long_shapes, OPTIONS, recorder(kill))
     assert list(plan.parent.iterdir()) == []
 
 
@@ -148,7 +150,7 @@ def test_an_interrupt_ends_the_build_process(long_graph, plan, long_shapes, reco
     seen = []
 
     def interrupt(described):
-        if at_work(described) and not seen:
+        if is_library_phase(described) and not seen:
             seen.extend(build_processes())
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -178,7 +180,7 @@ PROGRAM = """
         Path(sys.argv[1]),
         Path(sys.argv[2]),
         {shapes},
-        BuildOptions(get_backend("tensorrt-rtx"), ("8.9",)),
+        BuildOptions(get_backend("tensorrt-rtx"), compute_capabilities=("8.9",)),
         Printer(),
     )
 """
@@ -195,13 +197,13 @@ def test_the_build_process_does_not_outlive_its_parent(long_graph, plan, long_sh
         text=True,
     )
     with parent:
-        while not at_work(parent.stdout.readline()):
+        while not is_library_phase(parent.stdout.readline()):
             assert parent.poll() is None
         (child,) = build_processes(psutil.Process(parent.pid))
         parent.send_signal(number)
-        _, said = parent.communicate()
+        _, errors = parent.communicate()
     assert parent.returncode == -number
-    assert ("KeyboardInterrupt" in said) == (number == signal.SIGINT)
+    assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
     deadline = time.monotonic() + 10
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -221,7 +223,7 @@ def test_the_build_process_does_not_outlive_its_parent(long_graph, plan, long_sh
         (
             signal.SIGABRT,
             "free(): invalid pointer\n",
-            r"its last words: free\(\): invalid pointer; this is a fault",
+            r"last output: free\(\): invalid pointer; this is a fault",
         ),
         (
             signal.SIGSEGV,
@@ -230,7 +232,7 @@ def test_the_build_process_does_not_outlive_its_parent(long_graph, plan, long_sh
         ),
     ],
 )
-def test_last_words_tell_what_the_death_was_of(number, printed, text):
+def test_the_cause_is_read_from_the_output(number, printed, text):
     with pytest.raises(EngineError, match=text):
         build.raise_failure(-number, build.Outcome(), printed, OPTIONS)
 

@@ -1,4 +1,4 @@
-"""Building and describing the plugin library, as far as that goes without a CUDA compiler."""
+"""Build and build information of the plugin library, as far as possible without a CUDA compiler."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ from sws_export.engines.plugin_library import (
 )
 from sws_export.errors import PluginError
 
-FACTS = (
+BUILD_INFO = (
     r"{\"operators\": [\"BandedTransport\", \"KeyGuard\"], \"namespaces\": [\"sws\", \"\"], "
     r"\"plugin_version\": \"1\", \"architectures\": \"80,90\", \"source_hash\": \"HASH\", "
     r"\"cuda\": \"13.0\", \"tensorrt_headers\": \"10.14.1\"}"
@@ -49,14 +49,14 @@ def make_cmake(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def prebuilt(tmp_path: Path) -> Path:
-    """A library that has nothing but the description of itself."""
+    """A library with build information and nothing else."""
     from tests.plugins.toolchain import require_compiler, run
 
     source = plugin_build.find_sources()
     assert source is not None
-    facts = FACTS.replace("HASH", source_hash(source))
-    code = tmp_path / "facts.c"
-    code.write_text(f'const char* sws_plugins_build_info(void) {{ return "{facts}"; }}\n')
+    info = BUILD_INFO.replace("HASH", source_hash(source))
+    code = tmp_path / "info.c"
+    code.write_text(f'const char* sws_plugins_build_info(void) {{ return "{info}"; }}\n')
     library = tmp_path / "prebuilt.so"
     run([require_compiler(), "-x", "c", "-shared", "-fPIC", str(code), "-o", str(library)])
     return library
@@ -64,14 +64,14 @@ def prebuilt(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fake_cmake(tmp_path: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CMake that takes the prebuilt library for its result; the file it notes its calls in."""
+    """A fake CMake that installs the prebuilt library; returns the file with its calls."""
     calls = tmp_path / "calls"
     script = FAKE_CMAKE.replace("CALLS", str(calls)).replace("PREBUILT", str(prebuilt))
     make_cmake(tmp_path, script, monkeypatch)
     return calls
 
 
-def test_a_build_is_made_once(cache: Path, fake_cmake: Path) -> None:
+def test_a_second_build_is_skipped(cache: Path, fake_cmake: Path) -> None:
     first = build_plugins(architectures=["80", "90"])
     second = build_plugins(architectures=["80", "90"])
 
@@ -100,7 +100,7 @@ def test_a_damaged_library_is_built_again(tmp_path: Path, fake_cmake: Path) -> N
     assert info.path == tmp_path / "out" / LIBRARY_NAME
 
 
-def test_two_builds_at_once_make_one(cache: Path, tmp_path: Path, fake_cmake: Path) -> None:
+def test_concurrent_builds_compile_once(cache: Path, tmp_path: Path, fake_cmake: Path) -> None:
     slow = tmp_path / "cmake"
     slow.write_text(slow.read_text().replace("mkdir -p", "sleep 0.5 && mkdir -p"))
     with ThreadPoolExecutor() as pool:
@@ -110,17 +110,17 @@ def test_two_builds_at_once_make_one(cache: Path, tmp_path: Path, fake_cmake: Pa
     assert len(fake_cmake.read_text().splitlines()) == 2
 
 
-def test_what_a_killed_build_left_behind_is_removed(tmp_path: Path, fake_cmake: Path) -> None:
-    left_behind = tmp_path / "out" / ".build-killed"
-    left_behind.mkdir(parents=True)
+def test_scratch_of_a_killed_build_is_removed(tmp_path: Path, fake_cmake: Path) -> None:
+    orphan = tmp_path / "out" / ".build-killed"
+    orphan.mkdir(parents=True)
 
     build_plugins(architectures=["80", "90"], output=tmp_path / "out")
 
-    assert not left_behind.exists()
+    assert not orphan.exists()
 
 
 @pytest.mark.parametrize("place", ["a file/out", "/proc/out"])
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, fake_cmake: Path, place: str) -> None:
+def test_a_folder_that_is_not_writable(tmp_path: Path, fake_cmake: Path, place: str) -> None:
     (tmp_path / "a file").write_text("")
 
     with pytest.raises(PluginError, match=r"cannot write to .*out: .*; choose another folder with --output"):
@@ -128,17 +128,17 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, fake_cmake:
 
 
 @pytest.mark.parametrize("architecture", ["9.0", "sm_90", "", "1234"])
-def test_a_malformed_architecture_is_refused(architecture: str) -> None:
+def test_a_malformed_architecture(architecture: str) -> None:
     with pytest.raises(PluginError, match=r"expected a compute capability without the point, such as 90"):
         build_plugins(architectures=[architecture])
 
 
-def test_no_architecture_is_refused() -> None:
+def test_no_architecture() -> None:
     with pytest.raises(PluginError, match="no architecture"):
         build_plugins(architectures=[])
 
 
-def test_cmakes_own_message_is_the_reason(
+def test_the_message_of_cmake_is_the_reason(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     message = (
@@ -166,30 +166,30 @@ def test_the_first_compiler_error_is_the_reason(
         build_plugins(architectures=["90"])
 
 
-def test_a_missing_cmake_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cmake_is_missing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
 
     with pytest.raises(PluginError, match="CMake was not found"):
         build_plugins(architectures=["90"])
 
 
-def test_info_without_a_library_says_how_to_get_one(cache: Path) -> None:
+def test_info_without_a_library(cache: Path) -> None:
     assert find_plugin_library() is None
     with pytest.raises(PluginError, match="sws-export plugins build"):
         plugin_info()
 
 
-def test_info_refuses_a_foreign_file(tmp_path: Path) -> None:
+def test_info_of_another_file(tmp_path: Path) -> None:
     foreign = tmp_path / "other.so"
     foreign.write_bytes(b"something else")
 
-    with pytest.raises(PluginError, match="no plugin library of this project, or is damaged"):
+    with pytest.raises(PluginError, match="is not a plugin library of this project or is damaged"):
         plugin_info(foreign)
     with pytest.raises(PluginError, match="no plugin library at"):
         plugin_info(tmp_path / "absent.so")
 
 
-def test_the_hash_follows_names_and_contents(tmp_path: Path) -> None:
+def test_the_hash_depends_on_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "a.cu").write_text("x")
     once = source_hash(tmp_path)
     (tmp_path / "a.cu").write_text("y")
@@ -202,8 +202,9 @@ def test_the_hash_follows_names_and_contents(tmp_path: Path) -> None:
     assert source_hash(tmp_path) == renamed
 
 
-def test_headers_are_fetched_where_pip_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a build that pip isolates: PYTHONPATH comes first and has no pip that runs."""
+@pytest.mark.slow
+def test_headers_are_downloaded_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an isolated build of pip, where PYTHONPATH hides pip."""
     cmake = shutil.which("cmake")
     source = plugin_build.find_sources()
     if cmake is None or source is None or find_sdk_headers():
