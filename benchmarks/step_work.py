@@ -113,7 +113,9 @@ def build_rtx(path: Path) -> dict[str, Any]:
         )
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        report = build_engine(path, Path(folder) / "plan", shapes, BuildOptions(BACKEND, ("8.9",)))
+        report = build_engine(
+            path, Path(folder) / "plan", shapes, BuildOptions(BACKEND, compute_capabilities=("8.9",))
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "seconds": report.parse_seconds + report.build_seconds,

@@ -216,3 +216,9 @@ def test_a_reader_that_has_enough(tmp_path: Path) -> None:
     os.close(writing)
     assert done.stderr == ""
     assert done.returncode == 1
+
+
+def test_compute_capabilities_are_split_and_not_repeated(asked: list[Any], tmp_path: Path) -> None:
+    out = str(tmp_path / "e.plan")
+    assert main(["unet", "--out", out, "--compute-capability", "8.9, 12.0,8.9"]) == 0
+    assert asked[0][2].engine.compute_capabilities == ("8.9", "12.0")
