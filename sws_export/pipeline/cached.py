@@ -18,6 +18,7 @@ from sws_export.cache.digests import file_stamps
 from sws_export.cache.store import file_digest
 from sws_export.engines import EngineReport
 from sws_export.engines.gpu import gpu_names
+from sws_export.errors import CheckpointError
 from sws_export.files import output_errors
 from sws_export.manifest import GraphDescription, SourceEntry
 from sws_export.onnx_files import load_onnx, save_onnx
@@ -106,10 +107,10 @@ class StageCache:
                 return graph
             self._log.log(f"graph: from the cache ({key[:12]})")
             self._replay(entry)
-            return _CachedGraph(entry, graph, self)
+            return _CachedGraph(entry, graph, self, self._log)
 
-    def validation(self, validate: Callable[[], ValidationReport]) -> ValidationReport:
-        """The result of `validate`, or that of an earlier run for the same graph."""
+    def validation(self, graph: Graph, validate: Callable[[], ValidationReport]) -> ValidationReport:
+        """The result of `validate`, or that of an earlier run for the same `graph`."""
         if self._cache.root is None:
             return validate()
         key = self._graph_key({})
@@ -119,7 +120,7 @@ class StageCache:
                 self._log.log(f"validation: from the cache ({key[:12]})")
                 self._replay(entry)
                 return _read_validation(entry.metadata["report"])
-            assert self.check.description
+            self._make(graph)
             with self._log.record() as making:
                 validation = validate()
             metadata = {
@@ -156,11 +157,9 @@ class StageCache:
 
     def keep_graph(self, graph: Graph) -> None:
         """Make `graph` and keep it without its weights."""
-        assert self.check.description
-        with self._log.record() as making:
-            assert graph.file
-            with self._log.measure("digest"):
-                weights = _weights_digest(graph.path, self._log)
+        file = self._make(graph)
+        with self._log.record() as digesting, self._log.measure("digest"):
+            weights = _weights_digest(file, self._log)
         skeleton = _save_skeleton(graph.model, self._plan.source.weights(), graph.path.parent)
         digest = file_digest(skeleton)
         graph.content = cache_key({"weights": weights, "graph": digest.sha256})
@@ -170,14 +169,18 @@ class StageCache:
             "remark": graph.remark,
             "content": graph.content,
             "weights": weights,
-            **self._recorded(making),
+            **self._recorded(graph.recorded + digesting),
         }
         self._cache.put(
             "graph", self._graph_key(self._plan.static_sizes), metadata, {skeleton: digest}, self._log
         )
 
     def restore_graph(self, entry: Entry, path: Path) -> ir.Model | None:
-        """Write a graph from the cache to `path`; None if that cannot be done, with a warning."""
+        """Write a graph from the cache to `path`; None if it is damaged or was removed, with a warning.
+
+        Raises:
+            CheckpointError: The source is not what its remembered digest says.
+        """
         skeleton = path.parent / f"skeleton-{_FILE}"
         if not self._cache.extract(entry, _FILE, skeleton):
             self._log.warn(
@@ -200,11 +203,15 @@ class StageCache:
             return model
         self._cache.evict(entry)
         self.check.forget()
-        self._log.warn(
-            f"the weights of {self._plan.source.path} are not those of the graph {entry.key[:12]} in the "
-            "cache: making it again"
+        raise CheckpointError(
+            f"{self._plan.source.path} was changed and has the size and times of before: its weights are not "
+            "those that the cached results are for, which are removed now; run the command again"
         )
-        return None
+
+    def _make(self, graph: Graph) -> Path:
+        """The file of `graph`, made after the check, whose log is kept apart."""
+        assert self.check.description
+        return graph.file
 
     def _graph_key(self, sizes: Mapping[str, int]) -> str:
         """What a graph and its validation depend on, those `sizes` included that are static."""
@@ -262,8 +269,8 @@ class StageCache:
 class _CachedGraph(Graph):
     """A graph that was found; its file is written from the cache, or made if that fails."""
 
-    def __init__(self, entry: Entry, made: Graph, cache: StageCache) -> None:
-        super().__init__(made.path, self._restore)
+    def __init__(self, entry: Entry, made: Graph, cache: StageCache, log: RunLog) -> None:
+        super().__init__(made.path, log, self._restore)
         self.content = entry.metadata["content"]
         self._entry = entry
         self._made = made
@@ -273,6 +280,8 @@ class _CachedGraph(Graph):
         model = self._cache.restore_graph(self._entry, path)
         if model is not None:
             return WrittenGraph(model, self._entry.metadata["remark"])
+        recorded = Recorded.from_json(self._entry.metadata["making"])
+        self._log.forget({timing.name for timing in recorded.timings})
         self._cache.keep_graph(self._made)
         self.content = self._made.content
         return self._made.written

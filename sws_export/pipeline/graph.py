@@ -71,17 +71,30 @@ class Graph:
     Attributes:
         path: Where the file is written.
         content: sha256, in hex, of the graph with its weights, if a cache needs it; else empty.
+        recorded: What its making logged, that of its base included.
     """
 
-    def __init__(self, path: Path, write: Callable[[Path], WrittenGraph]) -> None:
+    def __init__(
+        self, path: Path, log: RunLog, write: Callable[[Path], WrittenGraph], base: "Graph | None" = None
+    ) -> None:
+        """A graph that `write` writes, after the file of `base`."""
         self.path = path
         self.content = ""
+        self.recorded = Recorded()
+        self._log = log
         self._write = write
+        self._base = base
 
     @functools.cached_property
     def written(self) -> WrittenGraph:
         """The graph, after its file was written."""
-        return self._write(self.path)
+        if self._base is not None:
+            assert self._base.file
+            self.recorded += self._base.recorded
+        with self._log.record() as own:
+            written = self._write(self.path)
+        self.recorded += own
+        return written
 
     @property
     def is_written(self) -> bool:
@@ -131,27 +144,21 @@ class GraphBuilder:
         return WrittenGraph(model)
 
     def write_dynamic(self, path: Path, static_path: Path) -> WrittenGraph:
-        """As `write`, with the weights where the static graph at `static_path` has them."""
+        """As `write`, with the weights beside `static_path`, where the static graph shares them."""
         written = self.write(static_path)
         static_path.replace(path)
         return written
 
     def write_static(self, path: Path, dynamic: Graph) -> WrittenGraph:
-        """Write the graph with static shapes, and run it beside the dynamic one if that is affordable.
+        """Write the graph with static shapes, and run it beside `dynamic` if that is affordable.
 
         Raises:
             ValidationError: Both graphs run and differ.
         """
-        sizes = self._sizes_to_run()
-        if sizes is not None:
-            assert dynamic.file  # it writes to `path` on the way
         with self._log.measure("static shapes"):
             model = self._rewritten(self._plan.static_sizes, SilentProgress())
-            if dynamic.is_written:
-                save_sharing_weights(model, path, dynamic.model, dynamic.path, self._log)
-            else:
-                save_onnx(model, path, self._log)
-            return WrittenGraph(model, self._compare_static(path, dynamic, sizes))
+            save_sharing_weights(model, path, dynamic.model, dynamic.path, self._log)
+            return WrittenGraph(model, self._compare_static(path, dynamic))
 
     @property
     def makes_two(self) -> bool:
@@ -210,8 +217,8 @@ class GraphBuilder:
         with self._log.measure("export"):
             return self._plan.source.plain_model(self._log)
 
-    def _compare_static(self, path: Path, dynamic: Graph, sizes: Mapping[str, int] | None) -> str:
-        plan = self._plan
+    def _compare_static(self, path: Path, dynamic: Graph) -> str:
+        plan, sizes = self._plan, self._sizes_to_run()
         text = "compared before " + ", ".join(
             f"{name} was set to {size}" for name, size in plan.static_sizes.items()
         )

@@ -93,14 +93,14 @@ def export(
 
         # 3. Graph: trace the UNet, insert SWS, lower it for the target.
         if builder.makes_two:
-            dynamic = Graph(scratch / "dynamic.onnx", lambda at: builder.write_dynamic(at, path))
-            graph = Graph(path, lambda at: builder.write_static(at, dynamic))
+            dynamic = Graph(scratch / "dynamic.onnx", log, lambda at: builder.write_dynamic(at, path))
+            graph = Graph(path, log, lambda at: builder.write_static(at, dynamic), base=dynamic)
         else:
-            graph = dynamic = Graph(path, builder.write)
+            graph = dynamic = Graph(path, log, builder.write)
 
         # 4. Validate: compare with the reference, with dynamic shapes on a small grid.
         if options.validate:
-            validation = cache.validation(lambda: validate_graph(plan, dynamic, log))
+            validation = cache.validation(dynamic, lambda: validate_graph(plan, dynamic, log))
         graph = cache.graph(graph)
         if validation is not None and graph.remark:
             validation = dataclasses.replace(validation, remarks=(*validation.remarks, graph.remark))

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from sws_export.progress import Progress, Stage
@@ -20,6 +20,9 @@ class Recorded:
 
     messages: list[tuple[bool, str]] = dataclasses.field(default_factory=list)
     timings: list[StageTiming] = dataclasses.field(default_factory=list)
+
+    def __add__(self, later: "Recorded") -> "Recorded":
+        return Recorded(self.messages + later.messages, self.timings + later.timings)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -75,7 +78,11 @@ class RunLog:
         try:
             yield recorded
         finally:
-            self._recordings.remove(recorded)
+            self._recordings.pop()  # recordings nest
+
+    def forget(self, names: Collection[str]) -> None:
+        """Remove the timings of cached results of the stages `names`: they could not be used."""
+        self.timings = [timing for timing in self.timings if not (timing.cached and timing.name in names)]
 
     def replay(self, recorded: Recorded) -> None:
         """Log the messages of an earlier run again, and list its timings as those of cached results."""
