@@ -19,12 +19,15 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from graph_passes.guard import GuardForm
 
 HEADS, SIZE, TOKENS, SEEDS = 2, 16, 64, 20
 BUDGETS = (0.09, 0.02, 0.003)
@@ -40,17 +43,19 @@ def random_tokens(seed: int, spread: float) -> Tokens:
     return q * lengths[..., None].astype(np.float32), k, k_perm.astype(np.float32)
 
 
-def guard_steps(form: str, **options: bool) -> Callable[[Tokens, float], np.ndarray]:
+def guard_steps(form: "GuardForm", target: str = "onnxruntime") -> Callable[[Tokens, float], np.ndarray]:
     """The key guard with key_cap 1 as a function (tokens, budget) -> steps [2]."""
     import onnx_ir as ir
 
     from graph_passes.functions import build_functions
+    from graph_passes.guard import GuardOptions
     from graph_passes.parameters import SwsParameters
+    from graph_passes.target import TARGETS
     from tests.graph_passes.functions.calls import Call
 
     parameters = SwsParameters(key_cap=1.0)
     call = Call(
-        build_functions(parameters, ir.DataType.FLOAT, form, **options),
+        build_functions(parameters, ir.DataType.FLOAT, TARGETS[target], GuardOptions(form)),
         "KeyGuard",
         {name: ["batch", "tokens", HEADS * SIZE] for name in ("q", "k", "k_perm")},
         ir.DataType.FLOAT,
@@ -70,9 +75,9 @@ def count_missed(spread: float, budget: float) -> dict[str, Any]:
     """Number of samples with a binding budget; per fused form the number missed and the largest miss."""
     literal = guard_steps("literal")
     found = {
-        "branches": guard_steps("fused", branches=True),
-        "branchless": guard_steps("fused"),
-        "materialized logits": guard_steps("fused", stored=True),
+        "branches": guard_steps("fused"),
+        "branchless": guard_steps("fused", "tensorrt"),
+        "materialized logits": guard_steps("fused", "tensorrt-rtx"),
     }
     row: dict[str, Any] = {"spread": spread, "budget": budget, "binding": 0}
     row |= {name: {"missed": 0, "by": 0} for name in found}
@@ -188,7 +193,9 @@ def site_costs() -> list[dict[str, Any]]:
 
     from graph_passes.functions import build_functions
     from graph_passes.functions.building import define_function
+    from graph_passes.guard import GuardOptions
     from graph_passes.parameters import SwsParameters
+    from graph_passes.target import TARGETS
     from tests.graph_passes.functions.calls import Call
 
     heads, channels, dtype = 8, 320, ir.DataType.FLOAT
@@ -199,7 +206,8 @@ def site_costs() -> list[dict[str, Any]]:
         return op.Attention(q, k, v, q_num_heads=heads, kv_num_heads=heads)
 
     def site(rows: Fraction) -> Any:
-        functions = build_functions(SwsParameters(), dtype, "fused", rows, branches=True)
+        guard = GuardOptions("fused", rows)
+        functions = build_functions(SwsParameters(), dtype, TARGETS["onnxruntime"], guard)
         functions["BandedTransport"] = define_function(
             "BandedTransport",
             lambda op, transport, k, v: (op.Mul(k, 0.7), op.Mul(v, 0.7)),  # noqa: ARG005

@@ -33,10 +33,13 @@ def graph_path(folder: Path, model: str, form: str) -> Path:
 
 def write_graphs(name: str, folder: Path, forms: list[str]) -> None:
     """Write the missing forms of a model, the plain one first."""
+    from graph_passes.guard import GuardOptions
     from graph_passes.parameters import SwsParameters
+    from graph_passes.pipeline import plain_passes
+    from graph_passes.target import TARGETS
     from sws_export.checkpoint import open_checkpoint
     from sws_export.onnx_files import save_onnx, save_sharing_weights
-    from sws_export.pipeline.rewrite import GuardOptions, finish_plain, rewrite
+    from sws_export.pipeline.rewrite import rewrite
     from sws_export.progress import SilentProgress
     from sws_export.tracing.export_unet import export_plain
 
@@ -46,7 +49,7 @@ def write_graphs(name: str, folder: Path, forms: list[str]) -> None:
     scale_logits(exported, model.logits)
     sizes = {"height": model.side, "width": model.side, "tokens": 77}
     plain = exported.clone()
-    finish_plain(plain, sizes)
+    plain_passes(sizes)(plain)
     plain_path = graph_path(folder, name, "plain")
     if not plain_path.exists():
         save_onnx(plain, plain_path, SilentProgress())
@@ -56,7 +59,7 @@ def write_graphs(name: str, folder: Path, forms: list[str]) -> None:
             continue
         graph = exported.clone()
         parameters, guard = SwsParameters(**made.parameters), GuardOptions(made.guard, made.rows)
-        rewrite(graph, parameters, (), guard, model.target, SilentProgress(), sizes=sizes)
+        rewrite(graph, parameters, (), guard, TARGETS[model.target], SilentProgress(), sizes=sizes)
         save_sharing_weights(graph, path, plain, plain_path, SilentProgress())
 
 

@@ -1,5 +1,7 @@
-"""The error that passes raise when a graph is not what they need."""
+"""The error that passes raise for a graph that they cannot rewrite."""
+
+from onnx_ir.passes import PreconditionError
 
 
-class GraphError(ValueError):
+class GraphError(PreconditionError):
     """A graph cannot be rewritten; the message says where and why, and what to do."""

@@ -15,8 +15,9 @@ from graph_passes.find_sites import Site
 from graph_passes.find_unprojected import Unprojected, find_unprojected
 from graph_passes.functions import DOMAIN, build_comfyui_node_functions
 from graph_passes.grids import TEXT
-from graph_passes.insert_sws import add_input, require_plain, sides, state_pair
+from graph_passes.insert_sws import add_input, sides, state_pair
 from graph_passes.parameters import SwsParameters
+from graph_passes.plain_graph import require_plain
 
 FLOAT = ir.DataType.FLOAT
 Bases = Mapping[tuple[int, int], npt.NDArray[np.float32]]
@@ -56,17 +57,22 @@ class InsertComfyUINode(InPlacePass):
         self.bases = bases
         self.debug_outputs = debug_outputs
 
+    def requires(self, model: ir.Model) -> None:
+        """The graph has no SWS yet, see `require_plain`, and all sites are cross-attention to the text."""
+        if self.sites:
+            require_plain(model)
+        for site in self.sites:
+            if site.key_grid != TEXT:
+                raise GraphError(f"{site.name}: its keys are not of the text, and the node takes no others")
+
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the sites; nothing changes when there are none."""
         if not self.sites:
             return PassResult(model, modified=False)
-        require_plain(model)
         dtype = activation_dtype(model)
-        for site in self.sites:
-            if site.key_grid != TEXT:
-                raise GraphError(f"{site.name}: its keys are not of the text, and the node takes no others")
         origins = [find_unprojected(site) for site in self.sites]
-        for function in build_comfyui_node_functions(self.parameters, dtype, self.debug_outputs).values():
+        functions = build_comfyui_node_functions(self.parameters, dtype, site_metrics=self.debug_outputs)
+        for function in functions.values():
             model.functions[function.identifier()] = function
         model.graph.opset_imports[DOMAIN] = 1
         insertion = _Insertion(model.graph, origins[0].text, dtype, self.bases)

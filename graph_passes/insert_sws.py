@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
@@ -11,9 +10,12 @@ from graph_passes.activation_dtype import activation_dtype
 from graph_passes.debug_outputs import append_debug_outputs, debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
-from graph_passes.functions import DOMAIN, Guard, build_functions
+from graph_passes.functions import DOMAIN, build_functions
 from graph_passes.grids import TEXT, Grid, in_order
+from graph_passes.guard import GuardOptions
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
+from graph_passes.plain_graph import require_plain
+from graph_passes.target import Target
 
 FLOAT = ir.DataType.FLOAT
 BAND = len(diamond_offsets(STATE_RADIUS))
@@ -26,16 +28,6 @@ class StatePair:
     input: str
     output: str
     grid: Grid
-
-
-def require_plain(model: ir.Model) -> None:
-    """Refuse a graph that has SWS already.
-
-    Raises:
-        GraphError: It has the input `sigma`.
-    """
-    if any(value.name == "sigma" for value in model.graph.inputs):
-        raise GraphError("the graph has SWS already (input 'sigma'); start from an export without SWS")
 
 
 def state_pair(grid: Grid) -> StatePair:
@@ -57,37 +49,35 @@ class InsertSws(InPlacePass):
         self,
         sites: Sequence[Site],
         parameters: SwsParameters,
-        guard: Guard = "literal",
-        guard_rows: Fraction = Fraction(1),
-        branches: bool = False,
+        target: Target,
+        guard: GuardOptions,
+        *,
         debug_outputs: bool = False,
-        stored: bool = False,
     ) -> None:
-        """Rewrite `sites`; the form of the guard is that of `build_functions`."""
+        """Rewrite `sites` for `target`."""
         super().__init__()
         self.sites = sites
         self.parameters = parameters
-        self.guard: Guard = guard
-        self.guard_rows = guard_rows
-        self.branches = branches
-        self.stored = stored
+        self.target = target
+        self.guard = guard
         self.debug_outputs = debug_outputs
+
+    def requires(self, model: ir.Model) -> None:
+        """The graph has no SWS yet, see `require_plain`; any graph if there are no sites to rewrite."""
+        if self.sites:
+            require_plain(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the sites; nothing changes when there are none."""
         if not self.sites:
             return PassResult(model, modified=False)
-        require_plain(model)
-        dtype = activation_dtype(model)
         functions = build_functions(
             self.parameters,
-            dtype,
+            activation_dtype(model),
+            self.target,
             self.guard,
-            self.guard_rows,
-            self.branches,
-            self.debug_outputs,
+            site_metrics=self.debug_outputs,
             cross_attention=any(site.key_grid == TEXT for site in self.sites),
-            stored=self.stored,
         )
         for function in functions.values():
             model.functions[function.identifier()] = function
@@ -113,7 +103,7 @@ class InsertSws(InPlacePass):
         }
         query_grids: dict[int, ir.Value] = {}
         crossing = [site.factor for site in self.sites if site.key_grid == TEXT]
-        if crossing and self.guard_rows != 1:
+        if crossing and self.guard.rows != 1:
             query_grids = _insert_query_grids(graph, first, crossing)
         nodes = {}
         for site in self.sites:

@@ -1,36 +1,14 @@
-"""SWS parameters as a user writes them: `NAME=VALUE`; and the presets that they are parameters of."""
+"""SWS parameters as a user writes them: `NAME=VALUE`."""
 
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from graph_passes.parameters import STATE_RADIUS, SwsParameters
 from sws_export.errors import OptionError
 
-__all__ = [
-    "PRESETS",
-    "Preset",
-    "SwsParameters",
-    "bypass_level",
-    "check_parameters",
-    "check_preset",
-    "described_parameters",
-    "parse_parameters",
-    "recorded_parameters",
-]
-
-Preset = Literal["sws", "node"]
-"""`sws` is the method as it is described, `node` what the published ComfyUI node computes."""
-PRESETS: tuple[Preset, ...] = ("sws", "node")
-
-_WITHOUT_MEANING = {
-    "sws": {},
-    "node": {
-        "scales": "the node has one radius",
-        "schedule": "the node's u is the remaining noise, always",
-    },
-}
+__all__ = ["SwsParameters", "check_parameters", "parse_parameters", "recorded_parameters"]
 
 # Lowest and highest value allowed. Iteration counts of 0 would break what the zero state means.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -116,37 +94,9 @@ def check_parameters(parameters: SwsParameters) -> None:
         )
 
 
-def check_preset(preset: Preset, parameters: SwsParameters) -> None:
-    """Refuse a preset that does not exist, and parameters that have no meaning in it.
-
-    Raises:
-        OptionError: Names the preset or the parameter.
-    """
-    if preset not in PRESETS:
-        raise OptionError(f"--preset {preset} is unknown; choose {' or '.join(PRESETS)}")
-    defaults = SwsParameters()
-    for name, reason in _WITHOUT_MEANING[preset].items():
-        if getattr(parameters, name) != getattr(defaults, name):
-            raise OptionError(f"--sws {name} has no meaning with --preset {preset}: {reason}; leave it out")
-
-
-def described_parameters(preset: Preset, parameters: SwsParameters) -> dict[str, Any]:
-    """The parameters that mean something in the preset, by name."""
-    values = dataclasses.asdict(parameters)
-    return {name: value for name, value in values.items() if name not in _WITHOUT_MEANING[preset]}
-
-
 def recorded_parameters(described: Mapping[str, Any]) -> SwsParameters:
-    """The inverse of `described_parameters`, also after a way through JSON."""
+    """The parameters that a manifest records; those that it does not name have their defaults."""
     values = dict(described)
     if "scales" in values:
         values["scales"] = tuple(values["scales"])
     return SwsParameters(**values)
-
-
-def bypass_level(preset: Preset, parameters: SwsParameters) -> float | None:
-    """The noise level at which, and above which, a graph at intensity 0 is the plain UNet; None for any.
-
-    The node's temperature does not depend on the intensity; it is 1 where all is noise.
-    """
-    return parameters.sigma_max if preset == "node" else None

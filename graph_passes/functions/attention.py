@@ -1,38 +1,37 @@
 """`sws.Attention` and `sws.CrossAttention`: one whole site with mixed keys and values."""
 
-from fractions import Fraction
 from typing import Any
 
 import onnx_ir as ir
 
 from graph_passes.errors import GraphError
-from graph_passes.functions.building import Op, attribute_int, cast, define_function, mixed, per_sample
+from graph_passes.functions.building import (
+    Op,
+    attribute_int,
+    cast,
+    define_function,
+    join_heads,
+    mixed,
+    per_sample,
+    split_heads,
+)
 from graph_passes.functions.key_guard_fused import branching_site
-from graph_passes.functions.row_statistics import join_heads, split_heads
+from graph_passes.functions.key_guard_inputs import GuardInputs
+from graph_passes.guard import ROW_STRIDES, GuardOptions
 from graph_passes.parameters import STATE_RADIUS, SwsParameters
+from graph_passes.target import Target
 
 FLOAT = ir.DataType.FLOAT
-
-
-_STRIDES = {
-    Fraction(1): (1, 1),
-    Fraction(1, 2): (1, 2),
-    Fraction(1, 4): (2, 2),
-    Fraction(1, 8): (4, 2),
-    Fraction(1, 16): (4, 4),
-}
-"""Rows and columns of the grid from one query row that the guard sees to the next."""
 
 
 def build_attention(
     parameters: SwsParameters,
     dtype: ir.DataType,
-    guard_rows: Fraction = Fraction(1),
-    carries_values: bool = False,
-    figures: bool = False,
+    target: Target,
+    guard: GuardOptions,
     *,
+    site_metrics: bool = False,
     cross: bool = False,
-    heads_apart: bool = False,
 ) -> ir.Function:
     """`Attention(q, k, v [B, T, C], transport, tau_q, amplitude, kappa, key_gate, value_gain) -> y`.
 
@@ -45,23 +44,22 @@ def build_attention(
     Args:
         parameters: Constants of the method; `KeyGuard` carries those that its plugin needs.
         dtype: Of the model's activations.
-        guard_rows: Share of the query rows that the guard sees: 1, or 1/2 to 1/16 for a lattice over the
-            grid. An approximation, see `sampled_rows`.
-        carries_values: Let the attention that evaluates the divergence be the site's own where it can: a
-            fused guard with branches, on all rows of a float32 model.
-        figures: Give a second output [B, 1, 6] float32: `SITE_METRICS` of debug_outputs.
-        cross: Make `CrossAttention`.
-        heads_apart: Split the heads of the site's own attention with nodes. ONNX Runtime takes longer to do
-            that itself; TensorRT-RTX builds quicker where it does.
+        target: Runtime that the graph is for.
+        guard: How the key guard is computed. On a share of the query rows it evaluates a lattice over the
+            grid, see `sampled_rows`.
+        site_metrics: Give a second output [B, 1, 6] float32: `SITE_METRICS` of debug_outputs.
+        cross: Build `CrossAttention`.
 
     Raises:
-        GraphError: Another share.
+        GraphError: The share of rows is not supported.
     """
-    if guard_rows not in _STRIDES:
-        allowed = ", ".join(str(share) for share in _STRIDES)
-        raise GraphError(f"guard rows: {guard_rows} is not supported; use one of {allowed}")
-    strides = _STRIDES[guard_rows]
-    sampled = guard_rows != 1
+    if guard.rows not in ROW_STRIDES:
+        allowed = ", ".join(str(share) for share in ROW_STRIDES)
+        raise GraphError(f"guard rows: {guard.rows} is not supported; use one of {allowed}")
+    strides = ROW_STRIDES[guard.rows]
+    sampled = guard.rows != 1
+    # The attention that evaluates the divergence can then be the site's own.
+    carries_values = guard.form == "fused" and target.branches and not sampled and dtype == FLOAT
 
     def body(
         op: Op,
@@ -95,7 +93,7 @@ def build_attention(
                 mixed(op, k, k_perm, cast(op, key_share, dtype, FLOAT)),
                 mixed(op, v, v_perm, cast(op, value_share, dtype, FLOAT)),
             )
-            if heads_apart:
+            if target.split_heads:
                 return join_heads(op, op.Attention(*(split_heads(op, x) for x in operands), scale=scale))
             return op.Attention(
                 *operands,
@@ -105,13 +103,12 @@ def build_attention(
             )
 
         if carries_values:
-            alpha_k, a_v, y = branching_site(op, parameters, q, k, v, k_perm, v_perm, *per_batch, attend)
+            inputs = GuardInputs(q, k, k_perm, *per_batch)
+            alpha_k, a_v, y = branching_site(op, parameters, inputs, v, v_perm, attend)
         else:
+            rows = sampled_rows(op, q, query_grid, strides, dtype) if sampled else q
             alpha_k, a_v = op.KeyGuard(
-                sampled_rows(op, q, query_grid, strides, dtype) if sampled else q,
-                k,
-                k_perm,
-                *per_batch,
+                *GuardInputs(rows, k, k_perm, *per_batch),
                 num_heads=num_heads,
                 scale=scale,
                 key_cap=parameters.key_cap,
@@ -120,7 +117,7 @@ def build_attention(
                 _outputs=2,
             )
             y = attend(op, alpha_k, a_v)
-        return (y, _figures(op, q, k, k_perm, tau_q, alpha_k, a_v)) if figures else y
+        return (y, _figures(op, q, k, k_perm, tau_q, alpha_k, a_v)) if site_metrics else y
 
     inputs = dict.fromkeys(("q", "k", "v"), dtype)
     inputs |= dict.fromkeys(("transport", "tau_q", "amplitude", "kappa", "key_gate", "value_gain"), FLOAT)
@@ -130,7 +127,7 @@ def build_attention(
         "CrossAttention" if cross else "Attention",
         body,
         inputs,
-        ["y", "figures"] if figures else ["y"],
+        ["y", "figures"] if site_metrics else ["y"],
         [ir.Attr("num_heads", ir.AttributeType.INT, None), ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
 

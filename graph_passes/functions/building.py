@@ -109,6 +109,20 @@ def cast(op: Op, value: Any, dtype: ir.DataType, source: ir.DataType) -> Any:
     return value if dtype == source else op.Cast(value, to=int(dtype))
 
 
+def split_heads(op: Op, x: Any, perm: Sequence[int] = (0, 2, 1, 3)) -> Any:
+    """[B, T, C] as [B, T, heads, D], permuted: [B, heads, T, D] by default.
+
+    Of 3-D inputs, the shape inference of ONNX gets the output of `Attention` wrong.
+    """
+    shape = op.Concat([0, 0], attribute_int(op, "num_heads"), [-1], axis=0)
+    return op.Transpose(op.Reshape(x, shape), perm=list(perm))
+
+
+def join_heads(op: Op, x: Any) -> Any:
+    """[B, heads, T, D] as [B, T, C]."""
+    return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, -1])
+
+
 def per_sample(op: Op, vector: Any, rank: int) -> Any:
     """A [B] vector as [B, 1, ...] of `rank` dimensions, ready to broadcast."""
     return op.Unsqueeze(vector, list(range(1, rank)))

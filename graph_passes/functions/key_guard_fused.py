@@ -15,65 +15,41 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graph_passes.errors import GraphError
-from graph_passes.functions.building import Op, branch, mixed, true_for_any
+from graph_passes.functions.building import Op, branch, join_heads, mixed, split_heads, true_for_any
 from graph_passes.functions.entropy_factor import entropy_factor
+from graph_passes.functions.key_guard_inputs import GuardInputs
 from graph_passes.functions.materialized_statistics import MaterializedStatistics
-from graph_passes.functions.row_statistics import RowStatistics, join_heads, split_heads
+from graph_passes.functions.row_statistics import RowStatistics
 from graph_passes.functions.step_search import few_evaluations, proven_step
 from graph_passes.parameters import SwsParameters
-
-MIN_BUDGET = 1e-3
-"""Smallest KL budget (nats) that float32 statistics tell from rounding."""
-MAX_STEPS = 8
-"""Most halvings whose steps the evaluations tell apart."""
-
-
-def check_fused_guard(parameters: SwsParameters) -> None:
-    """Refuse parameters for which the fused guard is not known to find the literal form's step.
-
-    Raises:
-        GraphError: The smallest KL budget at which keys are mixed is below `MIN_BUDGET`, or the grid is finer
-            than `MAX_STEPS` halvings.
-    """
-    budget = parameters.kl_floor + parameters.kl_slope * max(0.0, 1.0 - parameters.u_stop)
-    if budget < MIN_BUDGET:
-        raise GraphError(
-            f"guard fused: the KL budget falls to {budget:.3g} nats, and below {MIN_BUDGET:g} rounding "
-            "decides; use guard literal, or raise kl_floor or kl_slope"
-        )
-    if parameters.bisection_steps > MAX_STEPS:
-        raise GraphError(
-            f"guard fused: bisection_steps is {parameters.bisection_steps}, and the fused guard resolves "
-            f"at most {MAX_STEPS}; use guard literal"
-        )
 
 
 def branchless_guard(
     op: Op,
     parameters: SwsParameters,
     dtype: ir.DataType,
-    q: Any,
-    k: Any,
-    k_perm: Any,
-    tau_q: Any,
-    amplitude: Any,
-    kappa: Any,
-    key_gate: Any,
+    inputs: GuardInputs,
     *,
-    stored: bool,
+    materialized_logits: bool,
 ) -> tuple[Any, Any]:
-    """The share of transported keys and the amplitude a, [B] float32 each; `dtype` is that of q and keys.
+    """The share of transported keys and the amplitude a, [B] float32 each.
 
-    `stored` is for a runtime that stores logits anyway: it needs half as many nodes.
+    Args:
+        op: Builder.
+        parameters: Constants of the method.
+        dtype: Of the model's activations.
+        inputs: Of `sws.KeyGuard`.
+        materialized_logits: Store logits instead of using `Attention`: half as many nodes.
     """
-    given = (op, q, k, k_perm, tau_q, dtype)
-    rows = MaterializedStatistics(*given) if stored else RowStatistics(*given, branches=False)
-    mix = _mix(op, amplitude, rows)
-    unit = _unit(op, parameters, mix, key_gate)
+    if materialized_logits:
+        rows: RowStatistics | MaterializedStatistics = MaterializedStatistics(op, inputs, dtype)
+    else:
+        rows = RowStatistics(op, inputs, dtype, branches=False)
+    mix = _mix(op, inputs.amplitude, rows)
+    unit = _unit(op, parameters, mix, inputs.key_gate)
     divergence = rows.divergence if isinstance(rows, MaterializedStatistics) else rows.divergence(op)
     last = 2**parameters.bisection_steps - 1
-    step = few_evaluations(op, lambda op, n: divergence(op, op.Mul(unit, n)), kappa, last)
+    step = few_evaluations(op, lambda op, n: divergence(op, op.Mul(unit, n)), inputs.kappa, last)
     return op.Mul(unit, step), mix
 
 
@@ -81,20 +57,14 @@ def branching_guard(
     op: Op,
     parameters: SwsParameters,
     dtype: ir.DataType,
-    q: Any,
-    k: Any,
-    k_perm: Any,
-    tau_q: Any,
-    amplitude: Any,
-    kappa: Any,
-    key_gate: Any,
+    inputs: GuardInputs,
 ) -> tuple[Any, Any]:
     """As `branchless_guard`, with branches; nothing is computed where no sample has an amplitude."""
 
     def found(op: Op) -> tuple[Any, Any]:
-        rows = RowStatistics(op, q, k, k_perm, tau_q, dtype, branches=True)
-        mix = _mix(op, amplitude, rows)
-        search = _Search(op, parameters, rows, _unit(op, parameters, mix, key_gate), kappa)
+        rows = RowStatistics(op, inputs, dtype, branches=True)
+        mix = _mix(op, inputs.amplitude, rows)
+        search = _Search(op, parameters, rows, _unit(op, parameters, mix, inputs.key_gate), inputs.kappa)
         value = branch(
             op,
             search.undecided,
@@ -104,8 +74,8 @@ def branching_guard(
         )
         return search.largest_share(op, search.binds(op, value), value), mix
 
-    nothing = op.Mul(amplitude, 0.0)
-    active = true_for_any(op, op.Greater(amplitude, 0.0))
+    nothing = op.Mul(inputs.amplitude, 0.0)
+    active = true_for_any(op, op.Greater(inputs.amplitude, 0.0))
     share, mix = branch(op, active, found, lambda _: (nothing, nothing), 2)
     return share, mix
 
@@ -113,16 +83,9 @@ def branching_guard(
 def branching_site(
     op: Op,
     parameters: SwsParameters,
-    q: Any,
-    k: Any,
+    inputs: GuardInputs,
     v: Any,
-    k_perm: Any,
     v_perm: Any,
-    tau_q: Any,
-    amplitude: Any,
-    kappa: Any,
-    key_gate: Any,
-    value_gain: Any,
     attend: Callable[[Op, Any, Any], Any],
 ) -> tuple[Any, Any, Any]:
     """The shares of transported keys and values, [B] each, and the output [B, T, C] of a float32 site.
@@ -133,31 +96,26 @@ def branching_site(
     Args:
         op: Builder.
         parameters: Constants of the method.
-        q: Queries [B, T, C]; k, v, k_perm and v_perm likewise.
-        k: Keys.
-        v: Values.
-        k_perm: Transported keys.
-        v_perm: Transported values.
-        tau_q: Temperature, [B]; all that follow likewise.
-        amplitude: Strength before the entropy factor.
-        kappa: Budget in nats.
-        key_gate: 0 where keys are left alone, else 1.
-        value_gain: Share of transported values at a strength of 1.
+        inputs: Of `sws.KeyGuard`, float32, with all query rows.
+        v: Values [B, T, C].
+        v_perm: Transported values, as `v`.
         attend: (op, share of keys, share of values) -> the site's output.
     """
 
     def found(op: Op) -> tuple[Any, Any, Any]:
-        rows = RowStatistics(op, q, k, k_perm, tau_q, ir.DataType.FLOAT, branches=True)
-        mix = _mix(op, amplitude, rows)
-        value_share = op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
-        search = _Search(op, parameters, rows, _unit(op, parameters, mix, key_gate), kappa)
+        rows = RowStatistics(op, inputs, ir.DataType.FLOAT, branches=True)
+        mix = _mix(op, inputs.amplitude, rows)
+        value_share = op.Clip(op.Mul(mix, inputs.value_gain), 0.0, 1.0)
+        search = _Search(op, parameters, rows, _unit(op, parameters, mix, inputs.key_gate), inputs.kappa)
 
         def together(op: Op) -> tuple[Any, Any]:
             values = split_heads(op, mixed(op, v, v_perm, value_share))
             value, y = rows.divergence(op, search.last).with_output(op, search.last, values)
             return value, join_heads(op, y)
 
-        value, carried = branch(op, search.undecided, together, lambda op: (search.no_divergence(op), q), 2)
+        value, carried = branch(
+            op, search.undecided, together, lambda op: (search.no_divergence(op), inputs.q), 2
+        )
         binds = search.binds(op, value)
         share = search.largest_share(op, binds, value)
         left_plain = true_for_any(op, op.LessOrEqual(mix, 0.0))
@@ -166,10 +124,10 @@ def branching_site(
         return share, value_share, y
 
     def plain(op: Op) -> tuple[Any, Any, Any]:
-        nothing = op.Mul(amplitude, 0.0)
+        nothing = op.Mul(inputs.amplitude, 0.0)
         return nothing, nothing, attend(op, nothing, nothing)
 
-    active = true_for_any(op, op.Greater(amplitude, 0.0))
+    active = true_for_any(op, op.Greater(inputs.amplitude, 0.0))
     share, value_share, y = branch(op, active, found, plain, 3)
     return share, value_share, y
 

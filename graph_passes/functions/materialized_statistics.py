@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graph_passes.functions.building import Op, cast, per_sample
-from graph_passes.functions.row_statistics import split_heads
+from graph_passes.functions.building import Op, cast, per_sample, split_heads
+from graph_passes.functions.key_guard_inputs import GuardInputs
 
 FLOAT = ir.DataType.FLOAT
 
@@ -21,24 +21,21 @@ class MaterializedStatistics:
         entropy: Of the plain rows in nats, less log T, [B, h, T', 1].
     """
 
-    def __init__(self, op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, dtype: ir.DataType) -> None:
+    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType) -> None:
         """Append the pass over the plain keys.
 
         Args:
             op: Builder.
-            q: Queries before their temperature, [B, T', C], `dtype`.
-            k: Keys [B, T, C], `dtype`.
-            k_perm: The same, transported.
-            tau_q: Temperature, [B].
+            inputs: Queries, keys and temperature.
             dtype: Of the model's activations.
         """
-        wide_k = cast(op, k, FLOAT, dtype)
+        wide_k = cast(op, inputs.k, FLOAT, dtype)
         scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        factor = op.Div(scale, per_sample(op, tau_q, 3))
-        self._query = split_heads(op, op.Mul(cast(op, q, FLOAT, dtype), factor))
+        factor = op.Div(scale, per_sample(op, inputs.tau_q, 3))
+        self._query = split_heads(op, op.Mul(cast(op, inputs.q, FLOAT, dtype), factor))
         # A vector added to all keys changes no weight, and costs digits.
         self._keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
-        self._change = split_heads(op, op.Sub(cast(op, k_perm, FLOAT, dtype), wide_k))
+        self._change = split_heads(op, op.Sub(cast(op, inputs.k_perm, FLOAT, dtype), wide_k))
         self._tokens = op.Cast(op.Shape(self._keys, start=2, end=3), to=int(FLOAT))
         self._log_mean, mean = self._read(op, self._keys, self._keys)
         self.entropy = op.Sub(self._log_mean, mean)

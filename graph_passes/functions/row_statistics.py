@@ -15,7 +15,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graph_passes.functions.building import Op, attribute_int, branch, cast, per_sample, true_for_any
+from graph_passes.functions.building import Op, branch, cast, per_sample, split_heads, true_for_any
+from graph_passes.functions.key_guard_inputs import GuardInputs
 
 FLOAT = ir.DataType.FLOAT
 _BELOW_CENTER = 60.0
@@ -33,29 +34,24 @@ class RowStatistics:
         entropy: Of the plain rows in nats, less log T, [B, h, T', 1].
     """
 
-    def __init__(
-        self, op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, dtype: ir.DataType, branches: bool
-    ) -> None:
+    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType, *, branches: bool) -> None:
         """Append the pass over the plain keys.
 
         Args:
             op: Builder.
-            q: Queries before their temperature, [B, T', C], `dtype`.
-            k: Keys [B, T, C], `dtype`.
-            k_perm: The same, transported.
-            tau_q: Temperature, [B].
+            inputs: Queries, keys and temperature.
             dtype: Of the model's activations.
             branches: Read rows of any logits, with branches for extreme ones. Without, a row is misread
                 whose largest logit lies 140 nats above both the mean logit and every eighth key.
         """
-        wide_k = cast(op, k, FLOAT, dtype)
+        wide_k = cast(op, inputs.k, FLOAT, dtype)
         scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        factor = op.Div(scale, per_sample(op, tau_q, 3))
-        self._query = split_heads(op, op.Mul(cast(op, q, FLOAT, dtype), factor))
+        factor = op.Div(scale, per_sample(op, inputs.tau_q, 3))
+        self._query = split_heads(op, op.Mul(cast(op, inputs.q, FLOAT, dtype), factor))
         self._padded_query = op.Pad(self._query, [0, 1], None, [3])
         # A vector added to all keys changes no weight; the mean logit of centred keys is 0.
         self._keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
-        self._change = split_heads(op, op.Sub(cast(op, k_perm, FLOAT, dtype), wide_k))
+        self._change = split_heads(op, op.Sub(cast(op, inputs.k_perm, FLOAT, dtype), wide_k))
         self._tokens = op.Cast(op.Shape(self._keys, start=2, end=3), to=int(FLOAT))
         self._marks = _marks(op, self._keys, self._tokens)
         self._marked_keys = self._marked(op, self._keys)
@@ -189,17 +185,6 @@ class Divergence:
 def attention(op: Op, q: Any, k: Any, v: Any) -> Any:
     """Fused attention of [B, h, T, D] tensors whose queries are scaled."""
     return op.Attention(q, k, v, scale=1.0)
-
-
-def split_heads(op: Op, x: Any) -> Any:
-    """[B, T, C] as [B, h, T, D]: of 3-D inputs, ONNX's inference gets the shape of `Attention` wrong."""
-    shape = op.Concat([0, 0], attribute_int(op, "num_heads"), [-1], axis=0)
-    return op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1, 3])
-
-
-def join_heads(op: Op, x: Any) -> Any:
-    """[B, h, T, D] as [B, T, C]."""
-    return op.Reshape(op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, -1])
 
 
 def _marks(op: Op, keys: Any, tokens: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graph_passes.functions.building import Op, attribute_int, cast, define_function, per_sample
+from graph_passes.functions.building import Op, cast, define_function, per_sample, split_heads
 
 FLOAT = ir.DataType.FLOAT
 _ABOVE_ROW_MEAN = 5.0
@@ -33,9 +33,9 @@ def build_site_metrics(dtype: ir.DataType) -> ir.Function:
     def body(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any) -> Any:
         rows = _Rows(op, op.Div(cast(op, q, FLOAT, dtype), per_sample(op, tau_q, 3)))
         wide_k = cast(op, k, FLOAT, dtype)
-        change = _split_heads(op, op.Sub(cast(op, k_perm, FLOAT, dtype), wide_k))
+        change = split_heads(op, op.Sub(cast(op, k_perm, FLOAT, dtype), wide_k))
         # A vector added to all keys changes no weight, and costs digits.
-        keys = _split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
+        keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
         share = per_sample(op, alpha_k, 4)
         mixed = op.Add(keys, op.Mul(share, change))
 
@@ -67,7 +67,7 @@ class _Rows:
 
     def __init__(self, op: Op, q: Any) -> None:
         self.op = op
-        self.queries = _split_heads(op, q)
+        self.queries = split_heads(op, q)
         self.scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
 
     def statistics(self, keys: Any, values: Any) -> tuple[Any, Any, Any]:
@@ -88,12 +88,6 @@ class _Rows:
 
     def _attention(self, q: Any, k: Any, v: Any) -> Any:
         return self.op.Attention(q, k, v, scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT))
-
-
-def _split_heads(op: Op, x: Any) -> Any:
-    """[B, T, C] as [B, h, T, D]."""
-    shape = op.Concat([0, 0], attribute_int(op, "num_heads"), [-1], axis=0)
-    return op.Transpose(op.Reshape(x, shape), perm=[0, 2, 1, 3])
 
 
 def _with_sentinel(op: Op, x: Any) -> Any:

@@ -14,7 +14,6 @@ from typing import Any, NotRequired, TypedDict, cast
 from sws_export.errors import ManifestError
 from sws_export.manifest.onnx_metadata import metadata_property
 from sws_export.manifest.typed_json import check_type
-from sws_export.parameters import Preset
 from sws_export.tensors import Precision, Shapes, TensorSpec
 
 METADATA_KEY = "sws_export.manifest"
@@ -121,7 +120,7 @@ class GraphDescription(TypedDict):
     inputs: list[TensorEntry]
     outputs: list[TensorEntry]
     states: list[StateEntry]
-    preset: Preset | None
+    preset: str | None
     sws: dict[str, Any] | None
     shared_inputs: list[str]
     sites: dict[str, list[str]]

@@ -4,16 +4,14 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from graph_passes.guard import GuardForm, GuardOptions, fused_guard_limit
 from sws_export.errors import OptionError
-from sws_export.parameters import Preset, SwsParameters, check_preset, parse_parameters
+from sws_export.parameters import SwsParameters, parse_parameters
+from sws_export.presets import DEFAULT_PRESET, PRESETS, preset_named
 
-if TYPE_CHECKING:
-    from graph_passes.functions import Guard
-    from sws_export.pipeline.rewrite import GuardOptions
-
-GUARDS = ("fused", "literal")
+GUARDS: tuple[GuardForm, ...] = ("fused", "literal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +19,10 @@ class SwsOptions:
     """Which attention sites get SWS, and how it is computed.
 
     Attributes:
-        preset: `sws` for the method as described, `node` for what the published ComfyUI node computes.
+        preset: Name or alias of a preset; an alias is replaced by the name.
         parameters: Constants of SWS.
         sites: Shell patterns of attention sites, self- and cross-attention; empty for all self-attention.
-            With the preset `node` of cross-attention only, and empty for all of it.
+            With the preset `comfyui-node` of cross-attention only, and empty for all of it.
         guard: `literal` materializes the logits of a site to find the key mixing, `fused` does not; None for
             `fused`, or for `literal` with parameters that `fused` does not support.
         guard_rows: Share of the query rows that the guard evaluates, such as 1/8; below 1 an approximation.
@@ -32,18 +30,19 @@ class SwsOptions:
         plain: Export without SWS.
     """
 
-    preset: Preset = "sws"
+    preset: str = DEFAULT_PRESET.name
     parameters: SwsParameters = field(default_factory=SwsParameters)
     sites: tuple[str, ...] = ()
-    guard: "Guard | None" = None
+    guard: GuardForm | None = None
     guard_rows: str = "1"
     debug_outputs: bool = False
     plain: bool = False
 
     def __post_init__(self) -> None:
-        check_preset(self.preset, self.parameters)
-        if self.preset == "node":
-            _check_node(self)
+        preset = preset_named(self.preset)
+        object.__setattr__(self, "preset", preset.name)
+        preset.check_parameters(self.parameters)
+        self._check_combination()
         if self.plain and (self.sites or self.debug_outputs or self.parameters != SwsParameters()):
             raise OptionError(
                 "--plain exports the UNet without SWS; leave out --sws, --sites and --debug-outputs"
@@ -55,9 +54,11 @@ class SwsOptions:
         group = parser.add_argument_group("SWS")
         group.add_argument(
             "--preset",
-            choices=("sws", "node"),
-            default="sws",
-            help="sws: as described (default); node: what the published ComfyUI node computes",
+            metavar=f"{{{','.join(PRESETS)}}}",
+            choices=[name for preset in PRESETS.values() for name in (preset.name, *preset.aliases)],
+            default=DEFAULT_PRESET.name,
+            help="; ".join(f"{preset.name}: {preset.summary}" for preset in PRESETS.values())
+            + f"; default: {DEFAULT_PRESET.name}",
         )
         group.add_argument(
             "--sws",
@@ -108,16 +109,29 @@ class SwsOptions:
         """`plain`, or the name of the preset."""
         return "plain" if self.plain else self.preset
 
-    def guard_options(self) -> "GuardOptions":
+    def _check_combination(self) -> None:
+        """Raise an error for options that have no meaning with the preset."""
+        preset = preset_named(self.preset)
+        reasons = {}
+        if self.plain and preset is not DEFAULT_PRESET:
+            reasons["--plain"] = "it exports the UNet without SWS"
+        if self.guard is not None and preset.fixed_guard:
+            reasons["--guard"] = preset.fixed_guard
+        if self.guard_rows != "1" and preset.fixed_guard:
+            reasons["--guard-rows"] = preset.fixed_guard
+        for option, reason in reasons.items():
+            raise OptionError(
+                f"{option} has no meaning with --preset {preset.name}: {reason}; leave one of them out"
+            )
+
+    def guard_options(self) -> GuardOptions:
         """The form of the key guard.
 
         Raises:
             OptionError: The form is unknown, or the share of rows is not between 0 and 1.
         """
-        from sws_export.pipeline.rewrite import GuardOptions
-
-        if self.preset == "node":
-            return GuardOptions("literal")
+        if preset_named(self.preset).fixed_guard:
+            return GuardOptions()
         if self.guard not in (None, *GUARDS):
             raise OptionError(f"--guard {self.guard} is unknown; choose {' or '.join(GUARDS)}")
         try:
@@ -128,37 +142,10 @@ class SwsOptions:
             raise OptionError(
                 f"--guard-rows {self.guard_rows}: expected a share of the rows, such as 1/8, or 1 for all"
             )
-        return GuardOptions(self.guard or _exact_guard(self.parameters), rows)
+        form: GuardForm = "literal" if fused_guard_limit(self.parameters) else "fused"
+        return GuardOptions(self.guard or form, rows)
 
     def cache_key(self) -> dict[str, Any]:
         """The options that the graph depends on, as JSON values."""
         guard = self.guard_options()
         return dataclasses.asdict(self) | {"guard": guard.form, "guard_rows": str(guard.rows)}
-
-
-def _check_node(options: SwsOptions) -> None:
-    """Refuse what has no meaning with `--preset node`."""
-    given = {
-        "--plain": options.plain,
-        "--guard": options.guard is not None,
-        "--guard-rows": options.guard_rows != "1",
-    }
-    for option, is_given in given.items():
-        if is_given:
-            reason = (
-                "it exports the UNet without SWS"
-                if option == "--plain"
-                else "its guard has one form, which stores the few logits of the text and looks at all rows"
-            )
-            raise OptionError(f"{option} has no meaning with --preset node: {reason}; leave one of them out")
-
-
-def _exact_guard(parameters: SwsParameters) -> "Guard":
-    from graph_passes.errors import GraphError
-    from graph_passes.functions import check_fused_guard
-
-    try:
-        check_fused_guard(parameters)
-    except GraphError:
-        return "literal"
-    return "fused"

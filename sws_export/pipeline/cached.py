@@ -222,7 +222,7 @@ class StageCache:
                 "precision": plan.source.precision,
                 "options": plan.options.source.cache_key() | plan.options.sws.cache_key(),
                 "validated": plan.options.validate,
-                "target": plan.target,
+                "target": plan.target.name,
                 "sizes": dict(sizes),
                 "versions": library_versions(("onnxruntime", "numpy", "polygraphy")),
                 "code": code_version(),

@@ -11,8 +11,10 @@ import onnx_ir as ir
 
 from graph_passes.debug_outputs import PREFIX, debug_output_names
 from graph_passes.grids import TEXT
+from graph_passes.guard import GuardOptions
 from graph_passes.insert_sws import StatePair
 from graph_passes.parameters import SwsParameters
+from graph_passes.target import Target
 from sws_export.cache import FileDigest
 from sws_export.engines import EngineReport
 from sws_export.manifest import (
@@ -26,8 +28,8 @@ from sws_export.manifest import (
     StateEntry,
     TensorEntry,
 )
-from sws_export.parameters import Preset, described_parameters
-from sws_export.pipeline.rewrite import GuardOptions, RewriteReport, Target
+from sws_export.pipeline.rewrite import RewriteReport
+from sws_export.presets import Preset
 from sws_export.stage_timings import StageTiming
 from sws_export.tensors import Precision, Shapes, TensorSpec
 from sws_export.validation import ValidationReport
@@ -60,19 +62,19 @@ def describe_graph(
         guard: Form of the key guard; None for a plain export.
         opset: Opset of the graph.
     """
-    preset: Preset = rewrite.preset if rewrite else "sws"
+    preset = rewrite.preset if rewrite else None
     return {
         "format": FORMAT_VERSION,
         "precision": precision,
-        "target": target,
+        "target": target.name,
         "guard": {"form": guard.form, "rows": str(guard.rows)} if guard else None,
         "opset": opset,
         "inputs": [_tensor_entry(spec) for spec in inputs],
         "outputs": [_tensor_entry(spec) for spec in outputs],
-        "states": [_state_entry(pair, preset) for pair in rewrite.states] if rewrite else [],
-        "preset": preset if rewrite else None,
-        "sws": described_parameters(preset, parameters) if parameters else None,
-        "shared_inputs": ["sigma", "intensity"] if preset == "node" else [],
+        "states": [_state_entry(pair, rewrite.preset) for pair in rewrite.states] if rewrite else [],
+        "preset": preset.name if preset else None,
+        "sws": preset.used_parameters(parameters) if preset and parameters else None,
+        "shared_inputs": list(preset.shared_inputs) if preset else [],
         "sites": {grid.name: list(names) for grid, names in rewrite.sites.items()} if rewrite else {},
         "skipped_sites": [
             {"name": site.name, "reason": site.reason} for site in (rewrite.skipped if rewrite else ())
@@ -93,13 +95,7 @@ def _tensor_entry(spec: TensorSpec) -> TensorEntry:
 
 
 def _state_entry(pair: StatePair, preset: Preset) -> StateEntry:
-    persistent = preset == "node"
-    if persistent:
-        reset = (
-            "never; all sites share it, across the batch and from image to image; feed zeros to start over"
-        )
-    else:
-        reset = "feed zeros at the first step of every image"
+    reset = preset.reset_rule
     if pair.grid == TEXT:
         reset += ", and when the number of text tokens changes from one step to the next"
     return {
@@ -108,7 +104,7 @@ def _state_entry(pair: StatePair, preset: Preset) -> StateEntry:
         "grid": pair.grid.name,
         "downsampling": pair.grid.factor,
         "initial": "zeros",
-        "persistent": persistent,
+        "persistent": preset.persistent_state,
         "reset": reset,
     }
 

@@ -10,14 +10,16 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from graph_passes.pipeline import plain_passes
 from sws_export.errors import ValidationError
 from sws_export.manifest import METADATA_KEY, GraphDescription, SourceEntry, parse_manifest
 from sws_export.onnx_files import graph_specs, release_weights, save_onnx, save_sharing_weights
 from sws_export.parameters import SwsParameters, recorded_parameters
 from sws_export.pipeline.describe import describe_graph, embed, library_versions
 from sws_export.pipeline.plan import ExportPlan
-from sws_export.pipeline.rewrite import finish_plain, rewrite
+from sws_export.pipeline.rewrite import rewrite
 from sws_export.pipeline.run_log import Recorded, RunLog
+from sws_export.presets import preset_named
 from sws_export.progress import Progress, SilentProgress
 from sws_export.tracing.export_unet import OPSET
 from sws_export.validation import OutputDifference, SwsSpec, ValidationReport
@@ -181,7 +183,7 @@ class GraphBuilder:
         report = None
         with _measured(self._log, "rewrite", progress):
             if sws.plain:
-                finish_plain(model, sizes)
+                plain_passes(sizes)(model)
             else:
                 report = rewrite(
                     model,
@@ -190,7 +192,7 @@ class GraphBuilder:
                     sws.guard_options(),
                     plan.target,
                     progress,
-                    preset=sws.preset,
+                    preset=preset_named(sws.preset),
                     debug_outputs=sws.debug_outputs,
                     sizes=sizes,
                 )
@@ -271,7 +273,7 @@ def sws_spec(description: GraphDescription) -> SwsSpec:
         tuple(name for names in description["sites"].values() for name in names),
         Fraction(guard["rows"]) if guard else Fraction(1),
         tuple(debug["sites"]) if debug else (),
-        description["preset"],
+        preset_named(description["preset"]),
     )
 
 

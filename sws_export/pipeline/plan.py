@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from graph_passes.target import TARGETS, Target
 from sws_export.engines import BuildOptions, choose_backend
 from sws_export.engines.choice import get_backend
 from sws_export.engines.plugin_library import find_plugin_library
 from sws_export.options import ExportOptions, artefact_kind
 from sws_export.options.sizes import check_static_dimensions
-from sws_export.pipeline.rewrite import Target
 from sws_export.progress import Progress
 from sws_export.sources import Source
 from sws_export.tensors import Range, Sizes
@@ -47,7 +47,8 @@ class ExportPlan:
     def summary(self) -> str:
         """The export in a few words, for lists of results."""
         return (
-            f"{self.source.path.name}, {self.source.precision}, {self.options.sws.method}, for {self.target}"
+            f"{self.source.path.name}, {self.source.precision}, {self.options.sws.method}, "
+            f"for {self.target.name}"
         )
 
     @property
@@ -66,7 +67,7 @@ def make_plan(source: Source, options: ExportOptions, out: Path, progress: Progr
     if artefact_kind(out) == "onnx":
         return ExportPlan(source, options, out, None, _graph_target(options), _static_sizes(source, options))
     engine = _configure_engine(source, options, progress)
-    target: Target = "tensorrt" if engine.build.plugins else "tensorrt-rtx"
+    target = TARGETS["tensorrt" if engine.build.plugins else "tensorrt-rtx"]
     return ExportPlan(source, options, out, engine, target, engine.sizes.fixed())
 
 
@@ -98,5 +99,5 @@ def _graph_target(options: ExportOptions) -> Target:
     without plugins.
     """
     if options.backend is None:
-        return "onnxruntime"
-    return "tensorrt" if get_backend(options.backend).plugins else "tensorrt-rtx"
+        return TARGETS["onnxruntime"]
+    return TARGETS["tensorrt" if get_backend(options.backend).plugins else "tensorrt-rtx"]

@@ -1,55 +1,26 @@
-"""Plain ONNX to SWS ONNX: which sites, which passes, what the result's contract is."""
+"""Plain ONNX to SWS ONNX: site selection, the passes, and a report."""
 
 import collections
 import dataclasses
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
-from typing import Literal
 
 import onnx_ir as ir
 
-from graph_passes.choose_transport import ChooseTransport
-from graph_passes.clean_graph import CleanGraph
 from graph_passes.debug_outputs import debug_order
-from graph_passes.decompose_guard_attention import DecomposeGuardAttention
 from graph_passes.errors import GraphError
-from graph_passes.find_sites import Site, SkippedSite, find_sites
-from graph_passes.fold_constants import FoldConstants
-from graph_passes.functions import Guard
+from graph_passes.find_sites import Site, SkippedSite
 from graph_passes.grids import TEXT, Grid, in_order
-from graph_passes.insert_sws import InsertSws, StatePair, state_pair
-from graph_passes.lower_functions import PLUGIN_OPERATORS, LowerFunctions
+from graph_passes.guard import GuardOptions
+from graph_passes.insert_sws import StatePair, state_pair
 from graph_passes.parameters import SwsParameters
-from graph_passes.set_static_shapes import SetStaticShapes
-from graph_passes.split_query_chunks import SplitQueryChunks
+from graph_passes.pipeline import sws_passes
+from graph_passes.target import Target
 from sws_export.errors import ExportError, OptionError
 from sws_export.onnx_files import declared_sizes
-from sws_export.parameters import Preset
-from sws_export.presets.comfyui_node import insert_comfyui_node, node_candidates
+from sws_export.presets import DEFAULT_PRESET, Preset
 from sws_export.progress import Progress
-
-Target = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
-
-_KEPT_OPERATORS: dict[Target, frozenset[str]] = {
-    "onnxruntime": frozenset(),
-    "tensorrt-rtx": frozenset(),
-    "tensorrt": PLUGIN_OPERATORS,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class GuardOptions:
-    """How the key guard is computed.
-
-    Attributes:
-        form: `literal` stores the logits of a site, `fused` does not.
-        rows: Share of the query rows that it looks at; below 1 an approximation.
-    """
-
-    form: Guard = "literal"
-    rows: Fraction = Fraction(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +29,11 @@ class RewriteReport:
 
     Attributes:
         sites: Names of the sites with SWS by the grid of their keys.
-        skipped: Attention nodes left as they were, with the reason.
+        skipped: Attention nodes that were left unchanged, with the reason.
         states: State pairs, finest grid first, that of the text last.
-        nodes: Nodes of the result, those in branches included.
-        debug_sites: Columns of the debug outputs; none where there are no such outputs.
-        preset: Whose mathematics.
+        nodes: Number of nodes of the result, those in branches included.
+        debug_sites: Sites in the order of the columns of the debug outputs; empty without debug outputs.
+        preset: Preset that was inserted.
     """
 
     sites: dict[Grid, tuple[str, ...]]
@@ -70,7 +41,7 @@ class RewriteReport:
     states: tuple[StatePair, ...]
     nodes: int
     debug_sites: tuple[str, ...] = ()
-    preset: Preset = "sws"
+    preset: Preset = DEFAULT_PRESET
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -86,85 +57,69 @@ def rewrite(
     target: Target,
     progress: Progress,
     *,
-    preset: Preset = "sws",
+    preset: Preset = DEFAULT_PRESET,
     debug_outputs: bool = False,
     sizes: Mapping[str, int] | None = None,
 ) -> RewriteReport:
-    """Put SWS into `model`, in place, and lower it for `target`.
+    """Insert SWS into `model`, in place, and lower it for `target`.
 
     Args:
         model: A plain export.
         parameters: Constants of the method.
-        patterns: Shell patterns of site names; empty for all self-attention, or with the preset `node` for
-            all cross-attention.
-        guard: Form of the key guard.
+        patterns: Shell patterns of site names; empty for the default sites of the preset.
+        guard: How the key guard is computed.
         target: Runtime that the graph is for.
-        progress: Hears which sites are taken and which are not.
-        preset: Whose mathematics.
-        debug_outputs: Give out what each site does at a step.
-        sizes: batch, height and width (latent) and tokens, as far as the result is fixed to them.
+        progress: Receives which sites have SWS and which were skipped.
+        preset: Method to insert.
+        debug_outputs: Add outputs with the metrics of each site.
+        sizes: Static sizes by symbol: `batch`, `height` and `width` of the latent, `tokens`.
 
     Raises:
-        ExportError: The graph has no site that SWS can take, or is not a plain export; or the preset is
-            `node` and a site that the node patches cannot be taken.
+        ExportError: The graph has no site that SWS can be inserted at, is not a plain export, or a site that
+            the preset needs has no supported form.
         OptionError: A pattern matches no site.
     """
     with progress.stage("rewrite") as stage:
         stage.describe("finding attention sites")
-        found, skipped = find_sites(model, cross_attention=bool(patterns) or preset == "node")
-        if preset == "node":
-            found, skipped = node_candidates(found, skipped, patterns)
-        if not found:
-            raise ExportError(_no_sites(skipped))
-        sites, deselected = _select(found, patterns)
-        skipped += deselected
+        sites, skipped = _select_sites(model, preset, patterns)
+        stage.describe("inserting SWS and lowering it")
         try:
-            stage.describe("inserting SWS")
-            if preset == "node":
-                insert_comfyui_node(model, sites, parameters, debug_outputs=debug_outputs)
-            else:
-                InsertSws(
-                    sites,
-                    parameters,
-                    guard.form,
-                    guard.rows,
-                    # TensorRT captures a step as one CUDA graph, which has no branches.
-                    branches=target == "onnxruntime",
-                    # TensorRT-RTX has no kernel for float32 attention.
-                    stored=target == "tensorrt-rtx",
-                    debug_outputs=debug_outputs,
-                )(model)
-            stage.describe("lowering")
-            SetStaticShapes(declared_sizes(model) | dict(sizes or {}))(model)
-            if target == "onnxruntime":
-                SplitQueryChunks(guard.rows)(model)
-            elif target == "tensorrt-rtx":
-                DecomposeGuardAttention()(model)
-            kept = _KEPT_OPERATORS[target]
-            if not kept:
-                LowerFunctions(frozenset({"BandedTransport"}))(model)
-                ChooseTransport()(model)
-            LowerFunctions(kept)(model)
-            FoldConstants()(model)
-            CleanGraph()(model)
-        except GraphError as error:
-            raise ExportError(str(error)) from error
-    report = dataclasses.replace(_report(model, sites, skipped), preset=preset)
-    if debug_outputs:
-        columns = tuple(site.name for site in debug_order(sites))
-        report = dataclasses.replace(report, debug_sites=columns)
+            insertion = preset.insertion(sites, parameters, guard, target, debug_outputs=debug_outputs)
+            sws_passes(target, insertion, declared_sizes(model) | dict(sizes or {}), guard.rows)(model)
+        except (GraphError, ir.passes.PassError) as error:
+            cause = error.__cause__ if isinstance(error, ir.passes.PassError) else error
+            if not isinstance(cause, GraphError):
+                raise
+            raise ExportError(str(cause)) from error
+    report = _report(model, preset, sites, skipped, debug_outputs)
     for line in describe_sites(report):
         progress.log(line)
-    if preset == "sws":
+    if preset.fixed_guard is None:
         progress.log(f"key guard: {guard.form}, {'all' if guard.rows == 1 else guard.rows} of the query rows")
     return report
 
 
-def finish_plain(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Fix the sizes of a plain export and clean it, in place."""
-    SetStaticShapes(sizes)(model)
-    FoldConstants()(model)
-    CleanGraph()(model)
+def _select_sites(
+    model: ir.Model, preset: Preset, patterns: Sequence[str]
+) -> tuple[list[Site], list[SkippedSite]]:
+    """The sites to insert SWS at, and all other attention nodes with a reason."""
+    candidates, skipped = preset.candidate_sites(model, patterns)
+    if not candidates:
+        raise ExportError(_no_sites(skipped))
+    if not patterns:
+        return candidates, skipped
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(site.name, pattern) for site in candidates):
+            raise OptionError(
+                f"--sites '{pattern}' matches no attention site; "
+                f"there are {_abbreviate(site.name for site in candidates)}"
+            )
+    sites = [site for site in candidates if any(fnmatch.fnmatchcase(site.name, p) for p in patterns)]
+    names = {site.name for site in sites}
+    deselected = [
+        SkippedSite(site.name, "not selected by --sites") for site in candidates if site.name not in names
+    ]
+    return sites, [*skipped, *deselected]
 
 
 def _no_sites(skipped: list[SkippedSite]) -> str:
@@ -179,23 +134,13 @@ def _no_sites(skipped: list[SkippedSite]) -> str:
     )
 
 
-def _select(sites: list[Site], patterns: Sequence[str]) -> tuple[list[Site], list[SkippedSite]]:
-    if not patterns:
-        return sites, []
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
-            raise OptionError(
-                f"--sites '{pattern}' matches no attention site; "
-                f"there are {_abbreviate(site.name for site in sites)}"
-            )
-    chosen = [site for site in sites if any(fnmatch.fnmatchcase(site.name, p) for p in patterns)]
-    names = {site.name for site in chosen}
-    return chosen, [
-        SkippedSite(site.name, "not selected by --sites") for site in sites if site.name not in names
-    ]
-
-
-def _report(model: ir.Model, sites: Iterable[Site], skipped: Iterable[SkippedSite]) -> RewriteReport:
+def _report(
+    model: ir.Model,
+    preset: Preset,
+    sites: Sequence[Site],
+    skipped: Iterable[SkippedSite],
+    debug_outputs: bool,
+) -> RewriteReport:
     by_grid: dict[Grid, list[str]] = collections.defaultdict(list)
     for site in sites:
         by_grid[site.key_grid].append(site.name)
@@ -205,11 +150,13 @@ def _report(model: ir.Model, sites: Iterable[Site], skipped: Iterable[SkippedSit
         skipped=tuple(skipped),
         states=tuple(map(state_pair, grids)),
         nodes=sum(1 for _ in model.graph.all_nodes()),
+        debug_sites=tuple(site.name for site in debug_order(sites)) if debug_outputs else (),
+        preset=preset,
     )
 
 
 def describe_sites(report: RewriteReport) -> list[str]:
-    """One line a grid, and one for each reason to skip."""
+    """One line for each grid, and one for each reason to skip a site."""
     lines = [
         f"SWS at {len(names)} sites, {_place(grid)}: {_abbreviate(names)}"
         for grid, names in report.sites.items()

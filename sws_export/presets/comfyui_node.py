@@ -1,55 +1,114 @@
-"""`--preset node` on a graph: which sites the published node patches, and the bases it needs there."""
+"""The preset `comfyui-node`: what the published ComfyUI node computes."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-import onnx_ir as ir
-
-from graph_passes.find_sites import Site, SkippedSite
-from graph_passes.grids import TEXT
-from graph_passes.insert_comfyui_node import InsertComfyUINode, basis_widths
+from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
 from sws_export.errors import ExportError
-from sws_export.reference.orthonormal_basis import orthonormal_basis
+from sws_export.presets.preset import Preset, ReferenceModel
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from diffusers import UNet2DConditionModel
+
+    from graph_passes.find_sites import Site, SkippedSite
+    from graph_passes.insert_comfyui_node import InsertComfyUINode
+    from graph_passes.target import Target
+    from sws_export.presets.preset import Floats
 
 _PATCHED = ".attn2"
-_LEFT_ALONE = ".attn1"
+_NOT_PATCHED = ".attn1"
 
 
-def node_candidates(
-    found: Sequence[Site], skipped: Sequence[SkippedSite], patterns: Sequence[str]
-) -> tuple[list[Site], list[SkippedSite]]:
-    """The sites that the node patches, and all others with a reason.
+class ComfyUINodePreset(Preset):
+    """Cross-attention to the text; one persistent state and one noise level for the whole batch."""
 
-    Args:
-        found: Sites that can be taken, cross-attention among them.
-        skipped: Sites that cannot.
-        patterns: Shell patterns of site names; empty for all.
+    name = "comfyui-node"
+    aliases = ("node",)
+    summary = "what the published ComfyUI node computes"
+    unused_parameters: ClassVar[Mapping[str, str]] = {
+        "scales": "the node has one radius",
+        "schedule": "the node's u is the remaining noise, always",
+    }
+    fixed_guard = "its guard has one form, which stores the few logits of the text and looks at all rows"
+    persistent_state = True
+    reset_rule = (
+        "never; all sites share it, across the batch and from image to image; feed zeros to start over"
+    )
+    shared_inputs = ("sigma", "intensity")
 
-    Raises:
-        ExportError: A site that the node would patch cannot be taken: every site moves the state, so that
-            leaving one out changes all others.
-    """
-    for site in skipped:
-        wanted = not patterns or any(fnmatch.fnmatchcase(site.name, pattern) for pattern in patterns)
-        if wanted and not site.name.endswith(_LEFT_ALONE):
-            raise ExportError(
-                f"--preset node cannot take the attention site {site.name}: {site.reason}; export the "
-                "checkpoint with sws-export, or choose the sites that it can take with --sites"
-            )
-    sites = [site for site in found if site.key_grid == TEXT and site.name.endswith(_PATCHED)]
-    left = [site for site in found if site not in sites]
-    reason = "the node leaves self-attention alone"
-    return sites, [*skipped, *(SkippedSite(site.name, reason) for site in left)]
+    def candidate_sites(
+        self, model: "ir.Model", patterns: Sequence[str]
+    ) -> "tuple[list[Site], list[SkippedSite]]":
+        """The cross-attention sites that the node patches.
 
+        Raises:
+            ExportError: The node would patch a site that has no supported form. Each site updates the state,
+                so leaving one out changes all that follow.
+        """
+        from graph_passes.find_sites import SkippedSite, find_sites
+        from graph_passes.grids import TEXT
 
-def insert_comfyui_node(
-    model: ir.Model, sites: Sequence[Site], parameters: SwsParameters, *, debug_outputs: bool
-) -> None:
-    """Put the node's mathematics into `sites`, in place.
+        found, skipped = find_sites(model, cross_attention=True)
+        for site in skipped:
+            wanted = not patterns or any(fnmatch.fnmatchcase(site.name, pattern) for pattern in patterns)
+            if wanted and not site.name.endswith(_NOT_PATCHED):
+                raise ExportError(
+                    f"--preset {self.name} cannot take the attention site {site.name}: {site.reason}; export "
+                    "the checkpoint with sws-export, or choose the sites that it can take with --sites"
+                )
+        sites = [site for site in found if site.key_grid == TEXT and site.name.endswith(_PATCHED)]
+        others = [site for site in found if site not in sites]
+        reason = "the node leaves self-attention alone"
+        return sites, [*skipped, *(SkippedSite(site.name, reason) for site in others)]
 
-    Raises:
-        GraphError: What a site's projections are of cannot be found; the message names the site.
-    """
-    bases = {widths: orthonormal_basis(*widths).numpy() for widths in sorted(basis_widths(sites))}
-    InsertComfyUINode(sites, parameters, bases, debug_outputs)(model)
+    def insertion(
+        self,
+        sites: "Sequence[Site]",
+        parameters: SwsParameters,
+        guard: GuardOptions,
+        target: "Target",
+        *,
+        debug_outputs: bool = False,
+    ) -> "InsertComfyUINode":
+        """See `InsertComfyUINode`; the orthonormal bases that `sites` need are computed here."""
+        from graph_passes.insert_comfyui_node import InsertComfyUINode, basis_widths
+        from sws_export.reference.orthonormal_basis import orthonormal_basis
+
+        del guard, target
+        bases = {widths: orthonormal_basis(*widths).numpy() for widths in sorted(basis_widths(sites))}
+        return InsertComfyUINode(sites, parameters, bases, debug_outputs)
+
+    def reference_unet(
+        self, unet: "UNet2DConditionModel", parameters: SwsParameters, sites: Sequence[str]
+    ) -> ReferenceModel:
+        """See `ComfyUINodeReferenceUNet`."""
+        from sws_export.reference import ComfyUINodeReferenceUNet
+
+        return ComfyUINodeReferenceUNet(unet, parameters, sites)
+
+    def bypass_sigma(self, parameters: SwsParameters) -> float | None:
+        """sigma_max: the temperature does not depend on the intensity, and is 1 there and above."""
+        return parameters.sigma_max
+
+    def schedule(self, sigma: "Floats", intensity: float, parameters: SwsParameters) -> tuple[float, float]:
+        """The remaining noise u and the KL budget."""
+        import torch
+
+        from sws_export.reference import comfyui_node_schedule
+
+        del intensity
+        step = comfyui_node_schedule(torch.from_numpy(sigma), parameters)
+        return float(step.u[0]), float(step.kappa[0])
+
+    def banded_state(self, state: "Floats") -> "Floats":
+        """The state [1, n, n] is dense and that of the whole batch."""
+        import numpy as np
+        import torch
+
+        from sws_export.reference import band_from_dense, text_grid
+
+        band = band_from_dense(torch.from_numpy(state), *text_grid(state.shape[1]))
+        return np.asarray(band[0].numpy(), np.float32)

@@ -21,7 +21,6 @@ from sws_export.reference.comfyui_node_transport import (
 )
 from sws_export.reference.comfyui_node_unet import ComfyUINodeReferenceUNet, comfyui_node_sites
 from sws_export.reference.noise_schedule import Schedule, blend_weights, schedule
-from sws_export.reference.presets import reference_unet
 from sws_export.reference.transport import (
     band_from_dense,
     blended_transport,
@@ -55,7 +54,6 @@ __all__ = [
     "momentum",
     "moving_average",
     "rebalance",
-    "reference_unet",
     "scale_transport",
     "schedule",
     "self_attention_sites",

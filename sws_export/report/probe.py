@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from sws_export.errors import OptionError, ValidationError
 from sws_export.manifest import SourceEntry
-from sws_export.parameters import Preset, SwsParameters, bypass_level, recorded_parameters
+from sws_export.parameters import SwsParameters, recorded_parameters
+from sws_export.presets import Preset, preset_named
 from sws_export.progress import Progress
 from sws_export.report.explanation import Floats, SiteMetrics, StepMetrics
 from sws_export.runtime.contract import Contract
@@ -25,7 +26,7 @@ class Probe:
         self._stream, self._plain = session.stream(), session.stream()
         self._contract = session.contract
         self._preset, self._parameters = method_of(session.contract)
-        self._bypass_level = bypass_level(self._preset, self._parameters)
+        self._bypass_sigma = self._preset.bypass_sigma(self._parameters)
         self._reference = reference
         self._intensity = intensity
 
@@ -36,14 +37,14 @@ class Probe:
         begin = time.perf_counter()
         found = self._stream.step(**inputs, sigma=step.sigma, intensity=self._intensity).astype(np.float64)
         seconds = time.perf_counter() - begin
-        level = step.sigma if self._bypass_level is None else self._bypass_level
-        plain = self._plain.step(**inputs, sigma=level, intensity=0.0).astype(np.float64)
+        sigma = step.sigma if self._bypass_sigma is None else self._bypass_sigma
+        plain = self._plain.step(**inputs, sigma=sigma, intensity=0.0).astype(np.float64)
         error: float | None = None
         sites: dict[str, SiteMetrics] = {}
         if self._reference is not None:
             expected, sites = self._reference.look(step, inputs)
             error = float(np.abs(found - expected).max() / np.abs(expected).max())
-        u, kappa = self._schedule(step)
+        u, kappa = self._preset.schedule(step.sigma, self._intensity, self._parameters)
         figures = StepMetrics(
             sigma=float(step.sigma[0]),
             progress=u,
@@ -52,22 +53,9 @@ class Probe:
             effect=float(np.sqrt(np.square(found - plain).mean() / np.square(plain).mean())),
             error=error,
             sites=self._told() if self._contract.metrics else sites,
-            states={name: _banded(self._contract, values) for name, values in self._stream.state().items()},
+            states={name: self._preset.banded_state(values) for name, values in self._stream.state().items()},
         )
         return figures, found
-
-    def _schedule(self, step: TrajectoryStep) -> tuple[float, float]:
-        """u and the KL cap of a step."""
-        import torch
-
-        from sws_export.reference import comfyui_node_schedule, schedule
-
-        sigma = torch.from_numpy(step.sigma)
-        if self._preset == "node":
-            node = comfyui_node_schedule(sigma, self._parameters)
-            return float(node.u[0]), float(node.kappa[0])
-        now = schedule(sigma, torch.full_like(sigma, self._intensity), self._parameters)
-        return float(now.u[0]), float(now.kappa[0])
 
     def _told(self) -> dict[str, SiteMetrics]:
         """Figures that the artefact gives, by site."""
@@ -88,31 +76,17 @@ def method_of(contract: Contract) -> tuple[Preset, SwsParameters]:
     preset, sws = contract.manifest["preset"], contract.manifest["sws"]
     if preset is None or sws is None:
         raise OptionError(f"{contract.path} was exported with --plain: it contains no SWS to report on")
-    return preset, recorded_parameters(sws)
-
-
-def _banded(contract: Contract, state: Floats) -> Floats:
-    """The transport of the first sample, [145, H, W]; the node's is dense and of the whole batch."""
-    if contract.preset != "node":
-        return np.asarray(state[0], np.float32)
-    import torch
-
-    from sws_export.reference import band_from_dense, text_grid
-
-    band = band_from_dense(torch.from_numpy(state), *text_grid(state.shape[1]))
-    return np.asarray(band[0].numpy(), np.float32)
+    return preset_named(preset), recorded_parameters(sws)
 
 
 class Reference:
     """The eager reference with a state of its own."""
 
     def __init__(self, model: Path, contract: Contract, intensity: float, progress: Progress) -> None:
-        from sws_export.reference import reference_unet
-
         preset, parameters = method_of(contract)
         sites = [name for names in contract.manifest["sites"].values() for name in names]
         unet = _load_checked(model, contract.manifest["source"], progress)
-        self._unet = reference_unet(preset, unet, parameters, sites)
+        self._unet = preset.reference_unet(unet, parameters, sites)
         self._intensity = intensity
         self._state: dict[str, Any] | None = None
 

@@ -18,7 +18,6 @@ from sws_export.manifest import (
     read_manifest,
     tensor_specs,
 )
-from sws_export.parameters import Preset
 from sws_export.tensors import SIZE_AXES, Shapes, TensorSpec
 
 _COMPARED = ("inputs", "outputs", "states", "preset", "sws", "precision", "debug_outputs")
@@ -78,8 +77,8 @@ class Contract:
         return any(spec.name == "intensity" for spec in self.inputs)
 
     @property
-    def preset(self) -> Preset | None:
-        """The preset; None for a plain export."""
+    def preset(self) -> str | None:
+        """Name of the preset; None for a plain export."""
         return self.manifest["preset"]
 
     @property

@@ -10,7 +10,10 @@ import numpy as np
 from PIL import Image
 
 from sws_export.errors import CheckpointError, OptionError
+from sws_export.parameters import recorded_parameters
+from sws_export.presets import preset_named
 from sws_export.progress import Progress, SilentProgress
+from sws_export.runtime.contract import Contract
 from sws_export.sampling.effects import Effect, Floats, Sampled, measure
 from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
 from sws_export.sampling.pipeline_class import pipeline_class
@@ -96,11 +99,18 @@ def sample_pipeline(
                 stage.advance()
             runs.append(Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1)))
     effects = [measure(run, runs[0]) for run in runs]
-    # The node keeps its temperature at intensity 0.
-    zero = "plain" if unet.session.contract.preset == "sws" else "SWS 0"
+    zero = "plain" if _is_plain_at_zero(unet.session.contract) else "SWS 0"
     sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
     save_picture(sheet, out)
     return effects
+
+
+def _is_plain_at_zero(contract: Contract) -> bool:
+    """Whether intensity 0 gives the plain UNet at every noise level."""
+    sws = contract.manifest["sws"]
+    if contract.preset is None or sws is None:
+        return True
+    return preset_named(contract.preset).bypass_sigma(recorded_parameters(sws)) is None
 
 
 def comparison_sheet(

@@ -35,12 +35,11 @@ class ReferenceRunner:
         import torch
 
         from sws_export.checkpoint.unet_module import stream_unet
-        from sws_export.reference import reference_unet
 
         self._dtype = torch.float64 if float64 else torch.float32
         self._unet = stream_unet(checkpoint, self._dtype, fused)
         self._sws_unet = (
-            reference_unet(sws_spec.preset, self._unet, sws_spec.parameters, sws_spec.sites)
+            sws_spec.preset.reference_unet(self._unet, sws_spec.parameters, sws_spec.sites)
             if sws_spec.sites
             else None
         )

@@ -4,7 +4,7 @@ import dataclasses
 from fractions import Fraction
 
 from graph_passes.parameters import SwsParameters
-from sws_export.parameters import Preset
+from sws_export.presets import DEFAULT_PRESET, Preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,4 +23,4 @@ class SwsSpec:
     sites: tuple[str, ...]
     guard_rows: Fraction = Fraction(1)
     debug_sites: tuple[str, ...] = ()
-    preset: Preset = "sws"
+    preset: Preset = DEFAULT_PRESET

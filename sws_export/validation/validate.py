@@ -12,7 +12,6 @@ from sws_export.checkpoint import Checkpoint, FusedWeights
 from sws_export.checkpoint.unet_io import size_multiple
 from sws_export.errors import ValidationError
 from sws_export.onnx_files import declared_sizes, load_onnx
-from sws_export.parameters import bypass_level
 from sws_export.progress import Progress
 from sws_export.tensors import Precision, TensorSpec
 from sws_export.validation.compare import OutputDifference, compare_outputs, max_over_steps
@@ -194,7 +193,7 @@ def validate_against_plain(
         precision: Precision of the export.
         progress: Receives the stage.
     """
-    bypass_sigma = bypass_level(sws_spec.preset, sws_spec.parameters)
+    bypass_sigma = sws_spec.preset.bypass_sigma(sws_spec.parameters)
     start = time.monotonic()
     trajectory = Trajectory(inputs, sizes, STEPS)
     intensity = np.zeros(sizes["batch"])

@@ -8,24 +8,19 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.clean_graph import CleanGraph
-from graph_passes.find_sites import find_sites
-from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import LowerFunctions
-from graph_passes.parameters import SwsParameters
 from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from tests.conftest import RunOnnx, ShapesModel
 from tests.graph_passes.small_models import feeds, graph_bytes
-from tests.graph_passes.test_insert_sws import sws_feeds, two_grids
+from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 
-def inserted(branches: bool = True, model: ir.Model | None = None) -> ir.Model:
-    model = model or two_grids()
-    InsertSws(find_sites(model)[0], SwsParameters(), "fused", branches=branches)(model)
-    return model
+def with_branches(branches: bool = True, model: ir.Model | None = None) -> ir.Model:
+    return inserted(model or two_grids(), form="fused", target="onnxruntime" if branches else "tensorrt")
 
 
 def finished(branches: bool = True, model: ir.Model | None = None) -> ir.Model:
-    model = inserted(branches, model)
+    model = with_branches(branches, model)
     LowerFunctions()(model)
     CleanGraph()(model)
     return model
@@ -62,7 +57,7 @@ def test_intensity_zero_is_the_plain_graph_bit_for_bit(run_onnx: RunOnnx) -> Non
 
 
 def test_lowering_and_cleaning_change_no_number(run_onnx: RunOnnx) -> None:
-    model = inserted()
+    model = with_branches()
     values = sws_feeds(model)
     expected = run_onnx(model, values)
     LowerFunctions()(model)
@@ -103,7 +98,7 @@ def test_what_only_a_branch_uses_stays_and_what_none_uses_goes() -> None:
 
 
 def test_notes_in_branches_are_cleared() -> None:
-    model = inserted()
+    model = with_branches()
     LowerFunctions()(model)
     (first, *_) = subgraphs(model)
     first[0].doc_string = first[0].outputs[0].doc_string = "/home/somebody"

@@ -5,10 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.choose_transport import ChooseTransport
-from graph_passes.find_sites import find_sites
-from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import LowerFunctions
-from graph_passes.parameters import SwsParameters
 from graph_passes.set_static_shapes import SetStaticShapes
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import finished, graph_bytes, op_counts
@@ -78,8 +75,7 @@ def test_a_grid_of_unknown_size_keeps_its_tiles(sizes: dict[str, int]) -> None:
 
 def test_a_plugin_keeps_its_call() -> None:
     """Inside `sws.Attention`, as graphs for TensorRT have it until plugins are kept, nothing is chosen."""
-    model = two_grids()
-    InsertSws(find_sites(model)[0], SwsParameters())(model)
+    model = inserted(two_grids())
     SetStaticShapes(SIZES)(model)
     assert not ChooseTransport()(model).modified
 

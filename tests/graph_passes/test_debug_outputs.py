@@ -7,7 +7,6 @@ from graph_passes.clean_graph import CleanGraph
 from graph_passes.debug_outputs import debug_order, debug_output_names
 from graph_passes.decompose_guard_attention import DecomposeGuardAttention
 from graph_passes.find_sites import find_sites
-from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
 from tests.conftest import RunOnnx
@@ -18,9 +17,7 @@ PARAMETERS = SwsParameters()
 
 
 def debugged() -> ir.Model:
-    model = two_grids()
-    assert InsertSws(find_sites(model)[0], PARAMETERS, "fused", debug_outputs=True)(model).modified
-    return model
+    return inserted(two_grids(), form="fused", debug_outputs=True)
 
 
 def lowered(model: ir.Model) -> ir.Model:
@@ -48,8 +45,7 @@ def test_columns_go_by_grid_and_then_by_place() -> None:
 
 
 def test_the_other_outputs_stay_as_they_are(run_onnx: RunOnnx) -> None:
-    model = two_grids()
-    InsertSws(find_sites(model)[0], PARAMETERS, "fused")(model)
+    model = inserted(two_grids(), form="fused")
     feeds = sws_feeds(model)
     expected, found = run_onnx(lowered(model), feeds), run_onnx(lowered(debugged()), feeds)
     for name, values in expected.items():
@@ -57,8 +53,7 @@ def test_the_other_outputs_stay_as_they_are(run_onnx: RunOnnx) -> None:
 
 
 def test_without_the_option_nothing_is_there() -> None:
-    model = two_grids()
-    InsertSws(find_sites(model)[0], PARAMETERS, "fused")(model)
+    model = inserted(two_grids(), form="fused")
     assert b"sws_debug" not in graph_bytes(model)
     assert b"SiteMetrics" not in graph_bytes(model)
 

@@ -5,19 +5,14 @@ import onnx_ir as ir
 
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.decompose_guard_attention import DecomposeGuardAttention
-from graph_passes.find_sites import find_sites
-from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import LowerFunctions
-from graph_passes.parameters import SwsParameters
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import op_counts
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 
 def fused() -> ir.Model:
-    model = two_grids()
-    assert InsertSws(find_sites(model)[0], SwsParameters(), "fused")(model).modified
-    return model
+    return inserted(two_grids(), form="fused")
 
 
 def guard_ops(model: ir.Model) -> list[str]:

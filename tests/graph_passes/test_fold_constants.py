@@ -5,11 +5,8 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.clean_graph import CleanGraph
-from graph_passes.find_sites import find_sites
 from graph_passes.fold_constants import FoldConstants
-from graph_passes.insert_sws import InsertSws
 from graph_passes.lower_functions import LowerFunctions
-from graph_passes.parameters import SwsParameters
 from graph_passes.set_static_shapes import SetStaticShapes
 from tests.conftest import RunOnnx, ShapesModel
 from tests.graph_passes.small_models import (
@@ -21,7 +18,7 @@ from tests.graph_passes.small_models import (
     op_counts,
     site_name,
 )
-from tests.graph_passes.test_insert_sws import sws_feeds, two_grids
+from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 SIZES = {"height": 8, "width": 12, "tokens": 5}
 ON_SIZES = {"Shape", "Range", "Expand", "Squeeze", "ReduceProd", "Min"}
@@ -29,7 +26,7 @@ ON_SIZES = {"Shape", "Range", "Expand", "Squeeze", "ReduceProd", "Min"}
 
 def lowered(sizes: dict[str, int]) -> ir.Model:
     model = two_grids()
-    InsertSws(find_sites(model)[0], SwsParameters(), "literal")(model)
+    inserted(model)
     SetStaticShapes(sizes)(model)
     LowerFunctions()(model)
     return model
@@ -148,7 +145,7 @@ def test_a_plain_graph_keeps_its_nodes() -> None:
 def test_the_example_keeps_its_weights(shapes_model: ShapesModel) -> None:
     model = shapes_model("fp32")
     weights = {name for name in model.graph.initializers if name.endswith((".weight", ".bias"))}
-    InsertSws(find_sites(model)[0], SwsParameters(), "fused")(model)
+    inserted(model, form="fused")
     SetStaticShapes({"height": 32, "width": 32, "tokens": 77})(model)
     LowerFunctions()(model)
     FoldConstants()(model)

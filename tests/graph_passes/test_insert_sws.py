@@ -11,8 +11,10 @@ import pytest
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import find_sites
 from graph_passes.grids import Grid
+from graph_passes.guard import GuardForm, GuardOptions
 from graph_passes.insert_sws import BAND, InsertSws, StatePair, state_pair
 from graph_passes.parameters import SwsParameters
+from graph_passes.target import TARGETS
 from tests.conftest import RunOnnx, ShapesModel
 from tests.graph_passes.small_models import (
     SiteSpec,
@@ -46,10 +48,19 @@ def inserted(
     take: Callable[[str], bool] = lambda _: True,
     *,
     cross: bool = False,
+    form: GuardForm = "literal",
     rows: Fraction = Fraction(1),
+    target: str = "tensorrt",
+    parameters: SwsParameters | None = None,
+    debug_outputs: bool = False,
 ) -> ir.Model:
+    """The model itself with SWS at the sites that `take` is true of."""
     sites = [site for site in find_sites(model, cross_attention=cross)[0] if take(site.name)]
-    assert InsertSws(sites, SwsParameters(), guard_rows=rows)(model).modified
+    guard = GuardOptions(form, rows)
+    insertion = InsertSws(
+        sites, parameters or SwsParameters(), TARGETS[target], guard, debug_outputs=debug_outputs
+    )
+    assert insertion(model).modified
     return model
 
 
@@ -201,7 +212,7 @@ def test_state_out_is_a_transport_whose_rows_are_shares(run_onnx: RunOnnx) -> No
 def test_no_sites_no_change() -> None:
     model = two_grids()
     before = graph_bytes(model)
-    assert not InsertSws([], SwsParameters())(model).modified
+    assert not InsertSws([], SwsParameters(), TARGETS["tensorrt"], GuardOptions())(model).modified
     assert graph_bytes(model) == before
 
 
@@ -209,7 +220,7 @@ def test_a_graph_that_has_sws_is_refused_and_left_alone() -> None:
     model = inserted(two_grids())
     before = graph_bytes(model)
     with pytest.raises(GraphError, match="has SWS already"):
-        InsertSws(find_sites(model)[0], SwsParameters())(model)
+        inserted(model)
     assert graph_bytes(model) == before
 
 
@@ -217,14 +228,14 @@ def test_an_output_of_unknown_type_is_refused() -> None:
     model = two_grids()
     model.graph.outputs[0].type = None
     with pytest.raises(GraphError, match="dtype of the graph's output is unknown"):
-        InsertSws(find_sites(model)[0], SwsParameters())(model)
+        inserted(model)
 
 
 def test_a_graph_with_an_input_called_sigma_is_refused() -> None:
     model = two_grids()
     model.graph.inputs.append(float_input("sigma", ["batch"]))
     with pytest.raises(GraphError, match="sigma"):
-        InsertSws(find_sites(model)[0], SwsParameters())(model)
+        inserted(model)
 
 
 def test_the_example_gets_one_state_a_grid(shapes_model: ShapesModel) -> None:

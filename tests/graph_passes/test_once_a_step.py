@@ -6,9 +6,11 @@ from fractions import Fraction
 import onnx_ir as ir
 import pytest
 
+from graph_passes.guard import GuardOptions
 from graph_passes.insert_sws import InsertSws
 from graph_passes.parameters import SwsParameters
-from sws_export.pipeline.rewrite import GuardOptions, Target, rewrite
+from graph_passes.target import TARGETS
+from sws_export.pipeline.rewrite import rewrite
 from sws_export.progress import SilentProgress
 from tests.conftest import ShapesModel
 from tests.graph_passes.small_models import SiteSpec, build_model, op_counts, site_name
@@ -23,13 +25,19 @@ ONCE_A_GRID = ("Conv", "ConvTranspose")
 ON_TOKENS = {"Conv", "ConvTranspose", "Range", "Expand", "Reciprocal", "ReduceProd"}
 
 
-def finished(factors: list[int], sizes: dict[str, int], target: Target = "onnxruntime") -> ir.Model:
+def finished(factors: list[int], sizes: dict[str, int], target: str = "onnxruntime") -> ir.Model:
     """A graph with a site for each of the downsamplings given."""
     names = {factor: iter(paths) for factor, paths in NAMES.items()}
     specs = [SiteSpec(name=site_name(next(names[factor])), factor=factor) for factor in factors]
     model = build_model(specs, levels=2)
     rewrite(
-        model, SwsParameters(), (), GuardOptions("fused", Fraction(1)), target, SilentProgress(), sizes=sizes
+        model,
+        SwsParameters(),
+        (),
+        GuardOptions("fused", Fraction(1)),
+        TARGETS[target],
+        SilentProgress(),
+        sizes=sizes,
     )
     return model
 
@@ -41,7 +49,7 @@ def all_counts(model: ir.Model) -> collections.Counter[str]:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("sizes", [{}, SIZES])
-def test_a_further_site_adds_nothing_of_the_transport(sizes: dict[str, int], target: Target) -> None:
+def test_a_further_site_adds_nothing_of_the_transport(sizes: dict[str, int], target: str) -> None:
     two, three, four = (all_counts(finished([1] * count, sizes, target)) for count in (2, 3, 4))
     assert two["Conv"] > 0
     for op_type in ON_TOKENS:
@@ -76,11 +84,11 @@ def test_blend_and_momentum_are_once_a_grid(sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("sizes", [{}, {"height": 32, "width": 32, "tokens": 77}])
 def test_nothing_is_unused_or_done_twice(
-    shapes_model: ShapesModel, sizes: dict[str, int], target: Target
+    shapes_model: ShapesModel, sizes: dict[str, int], target: str
 ) -> None:
     """On the example in float16, whose statistics are float32: no Cast is made twice, none is undone."""
     model = shapes_model("fp16")
-    rewrite(model, SwsParameters(), (), GuardOptions("fused"), target, SilentProgress(), sizes=sizes)
+    rewrite(model, SwsParameters(), (), GuardOptions("fused"), TARGETS[target], SilentProgress(), sizes=sizes)
     casts = collections.Counter()
     for node in model.graph.all_nodes():
         assert any(value.uses() or value.is_graph_output() for value in node.outputs), node.name
@@ -98,4 +106,4 @@ def test_the_plain_graph_has_none_of_it() -> None:
     """The counts above count what SWS adds."""
     model = build_model([SiteSpec()])
     assert not ON_TOKENS & op_counts(model).keys()
-    assert not InsertSws([], SwsParameters())(model).modified
+    assert not InsertSws([], SwsParameters(), TARGETS["tensorrt"], GuardOptions())(model).modified

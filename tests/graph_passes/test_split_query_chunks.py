@@ -6,14 +6,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes.find_sites import find_sites
-from graph_passes.insert_sws import InsertSws
 from graph_passes.parameters import SwsParameters
 from graph_passes.set_static_shapes import SetStaticShapes
 from graph_passes.split_query_chunks import SplitQueryChunks
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import finished, graph_bytes
-from tests.graph_passes.test_insert_sws import sws_feeds, two_grids
+from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 SIZES = {"height": 8, "width": 12}
 FOUR_PARTS = 8 * 12 * 8 * 12 // 4
@@ -22,9 +20,8 @@ FOUR_PARTS = 8 * 12 * 8 * 12 // 4
 
 def fused(sizes: dict[str, int], rows: Fraction = Fraction(1), cap: float = 0.3) -> ir.Model:
     """Two sites on a grid of 8 x 12 and one on 4 x 6, with branches, not yet lowered."""
-    model = two_grids()
     parameters = SwsParameters(key_cap=cap, kl_floor=1e-3, kl_slope=0.0)
-    InsertSws(find_sites(model)[0], parameters, "fused", rows, branches=True)(model)
+    model = inserted(two_grids(), form="fused", rows=rows, target="onnxruntime", parameters=parameters)
     SetStaticShapes(sizes)(model)
     return model
 

@@ -163,13 +163,19 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         (("--backend", "openvino"), "--backend openvino is unknown; choose tensorrt-rtx or tensorrt"),
         (("--plain", "--sites", "mid_block.*"), "--plain"),
         (("--plain", "--sws", "beta=0.5"), "--plain"),
-        (("--preset", "node", "--plain"), "--plain has no meaning with --preset node"),
+        (("--preset", "node", "--plain"), "--plain has no meaning with --preset comfyui-node"),
         (
             ("--preset", "node", "--guard", "fused"),
-            "--guard has no meaning with --preset node: its guard has",
+            "--guard has no meaning with --preset comfyui-node: its guard has",
         ),
-        (("--preset", "node", "--guard-rows", "1/8"), "--guard-rows has no meaning with --preset node"),
-        (("--preset", "node", "--sws", "scales=1,2,3"), "--sws scales has no meaning with --preset node"),
+        (
+            ("--preset", "node", "--guard-rows", "1/8"),
+            "--guard-rows has no meaning with --preset comfyui-node",
+        ),
+        (
+            ("--preset", "node", "--sws", "scales=1,2,3"),
+            "--sws scales has no meaning with --preset comfyui-node",
+        ),
         (
             ("--preset", "node", "--sites", "*.attn1"),
             "--sites '*.attn1' matches no attention site; there are",

@@ -9,16 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sws_export.errors import OptionError
-from sws_export.parameters import (
-    PRESETS,
-    Preset,
-    SwsParameters,
-    bypass_level,
-    check_parameters,
-    described_parameters,
-    parse_parameters,
-    recorded_parameters,
-)
+from sws_export.parameters import SwsParameters, check_parameters, parse_parameters, recorded_parameters
+from sws_export.presets import PRESETS, Preset, preset_named
 
 
 def test_nothing_said_is_the_published_method() -> None:
@@ -103,14 +95,14 @@ def test_any_text_is_a_parameter_or_an_option_error(name: str, text: str) -> Non
     check_parameters(parameters)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
 def test_what_is_described_can_be_read_again(preset: Preset) -> None:
     parameters = SwsParameters(beta=0.3, kl_floor=0.5)
-    described = json.loads(json.dumps(described_parameters(preset, parameters)))
+    described = json.loads(json.dumps(preset.used_parameters(parameters)))
     assert recorded_parameters(described) == parameters
-    assert ("scales" in described) == ("schedule" in described) == (preset == "sws")
+    assert ("scales" in described) == ("schedule" in described) == (preset.name == "sws")
 
 
 def test_the_node_is_bypassed_where_all_is_noise() -> None:
-    assert bypass_level("sws", SwsParameters()) is None
-    assert bypass_level("node", SwsParameters(sigma_max=80.0)) == 80.0
+    assert preset_named("sws").bypass_sigma(SwsParameters()) is None
+    assert preset_named("node").bypass_sigma(SwsParameters(sigma_max=80.0)) == 80.0

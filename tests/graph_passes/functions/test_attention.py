@@ -10,10 +10,12 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.errors import GraphError
-from graph_passes.functions import Guard, build_functions
+from graph_passes.functions import build_functions
 from graph_passes.functions.attention import sampled_rows
 from graph_passes.functions.building import Op, define_function
+from graph_passes.guard import GuardForm, GuardOptions
 from graph_passes.parameters import SwsParameters
+from graph_passes.target import TARGETS
 from tests.graph_passes.functions.calls import FLOAT, Array, Call
 
 HEIGHT, WIDTH, CHANNELS = 12, 8, 16
@@ -21,10 +23,10 @@ TOKENS = HEIGHT * WIDTH
 
 
 @cache
-def site(rows: Fraction, form: Guard = "fused") -> Call:
+def site(rows: Fraction, form: GuardForm = "fused") -> Call:
     tokens = ["batch", "tokens", CHANNELS]
     shapes = {"q": tokens, "k": tokens, "v": tokens, "transport": ["batch", 145, "height", "width"]}
-    functions = build_functions(SwsParameters(), FLOAT, form, rows)
+    functions = build_functions(SwsParameters(), FLOAT, TARGETS["tensorrt"], GuardOptions(form, rows))
     return Call(functions, "Attention", shapes, FLOAT, {"num_heads": 2, "scale": 8**-0.5})
 
 
@@ -125,7 +127,7 @@ def test_both_guards_give_the_same_site() -> None:
 
 
 @cache
-def cross_site(rows: Fraction, form: Guard = "literal") -> Call:
+def cross_site(rows: Fraction, form: GuardForm = "literal") -> Call:
     shapes: dict[str, Sequence[int | str]] = {
         "q": ["batch", "tokens", CHANNELS],
         "k": ["batch", "text", CHANNELS],
@@ -133,7 +135,9 @@ def cross_site(rows: Fraction, form: Guard = "literal") -> Call:
         "transport": ["batch", 145, 1, "text"],
         "query_grid": [2],
     }
-    functions = build_functions(SwsParameters(), FLOAT, form, rows, cross_attention=True)
+    functions = build_functions(
+        SwsParameters(), FLOAT, TARGETS["tensorrt"], GuardOptions(form, rows), cross_attention=True
+    )
     return Call(functions, "CrossAttention", shapes, FLOAT, {"num_heads": 2, "scale": 8**-0.5})
 
 
@@ -167,7 +171,7 @@ def test_both_guards_give_the_same_cross_attention(text: int, kappa: float) -> N
 
 @pytest.mark.parametrize("form", ["fused", "literal"])
 @pytest.mark.parametrize(("row", "seen"), [((2, 1), False), ((1, 1), True)])
-def test_lattice_of_cross_attention_is_the_images(row: tuple[int, int], seen: bool, form: Guard) -> None:
+def test_lattice_of_cross_attention_is_the_images(row: tuple[int, int], seen: bool, form: GuardForm) -> None:
     """A query of the same length in another direction changes the other rows where the guard sees it."""
     q = np.random.default_rng(0).standard_normal((1, TOKENS, CHANNELS), dtype=np.float32)
     q[:, 0] *= 5.0  # the longest and the shortest, which are seen in any case
@@ -184,4 +188,4 @@ def test_other_shares_are_refused() -> None:
     with pytest.raises(
         GraphError, match="guard rows: 1/3 is not supported; use one of 1, 1/2, 1/4, 1/8, 1/16"
     ):
-        build_functions(SwsParameters(), ir.DataType.FLOAT, "fused", Fraction(1, 3))
+        build_functions(SwsParameters(), FLOAT, TARGETS["tensorrt"], GuardOptions("fused", Fraction(1, 3)))

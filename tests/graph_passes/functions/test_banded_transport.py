@@ -10,7 +10,9 @@ import pytest
 
 from graph_passes.functions import build_functions
 from graph_passes.functions.dense_transport import build_dense_transport
+from graph_passes.guard import GuardOptions
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
+from graph_passes.target import TARGETS
 from tests.graph_passes.functions.calls import FLOAT, Array, Call
 
 CHANNELS = 5
@@ -23,7 +25,13 @@ SHAPES = {
 
 @cache
 def transport(dtype: ir.DataType = FLOAT) -> Call:
-    return Call(build_functions(SwsParameters(), dtype), "BandedTransport", SHAPES, dtype, {})
+    return Call(
+        build_functions(SwsParameters(), dtype, TARGETS["tensorrt"], GuardOptions()),
+        "BandedTransport",
+        SHAPES,
+        dtype,
+        {},
+    )
 
 
 @cache
@@ -82,7 +90,7 @@ def test_sites_of_a_grid_share_matrices_and_indices() -> None:
     from graph_passes.clean_graph import CleanGraph
     from graph_passes.lower_functions import LowerFunctions
 
-    function = build_functions(SwsParameters(), FLOAT)["BandedTransport"]
+    function = build_functions(SwsParameters(), FLOAT, TARGETS["tensorrt"], GuardOptions())["BandedTransport"]
 
     def nodes(count: int) -> int:
         band = ir.Value(

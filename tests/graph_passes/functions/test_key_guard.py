@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graph_passes.errors import GraphError
-from graph_passes.functions import Guard, build_functions
+from graph_passes.functions import build_functions
 from graph_passes.functions.building import Op, define_function
+from graph_passes.functions.key_guard_inputs import GuardInputs
 from graph_passes.functions.row_statistics import RowStatistics
+from graph_passes.guard import GuardForm, GuardOptions
 from graph_passes.parameters import SwsParameters
+from graph_passes.target import TARGETS
 from tests.graph_passes.functions.calls import FLOAT, Array, Call
 from tests.graph_passes.functions.oracle import Oracle
 
@@ -23,29 +26,24 @@ HEADS, SIZE = 2, 16
 WIDTH = HEADS * SIZE
 FLOAT16 = ir.DataType.FLOAT16
 
-FORMS = [
-    pytest.param({"branches": False}, id="straight-line"),
-    pytest.param({"branches": True}, id="branches"),
-    pytest.param({"branches": False, "stored": True}, id="stored"),
-]
+BRANCHLESS, MATERIALIZED = "tensorrt", "tensorrt-rtx"
 
 Tokens = tuple[Array, Array, Array]
 
 
 @cache
 def guard(
-    form: Guard,
+    form: GuardForm,
     parameters: SwsParameters = SwsParameters(),  # noqa: B008  (frozen)
     dtype: ir.DataType = FLOAT,
-    branches: bool = True,
+    target: str = "onnxruntime",
     heads: int = HEADS,
     size: int = SIZE,
-    stored: bool = False,
 ) -> Call:
     rows = ["batch", "rows", heads * size]
     keys = ["batch", "tokens", heads * size]
     return Call(
-        build_functions(parameters, dtype, form, branches=branches, stored=stored),
+        build_functions(parameters, dtype, TARGETS[target], GuardOptions(form)),
         "KeyGuard",
         {"q": rows, "k": keys, "k_perm": keys},
         FLOAT,
@@ -141,12 +139,12 @@ CASES: dict[str, Callable[[Tokens], Tokens]] = {
 @pytest.mark.parametrize("count", [64, 250])
 @pytest.mark.parametrize("key_cap", [0.3, 1.0])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", FORMS)
-def test_same_step(form: dict[str, bool], case: str, key_cap: float, count: int, kappa: float) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_same_step(target: str, case: str, key_cap: float, count: int, kappa: float) -> None:
     parameters = SwsParameters(key_cap=key_cap)
     tokens = CASES[case](noise(count))
     expected, share = steps(guard("literal", parameters), tokens, kappa, parameters)
-    found, found_share = steps(guard("fused", parameters, **form), tokens, kappa, parameters)
+    found, found_share = steps(guard("fused", parameters, target=target), tokens, kappa, parameters)
     # A divergence within 1e-4 of the budget may fall on either side.
     assert np.abs(found - expected).max() <= (1 if case == "offset" else 0)
     assert np.abs(found_share - share).max() < 1e-4
@@ -198,7 +196,7 @@ def test_three_evaluations_do_miss_steps() -> None:
         expected, _ = steps(guard("literal", parameters), tokens, 0.02, parameters)
         proven, _ = steps(guard("fused", parameters), tokens, 0.02, parameters)
         assert proven.tolist() == expected.tolist()
-        found, _ = steps(guard("fused", parameters, branches=False), tokens, 0.02, parameters)
+        found, _ = steps(guard("fused", parameters, target=BRANCHLESS), tokens, 0.02, parameters)
         missed += int((found != expected).sum())
     assert 0 < missed < 12
 
@@ -229,9 +227,9 @@ def test_a_row_beyond_every_eighth_key_is_read() -> None:
     assert oracle.largest_logit() > 200
     assert 0.2 < oracle.entropy().max() < 0.7
     assert value_share[0] / 0.6 == pytest.approx(oracle.entropy_factor(), abs=1e-3)
-    _, stored = guard("fused", branches=False, stored=True)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
+    _, stored = guard("fused", target=MATERIALIZED)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
     assert stored[0] / 0.6 == pytest.approx(oracle.entropy_factor(), abs=1e-3)
-    _, misread = guard("fused", branches=False)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
+    _, misread = guard("fused", target=BRANCHLESS)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
     assert abs(misread[0] / 0.6 - oracle.entropy_factor()) > 1e-2
 
 
@@ -253,10 +251,10 @@ def test_same_step_on_other_grids(bisection_steps: int) -> None:
         assert found.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_samples_do_not_see_each_other(form: dict[str, bool]) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_samples_do_not_see_each_other(target: str) -> None:
     """One budget binds, one does not, one sample is gated, one has no amplitude; each as if it were alone."""
-    call = guard("fused", **form)
+    call = guard("fused", target=target)
     q, k, k_perm = (np.repeat(x[:1], 4, 0) for x in noise(64))
     q *= np.array([16, 1, 16, 4], np.float32)[:, None, None]
     inputs = {
@@ -359,7 +357,7 @@ def test_the_bound_is_reached_by_two_keys_and_flat_rows() -> None:
 @cache
 def divergence_bound() -> Call:
     def body(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, share: Any) -> Any:
-        rows = RowStatistics(op, q, k, k_perm, tau_q, FLOAT, branches=True)
+        rows = RowStatistics(op, GuardInputs(q, k, k_perm, tau_q, *[None] * 4), FLOAT, branches=True)
         return rows.divergence_bound(op, share)
 
     inputs = dict.fromkeys(("q", "k", "k_perm", "tau_q", "share"), FLOAT)
@@ -379,7 +377,7 @@ def divergence_bound() -> Call:
 
 
 @pytest.mark.parametrize("form", ["literal", "fused"])
-def test_nothing_is_mixed_without_amplitude_or_gate(form: Guard) -> None:
+def test_nothing_is_mixed_without_amplitude_or_gate(form: GuardForm) -> None:
     q, k, k_perm = noise(64)
     inputs = per_sample(0.05) | {"amplitude": np.array([0, 1], np.float32)}
     inputs["key_gate"] = np.array([1, 0], np.float32)
@@ -390,7 +388,7 @@ def test_nothing_is_mixed_without_amplitude_or_gate(form: Guard) -> None:
 
 
 @pytest.mark.parametrize("form", ["literal", "fused"])
-def test_equal_keys_give_finite_results(form: Guard) -> None:
+def test_equal_keys_give_finite_results(form: GuardForm) -> None:
     q, k, _ = noise(64)
     same = np.broadcast_to(k[:, :1], k.shape).copy()
     alpha, value_share = guard(form)(q=q, k=same, k_perm=same, **per_sample(0.05))
@@ -399,7 +397,7 @@ def test_equal_keys_give_finite_results(form: Guard) -> None:
 
 def test_rows_too_peaked_for_the_straight_line_form_stay_within_their_cap() -> None:
     q, k, k_perm = noise(64)
-    call = guard("fused", branches=False)
+    call = guard("fused", target=BRANCHLESS)
     alpha, value_share = call(q=300 * q, k=k, k_perm=k_perm, **per_sample(0.05))
     assert np.isfinite([alpha, value_share]).all()
     assert (alpha >= 0).all()
@@ -411,13 +409,13 @@ def rounded(tokens: Tokens, dtype: type) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("case", ["flat", "usual", "peaked", "one-hot rows", "equal rows", "needles"])
-@pytest.mark.parametrize("form", FORMS)
-def test_float16_inputs(form: dict[str, bool], case: str) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_float16_inputs(target: str, case: str) -> None:
     """float32 statistics on a float16 model: the step of its own rounded tensors."""
     narrow = rounded(CASES[case](noise(128)), np.float16)
     wide = tuple(array.astype(np.float32) for array in narrow)
     parameters = SwsParameters()
-    call = guard("fused", dtype=FLOAT16, **form)
+    call = guard("fused", dtype=FLOAT16, target=target)
     for kappa in (0.09, 0.02, 0.003):
         expected, _ = steps(guard("literal"), wide, kappa, parameters)  # type: ignore[arg-type]
         found, _ = steps(call, tuple(narrow), kappa, parameters)  # type: ignore[arg-type]
@@ -459,17 +457,19 @@ def as_bfloat16(x: Array) -> Array:
 
 
 def test_fused_guards_store_no_logits() -> None:
-    for branches in (False, True):
-        kinds = [node.op_type for node in guard("fused", branches=branches).model.graph.all_nodes()]
+    for target in (BRANCHLESS, "onnxruntime"):
+        kinds = [node.op_type for node in guard("fused", target=target).model.graph.all_nodes()]
         assert not {"Softmax", "LogSoftmax"} & set(kinds)
-    straight = [node.op_type for node in guard("fused", branches=False).model.graph]
+    straight = [node.op_type for node in guard("fused", target=BRANCHLESS).model.graph]
     assert straight.count("Attention") == 4
     assert "If" not in straight
 
 
 def test_the_stored_form_is_products_and_softmax_alone() -> None:
     """Slices and paddings of dynamic shapes are a dozen layers each in TensorRT."""
-    kinds = collections.Counter(node.op_type for node in guard("fused", stored=True).model.graph.all_nodes())
+    kinds = collections.Counter(
+        node.op_type for node in guard("fused", target=MATERIALIZED).model.graph.all_nodes()
+    )
     assert (kinds["Softmax"], kinds["Einsum"], kinds["MatMul"]) == (4, 4, 4)
     assert not {"Attention", "If", "Slice", "Pad", "Split"} & kinds.keys()
 
@@ -511,5 +511,5 @@ def test_step_is_proven_at_real_sizes(count: int) -> None:
 )
 def test_parameters_out_of_range_are_refused(parameters: SwsParameters, message: str) -> None:
     with pytest.raises(GraphError, match=f"{message}.*use guard literal"):
-        build_functions(parameters, FLOAT, "fused")
-    assert build_functions(parameters, FLOAT, "literal")
+        build_functions(parameters, FLOAT, TARGETS["onnxruntime"], GuardOptions("fused"))
+    assert build_functions(parameters, FLOAT, TARGETS["onnxruntime"], GuardOptions("literal"))

@@ -9,7 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.functions import build_functions
+from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
+from graph_passes.target import TARGETS
 from tests.graph_passes.functions.calls import FLOAT, Array, Call
 
 HEADS, SIZE = 2, 16
@@ -54,7 +56,9 @@ CASES: dict[str, Callable[[int], Tokens]] = {
 def figures(dtype: ir.DataType = FLOAT) -> Call:
     tokens = ["batch", "tokens", WIDTH]
     return Call(
-        build_functions(SwsParameters(), dtype, "fused", figures=True),
+        build_functions(
+            SwsParameters(), dtype, TARGETS["tensorrt"], GuardOptions("fused"), site_metrics=True
+        ),
         "SiteMetrics",
         {"q": tokens, "k": tokens, "k_perm": tokens},
         FLOAT,

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from graph_passes.guard import GuardOptions
 from sws_export import SizeOptions, SwsOptions, SwsParameters
 from sws_export.errors import OptionError
 from sws_export.options import EngineOptions, artefact_kind
-from sws_export.pipeline.rewrite import GuardOptions
 
 
 @pytest.mark.parametrize(
@@ -36,24 +36,30 @@ def test_plain_has_no_parameters(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plain": True}, "--plain has no meaning with --preset node: it exports the UNet without SWS"),
-        ({"guard": "fused"}, "--guard has no meaning with --preset node: its guard has one form"),
-        ({"guard_rows": "1/8"}, "--guard-rows has no meaning with --preset node"),
-        ({"parameters": SwsParameters(scales=(1, 2, 3))}, "--sws scales has no meaning with --preset node"),
+        (
+            {"plain": True},
+            "--plain has no meaning with --preset comfyui-node: it exports the UNet without SWS",
+        ),
+        ({"guard": "fused"}, "--guard has no meaning with --preset comfyui-node: its guard has one form"),
+        ({"guard_rows": "1/8"}, "--guard-rows has no meaning with --preset comfyui-node"),
+        (
+            {"parameters": SwsParameters(scales=(1, 2, 3))},
+            "--sws scales has no meaning with --preset comfyui-node",
+        ),
         ({"parameters": SwsParameters(schedule="noise")}, "--sws schedule has no meaning .*; leave it out"),
     ],
 )
 def test_what_has_no_meaning_with_the_node(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        SwsOptions(preset="node", **options)
+        SwsOptions(preset="comfyui-node", **options)
 
 
 def test_the_nodes_guard_has_one_form() -> None:
-    assert SwsOptions(preset="node").guard_options() == GuardOptions("literal", Fraction(1))
+    assert SwsOptions(preset="comfyui-node").guard_options() == GuardOptions("literal", Fraction(1))
 
 
 def test_a_preset_that_does_not_exist() -> None:
-    with pytest.raises(OptionError, match="--preset nodes is unknown; choose sws or node"):
+    with pytest.raises(OptionError, match="--preset nodes is unknown; choose sws or comfyui-node"):
         SwsOptions(preset="nodes")
 
 

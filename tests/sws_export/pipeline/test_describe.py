@@ -8,12 +8,15 @@ import onnx_ir as ir
 
 from graph_passes.find_sites import SkippedSite
 from graph_passes.grids import TEXT, Grid
+from graph_passes.guard import GuardOptions
 from graph_passes.insert_sws import state_pair
 from graph_passes.parameters import SwsParameters
+from graph_passes.target import TARGETS
 from sws_export.cache.store import file_digest
 from sws_export.manifest import GraphDescription, parse_manifest, read_embedded
 from sws_export.pipeline.describe import complete, describe_graph, embed, library_versions
-from sws_export.pipeline.rewrite import GuardOptions, RewriteReport
+from sws_export.pipeline.rewrite import RewriteReport
+from sws_export.presets import preset_named
 from sws_export.stage_timings import StageTiming
 from sws_export.tensors import TensorSpec
 
@@ -43,7 +46,7 @@ def described(sws: bool = True, rewrite: RewriteReport = REWRITE) -> GraphDescri
         parameters=SwsParameters() if sws else None,
         rewrite=rewrite if sws else None,
         precision="fp16",
-        target="tensorrt-rtx",
+        target=TARGETS["tensorrt-rtx"],
         guard=GuardOptions() if sws else None,
         opset=23,
     )
@@ -88,9 +91,11 @@ def test_what_the_graph_decides() -> None:
 
 
 def test_what_is_other_with_the_node() -> None:
-    rewrite = RewriteReport({TEXT: ("b.attn2",)}, (), (state_pair(TEXT),), 10, preset="node")
+    rewrite = RewriteReport(
+        {TEXT: ("b.attn2",)}, (), (state_pair(TEXT),), 10, preset=preset_named("comfyui-node")
+    )
     found = described(rewrite=rewrite)
-    assert (found["preset"], found["shared_inputs"]) == ("node", ["sigma", "intensity"])
+    assert (found["preset"], found["shared_inputs"]) == ("comfyui-node", ["sigma", "intensity"])
     assert found["sws"].keys() == dataclasses.asdict(SwsParameters()).keys() - {"scales", "schedule"}
     (state,) = found["states"]
     assert state["persistent"]

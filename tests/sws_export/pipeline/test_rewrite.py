@@ -6,11 +6,13 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.grids import TEXT, Grid
+from graph_passes.guard import GuardOptions
 from graph_passes.insert_sws import StatePair
 from graph_passes.parameters import SwsParameters
+from graph_passes.target import TARGETS
 from sws_export.errors import ExportError, OptionError
 from sws_export.onnx_files import graph_specs
-from sws_export.pipeline.rewrite import GuardOptions, RewriteReport, describe_sites, rewrite
+from sws_export.pipeline.rewrite import RewriteReport, describe_sites, rewrite
 from sws_export.progress import SilentProgress
 from sws_export.tensors import TensorSpec
 
@@ -33,7 +35,7 @@ class Listener(SilentProgress):
 
 def rewritten(traced: Path, *patterns: str) -> tuple[ir.Model, RewriteReport, list[str]]:
     model, progress = ir.load(traced), Listener()
-    report = rewrite(model, SwsParameters(), patterns, GuardOptions(), "tensorrt-rtx", progress)
+    report = rewrite(model, SwsParameters(), patterns, GuardOptions(), TARGETS["tensorrt-rtx"], progress)
     return model, report, progress.remarks
 
 
@@ -91,7 +93,7 @@ def test_cross_attention_alone(traced: Path) -> None:
 def test_a_graph_with_sws_is_refused(traced: Path) -> None:
     model, _, _ = rewritten(traced, "mid_block.*attn1")
     with pytest.raises(ExportError, match="SWS"):
-        rewrite(model, SwsParameters(), (), GuardOptions(), "tensorrt-rtx", SilentProgress())
+        rewrite(model, SwsParameters(), (), GuardOptions(), TARGETS["tensorrt-rtx"], SilentProgress())
 
 
 def test_reasons_are_counted_where_no_site_is_left(traced: Path) -> None:
@@ -100,7 +102,7 @@ def test_reasons_are_counted_where_no_site_is_left(traced: Path) -> None:
         if node.op_type == "Attention":
             node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
     with pytest.raises(ExportError, match=r"no attention site that SWS can take: 8 × it is causal"):
-        rewrite(model, SwsParameters(), (), GuardOptions(), "tensorrt-rtx", SilentProgress())
+        rewrite(model, SwsParameters(), (), GuardOptions(), TARGETS["tensorrt-rtx"], SilentProgress())
 
 
 def test_specs_of_a_graph(traced: Path) -> None:

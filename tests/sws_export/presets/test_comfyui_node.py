@@ -1,4 +1,4 @@
-"""`--preset node` on graphs: its sites, its bases, and graphs that it refuses."""
+"""`--preset comfyui-node` on graphs: its sites, its bases, and graphs that it refuses."""
 
 from pathlib import Path
 
@@ -7,11 +7,14 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.grids import TEXT
+from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
+from graph_passes.target import TARGETS
 from sws_export import ExportOptions, SwsOptions, export
 from sws_export.errors import ExportError, OptionError
 from sws_export.onnx_files import graph_specs
-from sws_export.pipeline.rewrite import GuardOptions, RewriteReport, rewrite
+from sws_export.pipeline.rewrite import RewriteReport, rewrite
+from sws_export.presets import preset_named
 from sws_export.progress import SilentProgress
 from sws_export.reference.orthonormal_basis import orthonormal_basis
 from sws_export.tensors import TensorSpec
@@ -28,9 +31,8 @@ DOWN, MID, UP, SECOND_UP = (
 
 
 def rewritten(model: ir.Model, *patterns: str) -> RewriteReport:
-    return rewrite(
-        model, SwsParameters(), patterns, GuardOptions(), "tensorrt-rtx", SilentProgress(), preset="node"
-    )
+    target, preset = TARGETS["tensorrt-rtx"], preset_named("comfyui-node")
+    return rewrite(model, SwsParameters(), patterns, GuardOptions(), target, SilentProgress(), preset=preset)
 
 
 def attention(model: ir.Model, name: str) -> ir.Node:
@@ -40,7 +42,7 @@ def attention(model: ir.Model, name: str) -> ir.Node:
 def test_all_cross_attention_by_default(traced: Path) -> None:
     model = ir.load(traced)
     report = rewritten(model)
-    assert report.preset == "node"
+    assert report.preset.name == "comfyui-node"
     assert report.sites == {TEXT: (DOWN, MID, UP, SECOND_UP)}
     assert [(pair.input, pair.output) for pair in report.states] == [("sws_state_text", "sws_state_text_out")]
     assert {site.reason for site in report.skipped} == {"the node leaves self-attention alone"}
@@ -79,7 +81,7 @@ def test_a_site_that_cannot_be_taken_is_named(traced: Path) -> None:
     model = ir.load(traced)
     attention(model, UP).attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
     with pytest.raises(
-        ExportError, match=rf"--preset node cannot take the attention site {UP}: it is causal"
+        ExportError, match=rf"--preset comfyui-node cannot take the attention site {UP}: it is causal"
     ):
         rewritten(model)
     # Left out by name it is in nobody's way.
@@ -114,8 +116,8 @@ def test_a_projection_with_a_bias_is_named(traced: Path) -> None:
 
 def test_a_plain_graph_becomes_the_node_too(traced: Path, tmp_path: Path) -> None:
     """Without the checkpoint, what is compared is the plain UNet, which the node is at sigma_max only."""
-    report = export(traced, tmp_path / "node.onnx", ExportOptions(sws=SwsOptions(preset="node")))
+    report = export(traced, tmp_path / "node.onnx", ExportOptions(sws=SwsOptions(preset="comfyui-node")))
     assert report.validation is not None
     assert report.validation.reference == "the plain graph, at intensity 0 and sigma 25"
     assert report.validation.passed
-    assert report.manifest["preset"] == "node"
+    assert report.manifest["preset"] == "comfyui-node"

@@ -53,7 +53,7 @@ def moved(state: Any, sigma: float, times: int = SITES) -> Any:
 
 def test_the_contract_says_how_it_is_driven(session: Session) -> None:
     contract = session.contract
-    assert contract.preset == "node"
+    assert contract.preset == "comfyui-node"
     assert contract.shared_inputs == ("sigma", "intensity")
     assert not contract.resets_per_image
     assert [(pair.spec.name, pair.spec.shape, pair.persistent) for pair in contract.states] == [
@@ -188,4 +188,4 @@ def test_the_report_looks_into_it(node_graph: Path, random_unet: Path, tmp_path:
     assert [figures.progress for figures in explanation.steps] == sorted(
         (figures.progress for figures in explanation.steps), reverse=True
     )
-    assert "<dd>node</dd>" in (tmp_path / "report.html").read_text("utf-8")
+    assert "<dd>comfyui-node</dd>" in (tmp_path / "report.html").read_text("utf-8")

@@ -181,12 +181,14 @@ def test_the_graph_for_tensorrt_keeps_the_guard_as_a_plugin_alone(
     """The row of the text needs no plugin for its transport; the kept functions compute the same."""
     import onnx_ir as ir
 
+    from graph_passes.guard import GuardOptions
     from graph_passes.parameters import SwsParameters
-    from sws_export.pipeline.rewrite import GuardOptions, rewrite
+    from graph_passes.target import TARGETS
+    from sws_export.pipeline.rewrite import rewrite
     from sws_export.progress import SilentProgress
 
     model = ir.load(traced)
-    rewrite(model, SwsParameters(), ["*"], GuardOptions("fused"), "tensorrt", SilentProgress())
+    rewrite(model, SwsParameters(), ["*"], GuardOptions("fused"), TARGETS["tensorrt"], SilentProgress())
     kept = [node.op_type for node in model.graph if node.domain == "sws"]
     assert {name: kept.count(name) for name in set(kept)} == {"KeyGuard": 8, "BandedTransport": 4}
     ir.save(model, tmp_path / "kept.onnx")

@@ -97,11 +97,13 @@ def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
 
 
 def test_a_graph_with_sws(traced: Path, tmp_path: Path) -> None:
+    from graph_passes.guard import GuardOptions
     from graph_passes.parameters import SwsParameters
-    from sws_export.pipeline.rewrite import GuardOptions, rewrite
+    from graph_passes.target import TARGETS
+    from sws_export.pipeline.rewrite import rewrite
 
     def insert(model: ir.Model) -> None:
-        rewrite(model, SwsParameters(), (), GuardOptions(), "onnxruntime", SilentProgress())
+        rewrite(model, SwsParameters(), (), GuardOptions(), TARGETS["onnxruntime"], SilentProgress())
 
     with pytest.raises(
         ExportError, match="has SWS already; give the checkpoint or a graph exported with --plain"

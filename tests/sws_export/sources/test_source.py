@@ -129,8 +129,10 @@ def test_a_graph_takes_no_options_of_checkpoints(traced: Path, options: dict[str
 
 @pytest.mark.parametrize("size", ["dynamic", "fixed"])
 def test_a_graph_is_validated_at_intensity_0(traced: Path, tmp_path: Path, size: str) -> None:
+    from graph_passes.guard import GuardOptions
+    from graph_passes.target import TARGETS
     from sws_export.onnx_files import save_onnx
-    from sws_export.pipeline.rewrite import GuardOptions, rewrite
+    from sws_export.pipeline.rewrite import rewrite
 
     model = ir.load(traced)
     if size == "fixed":
@@ -140,7 +142,7 @@ def test_a_graph_is_validated_at_intensity_0(traced: Path, tmp_path: Path, size:
     source = opened(start)
     graph = source.plain_model(SilentProgress())
     parameters = SwsParameters()
-    report = rewrite(graph, parameters, (), GuardOptions(), "onnxruntime", SilentProgress())
+    report = rewrite(graph, parameters, (), GuardOptions(), TARGETS["onnxruntime"], SilentProgress())
     save_onnx(graph, made, SilentProgress())
     found = source.validate(made, SwsSpec(parameters, report.site_names), SilentProgress())
     assert found.passed

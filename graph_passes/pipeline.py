@@ -1,0 +1,46 @@
+"""The passes that make an SWS graph, or a plain one, in the order in which they run."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+from onnx_ir.passes import InPlacePass, Sequential
+
+from graph_passes.choose_transport import ChooseTransport
+from graph_passes.clean_graph import CleanGraph
+from graph_passes.decompose_guard_attention import DecomposeGuardAttention
+from graph_passes.fold_constants import FoldConstants
+from graph_passes.lower_functions import LowerFunctions
+from graph_passes.set_static_shapes import SetStaticShapes
+from graph_passes.split_query_chunks import SplitQueryChunks
+from graph_passes.target import Target
+
+
+def sws_passes(
+    target: Target, insertion: InPlacePass, sizes: Mapping[str, int], guard_rows: Fraction = Fraction(1)
+) -> Sequential:
+    """From a plain graph to an SWS graph lowered for `target`.
+
+    A `GraphError` of a pass is the `__cause__` of the `PassError` that the sequence raises.
+
+    Args:
+        target: Runtime that the graph is for.
+        insertion: Pass of a preset that puts calls of `sws` functions at the selected sites.
+        sizes: Static sizes by symbol: `batch`, `height` and `width` of the latent, `tokens`.
+        guard_rows: Share of the query rows that the key guard evaluates.
+    """
+    return Sequential(
+        insertion,
+        SetStaticShapes(sizes),
+        *([SplitQueryChunks(guard_rows)] if target.query_chunks else []),
+        *([DecomposeGuardAttention()] if target.materialized_logits else []),
+        # The choice needs the calls of BandedTransport in the main graph. Plugins replace it for any size.
+        *([] if target.plugin_operators else [LowerFunctions({"BandedTransport"}), ChooseTransport()]),
+        LowerFunctions(target.plugin_operators),
+        FoldConstants(),
+        CleanGraph(),
+    )
+
+
+def plain_passes(sizes: Mapping[str, int]) -> Sequential:
+    """From a plain graph to one with static `sizes`, without SWS."""
+    return Sequential(SetStaticShapes(sizes), FoldConstants(), CleanGraph())

@@ -1,0 +1,23 @@
+"""What the passes that insert SWS require of a graph."""
+
+import onnx_ir as ir
+
+from graph_passes.errors import GraphError
+
+
+def require_plain(model: ir.Model) -> None:
+    """Raise an error for a graph that SWS cannot be inserted into.
+
+    `If` is allowed: a step never takes longer than all branches together.
+
+    Raises:
+        GraphError: The graph has the input `sigma`, so it has SWS already; or it has a Loop or Scan node.
+    """
+    if any(value.name == "sigma" for value in model.graph.inputs):
+        raise GraphError("the graph has SWS already (input 'sigma'); start from an export without SWS")
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain == "" and node.op_type in ("Loop", "Scan"):
+            raise GraphError(
+                f"node {node.name}: the graph has a {node.op_type}, so the length of a step may depend on "
+                "data; export the checkpoint with sws-export instead"
+            )
