@@ -1,6 +1,6 @@
-"""Loads the plugin library into TensorRT for RTX and prints what happens.
+"""Loads the plugin library into TensorRT for RTX and prints the results.
 
-A program of its own because the RTX parser ends the process once it has made a plugin.
+A separate program, because the parser of TensorRT for RTX ends the process after it has created a plugin.
 
 Usage: registry_session.py LIBRARY creators | refuse | parse ONNX_FILE
 """

@@ -19,12 +19,21 @@ CHECKS = [
     "guard_shapes",
     "workspace",
     "failed_launches",
+    "logger_layouts",
 ]
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_contract(contract_program: Path, library: Path, check: str) -> None:
     run([str(contract_program), str(library), check])
+
+
+@pytest.mark.parametrize("check", ["no_logger", "unknown_version"])
+def test_without_a_known_logger_messages_go_to_stderr(
+    contract_program: Path, library: Path, check: str
+) -> None:
+    output = run([str(contract_program), str(library), check])
+    assert output.count("attribute 'radius': expected 1 to 8, found 9") == 1
 
 
 @pytest.mark.skipif(

@@ -1,14 +1,16 @@
-"""Compiles the test programs once for each state of the sources."""
+"""Compiles the test programs: once for each state of their sources, whichever worker needs them first."""
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import filelock
 import pytest
 
 from sws_export.engines.plugin_library import build_plugins, source_hash
@@ -18,21 +20,33 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 HARNESS = ROOT / "tests" / "plugins" / "harness"
 CONTRACT = ROOT / "tests" / "plugins" / "contract"
-BUILDS = ROOT / "build" / "tests-plugins"
+BUILDS = Path(os.environ.get("SWS_TEST_BUILDS") or ROOT / "build" / "tests-plugins")
+"""Everything compiled or fetched; keyed by content, so runs, workers and checkouts may share it."""
 SANITIZER_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 STRICT_FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Wconversion", "-Werror")
 
 
 def require_compiler() -> str:
-    """Path of the C++ compiler ($CXX, else g++ or clang++); skips the test where there is none."""
+    """Path of the C++ compiler ($CXX, else g++ or clang++); skips the test if there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         if name and (path := shutil.which(name)):
             return path
     pytest.skip("no C++ compiler: set CXX or install g++")
 
 
+@contextlib.contextmanager
+def exclusive(target: Path) -> Iterator[bool]:
+    """Hold the lock of `target`; whether it is still to be made.
+
+    Of several workers the first one makes the target while the others wait here.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.with_name(f"{target.name}.lock")):
+        yield not target.exists()
+
+
 def source_key(files: Iterable[Path], command: Sequence[str]) -> str:
-    """Hash of a command line and of the contents of all files it may read."""
+    """Hash of a command line and of the names and contents of all files that it may read."""
     digest = hashlib.sha256("\0".join(command).encode())
     for file in sorted(files):
         digest.update(file.name.encode())
@@ -40,21 +54,50 @@ def source_key(files: Iterable[Path], command: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def compile_program(
+    name: str,
+    compile_flags: Sequence[str],
+    link_flags: Sequence[str],
+    sources: Sequence[Path],
+    headers: Iterable[Path],
+) -> Path:
+    """The program `name` of C++ sources."""
+    command = [require_compiler(), *STRICT_FLAGS, *compile_flags]
+    program = BUILDS / f"{name}-{source_key([*sources, *headers], [*command, *link_flags])}"
+    with exclusive(program) as missing:
+        if missing:
+            partial = program.with_suffix(".partial")
+            run([*command, *map(str, sources), *link_flags, "-o", str(partial)])
+            partial.replace(program)
+    return program
+
+
 def build_harness(*, sanitized: bool) -> Path:
     """The program that runs kernel bodies on the CPU; see harness/main.cpp."""
-    compiler = require_compiler()
-    flags = [*STRICT_FLAGS, *(("-O0", *SANITIZER_FLAGS) if sanitized else ("-O2",))]
-    # nvcc contracts a * b + c as well; without it the CPU would be a little more exact than the device.
-    command = [compiler, *flags, "-ffp-contract=fast", f"-I{HARNESS}", f"-I{PLUGINS}"]
-    headers = [*PLUGINS.rglob("*.h"), *HARNESS.glob("*.h")]
-    sources = sorted(HARNESS.glob("*.cpp"))
-    program = BUILDS / f"harness-{source_key([*headers, *sources], command)}"
-    if not program.exists():
-        BUILDS.mkdir(parents=True, exist_ok=True)
-        partial = program.with_suffix(f".{os.getpid()}")
-        run([*command, *map(str, sources), "-o", str(partial)])
-        partial.replace(program)
-    return program
+    # nvcc contracts a * b + c too; without it the CPU would be slightly more exact than the device.
+    flags = [*(("-O1", *SANITIZER_FLAGS) if sanitized else ("-O2",)), "-ffp-contract=fast"]
+    return compile_program(
+        "harness-sanitized" if sanitized else "harness",
+        [*flags, f"-I{HARNESS}", f"-I{PLUGINS}"],
+        [],
+        sorted(HARNESS.glob("*.cpp")),
+        [*PLUGINS.rglob("*.h"), *HARNESS.glob("*.h")],
+    )
+
+
+def build_contract_program() -> Path:
+    """The program that calls the plugin library as TensorRT does; see contract/main.cpp."""
+    flags = [
+        "-Wno-deprecated-declarations",
+        "-isystem",
+        str(tensorrt_headers()),
+        "-isystem",
+        str(cuda_headers()),
+    ]
+    # Exported symbols: the library looks up getInferLibVersion in the program.
+    return compile_program(
+        "contract", flags, ["-rdynamic", "-ldl"], sorted(CONTRACT.glob("*.cpp")), CONTRACT.glob("*.h")
+    )
 
 
 def run(command: Sequence[str], **options: object) -> str:
@@ -66,33 +109,18 @@ def run(command: Sequence[str], **options: object) -> str:
 
 
 def build_library(architectures: Sequence[str] = ("90",)) -> Path:
-    """The plugin library for one architecture, unless more are asked for; skips where a tool is missing."""
+    """The plugin library, by default for one architecture; skips where a tool is missing."""
     folder = BUILDS / f"library-{source_hash(PLUGINS)}-{'-'.join(architectures)}"
     try:
-        return build_plugins(architectures=architectures, output=folder).path
+        return build_plugins(architectures=architectures, output=folder, jobs=os.cpu_count() or 1).path
     except PluginError as error:
         if "not found" in str(error):
             pytest.skip(str(error))
         raise
 
 
-def build_contract_program() -> Path:
-    """The program that plays TensorRT's part; see contract/main.cpp."""
-    headers, cuda = tensorrt_headers(), cuda_headers()
-    warnings = [*STRICT_FLAGS, "-Wno-deprecated-declarations"]
-    command = [require_compiler(), *warnings, "-isystem", str(headers), "-isystem", str(cuda)]
-    sources = sorted(CONTRACT.glob("*.cpp"))
-    program = BUILDS / f"contract-{source_key([*sources, *CONTRACT.glob('*.h')], command)}"
-    if not program.exists():
-        BUILDS.mkdir(parents=True, exist_ok=True)
-        partial = program.with_suffix(f".{os.getpid()}")
-        run([*command, *map(str, sources), "-ldl", "-o", str(partial)])
-        partial.replace(program)
-    return program
-
-
 def tensorrt_headers() -> Path:
-    """Folder of NvInferRuntime.h: an SDK's, else those of the wheel that plugins/cmake fetches as well."""
+    """Folder of NvInferRuntime.h: that of an SDK, else of the wheel that plugins/cmake fetches too."""
     for folder in (Path("/usr/include"), *Path("/usr/include").glob("*-linux-gnu")):
         if (folder / "NvInferRuntime.h").is_file():
             return folder
@@ -110,7 +138,7 @@ def cuda_headers() -> Path:
 
 
 def cuobjdump(*arguments: str) -> str:
-    """What NVIDIA's disassembler prints; taken from the path, from the CUDA toolkit, or from PyPI."""
+    """Output of NVIDIA's disassembler, taken from the path, from the CUDA toolkit, or from PyPI."""
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
     if not shutil.which("nvdisasm", path=search) or not shutil.which("cuobjdump", path=search):
         for package in ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"):
@@ -123,18 +151,20 @@ def cuobjdump(*arguments: str) -> str:
 
 
 def fetch_from_pypi(requirement: str) -> Path:
-    """The unpacked wheel of a package that is needed for its files only; skips where it cannot be had."""
+    """The unpacked wheel of a package whose files are needed; skips the test if it cannot be fetched."""
     folder = BUILDS / requirement.replace("==", "-")
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-        result = subprocess.run(
-            [*command, requirement, "--dest", str(partial)], capture_output=True, text=True, check=False
-        )
-        if result.returncode != 0:
-            pytest.skip(f"{requirement} cannot be fetched: {result.stderr.strip().splitlines()[-1]}")
-        for wheel in partial.glob("*.whl"):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(partial)
-        partial.rename(folder)
+    with exclusive(folder) as missing:
+        if missing:
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+            result = subprocess.run(
+                [*command, requirement, "--dest", str(partial)], capture_output=True, text=True, check=False
+            )
+            if result.returncode != 0:
+                pytest.skip(f"{requirement} cannot be fetched: {result.stderr.strip().splitlines()[-1]}")
+            for wheel in partial.glob("*.whl"):
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(partial)
+            partial.rename(folder)
     return folder

@@ -12,8 +12,9 @@ using Check = std::function<void(Library&)>;
 
 void add_creator_checks(std::map<std::string, Check>& checks);
 void add_tensor_checks(std::map<std::string, Check>& checks);
+void add_logger_checks(std::map<std::string, Check>& checks);
 
-// The plugins the checks use: a transport of two tensors with radius 4, a guard of 8 heads.
+// The plugins that the checks use: a transport of two tensors with radius 4, a guard of 8 heads.
 inline nvinfer1::IPluginV3* make_transport(Library& library) {
   Fields fields;
   fields.add("radius", int32_t{4}).add("tensors", int32_t{2});

@@ -1,4 +1,4 @@
-// The plugin library as TensorRT sees it: loaded at run time, known by its three symbols only.
+// The plugin library as TensorRT uses it: loaded at run time, accessed through its three exported symbols only.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -11,34 +11,42 @@
 
 namespace sws_test {
 
-// Stops the check that is running.
+// Throws, which fails the current check.
 inline void require(bool condition, const std::string& what) {
   if (!condition) throw std::runtime_error(what);
 }
 
+// What getInferLibVersion() of this program returns: by default the version of the headers.
+inline int32_t reported_version = NV_TENSORRT_VERSION;
+
 class RecordingLogger final : public nvinfer1::ILogger, public nvinfer1::ILoggerFinder {
  public:
   void log(Severity severity, const char* message) noexcept override {
-    if (severity <= Severity::kWARNING) complaints.emplace_back(message);
+    if (severity <= Severity::kWARNING) errors.emplace_back(message);
   }
   nvinfer1::ILogger* findLogger() override { return this; }
 
-  // The complaint must contain `part`; it is forgotten then.
-  void require_complaint(const std::string& part) {
-    require(complaints.size() == 1, "expected one message, found " + std::to_string(complaints.size()));
-    require(complaints[0].find(part) != std::string::npos, "expected '" + part + "' in '" + complaints[0] + "'");
-    complaints.clear();
+  // Requires that exactly one message was logged and that it contains `part`, then removes it.
+  void require_error(const std::string& part) {
+    require(errors.size() == 1, "expected one message, found " + std::to_string(errors.size()));
+    require(errors[0].find(part) != std::string::npos, "expected '" + part + "' in '" + errors[0] + "'");
+    errors.clear();
   }
 
-  std::vector<std::string> complaints;
+  std::vector<std::string> errors;  // warnings and errors
 };
 
 class Library {
  public:
   explicit Library(const char* path) : handle_(dlopen(path, RTLD_NOW | RTLD_LOCAL)) {
     if (handle_ == nullptr) throw std::runtime_error(dlerror());
-    using SetLoggerFinder = void (*)(nvinfer1::ILoggerFinder*);
-    reinterpret_cast<SetLoggerFinder>(symbol("setLoggerFinder"))(&logger);
+    set_logger_finder(static_cast<nvinfer1::ILoggerFinder*>(&logger));
+  }
+
+  // `finder` is a logger finder in the layout of the version that getInferLibVersion() returns.
+  template <typename Finder>
+  void set_logger_finder(Finder* finder) {
+    reinterpret_cast<void (*)(Finder*)>(symbol("setLoggerFinder"))(finder);
   }
 
   nvinfer1::IPluginCreatorV3One* creator(const std::string& name, const std::string& plugin_namespace) {
@@ -65,7 +73,7 @@ class Library {
   void* handle_;
 };
 
-// A list of fields, kept alive together with their values.
+// A list of fields and the storage of their values.
 class Fields {
  public:
   Fields& add(const char* name, int32_t value) { return add_value(name, value, nvinfer1::PluginFieldType::kINT32); }
@@ -154,7 +162,7 @@ inline std::vector<nvinfer1::DynamicPluginTensorDesc> dynamic(const std::vector<
   return result;
 }
 
-// onShapeChange and configurePlugin must agree; 0 is acceptance.
+// Results of onShapeChange and configurePlugin: 0 if the plugin accepts the shapes.
 inline int32_t offer_shapes(const Plugin& plugin, const std::vector<Tensor>& inputs,
                             const std::vector<Tensor>& outputs) {
   const auto in = descriptions(inputs);

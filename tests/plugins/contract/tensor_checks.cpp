@@ -61,7 +61,7 @@ void check_formats(Library& library) {
   // Wrong number of tensors.
   const auto tensors = dynamic(transport_inputs(DataType::kHALF));
   require(!transport.build()->supportsFormatCombination(0, tensors.data(), 2, 1), "took two inputs for three");
-  library.logger.require_complaint("expected 3 inputs and 2 outputs, found 2 and 1");
+  library.logger.require_error("expected 3 inputs and 2 outputs, found 2 and 1");
 }
 
 void check_output_types(Library& library) {
@@ -78,7 +78,7 @@ void check_output_types(Library& library) {
   require(guard.build()->getOutputDataTypes(outputs, 2, guard_types, 8) == 0, "refused");
   require(outputs[0] == DataType::kFLOAT && outputs[1] == DataType::kFLOAT, "guard output types");
   require(guard.build()->getOutputDataTypes(outputs, 2, guard_types, 7) != 0, "took seven inputs");
-  library.logger.require_complaint("expected 8 inputs, found 7");
+  library.logger.require_error("expected 8 inputs, found 7");
 }
 
 class NoBuilder final : public nvinfer1::IExprBuilder {};
@@ -110,9 +110,9 @@ void check_output_shapes(Library& library) {
 void require_refused(Library& library, const Plugin& plugin, const std::vector<Tensor>& inputs,
                      const std::vector<Tensor>& outputs, const std::string& reason) {
   require(offer_shapes(plugin, inputs, outputs) != 0, "onShapeChange took it: " + reason);
-  library.logger.require_complaint(reason);
+  library.logger.require_error(reason);
   require(offer_configuration(plugin, inputs, outputs) != 0, "configurePlugin took it: " + reason);
-  library.logger.require_complaint(reason);
+  library.logger.require_error(reason);
 }
 
 void check_transport_shapes(Library& library) {
@@ -212,18 +212,18 @@ void check_failed_launches(Library& library) {
   auto in = descriptions(shapes);
   auto out = descriptions(transport_outputs(DataType::kHALF));
   require(transport.runtime()->enqueue(in.data(), out.data(), inputs, outputs, nullptr, nullptr) != 0, "launched");
-  library.logger.require_complaint("cudaErrorInvalidValue");
+  library.logger.require_error("cudaErrorInvalidValue");
   shapes = guard_inputs(DataType::kHALF);
   shapes[0].dims[1] = 0;
   in = descriptions(shapes);
   out = descriptions(guard_outputs());
   alignas(16) unsigned char workspace[16];
   require(guard.runtime()->enqueue(in.data(), out.data(), inputs, outputs, workspace, nullptr) != 0, "launched");
-  library.logger.require_complaint("cudaErrorInvalidValue");
+  library.logger.require_error("cudaErrorInvalidValue");
   in = descriptions(guard_inputs(DataType::kHALF));
   require(guard.runtime()->enqueue(in.data(), out.data(), inputs, outputs, nullptr, nullptr) != 0,
           "launched without a workspace");
-  library.logger.require_complaint("cudaErrorInvalidValue");
+  library.logger.require_error("cudaErrorInvalidValue");
 }
 
 // For machines without a GPU: the launch itself fails, and says why.
@@ -234,13 +234,13 @@ void check_missing_driver(Library& library) {
   auto in = descriptions(transport_inputs(DataType::kHALF));
   auto out = descriptions(transport_outputs(DataType::kHALF));
   require(transport.runtime()->enqueue(in.data(), out.data(), inputs, outputs, nullptr, nullptr) != 0, "launched");
-  library.logger.require_complaint("CUDA: cudaError");
+  library.logger.require_error("CUDA: cudaError");
   const Plugin guard(make_guard(library));
   in = descriptions(guard_inputs(DataType::kHALF));
   out = descriptions(guard_outputs());
   alignas(16) unsigned char workspace[16];
   require(guard.runtime()->enqueue(in.data(), out.data(), inputs, outputs, workspace, nullptr) != 0, "launched");
-  library.logger.require_complaint("CUDA: cudaError");
+  library.logger.require_error("CUDA: cudaError");
 }
 
 }  // namespace
