@@ -1,4 +1,4 @@
-"""Building an engine in a process of its own, and telling what became of it."""
+"""Builds an engine in a child process and reports the result."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from sws_export.stage_timings import peak_memory
 from sws_export.tensors import Shapes
 
 _POLL_SECONDS = 0.5
-"""How often the memory of the child is looked at."""
+"""Interval between two readings of the child's memory."""
 _SHOWN_WARNINGS = 5
 
 
@@ -38,30 +38,30 @@ class EngineReport:
     backend: str
     library_version: str
     compute_capabilities: tuple[str, ...]
-    """Targets; empty: the GPU of the machine that built it."""
+    """Targets; empty means the GPU of the build machine."""
     size: int
-    """Bytes of the plan."""
+    """Size of the serialized engine in bytes."""
     seconds: float
-    """Wall time from the start of the process to the complete plan."""
+    """Wall time from the start of the child process to the complete engine."""
     parse_seconds: float
     build_seconds: float
     peak_memory: int
     """Largest resident memory of the build process in bytes."""
     layers: int
     decomposed_attentions: int
-    """Attention layers that TensorRT may build of several kernels, having none for them."""
+    """Attention layers without a fused kernel, which TensorRT may decompose."""
     warnings: dict[str, int]
-    """Each warning of the library, and error that did not stop it, and how often it came."""
+    """Warnings of the library, and errors that did not stop it, with their number of occurrences."""
 
 
 @dataclass
 class Outcome:
-    """What has been heard from the child so far."""
+    """What the child process has reported so far."""
 
     built: dict[str, Any] | None = None
     failure: Exception | None = None
     first_error: str = ""
-    complaints: dict[str, int] = field(default_factory=dict)
+    warnings: dict[str, int] = field(default_factory=dict)
     phase: str = "starting"
     peak_memory: int = 0
 
@@ -73,23 +73,23 @@ def build_engine(
     options: BuildOptions,
     progress: Progress | None = None,
 ) -> EngineReport:
-    """Build an engine from the graph at `onnx_path` and write its plan to `out_path`.
+    """Build an engine from the graph at `onnx_path` and write it to `out_path`.
 
-    The work is done in a child process, which ends with this one and is ended when this function is
-    interrupted. Unless it returns, there is no file at `out_path`. To replace an engine in one step, give
-    a path beside it and move the file.
+    A child process does the work. It ends when this process ends or this function is interrupted. If the
+    build fails, `out_path` does not exist afterwards; a complete engine is never deleted. To replace an
+    engine atomically, pass a path in the same directory and rename the file.
 
     Args:
-        onnx_path: The graph; its external data lies where the file says.
-        out_path: Where the plan goes; an existing file is overwritten.
-        shapes: Smallest, best and largest shape of each input, see `sws_export.profile.shapes_for`.
-        options: Backend and how to build.
-        progress: Hears of phases and warnings.
+        onnx_path: The graph, with its external data at the location stored in the file.
+        out_path: The engine file; an existing file is overwritten.
+        shapes: Minimum, optimum and maximum shape of each input, see `sws_export.tensors.shapes_for`.
+        options: Backend and build options.
+        progress: Receives phases and warnings.
 
     Raises:
-        EngineError: The backend refused the graph, failed, died or was killed.
+        EngineError: The backend rejected the graph, or the child process failed or was killed.
         OptionError: The shapes do not fit the graph.
-        OSError: The plan cannot be written to `out_path`.
+        OSError: The engine cannot be written to `out_path`.
     """
     progress = progress or SilentProgress()
     spec = {
@@ -109,22 +109,22 @@ def build_engine(
             output.seek(0)
             printed = output.read().decode(errors="replace")
         raise_failure(child.returncode, outcome, printed, options)
-        report = _report(outcome, out_path, options, time.monotonic() - started)
         complete = True
     finally:
         if not complete:
             out_path.unlink(missing_ok=True)
+    report = _report(outcome, out_path, options, time.monotonic() - started)
     log_warnings(report, progress)
     return report
 
 
 @contextlib.contextmanager
 def _child(spec: dict[str, Any], output: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], EventReader]]:
-    """The running child and the pipe of its events; it is gone when the block is left."""
+    """The running child process and the pipe of its events; the process has ended when the block exits."""
     reading, writing = os.pipe()
     try:
         child = subprocess.Popen(
-            # -P and the path of this process: the child imports what this process would, wherever it runs.
+            # -P and this process's sys.path: the child imports the same modules, whatever its directory.
             [sys.executable, "-P", "-m", "sws_export.engines.child", str(writing)],
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)},
@@ -132,7 +132,7 @@ def _child(spec: dict[str, Any], output: IO[bytes]) -> Iterator[tuple[subprocess
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=(writing,),
-            # Ctrl-C is for this process, which ends the child.
+            # Ctrl-C reaches this process only, which then ends the child.
             process_group=0,
         )
     except BaseException:
@@ -142,7 +142,7 @@ def _child(spec: dict[str, Any], output: IO[bytes]) -> Iterator[tuple[subprocess
         os.close(writing)
     try:
         assert child.stdin is not None
-        # A child that died at once is told of by its exit status.
+        # If the child has already ended, its exit status gives the reason.
         with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
             stdin.write(json.dumps(spec).encode())
         yield child, EventReader(reading)
@@ -153,7 +153,7 @@ def _child(spec: dict[str, Any], output: IO[bytes]) -> Iterator[tuple[subprocess
 
 
 def _listen(child: subprocess.Popen[bytes], reader: EventReader, outcome: Outcome, stage: Stage) -> None:
-    """Take in what the child tells until it has ended."""
+    """Process the child's events until it has ended."""
     while True:
         readable, _, _ = select.select([reader.descriptor], [], [], _POLL_SECONDS)
         outcome.peak_memory = max(outcome.peak_memory, peak_memory(child.pid))
@@ -163,7 +163,7 @@ def _listen(child: subprocess.Popen[bytes], reader: EventReader, outcome: Outcom
                 break
             for event in events:
                 _take(event, outcome)
-                # Every phase is told of, also one that is over by now.
+                # Report every phase, even if the next one has already begun.
                 stage.describe(_progress_text(outcome))
         stage.describe(_progress_text(outcome))
     child.wait()
@@ -179,7 +179,7 @@ def _take(event: dict[str, Any], outcome: Outcome) -> None:
             outcome.phase = event["text"]
         case "log":
             text = event["text"]
-            outcome.complaints[text] = outcome.complaints.get(text, 0) + 1
+            outcome.warnings[text] = outcome.warnings.get(text, 0) + 1
             if event["severity"] == "error":
                 outcome.first_error = outcome.first_error or text
         case "failed":
@@ -192,13 +192,13 @@ def _take(event: dict[str, Any], outcome: Outcome) -> None:
 
 
 def raise_failure(code: int, outcome: Outcome, printed: str, options: BuildOptions) -> None:
-    """Raise what the end of the child means, from its exit status, events and other output.
+    """Raise the error that the child's exit status, events and printed output indicate.
 
     Raises:
-        EngineError: It was killed or died, or told so.
-        OptionError: It told so.
-        OSError: It could not write the plan.
-        RuntimeError: It has a bug.
+        EngineError: The child was killed, or reported this error.
+        OptionError: The child reported this error.
+        OSError: The child could not write the engine.
+        RuntimeError: The child ended with a traceback, which is a bug of this package.
     """
     if code == 0 and outcome.built is not None:
         return
@@ -206,7 +206,6 @@ def raise_failure(code: int, outcome: Outcome, printed: str, options: BuildOptio
         raise outcome.failure
     if code < 0:
         raise EngineError(_death(-code, outcome, printed, options))
-    # Not an error of the library: our own child process has a bug.
     raise RuntimeError(f"the engine build process ended with status {code}:\n{printed}")
 
 
@@ -214,23 +213,29 @@ def _death(number: int, outcome: Outcome, printed: str, options: BuildOptions) -
     name = signal.Signals(number).name
     total = psutil.virtual_memory().total
     memory = f"at {outcome.peak_memory / 1e9:.1f} of {total / 1e9:.1f} GB of memory"
-    said = outcome.first_error or (printed.strip().splitlines() or [""])[-1].strip()
-    said = f"; last output: {said}" if said else ""
+    output = outcome.first_error or (printed.strip().splitlines() or [""])[-1].strip()
+    output = f"; last output: {output}" if output else ""
     process = f"the {options.backend.name} build process"
-    what = f"{process} was ended by {name} in phase {outcome.phase!r}, {memory}{said}"
-    if number == signal.SIGKILL or is_out_of_memory(said):
+    what = f"{process} was ended by {name} in phase {outcome.phase!r}, {memory}{output}"
+    if number == signal.SIGKILL or is_out_of_memory(output):
         return f"{what}; most likely memory ran out: {OUT_OF_MEMORY_ADVICE}"
-    return f"{what}; this is a fault of the library: try another version of it, or report the graph to NVIDIA"
+    return f"{what}; this is a bug of the library: try another version of it, or report the graph to NVIDIA"
 
 
 def _report(outcome: Outcome, out_path: Path, options: BuildOptions, seconds: float) -> EngineReport:
     built = outcome.built
     assert built is not None
-    header = plan_header(out_path)
+    warnings = dict(outcome.warnings)
+    try:
+        capabilities = plan_header(out_path).compute_capabilities
+    except EngineError as error:
+        # The layout of the header is undocumented, and the library has reported a complete engine.
+        capabilities = options.targets
+        warnings[f"the header of the new engine has an unknown layout: {error}"] = 1
     return EngineReport(
         backend=options.backend.name,
         library_version=built["library_version"],
-        compute_capabilities=header.compute_capabilities,
+        compute_capabilities=capabilities,
         size=out_path.stat().st_size,
         seconds=seconds,
         parse_seconds=built["parse_seconds"],
@@ -238,12 +243,12 @@ def _report(outcome: Outcome, out_path: Path, options: BuildOptions, seconds: fl
         peak_memory=outcome.peak_memory,
         layers=built["layers"],
         decomposed_attentions=built["decomposed_attentions"],
-        warnings=outcome.complaints,
+        warnings=warnings,
     )
 
 
 def log_warnings(report: EngineReport, progress: Progress) -> None:
-    """Say what the library warned of, the first few of it."""
+    """Report the first few warnings of the library."""
     for text, count in list(report.warnings.items())[:_SHOWN_WARNINGS]:
         progress.warn(f"{report.backend}: {text}" + (f" ({count} times)" if count > 1 else ""))
     if len(report.warnings) > _SHOWN_WARNINGS:

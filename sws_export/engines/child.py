@@ -79,7 +79,7 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
     check_graph(onnx_path, custom_operators=bool(options.plugins))
     trt = options.backend.load()
     logger = make_logger(trt, events)
-    builder = trt.Builder(logger)
+    builder = steps.create_builder(trt, logger)
     for library in options.plugins:
         if not builder.get_plugin_registry().load_library(str(library)):
             raise EngineError(f"{trt.__name__} {trt.__version__} cannot load the plugin library {library}")
@@ -89,7 +89,7 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
     network = steps.parse(trt, builder, logger, onnx_path, options)
     steps.check_inputs(network, shapes)
     decomposed = steps.allow_decomposition(trt, network, options.backend.fused_head_sizes)
-    config = steps.configure(trt, builder, options, shapes, make_monitor(trt, events))
+    config = steps.configure(trt, builder, logger, options, shapes, make_monitor(trt, events))
     if options.timing_cache:
         steps.load_timing_cache(config, options.timing_cache)
     parsed = time.monotonic()

@@ -1,8 +1,8 @@
-"""Reading what a plan says about itself, without a driver.
+"""Reads the header of a serialized engine (a plan), which needs no driver.
 
-The layout is not documented by NVIDIA, except bytes 24 to 27 (NVIDIA/TensorRT issue 3073). The rest was seen
-on TensorRT-RTX 1.7 plans. It serves to recognise a file and to notice that it is cut short; only the runtime
-decides whether a plan can be loaded.
+NVIDIA does not document the layout, except for bytes 24 to 27 (NVIDIA/TensorRT issue 3073); the rest was
+found in plans of TensorRT-RTX 1.7. It identifies the file type and detects truncation. Whether a plan can be
+loaded is the runtime's decision.
 
     0   4 bytes   magic: "vtrt" TensorRT for RTX, "ftrt" or "ptrt" TensorRT
     16  u64       size of the whole file in bytes
@@ -23,23 +23,23 @@ _LENGTH = 36
 
 @dataclass(frozen=True)
 class PlanHeader:
-    """What the first bytes of a plan tell."""
+    """Fields in the first bytes of a plan."""
 
     backend: str
     """Name of the backend that built it."""
     version: str
     """Version of the library that built it."""
     size: int | None
-    """Bytes that the file should have; None where the header does not tell."""
+    """Size of the file in bytes; None if the header does not contain it."""
     compute_capabilities: tuple[str, ...]
-    """Targets; empty where the header does not tell."""
+    """Targets; empty if the header does not contain them."""
 
 
 def plan_header(path: Path) -> PlanHeader:
     """Read the header of the plan at `path` and check that the file is complete.
 
     Raises:
-        EngineError: The file is missing, is not a plan, or is shorter or longer than its header says.
+        EngineError: The file is missing or is not a plan, or its size differs from the one in its header.
     """
     try:
         with path.open("rb") as file:
@@ -50,17 +50,18 @@ def plan_header(path: Path) -> PlanHeader:
     backend = _MAGIC.get(head[:4])
     if backend is None:
         raise EngineError(
-            f"{path} is not a TensorRT engine: it begins with {head[:4]!r}, expected b'vtrt' or b'ftrt'"
+            f"{path} is not a TensorRT engine: it begins with {head[:4]!r}, "
+            "expected b'vtrt', b'ftrt' or b'ptrt'"
         )
     if len(head) < _LENGTH:
-        raise EngineError(f"the engine {path} is cut short: it has {found} bytes; build or copy it again")
+        raise EngineError(f"the engine {path} is truncated: it has {found} bytes; build or copy it again")
     version = ".".join(str(part) for part in head[24:28])
     if backend != "tensorrt-rtx":
         return PlanHeader(backend, version, None, ())
     (size,) = struct.unpack_from("<Q", head, 16)
     if size != found:
         raise EngineError(
-            f"the engine {path} is damaged: its header says {size} bytes, the file has {found}; "
+            f"the engine {path} is damaged: its header gives {size} bytes, the file has {found}; "
             "build or copy it again"
         )
     (mask,) = struct.unpack_from("<I", head, 32)

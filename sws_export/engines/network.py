@@ -1,7 +1,7 @@
-"""From an ONNX file to a plan through TensorRT's Python API.
+"""From an ONNX file to a serialized engine through TensorRT's Python API.
 
-Runs in the child process. Every function takes the library as its first argument, `tensorrt` or
-`tensorrt_rtx`: both have the same API.
+Runs in the child process. The functions take the library, `tensorrt` or `tensorrt_rtx`, as their first
+argument; both have the same API. Members that some supported release lacks are looked up by name.
 """
 
 import os
@@ -9,29 +9,76 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from sws_export.engines.backend import BUILDER_FLAGS, BuildOptions, capability_member
 from sws_export.errors import EngineError, OptionError
 from sws_export.tensors import Shapes
 
 
-def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path, options: BuildOptions) -> Any:
-    """Parse the graph, external data included, into a strongly typed network.
+def create_builder(trt: Any, logger: Any) -> Any:
+    """A `Builder`.
 
     Raises:
-        EngineError: The parser refuses the graph; its first error is quoted.
+        EngineError: TensorRT cannot create one, for example because the NVIDIA driver is too old.
     """
-    # From TensorRT 11 on every network is strongly typed; before, it has to be asked for.
+    return _create(trt, logger, "builder", lambda: trt.Builder(logger))
+
+
+def _create(trt: Any, logger: Any, what: str, factory: Callable[[], Any]) -> Any:
+    """The result of `factory`. TensorRT returns null on failure: None, or a TypeError from a constructor."""
+    try:
+        created = factory()
+    except (TypeError, RuntimeError) as error:
+        created, reason = None, str(error)
+    else:
+        reason = "no reason given"
+    if created is None:
+        reason = getattr(logger, "first_error", None) or reason
+        raise EngineError(
+            f"{trt.__name__} {trt.__version__} cannot create a {what}: {reason}; "
+            "check that the NVIDIA driver supports this version (nvidia-smi shows the driver)"
+        )
+    return created
+
+
+def parse(trt: Any, builder: Any, logger: Any, onnx_path: Path, options: BuildOptions) -> Any:
+    """Parse the graph and its external data into a strongly typed network.
+
+    Raises:
+        EngineError: The parser rejects the graph; the message contains its first error.
+    """
+    # Networks of TensorRT 11 are always strongly typed; before, a flag requests it.
     flag = trt.NetworkDefinitionCreationFlag.__members__.get("STRONGLY_TYPED")
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    if options.plugins:
-        # A plugin wins over the model-local function of the same name.
-        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
-    if not parser.parse_from_file(str(onnx_path)):
+    flags = 0 if flag is None else 1 << int(flag)
+    network = _create(trt, logger, "network", lambda: builder.create_network(flags))
+    parser = _create(trt, logger, "parser", lambda: trt.OnnxParser(network, logger))
+    # Makes a plugin take precedence over the model-local function of the same name; TensorRT 10.15 and later.
+    override = trt.OnnxParserFlag.__members__.get("ENABLE_PLUGIN_OVERRIDE")
+    if options.plugins and override is None:
+        parsed = parser.parse(without_plugin_functions(builder, onnx_path), str(onnx_path))
+    else:
+        if options.plugins:
+            parser.set_flag(override)
+        parsed = parser.parse_from_file(str(onnx_path))
+    if not parsed:
         raise EngineError(
             f"{trt.__name__} {trt.__version__} cannot parse {onnx_path}: {_parser_error(parser)}"
         )
     return network
+
+
+def without_plugin_functions(builder: Any, onnx_path: Path) -> bytes:
+    """The serialized model without the functions that registered plugins implement.
+
+    External data is not read.
+    """
+    names = {creator.name for creator in builder.get_plugin_registry().all_creators}
+    model = onnx.load(onnx_path, load_external_data=False)
+    kept = [function for function in model.functions if function.name not in names]
+    del model.functions[:]
+    model.functions.extend(kept)
+    return bytes(model.SerializeToString())
 
 
 def _parser_error(parser: Any) -> str:
@@ -43,11 +90,11 @@ def _parser_error(parser: Any) -> str:
 
 
 def check_inputs(network: Any, shapes: Shapes) -> None:
-    """Refuse shapes that do not fit the inputs of the network.
+    """Check the shapes of the profile against the inputs of the network.
 
     Raises:
         OptionError: A dynamic input has no shapes, an input is unknown, a dimension contradicts the graph, or
-            the sizes of a dimension do not ascend.
+            the sizes of a dimension are not ascending.
     """
     inputs = {
         tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))
@@ -76,10 +123,10 @@ def check_inputs(network: Any, shapes: Shapes) -> None:
 
 
 def allow_decomposition(trt: Any, network: Any, fused_head_sizes: range) -> int:
-    """Let TensorRT build an attention of several kernels where none covers it, and count these.
+    """Mark attention layers as decomposable unless a fused kernel exists; the number of layers marked.
 
-    The build fails for an attention that has no dedicated kernel and may not be decomposed. Those that
-    certainly have one (float16 or bfloat16, head size in `fused_head_sizes`) are left alone.
+    The build fails for an attention that has no fused kernel and is not decomposable. Layers that are known
+    to have one (float16 or bfloat16, head size in `fused_head_sizes`) are not changed.
     """
     count = 0
     half_types = (trt.DataType.HALF, trt.DataType.BF16)
@@ -89,21 +136,24 @@ def allow_decomposition(trt: Any, network: Any, fused_head_sizes: range) -> int:
         query = layer.get_input(0)
         if query.dtype in half_types and query.shape[-1] in fused_head_sizes:
             continue
-        # get_layer returns the base class; this is how the bindings are made to see the real one.
+        # get_layer returns the base class ILayer; assigning __class__ is the bindings' way to downcast.
         layer.__class__ = trt.IAttentionInputLayer
         layer.attention.decomposable = True
         count += 1
     return count
 
 
-def configure(trt: Any, builder: Any, options: BuildOptions, shapes: Shapes, monitor: Any) -> Any:
-    """Make the build configuration with one optimization profile.
+def configure(
+    trt: Any, builder: Any, logger: Any, options: BuildOptions, shapes: Shapes, monitor: Any
+) -> Any:
+    """Create the build configuration with one optimization profile.
 
     Raises:
-        OptionError: TensorRT does not take a shape.
+        OptionError: TensorRT rejects a shape, or this version lacks an option.
+        EngineError: TensorRT cannot create the configuration or the profile.
     """
-    config = builder.create_builder_config()
-    # On by default; float32 parts of the graph are float32 because they need its accuracy.
+    config = _create(trt, logger, "builder configuration", builder.create_builder_config)
+    # TF32 is enabled by default; the float32 parts of the graph need the accuracy of float32.
     config.clear_flag(trt.BuilderFlag.TF32)
     config.progress_monitor = monitor
     for option, flag in _flags(trt, options).items():
@@ -121,7 +171,8 @@ def configure(trt: Any, builder: Any, options: BuildOptions, shapes: Shapes, mon
             )
     if options.plugins:
         config.plugins_to_serialize = [str(path) for path in options.plugins]
-    _add_profile(builder, config, shapes)
+    profile = _create(trt, logger, "optimization profile", builder.create_optimization_profile)
+    _add_profile(config, profile, shapes)
     return config
 
 
@@ -131,23 +182,24 @@ def _flags(trt: Any, options: BuildOptions) -> Mapping[str, Any]:
         option for option, name in BUILDER_FLAGS.items() if getattr(options, option) and name not in members
     ]
     if missing:
-        raise OptionError(f"{trt.__name__} {trt.__version__} does not know {', '.join(missing)}; update it")
+        raise OptionError(
+            f"{trt.__name__} {trt.__version__} does not support {', '.join(missing)}; install a later version"
+        )
     return {option: members[name] for option, name in BUILDER_FLAGS.items() if name in members}
 
 
-def _add_profile(builder: Any, config: Any, shapes: Shapes) -> None:
-    profile = builder.create_optimization_profile()
+def _add_profile(config: Any, profile: Any, shapes: Shapes) -> None:
     for name, (minimum, optimum, maximum) in shapes.items():
         profile.set_shape(name, minimum, optimum, maximum)
     if config.add_optimization_profile(profile) < 0:
-        raise OptionError(f"TensorRT does not take the profile {dict(shapes)}")
+        raise OptionError(f"TensorRT rejects the profile {dict(shapes)}")
 
 
 def load_timing_cache(config: Any, path: Path) -> Any:
-    """Give the builder the timings in `path`, or none yet, and return the cache.
+    """Set the builder's timing cache to the contents of `path`, or to an empty cache; the cache.
 
     Raises:
-        EngineError: The file cannot be read, or was made on another GPU or by another version.
+        EngineError: The file cannot be read, or was written for another GPU or by another version.
     """
     try:
         timings = path.read_bytes() if path.exists() else b""
@@ -155,12 +207,14 @@ def load_timing_cache(config: Any, path: Path) -> Any:
         raise EngineError(f"cannot read the timing cache {path}: {error.strerror}") from error
     cache = config.create_timing_cache(timings)
     if not config.set_timing_cache(cache, ignore_mismatch=False):
-        raise EngineError(f"the timing cache {path} is of another GPU or TensorRT version; delete it")
+        raise EngineError(
+            f"the timing cache {path} was written for another GPU or TensorRT version; delete the file"
+        )
     return cache
 
 
 def save_timing_cache(config: Any, path: Path) -> None:
-    """Write the timings of the build to `path`, in one step: other builds may read it meanwhile.
+    """Write the timings of the build to `path` atomically: other builds may be reading it.
 
     Raises:
         EngineError: The file cannot be written.
@@ -175,10 +229,10 @@ def save_timing_cache(config: Any, path: Path) -> None:
 
 
 def stream_writer(trt: Any, write: Callable[[bytes], int]) -> Any:
-    """An `IStreamWriter` that hands each chunk of the plan to `write`.
+    """An `IStreamWriter` that passes each chunk of the plan to `write`.
 
-    After an OSError it writes no more and keeps the error in its attribute `error`: TensorRT calls it from
-    C++, where an exception would end the process, and reports a build as good even if nothing was written.
+    After an OSError it writes nothing more and keeps the error in its attribute `error`: TensorRT calls it
+    from C++, where an exception would end the process, and reports success even if nothing was written.
     """
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]

@@ -38,7 +38,7 @@ class PluginInfo:
         operators: Plugin names.
         namespaces: Plugin namespaces in which each operator is registered.
         plugin_version: Plugin version of all operators.
-        architectures: Compute capabilities with machine code; the last one also has PTX.
+        architectures: Compute capabilities with machine code; 90 and the last one also have PTX.
         cuda: Version of the CUDA compiler.
         tensorrt_headers: Version of the TensorRT headers.
         source_hash: Hash of the sources that the library was built from.

@@ -75,7 +75,15 @@ class TensorRtBackend:
         device.activate()
         self._complaints: list[str] = []
         logger = _log_into(self._complaints, library)
-        runtime = library.Runtime(logger)
+        try:
+            runtime = library.Runtime(logger)
+        except TypeError as error:
+            # TensorRT returned null.
+            raise EngineError(
+                f"{library.__name__} {library.__version__} cannot create a runtime on {device.name}: "
+                f"{self._complaints[0] if self._complaints else error}; "
+                "check that the NVIDIA driver supports this version (nvidia-smi shows the driver)"
+            ) from error
         # A graph lowered for TensorRT may carry the SWS plugins in its plan.
         runtime.engine_host_code_allowed = contract.manifest.get("target") == "tensorrt"
         self._engine = runtime.deserialize_cuda_engine(contract.path.read_bytes())

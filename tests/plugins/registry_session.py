@@ -2,13 +2,16 @@
 
 A separate program, because the parser of TensorRT for RTX ends the process after it has created a plugin.
 
-Usage: registry_session.py LIBRARY creators | refuse | parse ONNX_FILE
+Usage: registry_session.py LIBRARY creators | refuse | parse ONNX_FILE | parse_without_functions ONNX_FILE
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import tensorrt_rtx as trt
+
+from sws_export.engines.network import without_plugin_functions
 
 
 class Logger(trt.ILogger):  # type: ignore[misc]
@@ -45,7 +48,7 @@ def main() -> None:
     library, command = sys.argv[1:3]
     logger = Logger()
     builder = trt.Builder(logger)
-    registry = trt.get_plugin_registry()
+    registry = builder.get_plugin_registry()  # as the export's child process does
     print("loaded", registry.load_library(library) is not None)
     if command == "creators":
         print_creators(registry)
@@ -58,6 +61,11 @@ def main() -> None:
         network = builder.create_network(0)  # the parser does not keep it alive
         parser = trt.OnnxParser(network, logger)
         print("parsed", parser.parse_from_file(sys.argv[3]), flush=True)
+    elif command == "parse_without_functions":
+        network = builder.create_network(0)
+        parser = trt.OnnxParser(network, logger)
+        model = without_plugin_functions(builder, Path(sys.argv[3]))
+        print("parsed", parser.parse(model, sys.argv[3]), flush=True)
     print("done", flush=True)
 
 

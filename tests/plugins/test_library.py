@@ -98,7 +98,7 @@ def test_all_architectures() -> None:
     library = build_library(DEFAULT_ARCHITECTURES)
 
     assert architectures_in(library, "--list-elf") == list(DEFAULT_ARCHITECTURES)
-    assert architectures_in(library, "--list-ptx") == [DEFAULT_ARCHITECTURES[-1]]
+    assert architectures_in(library, "--list-ptx") == ["90", DEFAULT_ARCHITECTURES[-1]]
     usages = parse_ptxas_log((library.parent / "build.log").read_text())
     assert len(usages) == len(DEFAULT_ARCHITECTURES) * sum(KERNELS.values())
     assert [usage for usage in usages if usage.spill_stores or usage.spill_loads or usage.stack] == []

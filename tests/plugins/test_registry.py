@@ -1,4 +1,4 @@
-"""A real plugin registry and ONNX parser, those of TensorRT for RTX, load the library and resolve its operators."""
+"""The plugin registry and ONNX parser of TensorRT for RTX load the library and resolve its operators."""
 
 import subprocess
 import sys
@@ -44,9 +44,7 @@ def test_the_reason_of_a_refusal_reaches_the_logger(library: Path) -> None:
         assert f"log Severity.ERROR sws::{operator}: layer 'layer': {reason}" in output
 
 
-@pytest.mark.parametrize("domain", ["sws", "trt.plugins"])
-def test_the_onnx_parser_resolves_a_node(library: Path, tmp_path: Path, domain: str) -> None:
-    """By the node's domain, or, as ONNX Runtime's TensorRT provider writes it, by the empty namespace."""
+def transport_model(domain: str, *functions: onnx.FunctionProto) -> onnx.ModelProto:
     node = helper.make_node("BandedTransport", ["P", "x"], ["y"], domain=domain, radius=8, tensors=1)
     graph = helper.make_graph(
         [node],
@@ -58,8 +56,37 @@ def test_the_onnx_parser_resolves_a_node(library: Path, tmp_path: Path, domain: 
         [helper.make_tensor_value_info("y", TensorProto.FLOAT16, [1, 64, 16])],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(domain, 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets), tmp_path / "transport.onnx")
+    return helper.make_model(graph, opset_imports=opsets, functions=functions)
+
+
+@pytest.mark.parametrize("domain", ["sws", "trt.plugins"])
+def test_the_onnx_parser_resolves_a_node(library: Path, tmp_path: Path, domain: str) -> None:
+    """By the node's domain, or by the empty namespace, as ONNX Runtime's TensorRT provider writes it."""
+    onnx.save(transport_model(domain), tmp_path / "transport.onnx")
 
     output = session(library, "parse", str(tmp_path / "transport.onnx"))
 
     assert "Successfully created plugin: BandedTransport" in output
+
+
+@pytest.mark.parametrize(("command", "plugin"), [("parse", False), ("parse_without_functions", True)])
+def test_a_local_function_takes_precedence_unless_it_is_removed(
+    library: Path, tmp_path: Path, command: str, plugin: bool
+) -> None:
+    """Which is what network.py does for TensorRT before 10.15, whose parser has no flag for it."""
+    body = [helper.make_node("Identity", ["x"], ["y"])]
+    function = helper.make_function(
+        "sws",
+        "BandedTransport",
+        ["P", "x"],
+        ["y"],
+        body,
+        [helper.make_opsetid("", 20)],
+        ["radius", "tensors"],
+    )
+    onnx.save(transport_model("sws", function), tmp_path / "transport.onnx")
+
+    output = session(library, command, str(tmp_path / "transport.onnx"))
+
+    assert ("Successfully created plugin: BandedTransport" in output) == plugin
+    assert ("parsed True" in output) != plugin  # this parser ends the process once it has created a plugin

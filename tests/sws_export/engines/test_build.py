@@ -12,7 +12,7 @@ import onnx
 import psutil
 import pytest
 
-from sws_export.engines import BuildOptions, build, build_engine, plan_header
+from sws_export.engines import BuildOptions, build, build_engine, header, plan_header
 from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError, OptionError
 
@@ -129,7 +129,7 @@ def is_library_phase(described):
     ("number", "text"),
     [
         (signal.SIGKILL, r"ended by SIGKILL in phase .* of .* GB of memory; most likely memory ran out"),
-        (signal.SIGABRT, r"ended by SIGABRT in phase .*; this is a fault of the library"),
+        (signal.SIGABRT, r"ended by SIGABRT in phase .*; this is a bug of the library"),
     ],
 )
 def test_a_killed_build_process_is_an_error(long_graph, plan, long_shapes, recorder, number, text):
@@ -223,12 +223,12 @@ def test_the_build_process_does_not_outlive_its_parent(long_graph, plan, long_sh
         (
             signal.SIGABRT,
             "free(): invalid pointer\n",
-            r"last output: free\(\): invalid pointer; this is a fault",
+            r"last output: free\(\): invalid pointer; this is a bug",
         ),
         (
             signal.SIGSEGV,
             "",
-            "ended by SIGSEGV in phase 'starting', at 0.0 of .*; this is a fault of the library",
+            "ended by SIGSEGV in phase 'starting', at 0.0 of .*; this is a bug of the library",
         ),
     ],
 )

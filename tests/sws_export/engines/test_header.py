@@ -21,13 +21,13 @@ def test_version_size_and_targets_are_read(tmp_path):
 
 @pytest.mark.parametrize("stated", [63, 65, 2**63])
 def test_a_size_that_disagrees_with_the_file_is_damage(tmp_path, stated):
-    with pytest.raises(EngineError, match=rf"damaged: its header says {stated} bytes, the file has 64"):
+    with pytest.raises(EngineError, match=rf"damaged: its header gives {stated} bytes, the file has 64"):
         plan_header(fake_plan(tmp_path / "engine.plan", size=stated))
 
 
 def test_a_file_shorter_than_a_header_is_cut_short(tmp_path):
     (tmp_path / "engine.plan").write_bytes(b"vtrt\0\0\0\0")
-    with pytest.raises(EngineError, match="cut short: it has 8 bytes"):
+    with pytest.raises(EngineError, match="truncated: it has 8 bytes"):
         plan_header(tmp_path / "engine.plan")
 
 

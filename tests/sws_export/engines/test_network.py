@@ -52,7 +52,7 @@ def parse(builder, tmp_path):
 
 
 def configure(builder, shapes, options):
-    return network.configure(trt, builder, options, shapes, None)
+    return network.configure(trt, builder, LOGGER, options, shapes, None)
 
 
 def test_tf32_is_off(builder, shapes):
@@ -149,7 +149,7 @@ def test_the_network_is_strongly_typed(parse, small):
 
 def test_a_library_without_weakly_typed_networks_is_not_asked_for_a_strong_one(tmp_path):
     library, builder = MagicMock(), MagicMock()
-    library.NetworkDefinitionCreationFlag = SimpleNamespace(__members__={})
+    library.NetworkDefinitionCreationFlag = library.OnnxParserFlag = SimpleNamespace(__members__={})
     network.parse(library, builder, LOGGER, tmp_path / "m.onnx", PLAIN)
     builder.create_network.assert_called_once_with(0)
 

@@ -161,5 +161,5 @@ def test_engines_need_a_driver(plan_of: Callable[[str], Path]) -> None:
 def test_a_plan_cut_short(plan_of: Callable[[str], Path]) -> None:
     plan = plan_of("tensorrt-rtx")
     plan.write_bytes(plan.read_bytes()[:-1])
-    with pytest.raises(EngineError, match="its header says 64 bytes, the file has 63"):
+    with pytest.raises(EngineError, match="its header gives 64 bytes, the file has 63"):
         Session.load(plan)
