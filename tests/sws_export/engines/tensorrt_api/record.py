@@ -101,9 +101,9 @@ def _lookup(module: Any, path: str) -> Any:
 
 def _describe_enum(enum: Any) -> dict[str, Any]:
     members = enum.__members__
-    first = next(iter(members.values()))
+    first, second = list(members.values())[:2]
     try:
-        ordered = bool(first <= first)
+        ordered = (first <= second) or (second <= first)
     except TypeError:
         ordered = False
     return {"ordered": ordered, "members": {name: int(value) for name, value in members.items()}}
