@@ -53,6 +53,17 @@ def test_an_engine_is_built_and_measured(tmp_path, plan, small, shapes, dtype, h
     assert 0 < report.build_seconds < report.seconds
 
 
+def test_a_complete_engine_with_an_unknown_header_is_kept(graph, plan, shapes, recorder, monkeypatch):
+    monkeypatch.setattr(header, "_MAGIC", {b"next": "tensorrt-rtx"})
+    progress = recorder()
+    report = build_engine(graph, plan, shapes, OPTIONS, progress)
+    assert plan.stat().st_size == report.size > 0
+    assert report.compute_capabilities == OPTIONS.targets
+    (warning,) = [text for text in progress.warnings if "header" in text]
+    assert "unknown layout" in warning
+    assert str(plan) in warning
+
+
 def test_a_graph_with_external_weights(tmp_path, plan, small, shapes):
     onnx.save(small(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     assert build_engine(tmp_path / "m.onnx", plan, shapes, OPTIONS).size > 0

@@ -13,13 +13,13 @@ import pytest
 
 from sws_export.engines import child, monitor, network
 from sws_export.engines.backend import BuildOptions
-from sws_export.engines.choice import named_backend
+from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
 from tests.sws_export.engines.recorded_tensorrt import VERSIONS, RecordedLibrary
 from tests.sws_export.engines.tensorrt_api import record
 
-TENSORRT = named_backend("tensorrt")
+TENSORRT = get_backend("tensorrt")
 PLUGIN = Path("/opt/libsws_plugins.so")
 PLAN = b"ftrt" + bytes(40)
 
