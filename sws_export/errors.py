@@ -1,18 +1,18 @@
-"""Every error that sws-export raises on purpose.
+"""Exceptions of sws-export.
 
     SwsExportError
-      OptionError         an argument: unknown name, value out of range, profile that contradicts itself
-      CheckpointError     the model file: missing, damaged, unsafe, of another architecture
-      ExportError         the way from the UNet to the SWS graph
-      ValidationError     the graph disagrees with the reference
-      EngineError         the engine backend: not installed, refused the graph, died
-        ManifestError     the manifest of an artefact: unreadable, malformed, of an unknown format
-      PluginError         the TensorRT plugin library: not built, a tool is missing
-      StepError           an input of a session's step: missing, of a wrong shape (runtime/errors.py)
-      OutputError         the place to write to: not writable, disk full
+      OptionError         an argument is unknown, out of range, or contradicts another one
+      CheckpointError     the model file is missing, damaged, unsafe, or of another architecture
+      ExportError         the UNet cannot be converted to an SWS graph
+      ValidationError     the graph differs from the reference
+      EngineError         the engine backend is not installed, cannot build the graph, or crashed
+        ManifestError     the manifest of an artefact is unreadable, malformed, or of an unknown format
+      PluginError         the TensorRT plugin library is not built, or a build tool is missing
+      StepError           an input of a session step is missing or has the wrong shape (runtime/errors.py)
+      OutputError         the output path is not writable, or the disk is full
 
-A message says what, where, expected against found, and what to do next. The command line prints it on
-one line and exits with 1; anything else that escapes is a bug and keeps its traceback.
+A message states the problem, where it is, what was expected and found, and what to do. The command line
+prints it on one line and exits with status 1. Any other exception is a bug and is printed with its traceback.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _SHOWN_ITEMS = 3
 
 
 class SwsExportError(Exception):
-    """Root of all errors that are the user's or the machine's, not a bug."""
+    """Base class of all errors caused by the input or the machine, not by a bug."""
 
 
 class OptionError(SwsExportError):
@@ -29,15 +29,15 @@ class OptionError(SwsExportError):
 
 
 class CheckpointError(SwsExportError):
-    """The model cannot be read as the UNet it should be."""
+    """The model cannot be read, or is not a supported UNet."""
 
 
 class ExportError(SwsExportError):
-    """The UNet cannot be turned into the SWS graph."""
+    """The UNet cannot be converted to an SWS graph."""
 
 
 class ValidationError(SwsExportError):
-    """The exported graph and the reference differ by more than the tolerance."""
+    """The graph differs from the reference by more than the tolerance."""
 
 
 class EngineError(SwsExportError):

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there."""
+"""Output files that are written completely or not at all."""
 
 import contextlib
 import errno
@@ -15,18 +15,18 @@ from sws_export.errors import OutputError
 ENGINE_SUFFIXES = (".plan", ".engine")
 """File name suffixes of engines."""
 
-_REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 @contextlib.contextmanager
 def staged_directory(out: Path) -> Iterator[Path]:
-    """A scratch directory beside `out`, on the same filesystem, removed at the end whatever happens.
+    """A scratch directory beside `out`, on the same file system, which is removed when the block ends.
 
-    Everything on the way to `out` is written there, so that an error, a full disk or an interrupt leaves
-    nothing behind.
+    All intermediate files are written there, so that nothing remains after an error, a full disk or an
+    interrupt.
 
     Raises:
-        OutputError: The directory of `out` is missing or not writable, or the disk is full.
+        OutputError: The directory of `out` does not exist or is not writable, or the disk is full.
     """
     with output_errors(out):
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -36,38 +36,40 @@ def staged_directory(out: Path) -> Iterator[Path]:
         _raise_if_full(out, error)
         raise
     finally:
-        # Whoever presses Ctrl-C twice wants no remains either.
+        # A second Ctrl-C must not interrupt the removal.
         with _uninterrupted():
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 def publish(staged: Path, out: Path) -> None:
-    """Make `staged` durable and move it to `out` in one step, replacing what was there.
+    """Flush `staged` to disk and move it to `out` atomically, replacing an existing file.
 
     Raises:
-        OutputError: The move is refused or the disk is full.
+        OutputError: The file cannot be moved, or the disk is full.
     """
     publish_together({staged: out})
 
 
-def publish_together(places: Mapping[Path, Path], obsolete: Sequence[Path] = ()) -> None:
-    """Move staged files to their places in one directory, in the order given, replacing what was there.
+def publish_together(targets: Mapping[Path, Path], obsolete: Sequence[Path] = ()) -> None:
+    """Move staged files to their final paths in one directory, replacing existing files.
 
-    Files that are `obsolete` by then are removed, if they exist.
+    All files are flushed to disk first. During the moves interrupts are ignored, so that related files are
+    replaced together.
 
-    What takes long or may fail comes first; an interrupt then waits until the last file has moved, so that
-    no artefact appears without those that belong to it.
+    Args:
+        targets: Final path of each staged file, in the order of the moves.
+        obsolete: Files to remove afterwards, if they exist.
 
     Raises:
-        OutputError: A move is refused or the disk is full.
+        OutputError: A file cannot be moved, or the disk is full.
     """
-    last = list(places.values())[-1]
+    last = list(targets.values())[-1]
     with output_errors(last):
-        for staged in places:
+        for staged in targets:
             _flush(staged)
         with _uninterrupted():
-            for staged, place in places.items():
-                staged.replace(place)
+            for staged, target in targets.items():
+                staged.replace(target)
             for file in obsolete:
                 file.unlink(missing_ok=True)
         _flush(last.parent)
@@ -83,9 +85,9 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C and the request to end for the moment it takes to move or remove files."""
+    """Ignore SIGINT and SIGTERM while files are moved or removed."""
     if threading.current_thread() is not threading.main_thread():
-        # Signals are for the main thread alone.
+        # Only the main thread receives signals.
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -99,12 +101,12 @@ def _uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def output_errors(out: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write near `out` into an `OutputError`."""
+    """Convert OS errors from writing to the directory of `out` to `OutputError`."""
     try:
         yield
     except OSError as error:
         _raise_if_full(out, error)
-        if error.errno in _REFUSALS:
+        if error.errno in _ACCESS_ERRORS:
             raise OutputError(
                 f"cannot write {out}: {error.strerror}; choose an --out in a directory that exists and is "
                 "writable"
@@ -121,6 +123,6 @@ def _raise_if_full(out: Path, error: OSError) -> None:
         ) from error
     if error.errno == errno.EFBIG:
         raise OutputError(
-            f"cannot write {out}: the file is larger than the filesystem of {out.parent} (4 GB on FAT32) or "
-            "the limit of this shell (ulimit -f) allows; choose another --out"
+            f"cannot write {out}: the file is larger than the file system of {out.parent} (4 GB on FAT32) or "
+            "this shell (ulimit -f) allows; choose another --out"
         ) from error

@@ -1,4 +1,4 @@
-"""ONNX models on disk."""
+"""Reading and writing of ONNX files."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,11 +11,11 @@ from sws_export.progress import Progress
 from sws_export.tensors import SIZE_AXES, TensorSpec
 
 EMBED_LIMIT = 256 * 2**20
-"""Weights up to this many bytes are stored inside the ONNX file, larger ones in a file beside it."""
+"""Up to this total size, weights are stored inside the ONNX file, otherwise as external data."""
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers."""
+    """Total size of all initializers in bytes."""
     return sum(
         value.const_value.nbytes
         for value in model.graph.initializers.values()
@@ -24,9 +24,9 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def release_weights(model: ir.Model) -> None:
-    """Unmap the weights that lie on disk; they are mapped anew when they are read.
+    """Unmap external weights; they are mapped again when they are read.
 
-    A page that was read counts as memory of this process while it is mapped, and so do its neighbours.
+    Pages that were read, and pages near them, count as resident memory of this process while mapped.
     """
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
@@ -34,12 +34,12 @@ def release_weights(model: ir.Model) -> None:
 
 
 def external_data_path(path: Path) -> Path:
-    """Where the weights of `path` lie when they are too large for the file itself."""
+    """Path of the external data of the ONNX file `path`."""
     return path.with_name(path.name + ".data")
 
 
 def load_onnx(path: Path) -> ir.Model:
-    """Read the graph at `path`; large weights stay on disk.
+    """Read the graph at `path`; external weights stay on disk.
 
     Raises:
         CheckpointError: The file cannot be read or is not an ONNX model.
@@ -58,9 +58,13 @@ def load_onnx(path: Path) -> ir.Model:
 
 
 def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ...]:
-    """Write `model`, one tensor at a time; returns the files written, the model first.
+    """Write `model`, one tensor at a time; the bytes depend on the model only.
 
-    The bytes depend on the model alone. Raises OSError where the disk refuses; the caller stages.
+    Returns:
+        The files that were written, the ONNX file first.
+
+    Raises:
+        OSError: A file cannot be written.
     """
     total = weight_bytes(model)
     if total <= EMBED_LIMIT:
@@ -68,7 +72,7 @@ def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ..
         try:
             ir.save(ir.external_data.load_to_model(model), path)
         finally:
-            # The caller's model goes on reading its weights from where they are.
+            # The model of the caller keeps its references to external weights.
             for name, tensor in tensors.items():
                 model.graph.initializers[name].const_value = tensor
         return (path,)
@@ -84,32 +88,41 @@ def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ..
 def save_sharing_weights(
     model: ir.Model, path: Path, other: ir.Model, saved: Path, progress: Progress
 ) -> None:
-    """Write `model`, whose weights are those of `other`, which lies at `saved` in the directory of `path`.
+    """Write `model` with references to the external weights of another graph.
 
-    Weights that lie in a file beside `saved` are not written again: both graphs refer to that file. Weights
-    inside `saved` are written as `save_onnx` does.
+    If the other graph has no external weights, this is `save_onnx`.
+
+    Args:
+        model: The graph to write.
+        path: Its ONNX file.
+        other: A graph with the same weights.
+        saved: The ONNX file of `other`, in the directory of `path`.
+        progress: Receives the stage.
+
+    Raises:
+        OSError: `path` cannot be written.
     """
     written = load_onnx(saved).graph.initializers
-    places = {
+    external = {
         id(value.const_value): written[name].const_value
         for name, value in other.graph.initializers.items()
         if isinstance(written[name].const_value, ir.ExternalTensor)
     }
-    if not places:
+    if not external:
         save_onnx(model, path, progress)
         return
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if id(tensor) in places:
-            value.const_value = places[id(tensor)]
+        if id(tensor) in external:
+            value.const_value = external[id(tensor)]
         elif isinstance(tensor, ir.ExternalTensor):
-            # Of small weights that are equal the clean-up keeps one, and here another one than there.
+            # Deduplication kept one of several equal small weights, here another one than in `other`.
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
     ir.save(model, path)
 
 
 def declared_sizes(model: ir.Model) -> dict[str, int]:
-    """Sizes that are static in the graph already, by the symbols of `SIZE_AXES`."""
+    """Sizes that are static in the graph, by the symbols of `SIZE_AXES`."""
     inputs = {value.name: value.shape for value in model.graph.inputs}
     sizes = {}
     for symbol, (name, axis) in SIZE_AXES.items():
@@ -121,10 +134,10 @@ def declared_sizes(model: ir.Model) -> dict[str, int]:
 
 
 def graph_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
-    """The contract of a graph's inputs or outputs, as the graph declares them.
+    """Names, dtypes and shapes of the inputs or outputs of a graph.
 
     Raises:
-        ExportError: A dtype or shape is not declared.
+        ExportError: An input or output has no declared dtype or shape.
     """
     specs = []
     for value in values:

@@ -1,4 +1,4 @@
-"""How long work tells that it is alive, without knowing who listens."""
+"""The progress protocol, through which long operations report stages and messages."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,26 +6,26 @@ from typing import Protocol
 
 
 class Stage(Protocol):
-    """One stage of work in progress."""
+    """A running stage."""
 
     def advance(self, amount: float = 1.0) -> None:
-        """Count `amount` more of the stage's total as done."""
+        """Add `amount` to the completed part of the total."""
 
     def describe(self, text: str) -> None:
-        """Say what the stage is doing at the moment."""
+        """Set the description of the current work."""
 
 
 class Progress(Protocol):
-    """Receives stages, remarks and warnings."""
+    """Receives stages, messages and warnings."""
 
     def stage(self, name: str, total: float | None = None) -> contextlib.AbstractContextManager[Stage]:
-        """Open a stage; `total` is None where the amount of work is unknown."""
+        """Open a stage; `total` is None if the amount of work is unknown."""
 
     def log(self, message: str) -> None:
-        """Say something a user wants to know once."""
+        """Report information."""
 
     def warn(self, message: str) -> None:
-        """Say something a user should act on."""
+        """Report a warning, on which the user should act."""
 
 
 class _SilentStage:
@@ -37,38 +37,38 @@ class _SilentStage:
 
 
 class SilentProgress:
-    """A `Progress` that says nothing: the default of the Python API."""
+    """A `Progress` that discards everything; the default of the Python API."""
 
     @contextlib.contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Stage]:  # noqa: ARG002
-        """Open a stage that nobody watches."""
+        """Open a stage without output."""
         yield _SilentStage()
 
     def log(self, message: str) -> None:
-        """Drop the remark."""
+        """Discard the message."""
 
     def warn(self, message: str) -> None:
-        """Drop the warning."""
+        """Discard the warning."""
 
 
 class RecordingProgress:
-    """A `Progress` that passes everything on and remembers the remarks and warnings."""
+    """A `Progress` that forwards everything and records messages and warnings."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self.lines: list[tuple[bool, str]] = []
-        """What was said, in order: (is a warning, text)."""
+        """The messages in order: (is a warning, text)."""
 
     def stage(self, name: str, total: float | None = None) -> contextlib.AbstractContextManager[Stage]:
         """Open a stage."""
         return self._progress.stage(name, total)
 
     def log(self, message: str) -> None:
-        """Pass a remark on."""
+        """Forward and record a message."""
         self.lines.append((False, message))
         self._progress.log(message)
 
     def warn(self, message: str) -> None:
-        """Pass a warning on."""
+        """Forward and record a warning."""
         self.lines.append((True, message))
         self._progress.warn(message)

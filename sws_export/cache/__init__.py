@@ -1,4 +1,4 @@
-"""Results of earlier runs, found again by what they were made of."""
+"""Cache of the results of earlier runs, with content hashes as keys."""
 
 from sws_export.cache.keys import cache_key, code_version
 from sws_export.cache.settings import cache_directory, open_cache

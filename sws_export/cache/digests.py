@@ -1,9 +1,9 @@
-"""Remembers the sha256 of files that have not changed, as git does: a checkpoint takes a second a GB.
+"""Cache of the sha256 of files that have not changed; hashing a checkpoint takes a second for each GB.
 
-A file counts as unchanged while its path, size, inode, and the times of its last change (mtime and ctime, to
-the nanosecond) are the same. No program can set ctime back, so that copying times (`cp -p`, `rsync -t`,
-`touch`) does not pass for unchanged. What was changed within two seconds before it was hashed is not
-remembered: file systems whose clocks are coarse could not tell a later change from that one.
+As in git, a file is unchanged if its path, size, inode, device, mtime and ctime (in ns) are the same. ctime
+cannot be set, so a file with a copied mtime (`cp -p`, `rsync -t`, `touch`) is detected as changed. The digest
+of a file that was modified less than two seconds before it was hashed is not stored: with the coarse clock of
+some file systems, a later modification could have the same time.
 """
 
 import contextlib
@@ -17,12 +17,17 @@ from pathlib import Path
 from sws_export.cache.keys import cache_key
 
 RECENT_SECONDS = 2.0
+"""Age below which a modification counts as recent, so that the digest is not stored."""
 
 Stamps = list[dict[str, str | int]]
 
 
 def file_stamps(files: Sequence[Path]) -> tuple[Stamps, float]:
-    """What tells one state of `files` from another, without reading them; and the time (since 1970)."""
+    """Size, inode and times of `files`, and the current time in seconds since the epoch.
+
+    Raises:
+        OSError: A file does not exist.
+    """
     found: Stamps = []
     for file in files:
         status = file.stat()
@@ -40,28 +45,28 @@ def file_stamps(files: Sequence[Path]) -> tuple[Stamps, float]:
 
 
 class DigestCache:
-    """sha256 of files, one JSON file each below `root`; without `root` it remembers nothing."""
+    """Digests of sets of files, each in a JSON file below `root`; nothing is stored without `root`."""
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
 
     def get(self, files: Sequence[Path]) -> str | None:
-        """The digest of `files` as it was remembered, if they have not changed since."""
+        """The stored digest of `files`, or None if there is none or the files have changed."""
         if self._root is None:
             return None
         try:
-            known = json.loads(self._place(files).read_text("utf-8"))
-            return str(known["sha256"]) if known["files"] == file_stamps(files)[0] else None
+            stored = json.loads(self._path(files).read_text("utf-8"))
+            return str(stored["sha256"]) if stored["files"] == file_stamps(files)[0] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def put(self, files: Sequence[Path], before: Stamps, began: float, sha256: str) -> None:
-        """Remember the digest of `files`.
+        """Store the digest of `files`, unless they changed while or shortly before they were hashed.
 
         Args:
-            files: What was hashed.
-            before: Their stamps before they were hashed.
-            began: When these were taken.
+            files: The hashed files.
+            before: `file_stamps` of the files before they were hashed.
+            began: Time of `before`.
             sha256: The digest, in hex.
         """
         if self._root is None or before != file_stamps(files)[0]:
@@ -74,14 +79,14 @@ class DigestCache:
             descriptor, name = tempfile.mkstemp(dir=self._root)
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
                 json.dump({"files": before, "sha256": sha256}, stream)
-            Path(name).replace(self._place(files))
+            Path(name).replace(self._path(files))
 
     def evict(self, files: Sequence[Path]) -> None:
-        """Have `files` hashed again."""
+        """Remove the digest of `files`."""
         if self._root is not None:
             with contextlib.suppress(OSError):
-                self._place(files).unlink()
+                self._path(files).unlink()
 
-    def _place(self, files: Sequence[Path]) -> Path:
+    def _path(self, files: Sequence[Path]) -> Path:
         assert self._root is not None
         return self._root / f"{cache_key({'files': [str(file.resolve()) for file in files]})}.json"

@@ -1,4 +1,4 @@
-"""What the name of a cache entry is made of."""
+"""Keys of cache entries."""
 
 import functools
 import hashlib
@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 
-def cache_key(parts: Mapping[str, Any]) -> str:
-    """The sha256, in hex, of values that JSON can hold; their order does not count."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def cache_key(values: Mapping[str, Any]) -> str:
+    """The sha256, in hex, of JSON values; the order of the keys does not matter."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
 def code_version() -> str:
-    """The sha256, in hex, of this software's own sources.
+    """The sha256, in hex, of the Python sources of sws-export.
 
-    A version number stays while the code is worked on; results of other code must not be taken for ours.
+    The version number is not enough: during development the code changes while the version stays the same.
     """
     import graph_passes
     import sws_export

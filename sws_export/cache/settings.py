@@ -1,4 +1,4 @@
-"""Where the cache lies and how large it may become."""
+"""Directory and size limit of the cache."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def cache_directory() -> Path:
-    """The directory in `SWS_EXPORT_CACHE_DIR`, else one in the user's cache."""
+    """The directory from `SWS_EXPORT_CACHE_DIR`, otherwise one in the cache directory of the user."""
     if chosen := os.environ.get(DIRECTORY_VARIABLE):
         return Path(chosen).absolute()
     base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
@@ -23,19 +23,22 @@ def cache_directory() -> Path:
 
 
 def open_cache(*, enabled: bool = True) -> Cache:
-    """The user's cache; one that keeps nothing where it is not `enabled` or may have no size.
+    """The cache of the user.
+
+    Args:
+        enabled: If False, or if `SWS_EXPORT_CACHE_SIZE` is 0, the cache stores nothing.
 
     Raises:
-        OptionError: `SWS_EXPORT_CACHE_SIZE` is no size.
+        OptionError: `SWS_EXPORT_CACHE_SIZE` is not a size.
     """
     limit = _parse_size(os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE)
     return Cache(cache_directory() if enabled and limit else None, limit)
 
 
 def _parse_size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]B)?", text.strip(), re.IGNORECASE)
-    if found is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]B)?", text.strip(), re.IGNORECASE)
+    if match is None:
         raise OptionError(
-            f"{SIZE_VARIABLE}={text}: expected a size such as 500MB or {DEFAULT_SIZE}, or 0 for no cache"
+            f"{SIZE_VARIABLE}={text}: expected a size such as 500MB or {DEFAULT_SIZE}; 0 disables the cache"
         )
-    return int(float(found[1]) * _UNITS[(found[2] or "").upper()])
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])

@@ -1,4 +1,4 @@
-"""A second name for a file, or a copy of it, with as little work and disk as the file system allows."""
+"""Copies of files that share disk blocks where the file system supports it."""
 
 import errno
 import fcntl
@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 
 _FICLONE = 0x40049409
-"""ioctl of Linux: let a file share the blocks of another until either is changed (btrfs, XFS, bcachefs)."""
+"""ioctl of Linux: clone a file copy-on-write (btrfs, XFS, bcachefs)."""
 
 
 def share_file(source: Path, target: Path, *, link: bool = True) -> None:
-    """Make `target`, which must not exist, hold what `source` holds.
+    """Create `target` with the content of `source`: a copy-on-write clone, else a hard link, else a copy.
 
-    Blocks are shared copy-on-write where the file system can; else `target` becomes a hard link, where that
-    is allowed and possible; else a copy.
+    Args:
+        source: An existing file.
+        target: A path that does not exist.
+        link: Whether a hard link is allowed.
 
     Raises:
-        OSError: `source` is gone, or `target` cannot be written, for example because the disk is full.
+        OSError: `source` does not exist, or `target` cannot be written, for example because the disk is full.
     """
     if _clone(source, target):
         return
@@ -28,7 +30,7 @@ def share_file(source: Path, target: Path, *, link: bool = True) -> None:
         except FileNotFoundError:
             raise
         except OSError:
-            pass  # another file system, or one without hard links
+            pass  # another file system, or no support for hard links
         else:
             return
     free = shutil.disk_usage(target.parent).free

@@ -1,12 +1,12 @@
-"""A bounded directory of results, safe for several processes at a time.
+"""A cache directory with a size limit, which several processes can use at the same time.
 
-    entries/<kind>-<key>/entry.json   facts, and size and sha256 of each file; its time is the last use
+    entries/<kind>-<key>/entry.json   metadata, and size and sha256 of each file; its mtime is the last use
     entries/<kind>-<key>/<file>
     digests/, locks/                  see digests.py and `Cache.lock`
 
-An entry is written under another name and renamed when it is complete, and renamed before it is removed, so
-that whoever finds one finds all of it. Files are linked or copied out: an entry that is removed takes nothing
-from those who took from it.
+An entry is written under a temporary name and renamed when it is complete, and renamed before it is removed,
+so that processes only see complete entries. Files are extracted as links or copies, so that they remain when
+the entry is evicted.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ KINDS: tuple[Kind, ...] = ("graph", "validation", "engine")
 
 _ENTRY = "entry.json"
 _UNFINISHED = ".unfinished-"
-# What a process that was killed left behind is older than any process takes to fill an entry.
-_LEFT_BEHIND_SECONDS = 3600
+# An unfinished entry of this age was left by a killed process: no process takes that long to write one.
+_ORPHAN_SECONDS = 3600
 _UNUSED_LOCK_SECONDS = 7 * 24 * 3600
 
 
@@ -48,15 +48,15 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Entry:
-    """One result.
+    """One cached result.
 
     Attributes:
-        kind: What it is.
-        key: What it was made of, as a sha256 in hex.
-        metadata: What is known about it, as JSON values.
-        files: Its files by name.
-        directory: Where they lie, for as long as the entry is not removed.
-        last_used: Seconds since 1970 of its last use.
+        kind: Kind of the result.
+        key: Cache key, a sha256 in hex.
+        metadata: JSON values stored with the result.
+        files: Size and digest of each file by name.
+        directory: Directory of the files, until the entry is evicted.
+        last_used: Time of the last use, in seconds since the epoch.
     """
 
     kind: Kind
@@ -68,17 +68,17 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes of its files, those shared with an artefact included."""
+        """Total size of the files in bytes, including blocks that are shared with an artefact."""
         return sum(file.bytes for file in self.files.values())
 
     @property
     def label(self) -> str:
-        """What it was made of, in a few words."""
+        """Short description for `sws-export cache list`."""
         return str(self.metadata.get("label", ""))
 
 
 class Cache:
-    """Entries below `root`, at most `limit` bytes of them; one without `root` finds and keeps nothing."""
+    """Entries below `root` with at most `limit` bytes in total; without `root` the cache is always empty."""
 
     def __init__(self, root: Path | None, limit: int) -> None:
         self.root = root
@@ -86,7 +86,7 @@ class Cache:
         self.digests = DigestCache(root / "digests" if root else None)
 
     def get(self, kind: Kind, key: str) -> Entry | None:
-        """The entry of `key`, whose turn to be removed it now is last; a damaged one is removed."""
+        """The entry of `key`, which becomes the most recently used one; a damaged entry is evicted."""
         if self.root is None:
             return None
         directory = self._entries() / f"{kind}-{key}"
@@ -99,31 +99,34 @@ class Cache:
             os.utime(directory / _ENTRY)
         return entry
 
-    def extract(self, entry: Entry, name: str, place: Path, replaces: Path | None = None) -> bool:
-        """Put a file of `entry` at `place`; false, and nothing there, if it is gone or damaged.
+    def extract(self, entry: Entry, name: str, path: Path, replaces: Path | None = None) -> bool:
+        """Write a file of `entry` to `path`.
 
-        Two artefacts never share a hard link: whoever overwrites one of them would change the other.
+        Two artefacts never share a hard link: a program that overwrites one would change the other.
 
         Args:
-            entry: What was found.
-            name: Which of its files.
-            place: A new path, in a directory that exists.
-            replaces: An artefact that will be replaced by the one at `place`.
+            entry: A result of `get`.
+            name: Name of the file.
+            path: A path that does not exist, in an existing directory.
+            replaces: An artefact that will be replaced by `path`.
+
+        Returns:
+            False if the file is missing or damaged; nothing is written then.
 
         Raises:
-            OSError: `place` cannot be written.
+            OSError: `path` cannot be written.
         """
         stored = entry.directory / name
         try:
             artefacts = stored.stat().st_nlink - 1
             if replaces is not None and replaces.exists() and replaces.samefile(stored):
                 artefacts -= 1
-            share_file(stored, place, link=artefacts == 0)
+            share_file(stored, path, link=artefacts == 0)
         except FileNotFoundError:
-            place.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             return False
-        if file_digest(place) != entry.files[name]:
-            place.unlink()
+        if file_digest(path) != entry.files[name]:
+            path.unlink()
             self.evict(entry)
             return False
         return True
@@ -136,13 +139,13 @@ class Cache:
         files: Mapping[Path, FileDigest],
         progress: Progress,
     ) -> None:
-        """Keep a result, and remove what was not used for longest. An export never fails for it."""
+        """Store a result and evict the least recently used ones. A failure is a warning, never an error."""
         if self.root is None:
             return
         size = sum(file.bytes for file in files.values())
         if size > self.limit:
             progress.log(
-                f"the {kind} of {size / 1e9:.1f} GB is not kept: the cache holds {self.limit / 1e9:.1f} GB"
+                f"the {kind} of {size / 1e9:.1f} GB is not cached: the limit is {self.limit / 1e9:.1f} GB"
             )
             return
         entries = self._entries()
@@ -153,10 +156,10 @@ class Cache:
                 for file in files:
                     share_file(file, unfinished / file.name)
                 (unfinished / _ENTRY).write_text(
-                    _signed(
+                    _with_checksum(
                         {
                             "metadata": metadata,
-                            "files": {file.name: asdict(found) for file, found in files.items()},
+                            "files": {file.name: asdict(digest) for file, digest in files.items()},
                         }
                     ),
                     "utf-8",
@@ -164,13 +167,13 @@ class Cache:
                 _rename(unfinished, entries / f"{kind}-{key}")
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            self._shrink(self.limit, f"{kind}-{key}")
+            self._evict_to_limit(f"{kind}-{key}")
         except OSError as error:
-            progress.warn(f"the {kind} is not kept in the cache {self.root}: {error.strerror}")
+            progress.warn(f"the {kind} cannot be stored in the cache {self.root}: {error.strerror}")
 
     @contextlib.contextmanager
     def lock(self, kind: Kind, key: str, progress: Progress) -> Iterator[None]:
-        """Let one process at a time make the result of `key`; the others wait, and then find it."""
+        """Lock the result of `key`, so that one process computes it while others wait for it."""
         if self.root is None:
             yield
             return
@@ -181,10 +184,10 @@ class Cache:
             try:
                 lock.acquire(timeout=0)
             except filelock.Timeout:
-                with progress.stage(f"wait: another process makes the same {kind}"):
+                with progress.stage(f"wait for another process with the same {kind}"):
                     lock.acquire()
         except OSError:
-            # A cache that cannot be written is one that nobody fills.
+            # Without write access there is nothing to lock: no process can store a result.
             yield
             return
         try:
@@ -197,14 +200,14 @@ class Cache:
         self._remove(entry.directory)
 
     def entries(self) -> list[Entry]:
-        """All entries, the one used last first."""
+        """All entries, most recently used first."""
         if self.root is None or not self._entries().is_dir():
             return []
         found = (_read(directory) for directory in self._entries().glob("[!.]*"))
         return sorted((entry for entry in found if entry), key=lambda entry: -entry.last_used)
 
     def clear(self) -> tuple[int, int]:
-        """Remove everything; returns how many entries and bytes that were."""
+        """Remove everything; returns the number and total size in bytes of the removed entries."""
         found = self.entries()
         if self.root is not None:
             for directory in self._entries().glob("*"):
@@ -217,19 +220,19 @@ class Cache:
         assert self.root is not None
         return self.root / "entries"
 
-    def _shrink(self, limit: int, keep: str) -> None:
-        """Remove the entries used longest ago until `limit` is kept, and what killed processes left."""
+    def _evict_to_limit(self, keep: str) -> None:
+        """Evict the least recently used entries except `keep`, and remove orphans of killed processes."""
         assert self.root is not None
-        with filelock.FileLock(self.root / "shrink.lock"):
+        with filelock.FileLock(self.root / "evict.lock"):
             total = 0
             for entry in self.entries():
                 total += entry.size
-                if total > limit and entry.directory.name != keep:
+                if total > self.limit and entry.directory.name != keep:
                     total -= entry.size
                     self._remove(entry.directory)
             for directory in self._entries().glob(".*"):
                 with contextlib.suppress(OSError):
-                    if time.time() - directory.stat().st_mtime > _LEFT_BEHIND_SECONDS:
+                    if time.time() - directory.stat().st_mtime > _ORPHAN_SECONDS:
                         shutil.rmtree(directory, ignore_errors=True)
             self._remove_locks(_UNUSED_LOCK_SECONDS)
 
@@ -247,11 +250,11 @@ class Cache:
             shutil.rmtree(trash, ignore_errors=True)
 
 
-def _rename(unfinished: Path, place: Path) -> None:
+def _rename(unfinished: Path, directory: Path) -> None:
     try:
-        unfinished.rename(place)
+        unfinished.rename(directory)
     except OSError as error:
-        # Another process may have stored the same result: either will do.
+        # Another process stored the same result in the meantime.
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
 
@@ -263,22 +266,22 @@ def file_digest(file: Path) -> FileDigest:
         return FileDigest(os.fstat(stream.fileno()).st_size, digest)
 
 
-def _signed(content: Mapping[str, Any]) -> str:
+def _with_checksum(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True)
     return json.dumps({"content": content, "sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def _read(directory: Path) -> Entry | None:
-    """The entry in `directory`, or None if it is gone, incomplete or damaged."""
+    """The entry in `directory`, or None if it is missing, incomplete or damaged."""
     file = directory / _ENTRY
     kind, _, key = directory.name.partition("-")
     try:
-        signed = json.loads(file.read_text("utf-8"))
-        content = signed["content"]
-        if json.loads(_signed(content)) != signed or kind not in KINDS:
+        stored = json.loads(file.read_text("utf-8"))
+        content = stored["content"]
+        if json.loads(_with_checksum(content)) != stored or kind not in KINDS:
             return None
-        files = {name: FileDigest(**facts) for name, facts in content["files"].items()}
-        if any((directory / name).stat().st_size != facts.bytes for name, facts in files.items()):
+        files = {name: FileDigest(**digest) for name, digest in content["files"].items()}
+        if any((directory / name).stat().st_size != digest.bytes for name, digest in files.items()):
             return None
         return Entry(kind, key, content["metadata"], files, directory, file.stat().st_mtime)
     except (OSError, ValueError, KeyError, TypeError):

@@ -184,7 +184,7 @@ def test_a_full_disk_is_a_warning(cache: Cache, monkeypatch: pytest.MonkeyPatch)
     said = RecordingProgress(SilentProgress())
     store(cache, said=said)
     assert said.lines == [
-        (True, f"the engine is not kept in the cache {cache.root}: No space left on device")
+        (True, f"the engine cannot be stored in the cache {cache.root}: No space left on device")
     ]
     assert list((cache.root or Path()).glob("entries/*")) == []
 
@@ -206,7 +206,7 @@ def test_what_is_larger_than_the_cache_is_not_kept(cache: Cache) -> None:
     said = RecordingProgress(SilentProgress())
     store(cache, size=10_001, said=said)
     assert keys(cache) == {"b" * 64}
-    assert "the engine of 0.0 GB is not kept" in said.lines[0][1]
+    assert "the engine of 0.0 GB is not cached" in said.lines[0][1]
 
 
 def test_an_entry_in_use_may_be_removed(cache: Cache, tmp_path: Path) -> None:

@@ -458,7 +458,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(model: Path, out: Path, tmp
     said = RecordingProgress(SilentProgress())
     export(model, out / "graph.onnx", ExportOptions(validate=False), said)
     assert (out / "graph.onnx").is_file()
-    assert any(warning and "is not kept in the cache" in text for warning, text in said.lines)
+    assert any(warning and "cannot be stored in the cache" in text for warning, text in said.lines)
 
 
 # The command
