@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sws_export.errors import SwsExportError
+from sws_export.extras import missing_extras_as_errors
 
 _VERBS = ("inspect", "validate", "plugins", "sample", "report", "triton", "cache")
 
@@ -19,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # As Ctrl-C: leave through the clean-up of every stage.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(importlib.import_module(f"sws_export.commands.{verb}").run(given))
+        with missing_extras_as_errors():
+            return int(importlib.import_module(f"sws_export.commands.{verb}").run(given))
     except SwsExportError as error:
         # Libraries that we quote break their messages into lines.
         print(f"sws-export: {' '.join(str(error).split())}", file=sys.stderr)

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sws_export.errors import SwsExportError
+from sws_export.extras import missing_extras_as_errors
 
 if TYPE_CHECKING:
     from sws_export.options import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsOptions
@@ -43,4 +44,5 @@ def __getattr__(name: str) -> Any:
     """Import on first use: `import sws_export` alone loads no library."""
     if name not in _MODULES:
         raise AttributeError(f"module 'sws_export' has no attribute '{name}'")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    with missing_extras_as_errors():
+        return getattr(importlib.import_module(_MODULES[name]), name)

@@ -8,8 +8,9 @@
       EngineError         the engine backend is not installed, cannot build the graph, or crashed
         ManifestError     the manifest of an artefact is unreadable, malformed, or of an unknown format
       PluginError         the TensorRT plugin library is not built, or a build tool is missing
-      StepError           an input of a session step is missing or has the wrong shape (runtime/errors.py)
+      StepError           an input of a session step is missing, or has a wrong shape or value
       OutputError         the output path is not writable, or the disk is full
+      MissingExtraError   a Python package of an extra of sws-export is not installed
 
 A message states the problem, where it is, what was expected and found, and what to do. The command line
 prints it on one line and exits with status 1. Any other exception is a bug and is printed with its traceback.
@@ -48,8 +49,16 @@ class ManifestError(EngineError):
     """The manifest of an artefact cannot be read."""
 
 
+class MissingExtraError(SwsExportError):
+    """A package of an extra of sws-export is not installed."""
+
+
 class PluginError(SwsExportError):
     """The plugin library cannot be built, found or loaded."""
+
+
+class StepError(SwsExportError):
+    """An input of a step is missing, unknown, or of a shape or value that the artefact does not take."""
 
 
 class OutputError(SwsExportError):

@@ -18,6 +18,11 @@ ENGINE_SUFFIXES = (".plan", ".engine")
 _ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
+def external_data_path(path: Path) -> Path:
+    """Path of the external data of the ONNX file `path`."""
+    return path.with_name(path.name + ".data")
+
+
 @contextlib.contextmanager
 def staged_directory(out: Path) -> Iterator[Path]:
     """A scratch directory beside `out`, on the same file system, which is removed when the block ends.

@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sws_export.errors import CheckpointError, ExportError
+from sws_export.files import external_data_path
 from sws_export.progress import Progress
 from sws_export.tensors import SIZE_AXES, TensorSpec
 
@@ -31,11 +32,6 @@ def release_weights(model: ir.Model) -> None:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.release()
-
-
-def external_data_path(path: Path) -> Path:
-    """Path of the external data of the ONNX file `path`."""
-    return path.with_name(path.name + ".data")
 
 
 def load_onnx(path: Path) -> ir.Model:

@@ -1,18 +1,23 @@
-"""An exported UNet in the place of the `diffusion_model` of a ComfyUI model.
+"""An exported UNet as the `diffusion_model` of a ComfyUI model.
 
-Nothing of ComfyUI is imported here: the node in integrations/comfyui/ does that.
+Neither ComfyUI nor torch is imported with this module: the node in integrations/comfyui/ imports ComfyUI.
 """
 
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from sws_export.runtime.errors import StepError
+from sws_export.errors import StepError
+from sws_export.runtime.inputs import to_numpy
 from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session, Stream
 from sws_export.tensors import PRECISIONS
+
+if TYPE_CHECKING:
+    import torch
 
 _POOLED = 1280
 _EMBEDDING = 256
@@ -21,57 +26,63 @@ _RESOLUTION = 0.5
 
 
 class SwsDiffusionModel:
-    """Called as ComfyUI's `BaseModel.apply_model` calls its `diffusion_model`.
+    """Called the way ComfyUI's `BaseModel.apply_model` calls its `diffusion_model`.
 
     The noise level is the one that the sampler passes in `transformer_options["sigmas"]`. ComfyUI may run the
-    conditions of one step together or one after the other, so each combination has a stream of its own; all
-    begin anew with a new list of `sample_sigmas`, which every sampling run makes. Of an artefact whose state
-    lasts (`--preset node`) there is one stream, which goes on from run to run, as the published node does.
+    conditions of one step together or one after the other, so each combination has its own stream. All
+    streams are dropped when `sample_sigmas` is a new list, which every sampling run creates. If the state is
+    persistent (`--preset node`), one stream continues from run to run, as in the published node.
 
     Attributes:
         intensity: Strength of SWS in [0, 1].
-        dtype: Precision that ComfyUI shall give its tensors.
-        session: What runs the UNet.
+        session: Runs the UNet.
     """
 
     def __init__(self, session: Session, intensity: float = RECOMMENDED_INTENSITY) -> None:
         self.intensity = intensity
-        self.dtype: torch.dtype = getattr(torch, PRECISIONS[session.contract.manifest["precision"]].dtype)
         self.session = session
         self._names = [spec.name for spec in session.contract.inputs]
         self._streams: dict[tuple[Any, ...], Stream] = {}
         self._run: Any = None
-        self._last = float("inf")
+        self._last_sigma = float("inf")
 
     @classmethod
     def load(cls, path: Path | str, intensity: float = RECOMMENDED_INTENSITY) -> Self:
-        """Load what `sws-export` wrote; errors are those of `Session.load`."""
+        """Load an artefact; raises the errors of `Session.load`."""
         return cls(Session.load(path), intensity)
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The dtype in which ComfyUI passes its tensors: the precision of the UNet."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, PRECISIONS[self.session.contract.manifest["precision"]].dtype)
+        return dtype
 
     def __call__(
         self,
-        x: torch.Tensor,
-        timesteps: torch.Tensor,
-        context: torch.Tensor | None = None,
-        y: torch.Tensor | None = None,
+        x: "torch.Tensor",
+        timesteps: "torch.Tensor",
+        context: "torch.Tensor | None" = None,
+        y: "torch.Tensor | None" = None,
         control: object = None,
         transformer_options: Mapping[str, Any] | None = None,
         **others: Any,
-    ) -> torch.Tensor:
-        """One prediction.
+    ) -> "torch.Tensor":
+        """Predict once.
 
         Args:
             x: Latent, scaled for the model, [B, C, H, W]; conditions one after the other along B.
             timesteps: [B].
             context: Text embeddings, [B, L, X].
             y: SDXL's pooled text and embedded sizes, [B, 1280 + 256 N].
-            control: ControlNet's residuals, which the graph does not take.
-            transformer_options: `sigmas` [b], with B a multiple of b; `sample_sigmas`, `uuids` and
-                `cond_or_uncond` where ComfyUI gives them.
-            others: Further conditions of the model; the graph takes none.
+            control: ControlNet residuals; must be None.
+            transformer_options: `sigmas` [b], with B a multiple of b; optionally `sample_sigmas`, `uuids` and
+                `cond_or_uncond`.
+            others: Further conditions of the model; must be None.
 
         Raises:
-            StepError: ControlNet or another input that the graph does not have, or a shape it does not take.
+            StepError: ControlNet or another input that the graph does not have, or a wrong shape.
         """
         if control is not None:
             raise StepError(
@@ -82,8 +93,8 @@ class SwsDiffusionModel:
             raise StepError("transformer_options has no sigmas; this version of ComfyUI is too old")
         sigmas = options["sigmas"].float()
         conditions = split_adm(y) if y is not None and "text_embeds" in self._names else {}
-        self._follow(options.get("sample_sigmas"), float(sigmas.max()))
-        prediction = self._stream(options).step(
+        self._drop_streams_of_other_runs(options.get("sample_sigmas"), float(sigmas.max()))
+        prediction: torch.Tensor = self._stream(options).step(
             x,
             timesteps,
             context,
@@ -92,28 +103,28 @@ class SwsDiffusionModel:
             **conditions,
             **others,
         )
-        return torch.as_tensor(prediction)
+        return prediction
 
     def to(self, *arguments: Any, **named: Any) -> Self:  # noqa: ARG002  (torch's signature)
-        """Stay where it is: the session has its own device."""
+        """Do nothing: the session has its own device."""
         return self
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """No weights that ComfyUI could move or patch."""
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: there are no weights that ComfyUI could move or patch."""
         return {}
 
     def load_state_dict(self, *arguments: Any, **named: Any) -> tuple[list[str], list[str]]:  # noqa: ARG002
-        """Take no weights."""
+        """Do nothing; no keys are missing or unexpected."""
         return [], []
 
-    def _follow(self, run: Any, sigma: float) -> None:
-        """Drop all streams where a new sampling run begins."""
-        # Samplers that add noise on their way go up by themselves: a sign only where no list tells.
-        begins = run is not self._run if run is not None else sigma > self._last
-        if begins and self.session.contract.resets_per_image:
+    def _drop_streams_of_other_runs(self, run: Any, sigma: float) -> None:
+        # Without a list of sigmas, a rising noise level is the only sign of a new run. With one it is not a
+        # sign: ancestral samplers add noise between steps.
+        is_new = run is not self._run if run is not None else sigma > self._last_sigma
+        if is_new and self.session.contract.resets_per_image:
             self._streams.clear()
-        # Holding the list keeps its identity from being used again.
-        self._run, self._last = run, sigma
+        # Keep a reference to the list, so that its identity is not reused.
+        self._run, self._last_sigma = run, sigma
 
     def _stream(self, options: Mapping[str, Any]) -> Stream:
         key: tuple[Any, ...] = ()
@@ -124,49 +135,49 @@ class SwsDiffusionModel:
         return self._streams[key]
 
 
-def split_adm(y: torch.Tensor) -> dict[str, torch.Tensor]:
-    """SDXL's `text_embeds` and `time_ids` out of the one vector that ComfyUI makes of them.
+def split_adm(y: "torch.Tensor") -> dict[str, Any]:
+    """Recover SDXL's `text_embeds` and `time_ids` from the vector that ComfyUI builds from them.
 
-    ComfyUI has turned each size n into cos and sin of n · 10000^(−i/128), i = 0…127. The size is found as the
-    half-integer whose embedding points the same way, which float16 leaves unmistakable.
+    ComfyUI embeds each size n as cos and sin of n · 10000^(−i/128), i = 0…127. The size is recovered as the
+    multiple of 0.5 with the most similar embedding, which is unambiguous in float16 too.
 
     Args:
         y: [B, 1280 + 256 N], any float dtype.
 
     Returns:
-        `text_embeds` [B, 1280] in the dtype of `y`, and `time_ids` [B, N], float32.
+        `text_embeds` [B, 1280], a part of `y`, and `time_ids` [B, N], a float32 array.
 
     Raises:
-        StepError: The width is not that.
+        StepError: The width is not 1280 + 256 N.
     """
     count, rest = divmod(y.shape[1] - _POOLED, _EMBEDDING)
     if rest or count < 1:
         raise StepError(f"y: expected [B, {_POOLED} + {_EMBEDDING} N], found {list(y.shape)}")
-    embedded = y[:, _POOLED:].reshape(-1, _EMBEDDING).float().cpu()
-    nearest = (embedded @ _size_embeddings().T).argmax(dim=1)
-    time_ids = (nearest * _RESOLUTION).reshape(len(y), count)
+    embedded = to_numpy(y[:, _POOLED:]).reshape(-1, _EMBEDDING).astype(np.float32)
+    nearest = (embedded @ _size_embeddings().T).argmax(axis=1)
+    time_ids = (nearest * np.float32(_RESOLUTION)).reshape(len(y), count)
     return {"text_embeds": y[:, :_POOLED], "time_ids": time_ids}
 
 
 @functools.cache
-def _size_embeddings() -> torch.Tensor:
-    """Embedding of 0, 0.5, 1 … 8192, each of the same length, [16385, 256]."""
-    return embed_sizes(torch.arange(0, _LARGEST_SIZE + _RESOLUTION, _RESOLUTION))
+def _size_embeddings() -> npt.NDArray[np.float32]:
+    """Embedding of 0, 0.5, 1 … 8192, all of the same length, [16385, 256]."""
+    return embed_sizes(np.arange(0, _LARGEST_SIZE + _RESOLUTION, _RESOLUTION))
 
 
-def embed_sizes(sizes: torch.Tensor) -> torch.Tensor:
-    """The embedding of latent-diffusion's `timestep_embedding` for numbers [N], as [N, 256] float32."""
+def embed_sizes(sizes: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """The embedding of latent-diffusion's `timestep_embedding` of numbers [N], as [N, 256]."""
     half = _EMBEDDING // 2
-    rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = sizes.double()[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    rates = 10000.0 ** (-np.arange(half) / half)
+    angles = np.asarray(sizes, np.float64)[:, None] * rates
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
 def family_of(session: Session) -> str:
-    """Which of ComfyUI's models the artefact's UNet is, from its inputs: sd15, sd20, sdxl or sdxl_refiner.
+    """Which of ComfyUI's models the UNet belongs to, from its inputs: sd15, sd20, sdxl or sdxl_refiner.
 
     Raises:
-        StepError: The text embeddings have a width of no Stable Diffusion.
+        StepError: The width of the text embeddings is not that of a Stable Diffusion model.
     """
     shapes = {spec.name: spec.shape for spec in session.contract.inputs}
     if "time_ids" in shapes:
@@ -175,7 +186,7 @@ def family_of(session: Session) -> str:
     known = {768: "sd15", 1024: "sd20"}
     if width not in known:
         raise StepError(
-            f"{session.contract.path.name}: text embeddings of width {width} are of no model that the node "
-            "knows; known are 768 (SD 1), 1024 (SD 2) and SDXL"
+            f"{session.contract.path.name}: the node supports text embeddings of width 768 (SD 1), 1024 "
+            f"(SD 2) and SDXL, found width {width}"
         )
     return known[int(width)]

@@ -10,8 +10,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from sws_export.errors import EngineError
-from sws_export.runtime.errors import StepError
+from sws_export.errors import EngineError, StepError
 from sws_export.runtime.inputs import to_numpy
 from sws_export.runtime.noise_levels import noise_levels
 from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session

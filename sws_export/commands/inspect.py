@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sws_export.commands.shared import print_json
+from sws_export.commands.shared import print_facts, print_json
 
 
 def run(arguments: list[str]) -> int:
@@ -18,7 +18,5 @@ def run(arguments: list[str]) -> int:
     if parsed.json:
         print_json(facts)
     else:
-        from sws_export.commands.terminal import print_facts
-
         print_facts(facts)
     return 0

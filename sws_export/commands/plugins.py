@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from sws_export.commands.shared import add_output_options, make_progress, print_json
+from sws_export.commands.shared import add_output_options, make_progress, print_facts, print_json
 
 
 def run(arguments: list[str]) -> int:
@@ -37,7 +37,5 @@ def run(arguments: list[str]) -> int:
     if parsed.json:
         print_json(facts)
     elif not parsed.quiet:
-        from sws_export.commands.terminal import print_facts
-
         print_facts(facts)
     return 0

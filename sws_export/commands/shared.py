@@ -1,7 +1,8 @@
-"""Output options that several verbs have."""
+"""Output that several verbs have: its options, and facts as text or JSON."""
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,29 @@ def make_progress(parsed: argparse.Namespace) -> tuple["Progress", "Console"]:
     return (QuietProgress() if parsed.quiet else terminal), terminal.console
 
 
-def print_json(values: dict[str, Any]) -> None:
+def print_json(values: Mapping[str, Any]) -> None:
     """Print values on stdout."""
     print(json.dumps(values, indent=2, default=str))
+
+
+def print_facts(facts: Mapping[str, Any], indent: int = 0) -> None:
+    """Print nested facts on stdout, one a line."""
+    margin = "  " * indent
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            print(f"{margin}{name}:")
+            print_facts(value, indent + 1)
+        elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
+            print(f"{margin}{name}:")
+            for item in value:
+                print(f"{margin}  {_one_line(item)}")
+        else:
+            print(f"{margin}{name}: {_one_line(value)}")
+
+
+def _one_line(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_one_line(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(_one_line(item) for item in value) or "none"
+    return "not known" if value is None else str(value)

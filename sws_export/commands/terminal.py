@@ -3,9 +3,8 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -148,29 +147,6 @@ def print_effects(console: Console, effects: Sequence[Effect]) -> None:
         figures = (effect.difference, effect.sharpness, effect.step_change)
         table.add_row(f"{effect.intensity:g}", *(f"{figure:.4f}" for figure in figures))
     console.print(table)
-
-
-def print_facts(facts: Mapping[str, Any], indent: int = 0) -> None:
-    """Print nested facts on stdout, one a line."""
-    margin = "  " * indent
-    for name, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            print(f"{margin}{name}:")
-            print_facts(value, indent + 1)
-        elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
-            print(f"{margin}{name}:")
-            for item in value:
-                print(f"{margin}  {_one_line(item)}")
-        else:
-            print(f"{margin}{name}: {_one_line(value)}")
-
-
-def _one_line(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_one_line(item)}" for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return " ".join(_one_line(item) for item in value) or "none"
-    return "not known" if value is None else str(value)
 
 
 def _size(path: Path) -> str:

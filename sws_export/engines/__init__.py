@@ -1,17 +1,1 @@
-"""Engine backends: build a TensorRT engine (a plan) from an ONNX file."""
-
-from sws_export.engines.backend import Backend, BuildOptions
-from sws_export.engines.build import EngineReport, build_engine
-from sws_export.engines.choice import choose_backend, engine_memory_estimate
-from sws_export.engines.header import PlanHeader, plan_header
-
-__all__ = [
-    "Backend",
-    "BuildOptions",
-    "EngineReport",
-    "PlanHeader",
-    "build_engine",
-    "choose_backend",
-    "engine_memory_estimate",
-    "plan_header",
-]
+"""Engine backends: building an engine from an ONNX file, and reading the header of its plan."""

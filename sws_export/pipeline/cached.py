@@ -16,7 +16,7 @@ import onnx_ir as ir
 from sws_export.cache import Cache, Entry, cache_key, code_version
 from sws_export.cache.digests import file_stamps
 from sws_export.cache.store import file_digest
-from sws_export.engines import EngineReport
+from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu import gpu_names
 from sws_export.errors import CheckpointError
 from sws_export.files import output_errors

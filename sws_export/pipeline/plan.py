@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graph_passes.target import TARGETS, Target
-from sws_export.engines import BuildOptions, choose_backend
-from sws_export.engines.choice import get_backend
+from sws_export.engines.backend import BuildOptions
+from sws_export.engines.choice import choose_backend, get_backend
 from sws_export.engines.plugin_library import find_plugin_library
 from sws_export.options import ExportOptions, artefact_kind
 from sws_export.options.sizes import check_static_dimensions

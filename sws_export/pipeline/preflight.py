@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from sws_export.engines import engine_memory_estimate
+from sws_export.engines.choice import engine_memory_estimate
 from sws_export.options import ExportOptions
 from sws_export.pipeline import estimates
 from sws_export.pipeline.plan import EngineConfig

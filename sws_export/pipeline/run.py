@@ -5,11 +5,10 @@ from pathlib import Path
 
 from sws_export.cache import FileDigest, open_cache
 from sws_export.cache.store import file_digest
-from sws_export.engines import EngineReport
+from sws_export.engines.build import EngineReport
 from sws_export.errors import OutputError
-from sws_export.files import publish_together, staged_directory
+from sws_export.files import external_data_path, publish_together, staged_directory
 from sws_export.manifest import Manifest, manifest_path, write_manifest
-from sws_export.onnx_files import external_data_path
 from sws_export.options import ExportOptions, artefact_kind
 from sws_export.pipeline.cached import StageCache
 from sws_export.pipeline.describe import complete

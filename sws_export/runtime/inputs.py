@@ -7,9 +7,8 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from sws_export.errors import OptionError
+from sws_export.errors import OptionError, StepError
 from sws_export.runtime.contract import Contract
-from sws_export.runtime.errors import StepError
 from sws_export.runtime.rebuild import rebuild_command
 from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, SIZE_AXES, Shape, TensorSpec, concrete_shape
 

@@ -7,10 +7,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from sws_export.errors import OptionError
+from sws_export.errors import OptionError, StepError
 from sws_export.runtime.backend import Backend, Loop
 from sws_export.runtime.contract import Contract, read_contract
-from sws_export.runtime.errors import StepError
 from sws_export.runtime.inputs import Array, like, numpy_dtype, prepare, state_shapes
 from sws_export.tensors import concrete_shape
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sws_export.engines import plan_header
 from sws_export.engines.choice import get_backend
+from sws_export.engines.header import plan_header
 from sws_export.errors import EngineError
 from sws_export.runtime.backend import Shapes
 from sws_export.runtime.contract import Contract

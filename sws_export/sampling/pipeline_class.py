@@ -38,6 +38,8 @@ def pipeline_class(pipeline: Path, *, trust_code: bool) -> Any:
         raise CheckpointError(f"{index} does not say the class of the pipeline: {error!r}") from error
     known = getattr(diffusers, str(name), None)
     if known is not None:
+        # Without it diffusers raises an ImportError that does not name the extra.
+        importlib.import_module("transformers")
         return known
     if not (pipeline / CODE).is_file():
         raise CheckpointError(f"{index}: diffusers {diffusers.__version__} has no pipeline {name}")

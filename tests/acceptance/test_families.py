@@ -9,8 +9,8 @@ import pytest
 from examples.make_checkpoint import family_config, twin_config, write_checkpoint
 from sws_export import ExportOptions, SizeOptions, SourceOptions, SwsOptions, export
 from sws_export.checkpoint.families import FAMILIES, Family
-from sws_export.engines import EngineReport
 from sws_export.engines import network as steps
+from sws_export.engines.build import EngineReport
 from sws_export.manifest import METADATA_KEY
 from sws_export.pipeline import engine as engine_stage
 from sws_export.validation import validate

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from sws_export import onnx_files
-from sws_export.onnx_files import external_data_path, release_weights, save_onnx, weight_bytes
+from sws_export.files import external_data_path
+from sws_export.onnx_files import release_weights, save_onnx, weight_bytes
 from sws_export.progress import SilentProgress, Stage
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import SiteSpec, build_model, feeds

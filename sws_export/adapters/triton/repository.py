@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from sws_export.adapters.triton.config import EnumName, batched_tensor, data_type, to_text, whole_tensor
 from sws_export.errors import EngineError, OptionError, OutputError
-from sws_export.files import output_errors, staged_directory
+from sws_export.files import external_data_path, output_errors, staged_directory
 from sws_export.manifest import manifest_path
-from sws_export.onnx_files import external_data_path
 from sws_export.runtime.contract import Contract, StateSpec, read_contract
 from sws_export.tensors import SIZE_AXES, concrete_shape
 

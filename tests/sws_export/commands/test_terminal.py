@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sws_export.commands.shared import print_facts
 from sws_export.commands.terminal import (
     QuietProgress,
     TerminalProgress,
     print_export,
-    print_facts,
     print_validation,
 )
 from sws_export.pipeline.preflight import Preflight
@@ -110,7 +110,7 @@ def test_the_summary_of_an_export(tmp_path: Path) -> None:
 
 def test_the_summary_of_a_dry_run() -> None:
     shown = console()
-    print_export(shown, ExportReport((), {}, PREFLIGHT, None, None, ()))
+    print_export(shown, ExportReport((), None, PREFLIGHT, None, None, ()))
     assert text(shown) == "dry run: nothing was written\n"
 
 

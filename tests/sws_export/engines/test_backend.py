@@ -4,13 +4,9 @@ import sys
 
 import pytest
 
-from sws_export.engines import (
-    BuildOptions,
-    choice,
-    choose_backend,
-    engine_memory_estimate,
-)
-from sws_export.engines.choice import get_backend
+from sws_export.engines import choice
+from sws_export.engines.backend import BuildOptions
+from sws_export.engines.choice import choose_backend, engine_memory_estimate, get_backend
 from sws_export.errors import EngineError, OptionError
 from sws_export.options.engine import EngineOptions
 

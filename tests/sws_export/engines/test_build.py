@@ -12,8 +12,11 @@ import onnx
 import psutil
 import pytest
 
-from sws_export.engines import BuildOptions, build, build_engine, header, plan_header
+from sws_export.engines import build, header
+from sws_export.engines.backend import BuildOptions
+from sws_export.engines.build import build_engine
 from sws_export.engines.choice import get_backend
+from sws_export.engines.header import plan_header
 from sws_export.errors import EngineError, OptionError
 
 OPTIONS = BuildOptions(get_backend("tensorrt-rtx"), compute_capabilities=("8.9",))
@@ -175,7 +178,8 @@ def test_an_interrupt_ends_the_build_process(long_graph, plan, long_shapes, reco
 PROGRAM = """
     import contextlib, sys
     from pathlib import Path
-    from sws_export.engines import BuildOptions, build_engine
+    from sws_export.engines.backend import BuildOptions
+    from sws_export.engines.build import build_engine
     from sws_export.engines.choice import get_backend
 
     class Printer:

@@ -2,7 +2,7 @@ import struct
 
 import pytest
 
-from sws_export.engines import plan_header
+from sws_export.engines.header import plan_header
 from sws_export.errors import EngineError
 
 

@@ -12,7 +12,8 @@ import onnx
 import pytest
 import tensorrt_rtx as trt
 
-from sws_export.engines import BuildOptions, network
+from sws_export.engines import network
+from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError, OptionError
 

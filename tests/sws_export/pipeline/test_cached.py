@@ -17,8 +17,7 @@ from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions,
 from sws_export.cache import Cache, open_cache
 from sws_export.cache.digests import DigestCache
 from sws_export.checkpoint import Checkpoint
-from sws_export.engines import EngineReport
-from sws_export.engines.build import log_warnings
+from sws_export.engines.build import EngineReport, log_warnings
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline.run import ExportReport

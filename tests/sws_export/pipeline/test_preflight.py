@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sws_export import ExportOptions, SwsOptions
-from sws_export.engines import BuildOptions
+from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import get_backend
 from sws_export.pipeline.plan import EngineConfig
 from sws_export.pipeline.preflight import Preflight, preflight

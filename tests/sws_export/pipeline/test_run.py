@@ -22,7 +22,7 @@ from sws_export import (
     SwsParameters,
     export,
 )
-from sws_export.engines import EngineReport
+from sws_export.engines.build import EngineReport
 from sws_export.errors import ValidationError
 from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline import graph as graph_making

@@ -14,7 +14,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from sws_export.adapters import polygraphy_data
 from sws_export.adapters.comfyui import SwsDiffusionModel
 from sws_export.adapters.diffusers import SWSUNet
-from sws_export.engines import BuildOptions, network
+from sws_export.engines import network
+from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import get_backend
 from sws_export.engines.graph_check import check_graph
 from sws_export.runtime import Session
