@@ -14,7 +14,7 @@ DOWN_RESIDUAL = "down_block_additional_residual_"
 MID_RESIDUAL = "mid_block_additional_residual"
 
 Shape = tuple[int, ...]
-Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
+ProfileShapes = Mapping[str, tuple[Shape, Shape, Shape]]
 """Smallest, best and largest shape of each input, by its name."""
 
 
@@ -74,7 +74,7 @@ PRECISIONS: Mapping[Precision, PrecisionFormat] = {
 
 @dataclass(frozen=True)
 class Range:
-    """Sizes of one dimension: the engine takes `minimum` to `maximum` and is fastest at `optimum`."""
+    """SizeRanges of one dimension: the engine takes `minimum` to `maximum` and is fastest at `optimum`."""
 
     minimum: int
     optimum: int
@@ -91,7 +91,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SizeRanges:
     """Sizes of the four dimensions that can vary; height and width in units of the latent, not pixels."""
 
     batch: Range
@@ -129,7 +129,7 @@ def parse_range(text: str, option: str) -> Range:
 
 def resolve_sizes(
     *, batch: str, height: str, width: str, tokens: str, vae_scale: int, multiple: int
-) -> Sizes:
+) -> SizeRanges:
     """Read the four size options; height and width come in pixels and leave in units of the latent.
 
     Args:
@@ -143,7 +143,7 @@ def resolve_sizes(
     Raises:
         OptionError: A text is malformed, or a size in pixels is not a multiple of `vae_scale * multiple`.
     """
-    return Sizes(
+    return SizeRanges(
         batch=parse_range(batch, "--batch"),
         height=latent_range(height, "--height", vae_scale, multiple),
         width=latent_range(width, "--width", vae_scale, multiple),
@@ -170,7 +170,7 @@ def latent_range(text: str, option: str, vae_scale: int, multiple: int) -> Range
     return Range(*(size // vae_scale for size in pixels.values()))
 
 
-def shapes_for(inputs: Iterable[TensorSpec], sizes: Sizes) -> dict[str, tuple[Shape, Shape, Shape]]:
+def shapes_for(inputs: Iterable[TensorSpec], sizes: SizeRanges) -> dict[str, tuple[Shape, Shape, Shape]]:
     """Smallest, best and largest shape of each input.
 
     Raises:

@@ -4,7 +4,7 @@
         polygraphy run unet.onnx --onnxrt --data-loader-script .../sws_export/adapters/polygraphy_data.py
 
 Polygraphy imports the file under its own name, which therefore cannot be `polygraphy`, and calls `load_data`.
-Sizes are those of the latent and fall back to the best ones of an engine's profile.
+SizeRanges are those of the latent and fall back to the best ones of an engine's profile.
 """
 
 import json

@@ -12,7 +12,7 @@ from sws_export.options.engine import EngineOptions, option_name
 
 
 @dataclass(frozen=True)
-class Backend:
+class EngineBackend:
     """An engine library and its capabilities.
 
     TensorRT and TensorRT for RTX have the same Python API, so a backend is data: the code that calls the
@@ -79,7 +79,7 @@ class BuildOptions(EngineOptions):
         EngineError: `compute_capabilities` is given and the library that defines them is not installed.
     """
 
-    backend: Backend
+    backend: EngineBackend
     plugins: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from sws_export.engines.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from sws_export.errors import EngineError
 from sws_export.progress import Progress, SilentProgress, Stage
 from sws_export.stage_timings import peak_memory
-from sws_export.tensors import Shapes
+from sws_export.tensors import ProfileShapes
 
 _POLL_SECONDS = 0.5
 """Interval between two readings of the child's memory."""
@@ -69,7 +69,7 @@ class Outcome:
 def build_engine(
     onnx_path: Path,
     out_path: Path,
-    shapes: Shapes,
+    shapes: ProfileShapes,
     options: BuildOptions,
     progress: Progress | None = None,
 ) -> EngineReport:
@@ -83,7 +83,7 @@ def build_engine(
         onnx_path: The graph, with its external data at the location stored in the file.
         out_path: The engine file; an existing file is overwritten.
         shapes: Minimum, optimum and maximum shape of each input, see `sws_export.tensors.shapes_for`.
-        options: Backend and build options.
+        options: EngineBackend and build options.
         progress: Receives phases and warnings.
 
     Raises:

@@ -22,7 +22,7 @@ from sws_export.engines.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from sws_export.engines.monitor import make_logger, make_monitor
 from sws_export.errors import EngineError, SwsExportError
 from sws_export.stage_timings import peak_memory
-from sws_export.tensors import Shapes
+from sws_export.tensors import ProfileShapes
 
 _PR_SET_PDEATHSIG = 1
 
@@ -72,7 +72,9 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
             "plugins": tuple(map(Path, values["plugins"])),
         }
     )
-    shapes: Shapes = {name: (tuple(a), tuple(b), tuple(c)) for name, (a, b, c) in spec["shapes"].items()}
+    shapes: ProfileShapes = {
+        name: (tuple(a), tuple(b), tuple(c)) for name, (a, b, c) in spec["shapes"].items()
+    }
     onnx_path, out_path = Path(spec["onnx"]), Path(spec["out"])
 
     events.send("phase", text="checking the graph")

@@ -3,14 +3,14 @@
 import importlib.util
 
 from sws_export.engines import tensorrt, tensorrt_rtx
-from sws_export.engines.backend import Backend
+from sws_export.engines.backend import EngineBackend
 from sws_export.engines.gpu import gpu_count
 from sws_export.errors import EngineError, OptionError
 
 BACKENDS = {backend.name: backend for backend in (tensorrt_rtx.BACKEND, tensorrt.BACKEND)}
 
 
-def choose_backend(name: str | None = None) -> Backend:
+def choose_backend(name: str | None = None) -> EngineBackend:
     """The backend called `name`, or the default for this machine.
 
     The default is `tensorrt` if it is installed and there is a GPU, otherwise `tensorrt-rtx`.
@@ -32,7 +32,7 @@ def choose_backend(name: str | None = None) -> Backend:
     return backend
 
 
-def get_backend(name: str) -> Backend:
+def get_backend(name: str) -> EngineBackend:
     """The backend called `name`, without checking that it can be used on this machine.
 
     Raises:
@@ -43,7 +43,7 @@ def get_backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def engine_memory_estimate(weights_bytes: int, backend: Backend) -> int:
+def engine_memory_estimate(weights_bytes: int, backend: EngineBackend) -> int:
     """Estimated peak memory of a build in bytes.
 
     Measured with TensorRT-RTX 1.7 on float16 UNets: 5.7 GB for a plain and 6.4 GB for an SWS graph of the

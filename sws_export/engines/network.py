@@ -13,7 +13,7 @@ import onnx
 
 from sws_export.engines.backend import BUILDER_FLAGS, BuildOptions, capability_member
 from sws_export.errors import EngineError, OptionError
-from sws_export.tensors import Shapes
+from sws_export.tensors import ProfileShapes
 
 
 def create_builder(trt: Any, logger: Any) -> Any:
@@ -89,7 +89,7 @@ def _parser_error(parser: Any) -> str:
     return f"{' '.join(error.desc().split())}{where}"
 
 
-def check_inputs(network: Any, shapes: Shapes) -> None:
+def check_inputs(network: Any, shapes: ProfileShapes) -> None:
     """Check the shapes of the profile against the inputs of the network.
 
     Raises:
@@ -144,7 +144,7 @@ def allow_decomposition(trt: Any, network: Any, fused_head_sizes: range) -> int:
 
 
 def configure(
-    trt: Any, builder: Any, logger: Any, options: BuildOptions, shapes: Shapes, monitor: Any
+    trt: Any, builder: Any, logger: Any, options: BuildOptions, shapes: ProfileShapes, monitor: Any
 ) -> Any:
     """Create the build configuration with one optimization profile.
 
@@ -188,7 +188,7 @@ def _flags(trt: Any, options: BuildOptions) -> Mapping[str, Any]:
     return {option: members[name] for option, name in BUILDER_FLAGS.items() if name in members}
 
 
-def _add_profile(config: Any, profile: Any, shapes: Shapes) -> None:
+def _add_profile(config: Any, profile: Any, shapes: ProfileShapes) -> None:
     for name, (minimum, optimum, maximum) in shapes.items():
         profile.set_shape(name, minimum, optimum, maximum)
     if config.add_optimization_profile(profile) < 0:

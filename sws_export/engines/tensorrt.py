@@ -1,8 +1,8 @@
 """TensorRT: builds on the GPU that the engine will run on, and supports plugins."""
 
-from sws_export.engines.backend import Backend
+from sws_export.engines.backend import EngineBackend
 
-BACKEND = Backend(
+BACKEND = EngineBackend(
     name="tensorrt",
     module="tensorrt",
     extra="gpu",

@@ -1,13 +1,13 @@
 """TensorRT for RTX: builds on any machine, for GPUs given by compute capability."""
 
-from sws_export.engines.backend import Backend
+from sws_export.engines.backend import EngineBackend
 
 _NEEDS_GPU = (
     "without a GPU, TensorRT-RTX 1.7 fails to build such an engine; "
     "use --backend tensorrt on a machine with the GPU"
 )
 
-BACKEND = Backend(
+BACKEND = EngineBackend(
     name="tensorrt-rtx",
     module="tensorrt_rtx",
     extra="rtx",

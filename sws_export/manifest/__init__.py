@@ -14,7 +14,7 @@ from typing import Any, NotRequired, TypedDict, cast
 from sws_export.errors import ManifestError
 from sws_export.manifest.onnx_metadata import metadata_property
 from sws_export.manifest.typed_json import check_type
-from sws_export.tensors import Precision, Shapes, TensorSpec
+from sws_export.tensors import Precision, ProfileShapes, TensorSpec
 
 METADATA_KEY = "sws_export.manifest"
 FORMAT_VERSION = 2
@@ -227,7 +227,7 @@ def tensor_specs(entries: Iterable[TensorEntry]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries)
 
 
-def profile_of(manifest: Manifest) -> Shapes | None:
+def profile_of(manifest: Manifest) -> ProfileShapes | None:
     """Smallest, optimal and largest shape of each input of an engine; None for a graph."""
     profile = manifest.get("profile")
     if profile is None:

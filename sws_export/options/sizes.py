@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sws_export.errors import OptionError
-from sws_export.tensors import SIZE_AXES, Range, Sizes, TensorSpec, latent_range, parse_range
+from sws_export.tensors import SIZE_AXES, Range, SizeRanges, TensorSpec, latent_range, parse_range
 
 # A batch of one prompt with and without its negative; the text length of CLIP.
 _DEFAULT_BATCH = "1:2:2"
@@ -15,7 +15,7 @@ _DEFAULT_TOKENS = "77"
 
 @dataclass(frozen=True, kw_only=True)
 class SizeOptions:
-    """Sizes as texts: one number for a static size, or MIN:OPT:MAX for an engine.
+    """SizeRanges as texts: one number for a static size, or MIN:OPT:MAX for an engine.
 
     Attributes:
         batch: None for 1:2:2 in an engine, for a dynamic size in a graph.
@@ -54,7 +54,7 @@ class SizeOptions:
 
     def engine_sizes(
         self, config: Mapping[str, Any] | None, size_multiple: int, vae_scale: int | None
-    ) -> Sizes:
+    ) -> SizeRanges:
         """The sizes that the engine is built for; height and width are those of the latent.
 
         Args:
@@ -67,7 +67,7 @@ class SizeOptions:
         """
         trained = config.get("sample_size") if config else None
         height, width = trained if isinstance(trained, list | tuple) else (trained, trained)
-        return Sizes(
+        return SizeRanges(
             batch=parse_range(self.batch or _DEFAULT_BATCH, "--batch"),
             height=self._side("height", height, size_multiple, vae_scale),
             width=self._side("width", width, size_multiple, vae_scale),

@@ -28,7 +28,7 @@ from sws_export.pipeline.graph import Graph, SourceCheck, WrittenGraph
 from sws_export.pipeline.plan import EngineConfig, ExportPlan
 from sws_export.pipeline.run_log import Recorded, RunLog
 from sws_export.progress import Progress
-from sws_export.tensors import Shapes
+from sws_export.tensors import ProfileShapes
 from sws_export.validation import OutputDifference, ValidationReport
 
 _FILE = "graph.onnx"
@@ -300,7 +300,7 @@ class _CachedGraph(Graph):
         return super().remark if self.is_written else str(self._entry.metadata["remark"])
 
 
-def _engine_key(content: str, shapes: Shapes, config: EngineConfig) -> str:
+def _engine_key(content: str, shapes: ProfileShapes, config: EngineConfig) -> str:
     """What an engine depends on: graph, profile, options, library, and the GPU if it is built for one."""
     build = config.build
     options = build.to_json()

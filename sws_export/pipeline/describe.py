@@ -31,7 +31,7 @@ from sws_export.manifest import (
 from sws_export.pipeline.rewrite import RewriteReport
 from sws_export.presets import Preset
 from sws_export.stage_timings import StageTiming
-from sws_export.tensors import Precision, Shapes, TensorSpec
+from sws_export.tensors import Precision, ProfileShapes, TensorSpec
 from sws_export.validation import ValidationReport
 
 _LIBRARIES = ("sws-export", "torch", "diffusers", "onnx", "onnx-ir", "onnxscript")
@@ -126,7 +126,7 @@ def complete(
     files: Mapping[Path, FileDigest],
     validation: ValidationReport | None,
     engine: EngineReport | None,
-    shapes: Shapes | None,
+    shapes: ProfileShapes | None,
     stages: Sequence[StageTiming],
 ) -> Manifest:
     """The manifest of an artefact.

@@ -9,7 +9,7 @@ from sws_export.manifest import GraphDescription, tensor_specs
 from sws_export.pipeline.graph import Graph
 from sws_export.pipeline.plan import EngineConfig
 from sws_export.pipeline.run_log import RunLog
-from sws_export.tensors import Shapes, shapes_for
+from sws_export.tensors import ProfileShapes, shapes_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,6 @@ def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> 
         return Engine(path, report, file_digest(path))
 
 
-def profile_shapes(description: GraphDescription, config: EngineConfig) -> Shapes:
+def profile_shapes(description: GraphDescription, config: EngineConfig) -> ProfileShapes:
     """Smallest, optimal and largest shape of each input, from the description of a graph."""
     return shapes_for(tensor_specs(description["inputs"]), config.sizes)

@@ -125,7 +125,7 @@ class Graph:
         return parse_manifest(self.model.metadata_props[METADATA_KEY], str(self.path))
 
 
-class GraphBuilder:
+class GraphExporter:
     """Builds the graphs of one export from one trace of the UNet."""
 
     def __init__(self, plan: ExportPlan, check: SourceCheck, log: RunLog) -> None:

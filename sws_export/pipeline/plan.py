@@ -12,14 +12,14 @@ from sws_export.options import ExportOptions, artefact_kind
 from sws_export.options.sizes import check_static_dimensions
 from sws_export.progress import Progress
 from sws_export.sources import Source
-from sws_export.tensors import Range, Sizes
+from sws_export.tensors import Range, SizeRanges
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """The sizes of the profile, and how the engine is built."""
 
-    sizes: Sizes
+    sizes: SizeRanges
     build: BuildOptions
 
 

@@ -13,7 +13,7 @@ from sws_export.options import ExportOptions, artefact_kind
 from sws_export.pipeline.cached import StageCache
 from sws_export.pipeline.describe import complete
 from sws_export.pipeline.engine import Engine, make_engine, profile_shapes
-from sws_export.pipeline.graph import Graph, GraphBuilder, validate_graph
+from sws_export.pipeline.graph import Graph, GraphExporter, validate_graph
 from sws_export.pipeline.plan import ExportPlan, make_plan
 from sws_export.pipeline.preflight import Preflight, preflight
 from sws_export.pipeline.run_log import RunLog
@@ -87,7 +87,7 @@ def export(
 
     with staged_directory(out) as scratch:
         path = scratch / out.with_suffix(".onnx").name
-        builder = GraphBuilder(plan, cache.check, log)
+        builder = GraphExporter(plan, cache.check, log)
         validation, engine = None, None
 
         # 3. Graph: trace the UNet, insert SWS, lower it for the target.

@@ -29,15 +29,15 @@ from sws_export.reference.transport import (
     rebalance,
     scale_transport,
 )
-from sws_export.reference.unet import ReferenceUNet, Site, attention_sites, self_attention_sites
+from sws_export.reference.unet import ReferenceSite, ReferenceUNet, attention_sites, self_attention_sites
 
 __all__ = [
     "ComfyUINodeReferenceUNet",
     "ComfyUINodeResult",
     "ComfyUINodeSchedule",
+    "ReferenceSite",
     "ReferenceUNet",
     "Schedule",
-    "Site",
     "SiteResult",
     "attention_site",
     "attention_sites",

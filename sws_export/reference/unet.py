@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class ReferenceSite:
     """One attention module.
 
     Attributes:
@@ -38,12 +38,12 @@ class Site:
         return f"sws_state_{self.grid.name}"
 
 
-def self_attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
+def self_attention_sites(unet: "UNet2DConditionModel") -> list[ReferenceSite]:
     """All self-attention modules in the blocks of a UNet, in module order."""
     return [site for site in attention_sites(unet) if site.grid != TEXT]
 
 
-def attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
+def attention_sites(unet: "UNet2DConditionModel") -> list[ReferenceSite]:
     """All self-attention and cross-attention modules in the blocks of a UNet, in module order.
 
     Modules with additional key projections (`added_kv_proj_dim`) or `norm_cross` are not included.
@@ -64,7 +64,7 @@ def attention_sites(unet: "UNet2DConditionModel") -> list[Site]:
                     level = deepest - int(index)
                 case _:
                     continue
-            sites.append(Site(path, TEXT if module.is_cross_attention else Grid(2**level)))
+            sites.append(ReferenceSite(path, TEXT if module.is_cross_attention else Grid(2**level)))
     return sites
 
 
@@ -104,7 +104,7 @@ class ReferenceUNet:
         schedule: Schedule of the last step.
     """
 
-    sites: list[Site]
+    sites: list[ReferenceSite]
     records: dict[str, SiteResult]
     schedule: Schedule
 
@@ -230,7 +230,7 @@ def installed(unet: "UNet2DConditionModel", processors: Mapping[str, Any]) -> It
 class _SiteProcessor:
     """diffusers' AttnProcessor2_0 with SWS in place of the plain attention."""
 
-    site: Site
+    site: ReferenceSite
     transport: Tensor
     schedule: Schedule
     intensity: Tensor

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from sws_export.runtime.inputs import Array
 
-Shapes = Mapping[str, tuple[int, ...]]
+StateShapes = Mapping[str, tuple[int, ...]]
 
 
 class Loop(Protocol):
@@ -31,7 +31,7 @@ class Backend(Protocol):
     device: str
     """Where it runs: `cpu` or `cuda`."""
 
-    def loop(self, states: Shapes) -> Loop:
+    def loop(self, states: StateShapes) -> Loop:
         """Buffers for one stream, all zero, of the shapes given by the names of the state inputs.
 
         Raises:

@@ -18,7 +18,7 @@ from sws_export.manifest import (
     read_manifest,
     tensor_specs,
 )
-from sws_export.tensors import SIZE_AXES, Shapes, TensorSpec
+from sws_export.tensors import SIZE_AXES, ProfileShapes, TensorSpec
 
 _COMPARED = ("inputs", "outputs", "states", "preset", "sws", "precision", "debug_outputs")
 
@@ -61,7 +61,7 @@ class Contract:
     prediction: TensorSpec
     states: tuple[StateSpec, ...]
     metrics: Mapping[str, TensorSpec]
-    profile: Shapes | None
+    profile: ProfileShapes | None
     manifest: Manifest
 
     @property

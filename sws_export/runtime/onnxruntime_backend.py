@@ -7,7 +7,7 @@ import numpy as np
 
 from sws_export.errors import EngineError
 from sws_export.manifest import METADATA_KEY
-from sws_export.runtime.backend import Shapes
+from sws_export.runtime.backend import StateShapes
 from sws_export.runtime.contract import Contract, check_embedded
 from sws_export.runtime.inputs import Array
 
@@ -56,7 +56,7 @@ class OnnxRuntimeBackend:
         check_embedded(contract, self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
         self._contract = contract
 
-    def loop(self, states: Shapes) -> "OnnxRuntimeLoop":
+    def loop(self, states: StateShapes) -> "OnnxRuntimeLoop":
         """Buffers for one stream, all zero."""
         return OnnxRuntimeLoop(self._session, self._contract, self.device, states)
 
@@ -64,7 +64,7 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeLoop:
     """Two bindings over two sets of buffers: one reads A and writes B, the other reads B and writes A."""
 
-    def __init__(self, session: Any, contract: Contract, device: str, states: Shapes) -> None:
+    def __init__(self, session: Any, contract: Contract, device: str, states: StateShapes) -> None:
         from onnxruntime import OrtValue
 
         self._session = session

@@ -12,7 +12,7 @@ import numpy as np
 from sws_export.engines.choice import get_backend
 from sws_export.engines.header import plan_header
 from sws_export.errors import EngineError
-from sws_export.runtime.backend import Shapes
+from sws_export.runtime.backend import StateShapes
 from sws_export.runtime.contract import Contract
 from sws_export.runtime.cuda_device import CudaDevice, Memory
 from sws_export.runtime.inputs import Array
@@ -96,7 +96,7 @@ class TensorRtBackend:
                 "build the engine again on this machine"
             )
 
-    def loop(self, states: Shapes) -> "TensorRtLoop":
+    def loop(self, states: StateShapes) -> "TensorRtLoop":
         """Buffers and an execution context for one stream."""
         self._gpu.activate()
         context = self._engine.create_execution_context()
@@ -124,7 +124,7 @@ class TensorRtLoop:
         context: Any,
         device: Device,
         contract: Contract,
-        states: Shapes,
+        states: StateShapes,
         complaint: Callable[[], str],
         cuda_graphs: bool,
     ) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from sws_export.tracing.sizes import Sizes
+from sws_export.tracing.sizes import TraceSizes
 
 # As torch's own exporter writes it.
 _IR_VERSION = 10
@@ -29,7 +29,7 @@ class GraphBuilder:
         weights: Values of the weights used so far by name, without data.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: TraceSizes) -> None:
         self.sizes = sizes
         self.scope = ""
         self.weights: dict[str, ir.Value] = {}

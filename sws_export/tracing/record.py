@@ -16,7 +16,7 @@ from sws_export.tracing import tensor_operators  # noqa: F401  (registers its op
 from sws_export.tracing.graph import GraphBuilder, graph_text, to_model
 from sws_export.tracing.layer_operators import OUTPUT_OF
 from sws_export.tracing.registry import OPERATORS
-from sws_export.tracing.sizes import PRIMES, Sizes
+from sws_export.tracing.sizes import PRIMES, TraceSizes
 
 _CONSTANT_FACTORIES = frozenset({torch.arange})
 
@@ -43,7 +43,7 @@ def trace(
         ExportError: The module calls an unsupported torch function, or depends on sizes in a way that a graph
             with dynamic shapes cannot express.
     """
-    first, second = (_record(module, call, inputs, Sizes(primes, multiple), opset) for primes in PRIMES)
+    first, second = (_record(module, call, inputs, TraceSizes(primes, multiple), opset) for primes in PRIMES)
     for one, other in itertools.zip_longest(graph_text(first), graph_text(second)):
         if one != other:
             raise ExportError(
@@ -54,7 +54,7 @@ def trace(
 
 
 def _record(
-    module: torch.nn.Module, call: Call, inputs: Sequence[TensorSpec], sizes: Sizes, opset: int
+    module: torch.nn.Module, call: Call, inputs: Sequence[TensorSpec], sizes: TraceSizes, opset: int
 ) -> ir.Graph:
     builder = GraphBuilder(sizes)
     recorder = Recorder(builder, module)

@@ -15,7 +15,7 @@ _NAMES = ("batch", "tokens", "height", "width")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class TraceSizes:
     """The sizes of one run.
 
     Attributes:

@@ -71,7 +71,7 @@ class ValidationReport:
 
 
 def validation_sizes(config: Mapping[str, Any], parameter_count: int) -> dict[str, int]:
-    """Sizes for a validation: a non-square latent, smaller for large models to keep the time to minutes.
+    """SizeRanges for a validation: a non-square latent, smaller for large models to keep the time to minutes.
 
     Args:
         config: diffusers configuration of the UNet.

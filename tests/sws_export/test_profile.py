@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from sws_export.errors import OptionError
 from sws_export.tensors import (
     Range,
-    Sizes,
+    SizeRanges,
     TensorSpec,
     concrete_shape,
     parse_range,
@@ -52,7 +52,7 @@ def test_zero_is_refused():
 
 
 def test_pixels_become_latent_units():
-    assert sizes() == Sizes(
+    assert sizes() == SizeRanges(
         batch=Range(1, 2, 4), height=Range(32, 64, 128), width=Range(64, 64, 64), tokens=Range(77, 77, 77)
     )
 

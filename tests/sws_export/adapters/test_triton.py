@@ -21,7 +21,7 @@ from sws_export.adapters.triton.repository import TritonOptions, write_repositor
 from sws_export.errors import EngineError, OptionError, OutputError
 from sws_export.manifest import tensor_specs
 from sws_export.runtime import Session
-from sws_export.tensors import Range, Sizes, shapes_for
+from sws_export.tensors import Range, SizeRanges, shapes_for
 from tests import export_runs
 
 triton = pytest.importorskip("tritonclient.grpc")
@@ -49,7 +49,7 @@ def engine(graph: Path, tmp_path: Path) -> Callable[[str], Path]:
         plan.write_bytes(magic + bytes(12) + (64).to_bytes(8, "little") + bytes(40))
         document = json.loads(graph.with_name("sws.onnx.json").read_text())
         document |= {"artefact": plan.name, "files": [], "engine": {"backend": backend}}
-        sizes = Sizes(Range(1, 2, 4), Range(8, 16, 32), Range(8, 24, 32), Range(7, 9, 99))
+        sizes = SizeRanges(Range(1, 2, 4), Range(8, 16, 32), Range(8, 24, 32), Range(7, 9, 99))
         document["profile"] = {
             name: dict(zip(("min", "opt", "max"), shapes, strict=True))
             for name, shapes in shapes_for(tensor_specs(document["inputs"]), sizes).items()

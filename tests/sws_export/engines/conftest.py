@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sws_export.tensors import Shapes, TensorSpec, resolve_sizes, shapes_for
+from sws_export.tensors import ProfileShapes, TensorSpec, resolve_sizes, shapes_for
 
 FEATURES = 4
 ONNX_TYPES = {
@@ -134,7 +134,7 @@ def long_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shapes() -> Shapes:
+def shapes() -> ProfileShapes:
     sizes = resolve_sizes(
         batch="1:2:4", height="64:128:256", width="64:128:256", tokens="77", vae_scale=8, multiple=2
     )
@@ -147,5 +147,5 @@ def shapes() -> Shapes:
 
 
 @pytest.fixture
-def long_shapes(shapes: Shapes) -> Shapes:
+def long_shapes(shapes: ProfileShapes) -> ProfileShapes:
     return {"sample": shapes["sample"]}

@@ -1,15 +1,15 @@
-"""Sizes as they are asked for: of an engine, of a graph, and beside those that a graph has already."""
+"""SizeRanges as they are asked for: of an engine, of a graph, and beside those that a graph has already."""
 
 import pytest
 
 from sws_export.errors import OptionError
 from sws_export.options.sizes import SizeOptions, check_static_dimensions
-from sws_export.tensors import Range, Sizes, TensorSpec
+from sws_export.tensors import Range, SizeRanges, TensorSpec
 
 
 def test_the_trained_size_is_the_default() -> None:
     sizes = SizeOptions().engine_sizes({"sample_size": 64}, 8, 8)
-    assert sizes == Sizes(Range(1, 2, 2), Range(64, 64, 64), Range(64, 64, 64), Range(77, 77, 77))
+    assert sizes == SizeRanges(Range(1, 2, 2), Range(64, 64, 64), Range(64, 64, 64), Range(77, 77, 77))
     sizes = SizeOptions().engine_sizes({"sample_size": [32, 64]}, 8, 8)
     assert (sizes.height, sizes.width) == (Range(32, 32, 32), Range(64, 64, 64))
 
@@ -17,7 +17,7 @@ def test_the_trained_size_is_the_default() -> None:
 def test_sizes_are_given_in_pixels() -> None:
     options = SizeOptions(batch="1", height="256:512:1024", width="512", tokens="1:77:154")
     sizes = options.engine_sizes(None, 8, 8)
-    assert sizes == Sizes(Range(1, 1, 1), Range(32, 64, 128), Range(64, 64, 64), Range(1, 77, 154))
+    assert sizes == SizeRanges(Range(1, 1, 1), Range(32, 64, 128), Range(64, 64, 64), Range(1, 77, 154))
 
 
 def test_the_scale_given_wins() -> None:
@@ -77,7 +77,7 @@ def sample(*shape: int | str) -> tuple[TensorSpec, ...]:
     return TensorSpec("sample", "float32", shape), text
 
 
-SIZES = Sizes(Range(1, 2, 4), Range(64, 64, 64), Range(32, 64, 64), Range(77, 77, 77)).ranges()
+SIZES = SizeRanges(Range(1, 2, 4), Range(64, 64, 64), Range(32, 64, 64), Range(77, 77, 77)).ranges()
 
 
 def test_sizes_that_the_graph_fixes_otherwise() -> None:

@@ -15,12 +15,12 @@ from sws_export.pipeline.plan import EngineConfig
 from sws_export.pipeline.preflight import Preflight, preflight
 from sws_export.progress import SilentProgress
 from sws_export.sources import open_source
-from sws_export.tensors import Range, Sizes
+from sws_export.tensors import Range, SizeRanges
 from tests.export_runs import with_options
 
 ONE = Range(1, 1, 1)
 ENGINE = EngineConfig(
-    Sizes(Range(1, 2, 4), ONE, ONE, Range(77, 77, 77)), BuildOptions(backend=get_backend("tensorrt-rtx"))
+    SizeRanges(Range(1, 2, 4), ONE, ONE, Range(77, 77, 77)), BuildOptions(backend=get_backend("tensorrt-rtx"))
 )
 
 
@@ -81,7 +81,7 @@ def of_size(parameters: int, path: Path, *, converts: bool = False) -> Any:
     """As much of a source as the preflight looks at: float16 weights in a file of holes."""
     with path.open("wb") as file:
         file.truncate(2 * parameters)
-    return SimpleNamespace(parameters=parameters, precision="fp16", files=(path,), converts=converts)
+    return SimpleNamespace(parameter_count=parameters, precision="fp16", files=(path,), converts=converts)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from sws_export.runtime import Session
 from sws_export.runtime.contract import read_contract
 from sws_export.runtime.session import Stream
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
-from sws_export.tensors import Range, Sizes, shapes_for
+from sws_export.tensors import Range, SizeRanges, shapes_for
 from tests import export_runs
 from tests.sws_export.runtime.test_comfyui import Sampler, by_hand
 from tests.sws_export.runtime.test_contract import make_plan
@@ -132,7 +132,7 @@ class TestTensorRt:
         assert names[-2:] == ["sws_state_d2", TEXT]
         contract = read_contract(graph)
         specs = [*contract.inputs, *(pair.spec for pair in contract.states)]
-        sizes = Sizes(Range(1, 2, 2), Range(8, 8, 16), Range(8, 8, 16), Range(77, 77, 231))
+        sizes = SizeRanges(Range(1, 2, 2), Range(8, 8, 16), Range(8, 8, 16), Range(77, 77, 231))
         shapes = shapes_for(specs, sizes)
         assert shapes[TEXT] == ((1, 145, 1, 77), (2, 145, 1, 77), (2, 145, 1, 231))
         network.check_inputs(parsed, shapes)
