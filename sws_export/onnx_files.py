@@ -118,7 +118,7 @@ def save_sharing_weights(
 
 
 def declared_sizes(model: ir.Model) -> dict[str, int]:
-    """SizeRanges that are static in the graph, by the symbols of `SIZE_AXES`."""
+    """Sizes that are static in the graph, by the symbols of `SIZE_AXES`."""
     inputs = {value.name: value.shape for value in model.graph.inputs}
     sizes = {}
     for symbol, (name, axis) in SIZE_AXES.items():

@@ -74,7 +74,7 @@ PRECISIONS: Mapping[Precision, PrecisionFormat] = {
 
 @dataclass(frozen=True)
 class Range:
-    """SizeRanges of one dimension: the engine takes `minimum` to `maximum` and is fastest at `optimum`."""
+    """Sizes of one dimension: the engine takes `minimum` to `maximum` and is fastest at `optimum`."""
 
     minimum: int
     optimum: int
