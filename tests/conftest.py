@@ -1,5 +1,6 @@
 """Fixtures of all tests: the plain export of the trained example, and a graph run without optimisations."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 
 from sws_export.tensors import Precision
 from tests import export_runs
+
+# Models are small here: more threads of torch than one in each test process spend their time waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples" / "shapes" / "unet"

@@ -1,6 +1,8 @@
 """Helpers for tests of whole exports: small UNets, files shared by a session, the command as a process."""
 
 import dataclasses
+import functools
+import hashlib
 import os
 import subprocess
 import sys
@@ -65,6 +67,18 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
     return path
 
 
+def export_once(factory: pytest.TempPathFactory, model: Path, options: ExportOptions) -> Path:
+    """The graph of an export that is made once a test session; tests must not change the file."""
+    from sws_export import export
+
+    def make(directory: Path) -> None:
+        directory.mkdir()
+        export(model, directory / "graph.onnx", options)
+
+    key = hashlib.sha256(repr((model, options)).encode()).hexdigest()[:16]
+    return shared(factory, f"export-{key}", make) / "graph.onnx"
+
+
 def trace(model: Path, out: Path) -> None:
     """Write the plain graph of `model`, without validation."""
     from sws_export import export
@@ -116,11 +130,14 @@ def listing(directory: Path) -> dict[str, bytes | None]:
 class Session:
     """A graph in ONNX Runtime without `sws_export.runtime`: the caller passes the state from step to step."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, optimized: bool = True) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
+        options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         self.inputs = {node.name: types[node.type] for node in self._session.get_inputs()}
@@ -151,6 +168,12 @@ class Session:
         for inputs in steps:
             out, state = self.step(inputs, state)
             yield out, state
+
+
+@functools.lru_cache(maxsize=4)
+def open_session(path: Path) -> Session:
+    """The session of a file that does not change: opening a graph with SWS takes seconds."""
+    return Session(path)
 
 
 def _size(dimension: int | str, sizes: Mapping[str, int]) -> int:

@@ -3,16 +3,17 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from graph_passes.parameters import SwsParameters
-from sws_export import ExportOptions, SourceOptions, SwsOptions, export
+from sws_export import ExportOptions, SwsOptions
 from sws_export.reference.attention import SiteResult
+from sws_export.tensors import Precision
 from tests.conftest import ShapesOnnx
-from tests.export_runs import TRAINED, Array, Outputs, Session
+from tests.export_runs import TRAINED, Array, Outputs, Session, export_once
 
 HEIGHT, WIDTH = 16, 12
 TIGHT = SwsParameters(kl_floor=1e-5, kl_slope=0.0)
@@ -22,17 +23,11 @@ ExportTrained = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def export_trained(shapes_onnx: ShapesOnnx, tmp_path_factory: pytest.TempPathFactory) -> ExportTrained:
-    """Export the trained example from its checkpoint; only the trace of the UNet is taken from disk."""
+    """Exports of the trained example's plain graph in a precision, each made once a session."""
 
-    def run(options: ExportOptions) -> Path:
-        out = tmp_path_factory.mktemp("trained") / "graph.onnx"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                "sws_export.sources.checkpoint.export_plain",
-                lambda _, precision, *__, **___: ir.load(shapes_onnx(precision)),
-            )
-            export(TRAINED, out, options)
-        return out
+    def run(precision: Precision = "fp32", **sws: Any) -> Path:
+        options = ExportOptions(sws=SwsOptions(**sws), validate=False)
+        return export_once(tmp_path_factory, shapes_onnx(precision), options)
 
     return run
 
@@ -46,19 +41,19 @@ def plain(shapes_onnx: ShapesOnnx) -> Session:
 @pytest.fixture(scope="session")
 def graph(export_trained: ExportTrained) -> Path:
     """The example with SWS in float32."""
-    return export_trained(ExportOptions())
+    return export_trained()
 
 
 @pytest.fixture(scope="session")
 def half_graph(export_trained: ExportTrained) -> Path:
     """The example with SWS in float16."""
-    return export_trained(ExportOptions(source=SourceOptions(precision="fp16")))
+    return export_trained("fp16")
 
 
 @pytest.fixture(scope="session")
 def tight_graph(export_trained: ExportTrained) -> Path:
     """The example with a KL budget so small that every bisection binds."""
-    return export_trained(ExportOptions(sws=SwsOptions(parameters=TIGHT)))
+    return export_trained(parameters=TIGHT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +93,7 @@ def inputs_of_steps(
 
 @pytest.fixture(scope="session")
 def reference_run() -> Callable[[SwsParameters], Run]:
-    """The run by the reference, in float64, for the parameters asked for."""
+    """The run by the reference in float64 with some parameters."""
     import torch
 
     from sws_export.checkpoint import open_checkpoint

@@ -8,7 +8,7 @@ import pytest
 
 from graph_passes.parameters import SwsParameters
 from tests.acceptance.conftest import TIGHT, Run, inputs_of_steps
-from tests.export_runs import Session, difference
+from tests.export_runs import Session, difference, open_session
 
 ReferenceRun = Callable[[SwsParameters], Run]
 STATES = {"sws_state_d2", "sws_state_d4"}
@@ -25,11 +25,11 @@ def compare(session: Session, run: Run, out_limit: float, state_limit: float) ->
 
 
 def test_float32_equals_the_reference_over_five_steps(graph: Path, reference_run: ReferenceRun) -> None:
-    compare(Session(graph), reference_run(SwsParameters()), 2e-4, 1e-5)
+    compare(open_session(graph), reference_run(SwsParameters()), 2e-4, 1e-5)
 
 
 def test_a_tight_cap_equals_the_reference(tight_graph: Path, reference_run: ReferenceRun) -> None:
-    compare(Session(tight_graph), reference_run(TIGHT), 5e-4, 1e-5)
+    compare(open_session(tight_graph), reference_run(TIGHT), 5e-4, 1e-5)
 
 
 def test_the_tight_cap_binds_at_every_site(reference_run: ReferenceRun) -> None:
@@ -57,12 +57,12 @@ def test_the_example_has_peaked_attention(reference_run: ReferenceRun) -> None:
 
 
 def test_float16_equals_the_reference(half_graph: Path, reference_run: ReferenceRun) -> None:
-    compare(Session(half_graph), reference_run(SwsParameters()), 2e-2, 1e-5)
+    compare(open_session(half_graph), reference_run(SwsParameters()), 2e-2, 1e-5)
 
 
 def test_intensity_0_is_the_plain_unet(graph: Path, plain: Session) -> None:
     steps = [inputs | {"intensity": np.zeros(2)} for inputs in inputs_of_steps()]
-    for inputs, (out, _) in zip(steps, Session(graph).run(steps), strict=True):
+    for inputs, (out, _) in zip(steps, open_session(graph).run(steps), strict=True):
         expected, _ = plain.step(inputs, {})
         assert difference(out, expected) <= 1e-5
 
@@ -71,13 +71,13 @@ def test_intensity_1_is_not(graph: Path, plain: Session) -> None:
     steps = [inputs | {"intensity": np.ones(2)} for inputs in inputs_of_steps()]
     apart = [
         difference(out, plain.step(inputs, {})[0])
-        for inputs, (out, _) in zip(steps, Session(graph).run(steps), strict=True)
+        for inputs, (out, _) in zip(steps, open_session(graph).run(steps), strict=True)
     ]
     assert max(apart) > 1e-3
 
 
 def test_a_batch_of_two_is_two_single_runs(graph: Path) -> None:
-    steps, session = inputs_of_steps(), Session(graph)
+    steps, session = inputs_of_steps(), open_session(graph)
     together = list(session.run(steps))
     for member in range(2):
         alone = [{name: values[member : member + 1] for name, values in inputs.items()} for inputs in steps]
@@ -88,7 +88,7 @@ def test_a_batch_of_two_is_two_single_runs(graph: Path) -> None:
 
 
 def test_the_state_carries_over(graph: Path) -> None:
-    steps, session = inputs_of_steps(), Session(graph)
+    steps, session = inputs_of_steps(), open_session(graph)
     (_, state), (fed_back, _) = list(session.run(steps))[:2]
     forgotten, _ = session.step(steps[1], session.zero_state(steps[1]))
     assert difference(forgotten, fed_back) > 1e-6
@@ -99,7 +99,7 @@ def test_the_state_carries_over(graph: Path) -> None:
 @pytest.mark.parametrize(("batch", "height", "width", "tokens"), [(1, 4, 4, 1), (3, 8, 20, 3)])
 def test_sizes_are_dynamic(graph: Path, batch: int, height: int, width: int, tokens: int) -> None:
     steps = inputs_of_steps(batch, height, width, tokens)
-    for out, state in Session(graph).run(steps[:2]):
+    for out, state in open_session(graph).run(steps[:2]):
         assert out.shape == (batch, 3, height, width)
         assert np.isfinite(out).all()
         assert state["sws_state_d4"].shape == (batch, 145, height // 4, width // 4)
@@ -113,6 +113,6 @@ def test_extremes_stay_finite(
 ) -> None:
     extreme = {"sigma": np.full(2, sigma), "intensity": np.full(2, intensity)}
     steps = [inputs | extreme for inputs in inputs_of_steps()[:3]]
-    for out, state in Session(request.getfixturevalue(precision)).run(steps):
+    for out, state in open_session(request.getfixturevalue(precision)).run(steps):
         assert np.isfinite(out).all()
         assert all(np.isfinite(values).all() for values in state.values())
