@@ -1,4 +1,4 @@
-"""`sws-export cache list|clear`: results of earlier runs."""
+"""`sws-export cache list|clear`: the cache of results."""
 
 import argparse
 import sys
@@ -8,15 +8,19 @@ from sws_export.commands.shared import add_output_options, print_json
 
 
 def run(arguments: list[str]) -> int:
-    """List the cache on stdout, or empty it."""
+    """List the cached results on stdout, or remove them."""
     parser = argparse.ArgumentParser(
         prog="sws-export cache",
-        description="Results of earlier runs: list them, or remove them.",
-        epilog="SWS_EXPORT_CACHE_DIR: where they lie; SWS_EXPORT_CACHE_SIZE: how much is kept, such as 50GB "
-        "(default 20GB), 0 for none. What was used longest ago is removed first.",
+        description="List or remove the cached results of earlier runs.",
+        epilog="Environment variables: SWS_EXPORT_CACHE_DIR is the directory of the cache; "
+        "SWS_EXPORT_CACHE_SIZE its size limit, such as 50GB (default: 20GB), or 0 to disable it. The least "
+        "recently used results are removed first.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for name, text in (("list", "what is kept, last used first"), ("clear", "remove everything")):
+    for name, text in (
+        ("list", "list the results, most recently used first"),
+        ("clear", "remove all results"),
+    ):
         add_output_options(verbs.add_parser(name, help=text))
     parsed = parser.parse_args(arguments)
     from sws_export.cache import open_cache
@@ -48,6 +52,6 @@ def run(arguments: list[str]) -> int:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
         print(f"{entry.kind:<10} {entry.key[:12]} {entry.size / 1e6:>9.1f} MB  {used}  {entry.label}")
     if not parsed.quiet:
-        place = cache.root or "no cache: SWS_EXPORT_CACHE_SIZE is 0"
+        place = cache.root or "the cache, which is disabled (SWS_EXPORT_CACHE_SIZE is 0)"
         print(f"{total / 1e9:.2f} of {cache.limit / 1e9:.0f} GB in {place}", file=sys.stderr)
     return 0

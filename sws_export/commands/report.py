@@ -1,4 +1,4 @@
-"""`sws-export report ARTEFACT [MODEL]`: a page about what SWS did."""
+"""`sws-export report ARTEFACT [MODEL]`: an HTML report of SWS during sampling."""
 
 import argparse
 import sys
@@ -8,29 +8,29 @@ from sws_export.commands.shared import add_output_options, make_progress, print_
 
 
 def run(arguments: list[str]) -> int:
-    """Sample with an exported UNet and write one HTML file on what happens at each site and step."""
+    """Sample with an exported UNet and write an HTML report with the metrics of each site and step."""
     parser = argparse.ArgumentParser(
-        prog="sws-export report", description="Explain, on one HTML page, what SWS does step by step."
+        prog="sws-export report", description="Write an HTML report of SWS at each sampling step."
     )
     parser.add_argument("artefact", type=Path, help="graph or engine, with its manifest")
     parser.add_argument(
         "model",
         type=Path,
         nargs="?",
-        help="the checkpoint it was exported from; may be left out after an export with --debug-outputs",
+        help="the checkpoint it was exported from; optional for an artefact with debug outputs",
     )
-    parser.add_argument("--out", type=Path, required=True, help="HTML file; needs no other file")
-    parser.add_argument("--steps", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--intensity", type=float, default=0.5, help="default: %(default)s")
-    parser.add_argument("--height", type=int, help="of the latent")
-    parser.add_argument("--width", type=int, help="of the latent")
+    parser.add_argument("--out", type=Path, required=True, help="self-contained HTML file")
+    parser.add_argument("--steps", type=int, default=12, help="sampling steps; default: %(default)s")
+    parser.add_argument("--intensity", type=float, default=0.5, help="strength of SWS; default: %(default)s")
+    parser.add_argument("--height", type=int, help="height of the latent")
+    parser.add_argument("--width", type=int, help="width of the latent")
     parser.add_argument(
         "--token",
         action="append",
-        type=_place,
+        type=_position,
         metavar="DOWN,RIGHT",
-        help="where in the picture a token is whose transport is drawn, as 0.5,0.25; repeatable; "
-        "default: centre, edge and corner",
+        help="relative position of a token whose transport is drawn, such as 0.5,0.25; repeatable; "
+        "default: center, edge and corner",
     )
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _place(text: str) -> tuple[float, float]:
+def _position(text: str) -> tuple[float, float]:
     try:
         down, right = map(float, text.split(","))
     except ValueError:

@@ -1,4 +1,4 @@
-"""`sws-export sample ARTEFACT PIPELINE`: pictures with and without SWS."""
+"""`sws-export sample ARTEFACT PIPELINE`: images with and without SWS."""
 
 import argparse
 import dataclasses
@@ -9,22 +9,31 @@ from sws_export.commands.shared import add_output_options, make_progress, print_
 
 
 def run(arguments: list[str]) -> int:
-    """Sample a pipeline with an exported UNet and write one picture of all samples."""
+    """Sample a pipeline with an exported UNet and write one image with all samples."""
     parser = argparse.ArgumentParser(
-        prog="sws-export sample", description="Sample with and without SWS from the same seeds."
+        prog="sws-export sample", description="Sample images with and without SWS from the same seeds."
     )
     parser.add_argument("artefact", type=Path, help="graph or engine, with its manifest")
-    parser.add_argument("pipeline", type=Path, help="diffusers pipeline directory that the UNet belongs to")
-    parser.add_argument("--out", type=Path, required=True, help="PNG of all pictures side by side")
-    parser.add_argument("--prompt", action="append", required=True, help="one row of pictures; repeatable")
-    parser.add_argument("--seed", action="append", type=int, help="one group of columns; repeatable")
-    parser.add_argument("--intensity", action="append", type=float, help="one column; default: 0, 0.5 and 1")
-    parser.add_argument("--steps", type=int, default=25, help="default: %(default)s")
-    parser.add_argument("--guidance", type=float, default=5.0, help="default: %(default)s")
-    parser.add_argument("--height", type=int, help="pixels; default: what the UNet was trained on")
-    parser.add_argument("--width", type=int, help="pixels; default: what the UNet was trained on")
+    parser.add_argument("pipeline", type=Path, help="diffusers pipeline directory of the UNet")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file with all images side by side")
+    parser.add_argument("--prompt", action="append", required=True, help="a row of images; repeatable")
     parser.add_argument(
-        "--trust-code", action="store_true", help="run the directory's own pipeline.py, where it has one"
+        "--seed", action="append", type=int, help="a group of columns; repeatable; default: 0"
+    )
+    parser.add_argument(
+        "--intensity",
+        action="append",
+        type=float,
+        help="a column, the strength of SWS; repeatable; default: 0, 0.5 and 1",
+    )
+    parser.add_argument("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
+    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale; default: %(default)s")
+    parser.add_argument("--height", type=int, help="height in pixels; default: the training size of the UNet")
+    parser.add_argument("--width", type=int, help="width in pixels; default: the training size of the UNet")
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="allow the pipeline.py of the directory, if any, to be executed",
     )
     add_output_options(parser)
     parsed = parser.parse_args(arguments)

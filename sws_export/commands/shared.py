@@ -1,4 +1,4 @@
-"""Output that several verbs have: its options, and facts as text or JSON."""
+"""Output that several verbs share: options, progress, and values as text or JSON."""
 
 import argparse
 import json
@@ -26,17 +26,17 @@ def make_progress(parsed: argparse.Namespace) -> tuple["Progress", "Console"]:
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    """Print values on stdout."""
+    """Print values on stdout as JSON."""
     print(json.dumps(values, indent=2, default=str))
 
 
-def print_facts(facts: Mapping[str, Any], indent: int = 0) -> None:
-    """Print nested facts on stdout, one a line."""
+def print_values(values: Mapping[str, Any], indent: int = 0) -> None:
+    """Print nested values on stdout, one for each line."""
     margin = "  " * indent
-    for name, value in facts.items():
+    for name, value in values.items():
         if isinstance(value, Mapping) and value:
             print(f"{margin}{name}:")
-            print_facts(value, indent + 1)
+            print_values(value, indent + 1)
         elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
             print(f"{margin}{name}:")
             for item in value:
@@ -50,4 +50,4 @@ def _one_line(value: object) -> str:
         return ", ".join(f"{name} {_one_line(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):
         return " ".join(_one_line(item) for item in value) or "none"
-    return "not known" if value is None else str(value)
+    return "unknown" if value is None else str(value)

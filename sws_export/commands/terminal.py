@@ -1,4 +1,4 @@
-"""Progress and summaries on a terminal. Everything goes to stderr; stdout is for `--json`."""
+"""Progress and summaries on the terminal. Everything is written to stderr; stdout is for `--json`."""
 
 import contextlib
 import sys
@@ -18,30 +18,30 @@ _SLOW_SECONDS = 1.0
 
 
 class TerminalStage:
-    """A line with a spinner, or a bar where the total is known."""
+    """A line with a spinner, or with a progress bar if the total is known."""
 
     def __init__(self, bars: Progress, task: TaskID) -> None:
         self._bars = bars
         self._task = task
 
     def advance(self, amount: float = 1.0) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         self._bars.advance(self._task, amount)
 
     def describe(self, text: str) -> None:
-        """Show what is being done."""
+        """Show the description of the current work."""
         self._bars.update(self._task, detail=text)
 
 
 class TerminalProgress:
-    """Progress for people: live where stderr is a terminal, one line a stage where it is a file."""
+    """Progress as text: live display if stderr is a terminal, otherwise one line for each stage."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[TerminalStage]:
-        """Show a stage while it runs, and how long it took afterwards."""
+        """Show a stage while it runs, and its duration afterwards."""
         bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description:<14}"),
@@ -61,7 +61,7 @@ class TerminalProgress:
             self.console.print(f"[green]✓[/] {name} [dim]{seconds:.1f} s[/]")
 
     def log(self, message: str) -> None:
-        """Print a remark."""
+        """Print a message."""
         self.console.print(message, markup=False, style="dim")
 
     def warn(self, message: str) -> None:
@@ -77,12 +77,12 @@ class QuietProgress:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[TerminalStage]:
-        """Show nothing."""
+        """Open a stage without output."""
         bars = Progress(disable=True)
         yield TerminalStage(bars, bars.add_task(name, total=total))
 
     def log(self, message: str) -> None:
-        """Drop the remark."""
+        """Discard the message."""
 
     def warn(self, message: str) -> None:
         """Print a warning."""
@@ -90,16 +90,16 @@ class QuietProgress:
 
 
 def print_export(console: Console, report: ExportReport) -> None:
-    """Summary of an export: validation, stages, files, what to do next."""
+    """Print validation, stages, files and next steps of an export."""
     if report.validation is not None:
         print_validation(console, report.validation)
     table = Table("stage", "seconds", "peak memory", "", box=None, header_style="dim", pad_edge=False)
-    for figures in report.stages:
+    for timing in report.stages:
         table.add_row(
-            figures.name,
-            f"{figures.seconds:.1f}",
-            f"{figures.peak_memory / 1e9:.2f} GB",
-            "from the cache" if figures.cached else "",
+            timing.name,
+            f"{timing.seconds:.1f}",
+            f"{timing.peak_memory / 1e9:.2f} GB",
+            "from the cache" if timing.cached else "",
         )
     if report.stages:
         console.print(table)
@@ -112,24 +112,24 @@ def print_export(console: Console, report: ExportReport) -> None:
     if states:
         pairs = ", ".join(f"{pair['output']} -> {pair['input']}" for pair in states)
         console.print(
-            f"next: feed sigma, intensity (0.5 is a good start) and zeros as the first state; "
-            f"then feed back {pairs}",
+            f"next: run it with sigma, intensity (for example 0.5) and a zero state; "
+            f"after each step feed back {pairs}",
             markup=False,
         )
 
 
 def print_validation(console: Console, report: ValidationReport) -> None:
-    """Table of differences by output, relative to the largest value."""
+    """Print a table of the differences of each output, relative to its largest value."""
     sizes = report.sizes
     table = Table(
-        "output", "max", "mean", "99.9 %", "allowed", "", box=None, header_style="dim", pad_edge=False
+        "output", "max", "mean", "99.9 %", "tolerance", "", box=None, header_style="dim", pad_edge=False
     )
     for output in report.outputs:
-        figures = (output.maximum, output.mean, output.quantile, output.tolerance)
-        verdict = "[green]ok[/]" if output.passed else "[red]over[/]"
-        table.add_row(output.name, *(f"{figure:.1e}" for figure in figures), verdict)
+        metrics = (output.maximum, output.mean, output.quantile, output.tolerance)
+        result = "[green]passed[/]" if output.passed else "[red]failed[/]"
+        table.add_row(output.name, *(f"{metric:.1e}" for metric in metrics), result)
     console.print(
-        f"against the {report.reference}: {report.steps} steps, batch {sizes['batch']}, "
+        f"compared with the {report.reference}: {report.steps} steps, batch {sizes['batch']}, "
         f"latent {sizes['height']} x {sizes['width']}, {report.seconds:.0f} s",
         markup=False,
     )
@@ -139,13 +139,13 @@ def print_validation(console: Console, report: ValidationReport) -> None:
 
 
 def print_effects(console: Console, effects: Sequence[Effect]) -> None:
-    """Table of what each strength of SWS did to the pictures."""
+    """Print a table of the effect of each strength of SWS on the images."""
     table = Table(
         "intensity", "difference", "sharpness", "step-to-step", box=None, header_style="dim", pad_edge=False
     )
     for effect in effects:
-        figures = (effect.difference, effect.sharpness, effect.step_change)
-        table.add_row(f"{effect.intensity:g}", *(f"{figure:.4f}" for figure in figures))
+        metrics = (effect.difference, effect.sharpness, effect.step_change)
+        table.add_row(f"{effect.intensity:g}", *(f"{metric:.4f}" for metric in metrics))
     console.print(table)
 
 

@@ -229,7 +229,7 @@ def test_clear_removes_everything(cache: Cache, tmp_path: Path) -> None:
     assert cache.entries() == []
     assert file.read_bytes() == b"a" * 1000
     left = [path for path in (cache.root or tmp_path).rglob("*") if path.is_file()]
-    assert [path.name for path in left] in ([], ["shrink.lock"])
+    assert [path.name for path in left] in ([], ["evict.lock"])
 
 
 # Other processes

@@ -1,4 +1,4 @@
-"""What people see: progress, summaries, tables, facts."""
+"""Terminal output: progress, summaries, tables, nested values."""
 
 import io
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sws_export.commands.shared import print_facts
+from sws_export.commands.shared import print_values
 from sws_export.commands.terminal import (
     QuietProgress,
     TerminalProgress,
@@ -49,13 +49,13 @@ def test_progress(terminal: bool) -> None:
         stage.advance()
     progress.log("model [/weird].safetensors")
     progress.warn("no room [left]")
-    said = text(progress.console)
-    assert ("Check weights …" in said) == (not terminal)
-    assert "model [/weird].safetensors" in said
-    assert "warning: no room [left]" in said
+    output = text(progress.console)
+    assert ("Check weights …" in output) == (not terminal)
+    assert "model [/weird].safetensors" in output
+    assert "warning: no room [left]" in output
 
 
-def test_only_slow_stages_are_told_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_slow_stages_show_their_duration(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = TerminalProgress(console())
     clock = iter([0.0, 0.5, 10.0, 12.5])
     monkeypatch.setattr("sws_export.commands.terminal.time.monotonic", lambda: next(clock))
@@ -65,7 +65,7 @@ def test_only_slow_stages_are_told_afterwards(monkeypatch: pytest.MonkeyPatch) -
     assert text(progress.console) == "fast …\nslow …\n✓ slow 2.5 s\n"
 
 
-def test_a_stage_that_fails_shows_no_tick() -> None:
+def test_a_failed_stage_shows_no_duration() -> None:
     progress = TerminalProgress(console())
     with pytest.raises(KeyError), progress.stage("export"):
         raise KeyError
@@ -85,12 +85,12 @@ def test_quiet_progress_shows_warnings_only(capsys: pytest.CaptureFixture[str]) 
 def test_the_table_of_a_validation() -> None:
     shown = console()
     print_validation(shown, VALIDATION)
-    said = text(shown)
-    assert "against the eager reference in float64: 5 steps, batch 2, latent 16 x 12, 3 s" in said
-    first, second = (line.split() for line in said.splitlines() if "e-0" in line)
-    assert first == ["out_sample", "1.0e-03", "1.0e-05", "1.0e-04", "2.0e-04", "over"]
-    assert second == ["sws_state_d2_out", "1.0e-07", "1.0e-09", "1.0e-08", "1.0e-05", "ok"]
-    assert "note: a remark [with brackets]" in said
+    output = text(shown)
+    assert "compared with the eager reference in float64: 5 steps, batch 2, latent 16 x 12, 3 s" in output
+    first, second = (line.split() for line in output.splitlines() if "e-0" in line)
+    assert first == ["out_sample", "1.0e-03", "1.0e-05", "1.0e-04", "2.0e-04", "failed"]
+    assert second == ["sws_state_d2_out", "1.0e-07", "1.0e-09", "1.0e-08", "1.0e-05", "passed"]
+    assert "note: a remark [with brackets]" in output
 
 
 def test_the_summary_of_an_export(tmp_path: Path) -> None:
@@ -100,12 +100,12 @@ def test_the_summary_of_an_export(tmp_path: Path) -> None:
     state = {"input": "sws_state_d2", "output": "sws_state_d2_out"}
     shown = console()
     print_export(shown, ExportReport((file,), {"states": [state]}, PREFLIGHT, VALIDATION, None, stages))
-    said = text(shown)
-    assert "out_sample" in said
-    assert "22.6" in said
-    assert "0.63 GB" in said
-    assert f"wrote {file}  1.50 MB" in said
-    assert "then feed back sws_state_d2_out -> sws_state_d2" in said
+    output = text(shown)
+    assert "out_sample" in output
+    assert "22.6" in output
+    assert "0.63 GB" in output
+    assert f"wrote {file}  1.50 MB" in output
+    assert "after each step feed back sws_state_d2_out -> sws_state_d2" in output
 
 
 def test_the_summary_of_a_dry_run() -> None:
@@ -114,8 +114,8 @@ def test_the_summary_of_a_dry_run() -> None:
     assert text(shown) == "dry run: nothing was written\n"
 
 
-def test_facts_are_nested(capsys: pytest.CaptureFixture[str]) -> None:
-    print_facts(
+def test_nested_values(capsys: pytest.CaptureFixture[str]) -> None:
+    print_values(
         {
             "kind": "engine",
             "family": None,
@@ -126,7 +126,7 @@ def test_facts_are_nested(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert capsys.readouterr().out == (
         "kind: engine\n"
-        "family: not known\n"
+        "family: unknown\n"
         "sites:\n"
         "  d2:\n"
         "    a\n"
