@@ -1,5 +1,6 @@
 """Fixtures of all tests: the plain export of the trained example, and a graph run without optimisations."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from tests import export_runs
 
 # Models are small here: more threads of torch than one in each test process spend their time waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Graphs are many small objects: with its default thresholds the collector takes a quarter of an export.
+gc.set_threshold(50_000, 50, 100)
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples" / "shapes" / "unet"

@@ -10,20 +10,20 @@ from diffusers import UNet2DConditionModel
 TWINS: dict[str, dict[str, Any]] = {
     # One level more of downsampling than of attention; channels below and above the width of the text.
     "sd15": {
-        "block_out_channels": (16, 32, 32),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "cross_attention_dim": 24,
         "attention_head_dim": 4,
     },
     # Transformers of several blocks, linear projections, text wider than all channels, pooled text and sizes.
     "sdxl": {
-        "block_out_channels": (16, 32, 48),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 1, 2),
+        "block_out_channels": (16, 48),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
         "cross_attention_dim": 64,
-        "attention_head_dim": (1, 2, 3),
+        "attention_head_dim": (1, 3),
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
