@@ -17,7 +17,7 @@ from sws_export.onnx_files import graph_specs, release_weights, save_onnx, save_
 from sws_export.parameters import SwsParameters, recorded_parameters
 from sws_export.pipeline.describe import describe_graph, embed, library_versions
 from sws_export.pipeline.plan import ExportPlan
-from sws_export.pipeline.rewrite import rewrite
+from sws_export.pipeline.rewrite import pass_errors, rewrite
 from sws_export.pipeline.run_log import Recorded, RunLog
 from sws_export.presets import preset_named
 from sws_export.progress import Progress, SilentProgress
@@ -183,7 +183,8 @@ class GraphExporter:
         report = None
         with _measured(self._log, "rewrite", progress):
             if sws.plain:
-                plain_passes(sizes)(model)
+                with pass_errors():
+                    plain_passes(sizes)(model)
             else:
                 report = rewrite(
                     model,

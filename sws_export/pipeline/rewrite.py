@@ -1,10 +1,11 @@
 """Plain ONNX to SWS ONNX: site selection, the passes, and a report."""
 
 import collections
+import contextlib
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -17,7 +18,7 @@ from graph_passes.insert_sws import StatePair, state_pair
 from graph_passes.parameters import SwsParameters
 from graph_passes.pipeline import sws_passes
 from graph_passes.target import Target
-from sws_export.errors import ExportError, OptionError
+from sws_export.errors import ExportError, OptionError, SwsExportError
 from sws_export.onnx_files import declared_sizes
 from sws_export.presets import DEFAULT_PRESET, Preset
 from sws_export.progress import Progress
@@ -83,20 +84,35 @@ def rewrite(
         stage.describe("finding attention sites")
         sites, skipped = _select_sites(model, preset, patterns)
         stage.describe("inserting SWS and lowering it")
-        try:
+        with pass_errors():
             insertion = preset.insertion(sites, parameters, guard, target, debug_outputs=debug_outputs)
             sws_passes(target, insertion, declared_sizes(model) | dict(sizes or {}), guard.rows)(model)
-        except (GraphError, ir.passes.PassError) as error:
-            cause = error.__cause__ if isinstance(error, ir.passes.PassError) else error
-            if not isinstance(cause, GraphError):
-                raise
-            raise ExportError(str(cause)) from error
     report = _report(model, preset, sites, skipped, debug_outputs)
     for line in describe_sites(report):
         progress.log(line)
     if preset.fixed_guard is None:
         progress.log(f"key guard: {guard.form}, {'all' if guard.rows == 1 else guard.rows} of the query rows")
     return report
+
+
+@contextlib.contextmanager
+def pass_errors() -> Iterator[None]:
+    """Raise the error of a pass, which onnx_ir wraps, as an error of the export.
+
+    A pass that reads weights also meets those that the precision cannot represent.
+
+    Raises:
+        ExportError: A pass cannot rewrite the graph, or a weight cannot be converted.
+    """
+    try:
+        yield
+    except (GraphError, ir.passes.PassError) as error:
+        cause = error.__cause__ if isinstance(error, ir.passes.PassError) else error
+        if isinstance(cause, SwsExportError):
+            raise cause from None
+        if isinstance(cause, GraphError):
+            raise ExportError(str(cause)) from error
+        raise
 
 
 def _select_sites(

@@ -208,7 +208,7 @@ def test_options_of_the_engine(refuse: Refuse, random_unet: Path, option: tuple[
 
 
 def test_an_unknown_number_of_pixels(refuse: Refuse, random_unet: Path) -> None:
-    assert "add --vae-scale 8" in refuse(random_unet, name="engine.plan")
+    assert "add --vae-scale 8" in refuse(random_unet, "--height", "64", name="engine.plan")
 
 
 def test_options_that_a_graph_cannot_take(refuse: Refuse, traced: Path) -> None:

@@ -320,9 +320,10 @@ def test_shape_outside_the_profile(edit_manifest: Callable[..., Path], inputs: M
         "encoder_hidden_states": [[1, 5, 16], [2, 5, 16]],
         "sigma": [[1], [2]],
         "intensity": [[1], [2]],
+        "sws_state_d2": [[1, 145, 4, 3], [2, 145, 4, 3]],
     }
     recorded = {name: {"min": low, "opt": low, "max": high} for name, (low, high) in profile.items()}
-    source = {"kind": "checkpoint", "file": "sd.safetensors", "vae_scale": 8}
+    source = {"kind": "checkpoint", "file": "sd.safetensors", "sha256": "0" * 64, "vae_scale": 8}
     session = Session.load(edit_manifest(profile=recorded, source=source))
     session.step(**inputs())
     command = r"sws-export sd\.safetensors --out sws\.onnx --batch 1:1:{} --height 64:64:{} --width 48:48:48"
