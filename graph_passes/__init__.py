@@ -1,1 +1,1 @@
-"""Passes over `onnx_ir` models that put Sigma-Weighted Shuffle into a UNet graph."""
+"""Passes over `onnx_ir` models that insert Sigma-Weighted Shuffle into a UNet graph and lower it."""

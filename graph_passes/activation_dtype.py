@@ -1,4 +1,4 @@
-"""The dtype of a UNet's activations, in which the SWS functions are built."""
+"""The dtype of a UNet's activations, for which the SWS functions are built."""
 
 import onnx_ir as ir
 
@@ -9,7 +9,7 @@ def activation_dtype(model: ir.Model) -> ir.DataType:
     """The dtype of the graph's first output, the prediction.
 
     Raises:
-        GraphError: It is not declared.
+        GraphError: The graph does not declare it.
     """
     dtype = model.graph.outputs[0].dtype
     if dtype is None:

@@ -1,4 +1,4 @@
-"""Choose how a banded transport is applied, by the size of its grid."""
+"""Choose between two implementations of a banded transport by the size of its grid."""
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
@@ -6,17 +6,17 @@ from onnx_ir.passes import InPlacePass, PassResult
 from graph_passes.activation_dtype import activation_dtype
 from graph_passes.functions import DOMAIN
 from graph_passes.functions.dense_transport import build_dense_transport
-from graph_passes.grids import known_tokens
+from graph_passes.grids import static_tokens
 
 DENSE_TOKENS = 1024
-"""Tokens of the largest grid on which the dense product is the faster one (benchmarks/transport.py)."""
+"""Tokens of the largest grid on which the dense product is faster (benchmarks/transport.py)."""
 
 
 class ChooseTransport(InPlacePass):
-    """Replace `sws.BandedTransport` by `sws.DenseTransport` where the grid is known and small.
+    """Replace `sws.BandedTransport` by `sws.DenseTransport` on small grids with static shapes.
 
-    Run it when calls of `sws.BandedTransport` stand in the graph itself. Grids whose size is not known keep
-    their tiles.
+    Calls of `sws.BandedTransport` in the main graph are replaced, not those inside of other functions, so
+    `sws.Attention` must be inlined before. A grid with dynamic shapes keeps `sws.BandedTransport`.
     """
 
     def __init__(self, dense_tokens: int = DENSE_TOKENS) -> None:
@@ -25,14 +25,14 @@ class ChooseTransport(InPlacePass):
         self.dense_tokens = dense_tokens
 
     def call(self, model: ir.Model) -> PassResult:
-        """Replace the calls; nothing changes where there are none to replace."""
-        chosen = [node for node in model.graph if self._is_small(node)]
-        if not chosen:
+        """Replace the calls."""
+        calls = [node for node in model.graph if self._is_call_on_small_grid(node)]
+        if not calls:
             return PassResult(model, modified=False)
         dtype = activation_dtype(model)
         function = build_dense_transport(dtype)
         model.functions[function.identifier()] = function
-        for node in chosen:
+        for node in calls:
             dense = ir.node(
                 function.name, node.inputs, domain=DOMAIN, name=node.name, num_outputs=len(node.outputs)
             )
@@ -43,7 +43,7 @@ class ChooseTransport(InPlacePass):
             )
         return PassResult(model, modified=True)
 
-    def _is_small(self, node: ir.Node) -> bool:
+    def _is_call_on_small_grid(self, node: ir.Node) -> bool:
         if (node.domain, node.op_type) != (DOMAIN, "BandedTransport"):
             return False
-        return 0 < known_tokens(node.inputs[0]) <= self.dense_tokens
+        return 0 < static_tokens(node.inputs[0]) <= self.dense_tokens

@@ -1,28 +1,28 @@
-"""Remove what a rewritten graph does not need, and what would make its bytes depend on the machine."""
+"""Remove unused and duplicate parts of a rewritten graph, and metadata that depends on the machine."""
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
 
 class CleanGraph(InPlacePass):
-    """Share constants and common subexpressions, drop dead nodes and the exporter's notes.
+    """Deduplicate constants and subexpressions, remove unused nodes and the metadata of torch's exporter.
 
-    Notes hold stack traces with paths of this machine. Names, shapes and the order of inputs and outputs
-    stay, and so do properties of the model that are not torch's: those list symbols in the order of a set,
-    which differs from run to run.
+    That metadata has stack traces with local paths, and lists symbols in the order of a set, which differs
+    from run to run. Names, shapes and order of inputs and outputs are preserved, and so are properties of
+    the model that are not torch's.
     """
 
     def call(self, model: ir.Model) -> PassResult:
-        """Run the clean-up passes; reports whether any changed the graph."""
+        """Run the passes in order."""
         passes = [
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.LiftSubgraphInitializersToMainGraphPass(),
             common.DeduplicateInitializersPass(size_limit=2**20),
             common.CommonSubexpressionEliminationPass(),
-            _DropIdentities(),
+            _RemoveIdentities(),
             common.RemoveUnusedNodesPass(),
             common.ClearMetadataAndDocStringPass(),
-            _ClearNotes(),
+            _ClearMetadata(),
             common.TopologicalSortPass(),
             common.NameFixPass(),
         ]
@@ -32,10 +32,10 @@ class CleanGraph(InPlacePass):
         return PassResult(model, modified=modified)
 
 
-class _DropIdentities(InPlacePass):
-    """Bypass Identity nodes, except those that make an output of the graph.
+class _RemoveIdentities(InPlacePass):
+    """Remove Identity nodes, except those whose output is an output of the graph.
 
-    onnx_ir's own pass renames the input of such a node, which loses a name where one value makes two outputs.
+    onnx_ir's own pass renames the input of such a node; if one value is two outputs, a name is lost.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -50,8 +50,8 @@ class _DropIdentities(InPlacePass):
         return PassResult(model, modified=modified)
 
 
-class _ClearNotes(InPlacePass):
-    """Clear the notes of the model and of its values, which onnx_ir's own pass leaves."""
+class _ClearMetadata(InPlacePass):
+    """Clear the metadata of the model and of its values, which onnx_ir's own pass does not clear."""
 
     def call(self, model: ir.Model) -> PassResult:
         modified = bool(model.doc_string)

@@ -1,4 +1,4 @@
-"""Find the attention sites of a UNet graph and tell which of them SWS can take."""
+"""Find the attention sites of a UNet graph, and those of them that SWS supports."""
 
 import dataclasses
 import math
@@ -16,18 +16,19 @@ _TEXT_INPUT = "encoder_hidden_states"
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One attention site with its queries on a grid of the image.
+    """One attention site. B is the batch, T the image tokens, C the channels, L the tokens of the keys.
 
     Attributes:
         name: Path of the attention module, such as `mid_block.attentions.0.transformer_blocks.0.attn1`.
         node: The `Attention` node.
-        q: Query [B, T, C], before the heads are split.
-        k: Key [B, T, C], or [B, tokens, C] where it is of the text. `v` likewise.
-        y: The value [B, T, C] that the site's result replaces, after the heads are joined.
+        q: Queries [B, T, C], before the heads are split.
+        k: Keys [B, L, C]; L = T in self-attention.
+        v: Values [B, L, C].
+        y: Output [B, T, C] of the site, after the heads are joined.
         heads: Number of heads.
         scale: Factor of the logits.
-        factor: Downsampling of the grid of the queries against the latent.
-        key_grid: Grid of keys and values: that of the queries, or the text in cross-attention.
+        factor: Downsampling of the grid of the queries relative to the latent.
+        key_grid: Grid of keys and values: that of the queries, or `TEXT` in cross-attention.
     """
 
     name: str
@@ -44,26 +45,25 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class SkippedSite:
-    """An attention node left as it is, and why."""
+    """An attention node without SWS, and the reason."""
 
     name: str
     reason: str
 
 
-class _NotASite(Exception):  # noqa: N818  (control flow inside this module, never an error)
-    pass
+class _Skipped(Exception):  # noqa: N818  (control flow inside this module, never an error)
+    """The reason to skip a node."""
 
 
 def find_sites(model: ir.Model, *, cross_attention: bool = False) -> tuple[list[Site], list[SkippedSite]]:
-    """All `Attention` nodes in graph order: those that SWS can take, and the others with a reason.
+    """All `Attention` nodes in graph order: those that SWS supports, and the others with a reason.
 
-    A site qualifies when queries, keys and values are projections of one tensor (self-attention), nothing
-    masks it, its shape is known, and its name tells the grid it lives on.
+    A site is supported if queries, keys and values are projections of one tensor (self-attention), there is
+    no mask, heads and head size are known, and its name contains the block of the UNet, which gives its grid.
 
     Args:
         model: A plain UNet.
-        cross_attention: Take also the sites whose keys and values are projections of the input
-            `encoder_hidden_states`.
+        cross_attention: Include sites whose keys and values are projections of `encoder_hidden_states`.
     """
     levels = count_levels(model)
     sites: list[Site] = []
@@ -76,9 +76,9 @@ def find_sites(model: ir.Model, *, cross_attention: bool = False) -> tuple[list[
         try:
             site = _read_site(node, name, levels)
             if site.key_grid == TEXT and not cross_attention:
-                raise _NotASite("cross-attention: keys and values come from the text")
+                raise _Skipped("cross-attention: keys and values come from the text")
             sites.append(site)
-        except _NotASite as reason:
+        except _Skipped as reason:
             skipped.append(SkippedSite(name or node.name or "unnamed", str(reason)))
     return sites, skipped
 
@@ -89,23 +89,23 @@ def _dotted_name(node: ir.Node) -> str:
 
 
 def count_levels(model: ir.Model) -> int:
-    """Resolutions of the UNet: one more than the highest index of its blocks."""
+    """Number of resolutions of the UNet: one more than the highest index of its blocks."""
     indices = [int(index) for node in model.graph for _, index in _BLOCK.findall(_dotted_name(node))]
     return max(indices, default=0) + 1
 
 
 def _read_site(node: ir.Node, name: str, levels: int) -> Site:
     if len([value for value in node.inputs if value is not None]) != 3:
-        raise _NotASite("it has a mask or a key cache")
+        raise _Skipped("it has a mask or a key cache")
     if node.attributes.get_int("is_causal", 0) or node.attributes.get_float("softcap"):
-        raise _NotASite("it is causal or caps its logits")
+        raise _Skipped("it is causal or caps its logits")
     heads, head_size = _head_shape(node.inputs[0])
     if any(_head_shape(value) != (heads, head_size) for value in node.inputs[1:3]):
-        raise _NotASite("its keys or values have other heads than its queries")
+        raise _Skipped("its keys or values have other heads than its queries")
     q, k, v = (_before_head_split(value) for value in node.inputs)
     attends_text = _attends_text(q, k, v)
     if not name:
-        raise _NotASite("its name does not tell which block of the UNet it belongs to")
+        raise _Skipped("its name does not contain the block of the UNet that it belongs to")
     factor = _downsampling(name, levels)
     return Site(
         name=name,
@@ -122,16 +122,16 @@ def _read_site(node: ir.Node, name: str, levels: int) -> Site:
 
 
 def _attends_text(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
-    """Whether keys and values come from the text; else they come from what the queries come from."""
+    """Whether keys and values are projections of the text, and not of the source of the queries."""
     queries, keys, values = (_projection_source(value) for value in (q, k, v))
     if queries is None or keys is None or values is None:
-        raise _NotASite("its queries, keys or values are not plain projections")
+        raise _Skipped("its queries, keys or values are not plain projections")
     if keys is not values:
-        raise _NotASite("its keys and values come from different tensors")
+        raise _Skipped("its keys and values come from different tensors")
     if keys is queries:
         return False
     if not _is_text(keys):
-        raise _NotASite(f"cross-attention: keys and values come from another tensor than {_TEXT_INPUT}")
+        raise _Skipped(f"cross-attention: keys and values come from another tensor than {_TEXT_INPUT}")
     return True
 
 
@@ -147,37 +147,37 @@ def _is_text(value: ir.Value) -> bool:
 def _head_shape(value: ir.Value | None) -> tuple[int, int]:
     shape = value.shape if value is not None else None
     if shape is None:
-        raise _NotASite("its shape is not known")
+        raise _Skipped("its shape is not known")
     if len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int):
         return shape[1], shape[3]
-    raise _NotASite(f"expected inputs of shape [batch, heads, tokens, head size], found {shape}")
+    raise _Skipped(f"expected inputs of shape [batch, heads, tokens, head size], found {shape}")
 
 
 def _before_head_split(value: ir.Value | None) -> ir.Value:
-    """The [B, T, C] behind Transpose(Reshape(.))."""
+    """The input [B, T, C] of Transpose(Reshape(.))."""
     transpose = value.producer() if value is not None else None
     if transpose is None or transpose.op_type != "Transpose":
-        raise _NotASite("its heads are not split by Reshape and Transpose")
+        raise _Skipped("its heads are not split by Reshape and Transpose")
     if tuple(transpose.attributes.get_ints("perm", [])) != _HEAD_SPLIT:
-        raise _NotASite("its heads are transposed in an unknown way")
+        raise _Skipped("its heads are transposed in an unknown way")
     reshape = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
     if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
-        raise _NotASite("its heads are not split by Reshape and Transpose")
+        raise _Skipped("its heads are not split by Reshape and Transpose")
     return reshape.inputs[0]
 
 
 def _after_head_join(value: ir.Value) -> ir.Value:
-    """The [B, T, C] that Reshape(Transpose(value)) makes."""
+    """The output [B, T, C] of Reshape(Transpose(value))."""
     transpose = _only_consumer(value, "Transpose")
     if tuple(transpose.attributes.get_ints("perm", [])) != _HEAD_SPLIT:
-        raise _NotASite("its heads are joined in an unknown way")
+        raise _Skipped("its heads are joined in an unknown way")
     return _only_consumer(transpose.outputs[0], "Reshape").outputs[0]
 
 
 def _only_consumer(value: ir.Value, op_type: str) -> ir.Node:
     consumers = value.consumers()
     if len(consumers) != 1 or consumers[0].op_type != op_type:
-        raise _NotASite("its heads are not joined by Transpose and Reshape")
+        raise _Skipped("its heads are not joined by Transpose and Reshape")
     return consumers[0]
 
 
@@ -193,7 +193,7 @@ def _projection_source(value: ir.Value) -> ir.Value | None:
 
 
 def _downsampling(name: str, levels: int) -> int:
-    """Every down block but the last halves the grid; up blocks go back in reverse order."""
+    """Downsampling of a block's grid: each down block except the last halves it, up blocks reverse that."""
     if name.startswith("mid_block"):
         return int(2 ** (levels - 1))
     side, index = _BLOCK.findall(name)[0]

@@ -1,24 +1,24 @@
-"""Compute while exporting what depends on no input."""
+"""Compute the constant parts of a graph at export."""
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnxscript import optimizer
 
 LARGEST = 2**23
-"""Elements of the largest constant read or made: enough for three scales of a band on 128 x 128 tokens."""
+"""Elements of the largest constant that is folded: three scales of a band on 128 x 128 tokens."""
 
 
 class FoldConstants(InPlacePass):
-    """Replace nodes whose inputs are constants by their results, and sizes that are known by numbers.
+    """Replace nodes whose inputs are constants by constants, and known sizes by numbers.
 
-    onnxscript's folding, which infers shapes on the way: where sizes are fixed, all arithmetic on sizes and
-    everything that depends on the grid alone becomes constant. Run it before `CleanGraph`: floating-point
-    initializers are taken for weights and stay as they are, constants are nodes until then. Nodes of
-    several outputs stay.
+    Uses onnxscript's folding with shape inference: with static shapes, all arithmetic on sizes and everything
+    that depends on the grid alone becomes constant. Run it before `CleanGraph`, which turns constants into
+    initializers: floating-point initializers are weights here, and nodes that read them are not folded.
+    Neither are nodes with several outputs.
     """
 
     def call(self, model: ir.Model) -> PassResult:
-        """Fold until nothing is left to fold."""
+        """Fold until nothing changes."""
         weights = {
             value
             for value in model.graph.initializers.values()

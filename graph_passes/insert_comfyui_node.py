@@ -1,4 +1,4 @@
-"""Replace cross-attention sites by what the published node makes of them, with one state for all."""
+"""Replace cross-attention sites by the computation of the published ComfyUI node, with one state for all."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from onnx_ir.passes import InPlacePass, PassResult
 from graph_passes.activation_dtype import activation_dtype
 from graph_passes.debug_outputs import append_debug_outputs
 from graph_passes.errors import GraphError
+from graph_passes.find_projection_inputs import ProjectionInputs, find_projection_inputs
 from graph_passes.find_sites import Site
-from graph_passes.find_unprojected import Unprojected, find_unprojected
 from graph_passes.functions import DOMAIN, build_comfyui_node_functions
 from graph_passes.grids import TEXT
 from graph_passes.insert_sws import add_input, sides, state_pair
@@ -21,26 +21,26 @@ from graph_passes.plain_graph import require_plain
 
 FLOAT = ir.DataType.FLOAT
 Bases = Mapping[tuple[int, int], npt.NDArray[np.float32]]
-"""Orthonormal bases [wide, narrow] by their two widths."""
+"""Orthonormal bases [wide, narrow] float32, by their two widths."""
 
 
 def basis_widths(sites: Sequence[Site]) -> set[tuple[int, int]]:
-    """Widths, the wider one first, between which `sites` need an orthonormal basis.
+    """Pairs of widths (wide, narrow) for which `sites` need an orthonormal basis.
 
     Raises:
-        GraphError: What a site's projections are of cannot be found.
+        GraphError: The inputs of the projections of a site were not found.
     """
-    pairs = ((found.hidden_width, found.text_width) for found in map(find_unprojected, sites))
+    pairs = ((found.hidden_width, found.text_width) for found in map(find_projection_inputs, sites))
     return {(max(pair), min(pair)) for pair in pairs if pair[0] != pair[1]}
 
 
 class InsertComfyUINode(InPlacePass):
     """Insert one `ComfyUINodeSchedule`, one `ComfyUINodeTransport`, and a `ComfyUINodeAttention` per site.
 
-    Adds the inputs `sigma` and `intensity` [B] and the pair `sws_state_text` / `sws_state_text_out`
-    [1, tokens, tokens], which the sites hand to each other in graph order: each depends on the one before
-    already, so that this is the order of execution. Keys in float32 are made once for each width of the
-    hidden states. On request also the debug outputs. The rest of the graph is not touched.
+    The pass adds the inputs `sigma` and `intensity` [B] float32 and the pair `sws_state_text` /
+    `sws_state_text_out` [1, tokens, tokens] float32. Each site updates the state of the one before, in graph
+    order, which is the order of execution. Float32 keys are computed once for each width of the hidden
+    states. Debug outputs are optional. Other nodes are not changed.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class InsertComfyUINode(InPlacePass):
         bases: Bases,
         debug_outputs: bool = False,
     ) -> None:
-        """Rewrite `sites`, all cross-attention; `bases` has those of `basis_widths`."""
+        """Rewrite `sites`, all cross-attention, with the `bases` for all of their `basis_widths`."""
         super().__init__()
         self.sites = sites
         self.parameters = parameters
@@ -58,19 +58,19 @@ class InsertComfyUINode(InPlacePass):
         self.debug_outputs = debug_outputs
 
     def requires(self, model: ir.Model) -> None:
-        """The graph has no SWS yet, see `require_plain`, and all sites are cross-attention to the text."""
+        """The graph is plain (`require_plain`), and all sites are cross-attention to the text."""
         if self.sites:
             require_plain(model)
         for site in self.sites:
             if site.key_grid != TEXT:
-                raise GraphError(f"{site.name}: its keys are not of the text, and the node takes no others")
+                raise GraphError(f"{site.name}: expected cross-attention to the text, found self-attention")
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the sites; nothing changes when there are none."""
+        """Rewrite the sites."""
         if not self.sites:
             return PassResult(model, modified=False)
         dtype = activation_dtype(model)
-        origins = [find_unprojected(site) for site in self.sites]
+        origins = [find_projection_inputs(site) for site in self.sites]
         functions = build_comfyui_node_functions(self.parameters, dtype, site_metrics=self.debug_outputs)
         for function in functions.values():
             model.functions[function.identifier()] = function
@@ -88,7 +88,7 @@ class _Insertion:
         self.bases = bases
         self.keys: dict[int, ir.Value] = {}
 
-    def insert(self, sites: Sequence[Site], origins: Sequence[Unprojected], debug_outputs: bool) -> None:
+    def insert(self, sites: Sequence[Site], origins: Sequence[ProjectionInputs], debug_outputs: bool) -> None:
         graph, first = self.graph, sites[0].node
         sigma, intensity = (add_input(graph, name, ["batch"]) for name in ("sigma", "intensity"))
         pair, shape = state_pair(TEXT), [1, *[sides(graph, TEXT)[1]] * 2]
@@ -101,10 +101,10 @@ class _Insertion:
         u, *scalars = schedule
         (fresh,) = self._call("ComfyUINodeTransport", [self.text, u], "sws/transport", first)
         fresh.name = "sws/fresh"
-        figures = []
+        site_metrics = []
         for site, origin in zip(sites, origins, strict=True):
             keys = self._keys(site, origin)
-            y, state, *told = self._call(
+            y, state, *metrics = self._call(
                 "ComfyUINodeAttention",
                 [site.q, site.k, site.v, origin.hidden, keys, state, fresh, *scalars],
                 f"sws/{site.name}",
@@ -118,24 +118,26 @@ class _Insertion:
             )
             y.name, state.name = f"sws/{site.name}/y", f"sws/{site.name}/transport"
             y.type, y.shape = site.y.type, site.y.shape
-            figures += told
+            site_metrics += metrics
             ir.convenience.replace_all_uses_with(site.y, y)
         state.name, state.type, state.shape = pair.output, ir.TensorType(FLOAT), ir.Shape(shape)
         graph.outputs.append(state)
         if debug_outputs:
-            self._append_figures(figures, sigma, kappa=scalars[2])
+            self._append_debug_outputs(site_metrics, sigma, kappa=scalars[2])
 
-    def _append_figures(self, figures: Sequence[ir.Value], sigma: ir.Value, kappa: ir.Value) -> None:
-        """The debug outputs, in which each sample has what is the batch's."""
-        for index, value in enumerate(figures):
+    def _append_debug_outputs(
+        self, site_metrics: Sequence[ir.Value], sigma: ir.Value, kappa: ir.Value
+    ) -> None:
+        """Append the debug outputs; the KL budget [1] of the batch is repeated for each sample."""
+        for index, value in enumerate(site_metrics):
             value.name = f"sws/debug/site_{index}"
         batch = ir.node("Shape", [sigma], name="sws/debug/batch")
         spread = ir.node("Expand", [kappa, batch.outputs[0]], name="sws/debug/spread")
         self.graph.extend([batch, spread])
-        append_debug_outputs(self.graph, figures, kl_cap=spread.outputs[0])
+        append_debug_outputs(self.graph, site_metrics, kl_cap=spread.outputs[0])
 
-    def _keys(self, site: Site, origin: Unprojected) -> ir.Value:
-        """The text in float32, [B, n, C], brought to the width of the site's hidden states."""
+    def _keys(self, site: Site, origin: ProjectionInputs) -> ir.Value:
+        """The text in float32, projected to the width of the site's hidden states, [B, n, C]."""
         width = origin.hidden_width
         if width not in self.keys:
             before, name = site.node, f"sws/keys_{width}"
@@ -144,11 +146,11 @@ class _Insertion:
                 (self.keys[width],) = self._call("ComfyUINodeKeys", inputs, name, before)
                 self.keys[width].name = name
             else:
-                self.keys[width] = _widened(self.graph, self.text, self.dtype, name, before)
+                self.keys[width] = _upcast(self.graph, self.text, self.dtype, name, before)
         return self.keys[width]
 
     def _basis(self, width: int, text_width: int) -> ir.Value:
-        """[text_width, width]: the orthonormal basis, or its transpose where the text is the narrower."""
+        """The orthonormal basis [text_width, width], transposed if the text is narrower."""
         basis = self.bases[max(width, text_width), min(width, text_width)]
         array = np.ascontiguousarray(basis if text_width > width else basis.T)
         name = f"sws/basis_{text_width}_{width}"
@@ -173,7 +175,7 @@ class _Insertion:
         return node.outputs
 
 
-def _widened(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str, before: ir.Node) -> ir.Value:
+def _upcast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str, before: ir.Node) -> ir.Value:
     if dtype == FLOAT:
         return value
     node = ir.node("Cast", [value], {"to": int(FLOAT)}, name=name)

@@ -1,4 +1,4 @@
-"""Replace attention sites by calls of the SWS functions, with one transport and one state a grid."""
+"""Replace attention sites by calls of the SWS functions, with one transport and one state per grid."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from graph_passes.debug_outputs import append_debug_outputs, debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
 from graph_passes.functions import DOMAIN, build_functions
-from graph_passes.grids import TEXT, Grid, in_order
+from graph_passes.grids import TEXT, Grid, sorted_grids
 from graph_passes.guard import GuardOptions
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 from graph_passes.plain_graph import require_plain
@@ -23,7 +23,7 @@ BAND = len(diamond_offsets(STATE_RADIUS))
 
 @dataclasses.dataclass(frozen=True)
 class StatePair:
-    """A state input, the output that is fed back to it, and the grid whose transport it holds."""
+    """A state input, the output that is fed back to it, and the grid of the transport that it holds."""
 
     input: str
     output: str
@@ -36,13 +36,13 @@ def state_pair(grid: Grid) -> StatePair:
 
 
 class InsertSws(InPlacePass):
-    """Insert `sws.Schedule` once, `sws.Transport` once a grid, and a call once a site.
+    """Insert `sws.Schedule` once, `sws.Transport` once per grid, and a call once per site.
 
-    The call is one of `sws.Attention`, or of `sws.CrossAttention` where the keys are of the text.
-    Adds the inputs `sigma` and `intensity` [B] and a pair `sws_state_d<factor>` /
-    `sws_state_d<factor>_out` [B, 145, height/factor, width/factor] for each grid of the image, or
-    `sws_state_text` / `sws_state_text_out` [B, 145, 1, tokens] for the text; on request also the debug
-    outputs. The rest of the graph, sites that are not given among it, is not touched.
+    The call is `sws.Attention`, or `sws.CrossAttention` for keys of the text. The pass adds the inputs
+    `sigma` and `intensity` [B] float32, a pair `sws_state_d<factor>` / `sws_state_d<factor>_out` [B, 145,
+    height/factor, width/factor] for each grid of the image, or `sws_state_text` / `sws_state_text_out` [B,
+    145, 1, tokens] for the text, and optionally the debug outputs. Other nodes and other sites are not
+    changed.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class InsertSws(InPlacePass):
         self.debug_outputs = debug_outputs
 
     def requires(self, model: ir.Model) -> None:
-        """The graph has no SWS yet, see `require_plain`; any graph if there are no sites to rewrite."""
+        """The graph is plain (`require_plain`), unless there are no sites to rewrite."""
         if self.sites:
             require_plain(model)
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the sites; nothing changes when there are none."""
+        """Rewrite the sites."""
         if not self.sites:
             return PassResult(model, modified=False)
         functions = build_functions(
@@ -99,7 +99,7 @@ class InsertSws(InPlacePass):
         graph.insert_before(first, schedule)
         transports = {
             grid: _insert_transport(graph, first, grid, blend)
-            for grid in in_order(site.key_grid for site in self.sites)
+            for grid in sorted_grids(site.key_grid for site in self.sites)
         }
         query_grids: dict[int, ir.Value] = {}
         crossing = [site.factor for site in self.sites if site.key_grid == TEXT]
@@ -112,13 +112,13 @@ class InsertSws(InPlacePass):
                 inputs.append(query_grids[site.factor])
             nodes[site.name] = _replace_site(graph, site, inputs, self.debug_outputs)
         if self.debug_outputs:
-            figures = [nodes[site.name].outputs[1] for site in debug_order(self.sites)]
-            append_debug_outputs(graph, figures, kl_cap=schedule.outputs[3])
+            site_metrics = [nodes[site.name].outputs[1] for site in debug_order(self.sites)]
+            append_debug_outputs(graph, site_metrics, kl_cap=schedule.outputs[3])
         return PassResult(model, modified=True)
 
 
 def add_input(graph: ir.Graph, name: str, shape: Iterable[int | str]) -> ir.Value:
-    """A float32 input at the end of the graph's inputs."""
+    """Append a float32 input to the graph."""
     value = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(shape))
     graph.inputs.append(value)
     return value
@@ -139,7 +139,7 @@ def _insert_transport(graph: ir.Graph, before: ir.Node, grid: Grid, blend: ir.Va
 
 
 def sides(graph: ir.Graph, grid: Grid) -> tuple[int | str, int | str]:
-    """Rows and columns of a grid; the graph may take one number of text tokens only."""
+    """Rows and columns of a grid; the number of text tokens may be static in the graph."""
     if grid != TEXT:
         return grid.sides
     tokens = _input_shape(graph, "encoder_hidden_states", rank=3)[1]
@@ -147,7 +147,7 @@ def sides(graph: ir.Graph, grid: Grid) -> tuple[int | str, int | str]:
 
 
 def _insert_query_grids(graph: ir.Graph, before: ir.Node, factors: Iterable[int]) -> dict[int, ir.Value]:
-    """Rows and columns, [2] int64, of the grids of the image, by their downsampling."""
+    """Rows and columns, [2] int64, of grids of the image by their downsampling."""
     _input_shape(graph, "sample", rank=4)
     (sample,) = (value for value in graph.inputs if value.name == "sample")
     size = ir.node("Shape", [sample], {"start": 2, "end": 4}, name="sws/size")
@@ -171,18 +171,18 @@ def _input_shape(graph: ir.Graph, name: str, rank: int) -> ir.Shape:
     return shapes[0]
 
 
-def _replace_site(graph: ir.Graph, site: Site, inputs: Sequence[ir.Value], figures: bool) -> ir.Node:
+def _replace_site(graph: ir.Graph, site: Site, inputs: Sequence[ir.Value], with_metrics: bool) -> ir.Node:
     node = ir.node(
         "CrossAttention" if site.key_grid == TEXT else "Attention",
         [site.q, site.k, site.v, *inputs],
         attributes={"num_heads": site.heads, "scale": site.scale},
         domain=DOMAIN,
-        num_outputs=2 if figures else 1,
+        num_outputs=2 if with_metrics else 1,
         name=f"sws/{site.name}",
     )
     y = node.outputs[0]
-    if figures:
-        node.outputs[1].name = f"sws/{site.name}/figures"
+    if with_metrics:
+        node.outputs[1].name = f"sws/{site.name}/metrics"
     y.name = f"sws/{site.name}/y"
     y.type = site.y.type
     y.shape = site.y.shape

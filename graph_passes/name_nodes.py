@@ -1,4 +1,4 @@
-"""Name nodes after the module they were exported from."""
+"""Name nodes after the module that they were exported from."""
 
 import ast
 import collections
@@ -10,10 +10,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class NameNodes(InPlacePass):
-    """Rename nodes to `<module path>/<op type>`, numbered where a module has several of a type.
+    """Rename nodes to `<module path>/<op type>`, with a number if a module has several of one type.
 
-    Reads the scopes that torch's exporter leaves on nodes; nodes without scopes keep their name. A graph
-    whose notes are removed later still tells in Netron, in engine logs and to `find_sites` what is what.
+    The module path is read from the scopes in the metadata of torch's exporter; nodes without scopes keep
+    their name. `find_sites` needs these names; Netron and the logs of engines show them.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -34,11 +34,11 @@ class NameNodes(InPlacePass):
 
 
 def _module_path(node: ir.Node) -> str | None:
-    """Path below the exported root, without a wrapper called `unet`; None where no scope tells."""
-    notes = node.metadata_props.get(_SCOPES)
-    if not notes:
+    """Path below the exported root, without a wrapper called `unet`; None without scopes."""
+    scopes_text = node.metadata_props.get(_SCOPES)
+    if not scopes_text:
         return None
-    scopes = ast.literal_eval(notes)
+    scopes = ast.literal_eval(scopes_text)
     if len(scopes) < 2:
         return None
     path = str(scopes[-2]).removeprefix("unet").removeprefix(".")

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 STATE_RADIUS = 8
-"""L1 radius of the banded transport that the graph's state holds, whatever `scales` says."""
+"""L1 radius of the banded transport in the state of a graph, for all `scales`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,18 +15,18 @@ class SwsParameters:
         sigma_min: Noise level at and below which progress u is 1.
         sigma_max: Noise level at and above which progress u is 0.
         tau: Temperature of the transport kernel exp(-cost / tau).
-        sinkhorn_iters: Row/column rounds that make the transport of one scale.
-        rebalance_iters: Row/column rounds after blending scales, and after the momentum.
+        sinkhorn_iters: Row/column normalisations of the transport of one scale.
+        rebalance_iters: Row/column normalisations after blending the scales, and after the momentum.
         beta: Weight of the previous step's transport.
-        bisection_steps: Halvings of [0, key_cap * a] in search of the key mixing.
-        key_cap: Largest key mixing at full amplitude.
-        value_cap: Value mixing at full amplitude.
-        u_stop: Progress from which keys are no longer mixed.
+        bisection_steps: Halvings of [0, key_cap * a] in the search for the key mixing.
+        key_cap: Largest key mixing at an amplitude of 1.
+        value_cap: Value mixing at an amplitude of 1.
+        u_stop: Progress from which on keys are not mixed.
         kl_floor: KL budget (nats) at the end of sampling.
-        kl_slope: KL budget (nats) added at the start, fading linearly in u.
-        theta: Rise of the query temperature at intensity 1 and u = 0.
+        kl_slope: KL budget (nats) added at the start, decreasing linearly in u.
+        theta: Query temperature at intensity 1 and u = 0, minus 1.
         scales: Three L1 radii, ascending: fine, middle and coarse transport.
-        schedule: `progress` (u rises as sigma falls) or `noise` (the other way round).
+        schedule: `progress` (u increases as sigma decreases) or `noise` (the schedule is reversed).
     """
 
     sigma_min: float = 0.28

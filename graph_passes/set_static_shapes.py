@@ -1,4 +1,4 @@
-"""Give dimensions that are known a number."""
+"""Replace symbolic dimensions by static ones."""
 
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -8,31 +8,31 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 
 class SetStaticShapes(InPlacePass):
-    """Replace named sizes by numbers in all shapes of the graph.
+    """Replace symbols by numbers in all shapes of the graph.
 
-    A dimension is a name, `height`, or a product of names and a division, `height/2` or `height*width/64`.
-    One with a name that has no number stays. Nodes are left alone: `FoldConstants` does away with those that
-    compute what is known now.
+    A symbolic dimension is a symbol such as `height`, or a product of symbols with an optional divisor, such
+    as `height/2` or `height*width/64`. One with a symbol that has no static size stays. Nodes are not
+    changed: `FoldConstants` removes those whose result is constant now.
     """
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
-        """Fix the dimensions named in `sizes`; height and width are those of the latent."""
+        """Set the symbols in `sizes`; `height` and `width` are those of the latent."""
         super().__init__()
         self.sizes = sizes
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite the shapes of inputs, outputs and values in between."""
+        """Rewrite the shapes of inputs, outputs and intermediate values."""
         modified = False
         for value in _values(model.graph):
             if value.shape is None:
                 continue
-            dims = [self._fixed(dim) for dim in value.shape]
+            dims = [self._static(dim) for dim in value.shape]
             if dims != list(value.shape):
                 value.shape = ir.Shape(dims)
                 modified = True
         return PassResult(model, modified=modified)
 
-    def _fixed(self, dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+    def _static(self, dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
         if isinstance(dim, int) or dim.value is None:
             return dim
         product, _, divisor = dim.value.partition("/")

@@ -1,4 +1,4 @@
-"""Turn bfloat16 into float32, for runtimes that cannot compute in bfloat16."""
+"""Upcast a bfloat16 graph to float32, for runtimes without bfloat16."""
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
@@ -8,42 +8,42 @@ _FLOAT = ir.DataType.FLOAT
 
 
 class UpcastBfloat16(InPlacePass):
-    """Make the float32 twin of a bfloat16 graph: the same nodes and the same, rounded, weights.
+    """Make the model a float32 copy of the bfloat16 graph: the same nodes, the same rounded weights.
 
-    Initializers stay bfloat16, wherever they are stored, and are cast in front of the nodes that take them.
-    What the twin does not show is the rounding of activations; everything else of the graph is exercised.
+    Initializers stay bfloat16, wherever they are stored, and are cast in front of the nodes that use them.
+    The copy does not round activations; in everything else it computes the same.
     """
 
     def call(self, model: ir.Model) -> PassResult:
-        """Widen inputs, casts, constants and the declared types of all values; cast initializers."""
+        """Upcast inputs, Cast nodes, constants and the declared types of all values; cast initializers."""
         modified = False
         for value in model.graph.inputs:
-            modified |= _widen_value(value)
+            modified |= _upcast_value(value)
         casts: dict[tuple[ir.Graph | ir.Function | None, ir.Value], ir.Node] = {}
         for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
             for output in node.outputs:
-                modified |= _widen_value(output)
-            modified |= _widen_attributes(node)
+                modified |= _upcast_value(output)
+            modified |= _upcast_attributes(node)
             modified |= _cast_initializers(node, casts)
         return PassResult(model, modified=modified)
 
 
-def _widen_value(value: ir.Value) -> bool:
+def _upcast_value(value: ir.Value) -> bool:
     if value.dtype != _BF16:
         return False
     value.dtype = _FLOAT
     return True
 
 
-def _widen_attributes(node: ir.Node) -> bool:
+def _upcast_attributes(node: ir.Node) -> bool:
     modified = False
     for name, attribute in list(node.attributes.items()):
         if name == "to" and attribute.value == int(_BF16):
             node.attributes[name] = ir.AttrInt64(name, int(_FLOAT))
             modified = True
         elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == _BF16:
-            widened = ir.tensor(attribute.as_tensor().numpy().astype("float32"))
-            node.attributes[name] = ir.AttrTensor(name, widened)
+            upcast = ir.tensor(attribute.as_tensor().numpy().astype("float32"))
+            node.attributes[name] = ir.AttrTensor(name, upcast)
             modified = True
     return modified
 
@@ -51,7 +51,7 @@ def _widen_attributes(node: ir.Node) -> bool:
 def _cast_initializers(
     node: ir.Node, casts: dict[tuple[ir.Graph | ir.Function | None, ir.Value], ir.Node]
 ) -> bool:
-    """Give `node` its bfloat16 initializers through a cast, one for all nodes of a graph."""
+    """Cast the bfloat16 initializers that `node` uses; one Cast serves all nodes of a graph."""
     if node.op_type == "Cast":
         return False
     modified = False

@@ -54,7 +54,7 @@ def _shown(manifest: Manifest) -> dict[str, Any]:
 def _inspect_graph(path: Path) -> dict[str, Any]:
     # Imports are local because each kind of file needs other modules, some of them slow to import.
     from graph_passes.find_sites import find_sites
-    from graph_passes.grids import in_order
+    from graph_passes.grids import sorted_grids
     from sws_export.onnx_files import graph_specs, load_onnx
 
     model = load_onnx(path)
@@ -77,7 +77,7 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
     return facts | {
         "sites": {
             grid.name: [site.name for site in sites if site.key_grid == grid]
-            for grid in in_order(site.key_grid for site in sites)
+            for grid in sorted_grids(site.key_grid for site in sites)
         },
         "skipped_sites": [f"{site.name}: {site.reason}" for site in skipped],
     }

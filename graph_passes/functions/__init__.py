@@ -1,8 +1,8 @@
 """The SWS operators as model-local ONNX functions of domain `sws`.
 
-Each function is built once for given parameters and a model dtype; iteration counts are unrolled while it
-is built, so that no function holds a Loop. B is the batch, T = H * W the tokens of a grid, C the
-heads times the head size.
+A function is built for given parameters and a model dtype. Iterations are unrolled, so no function has a
+Loop. In all descriptions B is the batch, T = H * W the tokens of a grid, h the heads, D the head size and
+C = h D the channels.
 """
 
 import onnx_ir as ir
@@ -39,7 +39,7 @@ def build_functions(
     site_metrics: bool = False,
     cross_attention: bool = False,
 ) -> dict[str, ir.Function]:
-    """All functions of domain `sws` by name, for a model whose activations have `dtype`.
+    """All functions of the preset `sws` by name, for a model whose activations have `dtype`.
 
     Args:
         parameters: Constants of the method.
@@ -72,7 +72,7 @@ def build_functions(
 def build_comfyui_node_functions(
     parameters: SwsParameters, dtype: ir.DataType, *, site_metrics: bool = False
 ) -> dict[str, ir.Function]:
-    """All functions of the published node by name, for a model whose activations have `dtype`.
+    """All functions of the preset `comfyui-node` by name, for a model whose activations have `dtype`.
 
     Args:
         parameters: Constants of the method.

@@ -1,4 +1,4 @@
-"""`sws.Attention` and `sws.CrossAttention`: one whole site with mixed keys and values."""
+"""`sws.Attention` and `sws.CrossAttention`: one attention site with mixed keys and values."""
 
 from typing import Any
 
@@ -35,11 +35,11 @@ def build_attention(
 ) -> ir.Function:
     """`Attention(q, k, v [B, T, C], transport, tau_q, amplitude, kappa, key_gate, value_gain) -> y`.
 
-    q, k, v and y are [B, T, C] of the model's dtype. Attributes `num_heads` and `scale` (of the logits).
-    `CrossAttention` has keys and values [B, L, C] of the text, and a transport of a single row; where the
-    guard sees a share of the rows, it has one input more at the end, `query_grid` [2] int64: rows and columns
-    of the grid on which the queries lie.
-    Mixing is written `k + alpha * (k_perm - k)`, so that alpha = 0 gives k itself, bit for bit.
+    q, k, v and y are [B, T, C] of the model's dtype. Attributes: `num_heads` and `scale` (of the logits).
+    `CrossAttention` has keys and values [B, L, C] of the text, and a transport with a single row. If the
+    guard evaluates a share of the rows, it has one more input at the end, `query_grid` [2] int64: rows and
+    columns of the grid of the queries.
+    Mixing is written `k + alpha * (k_perm - k)`, so that alpha = 0 gives exactly k.
 
     Args:
         parameters: Constants of the method; `KeyGuard` carries those that its plugin needs.
@@ -77,7 +77,7 @@ def build_attention(
         num_heads = ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT)
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
         if cross:
-            # On a single row tiles of 8 x 8 in their surroundings of 24 x 24 would be nearly empty.
+            # On a single row, tiles of 8 x 8 with a halo of 8 would be nearly empty.
             k_perm, v_perm = op.DenseTransport(transport, k, v, _domain="sws", _outputs=2)
         else:
             k_perm, v_perm = op.BandedTransport(
@@ -117,7 +117,7 @@ def build_attention(
                 _outputs=2,
             )
             y = attend(op, alpha_k, a_v)
-        return (y, _figures(op, q, k, k_perm, tau_q, alpha_k, a_v)) if site_metrics else y
+        return (y, _site_metrics(op, q, k, k_perm, tau_q, alpha_k, a_v)) if site_metrics else y
 
     inputs = dict.fromkeys(("q", "k", "v"), dtype)
     inputs |= dict.fromkeys(("transport", "tau_q", "amplitude", "kappa", "key_gate", "value_gain"), FLOAT)
@@ -127,13 +127,13 @@ def build_attention(
         "CrossAttention" if cross else "Attention",
         body,
         inputs,
-        ["y", "figures"] if site_metrics else ["y"],
+        ["y", "site_metrics"] if site_metrics else ["y"],
         [ir.Attr("num_heads", ir.AttributeType.INT, None), ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
 
 
-def _figures(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any, a_v: Any) -> Any:
-    """alpha_k, a_v and what `SiteMetrics` gives, [B, 1, 6] float32."""
+def _site_metrics(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any, a_v: Any) -> Any:
+    """alpha_k, a_v and the metrics of `SiteMetrics`, [B, 1, 6] float32."""
     attributes = {
         "num_heads": ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT),
         "scale": ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
@@ -144,12 +144,12 @@ def _figures(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any, a_v:
 
 
 def sampled_rows(op: Op, q: Any, size: Any, strides: tuple[int, int], dtype: ir.DataType) -> Any:
-    """Some of the rows of q [B, T, C], which lies on the grid of `size`, as [B, T', C].
+    """Some rows of the queries q [B, T, C] on the grid of `size` [2] int64, as [B, T', C].
 
-    First a lattice: of every so many rows and columns of the grid the second, so that the border is not seen
-    more often than it should be. Means over rows survive that. The lowest and the highest entropy do not:
-    of 32 rows of 256 they are far inside. Rows of long queries are certain and those of short ones are not,
-    so that the longest and the shortest query of each head come last; they count in means like any other.
+    First a lattice with the given strides. It starts at the second row and column of the grid, so the border
+    is not overrepresented. A lattice preserves means over rows, but not the lowest and highest entropy. Rows
+    of long queries have a low entropy and rows of short ones a high entropy; therefore the longest and the
+    shortest query of each head are appended. They have the same weight in means as other rows.
     """
     grid = op.Reshape(q, op.Concat([0], size, [-1], axis=0))
     starts = [min(stride - 1, 1) for stride in strides]

@@ -17,10 +17,11 @@ _HALO = TILE + 2 * STATE_RADIUS
 def build_banded_transport(dtype: ir.DataType) -> ir.Function:
     """`BandedTransport(transport [B, 145, H, W] float32, k, v [B, T, C]) -> k_perm, v_perm`, as k and v.
 
-    The tokens of an 8 x 8 tile are sums over the 24 x 24 tokens around: one product [64, 576] x [576, C] a
-    tile, a seventh of the dense product's work at 64 x 64 tokens. Tokens are gathered into tiles and out of
-    them by indices that depend on the grid alone, so that all sites of a grid share them and the matrices.
-    Keys and values go through one product. Entries of `transport` that lead off the grid must be 0.
+    The tokens of an 8 x 8 tile are sums over the 24 x 24 tokens around it: one product [64, 576] x [576, C]
+    for each tile, a seventh of the work of the dense product at 64 x 64 tokens. The indices that gather
+    tokens into tiles and back depend on the grid only, so all sites of a grid share them and the tile
+    matrices. One product transports keys and values. Entries of `transport` for targets outside the grid
+    must be 0.
     """
 
     def body(op: Op, transport: Any, k: Any, v: Any) -> Any:
@@ -32,14 +33,14 @@ def build_banded_transport(dtype: ir.DataType) -> ir.Function:
         moved = op.Gather(flat, grid.places_in_tiles(), axis=1)
         return op.Split(moved, num_outputs=2, axis=2, _outputs=2)
 
-    # Built into the body; a plugin that takes its place reads them.
+    # Constants of the body; the plugin that replaces it reads them.
     attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in ("radius", "tensors")]
     inputs = {"transport": FLOAT, "k": dtype, "v": dtype}
     return define_function("BandedTransport", body, inputs, ["k_perm", "v_perm"], attributes)
 
 
 class _Grid:
-    """A grid of H x W tokens under tiles, of which the last of a row or column may reach beyond it."""
+    """A grid of H x W tokens, covered by tiles; the last row and column of tiles may exceed it."""
 
     def __init__(self, op: Op, transport: Any) -> None:
         self.op = op
@@ -50,7 +51,7 @@ class _Grid:
         self.covered = op.Mul(self.tiles, [TILE])
 
     def tokens_around_tiles(self) -> Any:
-        """[tiles, 576] int64: tokens of each tile and its halo; beyond the grid the nearest token on it."""
+        """[tiles, 576] int64: the tokens of each tile and its halo, clamped to the grid."""
         op = self.op
         rows, columns = (
             self._around(side, tiles) for side, tiles in zip(self.sides, self.tile_sides, strict=True)
@@ -59,7 +60,7 @@ class _Grid:
         return op.Reshape(op.Add(starts, op.Unsqueeze(columns, [0, 2])), [-1, _HALO * _HALO])
 
     def _around(self, side: Any, tiles: Any) -> Any:
-        """[tiles, 24] int64: rows, or columns, of each tile and its halo."""
+        """[tiles, 24] int64: the rows, or the columns, of each tile and its halo."""
         op = self.op
         first = op.Unsqueeze(op.Mul(_count(op, tiles), TILE), [1])
         reach = np.arange(_HALO, dtype=np.int64) - STATE_RADIUS
@@ -67,7 +68,7 @@ class _Grid:
         return op.Max(op.Min(inside, op.Sub(side, [1])), [0])
 
     def places_in_tiles(self) -> Any:
-        """[T] int64: where each token is when tiles are laid out one after the other."""
+        """[T] int64: the index of each token in the concatenation of all tiles."""
         op = self.op
         places = _count(op, op.ReduceProd(self.covered, [0]))
         by_tile = op.Reshape(places, op.Concat(self.tiles, [TILE, TILE], axis=0))
@@ -81,7 +82,7 @@ def _count(op: Op, end: Any) -> Any:
 
 
 def _tile_matrices(op: Op, band: Any, grid: _Grid) -> Any:
-    """The band as [B, tiles, 64, 576]: for each tile, a matrix from its surroundings to its tokens."""
+    """The band as [B, tiles, 64, 576]: for each tile, the matrix from the tokens around it to its own."""
     padding = op.Concat([0, 0], op.Sub(grid.covered, grid.size), axis=0)
     window = band_window(op, op.Pad(band, padding, None, [2, 3]))
     rows, columns = grid.tile_sides
@@ -94,7 +95,7 @@ def _tile_matrices(op: Op, band: Any, grid: _Grid) -> Any:
 
 
 def band_window(op: Op, band: Any) -> Any:
-    """A band [B, 145, H, W] as [B, 17, 17, H, W]: (dy, dx) from -8 to 8, outside the diamond zeros."""
+    """A band [B, 145, H, W] as [B, 17, 17, H, W]: (dy, dx) from -8 to 8, zeros outside the diamond."""
     padded = op.Pad(band, [0, 1], None, [1])
     offsets = diamond_offsets(STATE_RADIUS)
     planes = np.full((_WINDOW, _WINDOW), len(offsets), np.int64)
@@ -104,10 +105,10 @@ def band_window(op: Op, band: Any) -> Any:
 
 
 def _shift(op: Op, x: Any, axis: int, block: int, shape: list[int]) -> Any:
-    """Move each token of a tile along `axis` by its place in the tile: offsets become places in the halo.
+    """Shift each token of a tile along `axis` by its position, so that offsets become positions in the halo.
 
-    Offsets lie in rows of 17. Rows padded to 25 and read as rows of 24 begin one later each; `block` is
-    the number of elements behind `axis`, and the tokens lie in the axis before it.
+    Rows of 17 offsets are padded to 25; the same memory with rows of 24 has each row shifted by one more.
+    `block` is the number of elements behind `axis`; the tokens are in the axis before it.
     """
     padded = op.Pad(x, [0, TILE], None, [axis])
     kept = [0] * (axis - 1) + [-1]

@@ -1,4 +1,4 @@
-"""What every function of domain `sws` is built with."""
+"""Helpers to build functions of domain `sws`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def define_function(
 
     Args:
         name: Operator type.
-        body: Takes the builder and one value an input; returns one value an output.
+        body: Takes the builder and one value for each input; returns one value for each output.
         inputs: Input names and dtypes, in order.
         outputs: Output names, in order.
         attributes: Declared attributes, with their defaults.
@@ -43,15 +43,15 @@ def define_function(
     for number, node in enumerate(list(ir.traversal.RecursiveGraphIterator(function.graph))):
         node.metadata_props.clear()
         for value in node.outputs:
-            # Names of unknown dimensions would be taken for equal ones once several functions are inlined.
+            # After inlining several functions, equal names of unknown dimensions would mean equal sizes.
             value.shape = None
             if node.graph is not function.graph:
-                # The builder counts from 0 in each branch, and no name may hide one from outside.
+                # The builder counts from 0 in each branch, and names of the outer graph must not be reused.
                 value.name = f"{value.name}_in_branch_{number}"
         literal = node.inputs[0] if node.op_type == "CastLike" else None
         if literal is not None:
-            # The builder adds these to literals where it does not know a type. All literals here are
-            # float32 or int64 and meet their own kind.
+            # The builder adds CastLike to literals if a type is unknown. All literals here are float32 or
+            # int64 and have the type of the other operand.
             assert node.graph is not None
             ir.convenience.replace_all_uses_with(node.outputs[0], literal)
             node.graph.remove(node, safe=True)
@@ -59,16 +59,16 @@ def define_function(
 
 
 def branch(op: Op, condition: Any, then: Body, otherwise: Body, count: int) -> Any:
-    """What `then(op)` gives where the bool `condition` of one element holds, else what `otherwise(op)` gives.
+    """An `If` node: the results of `then(op)` if `condition` is true, else those of `otherwise(op)`.
 
-    A runtime executes the nodes of one of them. Values from outside may be used in both.
+    A runtime executes the nodes of one branch only. Both may use values of the outer graph.
 
     Args:
-        op: Appends the node that decides.
+        op: Builder of the outer graph.
         condition: Bool of one element.
-        then: Appends nodes by the builder it is given; returns float32 values.
-        otherwise: Likewise.
-        count: Of the values that both return; one is returned as itself.
+        then: Appends nodes with the builder that it receives; returns float32 values.
+        otherwise: As `then`.
+        count: Number of values that each branch returns; a single value is not returned in a sequence.
     """
     graphs = {
         name: op.builder.subgraph(
@@ -83,14 +83,14 @@ def branch(op: Op, condition: Any, then: Body, otherwise: Body, count: int) -> A
 
 
 def true_for_any(op: Op, flags: Any) -> Any:
-    """Whether any element of a bool tensor is true, a bool without dimensions."""
+    """Whether any element of a bool tensor is true; a bool scalar."""
     return op.Cast(
         op.ReduceMax(op.Cast(flags, to=int(ir.DataType.FLOAT)), keepdims=0), to=int(ir.DataType.BOOL)
     )
 
 
 def _own_values(op: Op, values: Any) -> list[Any]:
-    """The values as results of nodes in the branch that `op` builds, as ONNX wants them."""
+    """The values as outputs of nodes of the branch that `op` builds, as ONNX requires."""
     free = {value for node in op.builder.graph for value in node.outputs}
     own = []
     for value in values if isinstance(values, Sequence) else [values]:
@@ -105,7 +105,7 @@ def attribute_int(op: Op, name: str) -> Any:
 
 
 def cast(op: Op, value: Any, dtype: ir.DataType, source: ir.DataType) -> Any:
-    """`value`, which has dtype `source`, in `dtype`; no node where they are the same."""
+    """`value`, of dtype `source`, cast to `dtype`; no node if both are equal."""
     return value if dtype == source else op.Cast(value, to=int(dtype))
 
 
@@ -124,10 +124,10 @@ def join_heads(op: Op, x: Any) -> Any:
 
 
 def per_sample(op: Op, vector: Any, rank: int) -> Any:
-    """A [B] vector as [B, 1, ...] of `rank` dimensions, ready to broadcast."""
+    """A vector [B] as [B, 1, ...] with `rank` dimensions, for broadcasting."""
     return op.Unsqueeze(vector, list(range(1, rank)))
 
 
 def mixed(op: Op, x: Any, moved: Any, share: Any) -> Any:
-    """`x` [B, T, C] with a `share` [B] of it replaced by `moved`, of one dtype; share 0 gives x itself."""
+    """`x + share (moved - x)` for x and moved [B, T, C], share [B], one dtype; share 0 gives exactly x."""
     return op.Add(x, op.Mul(per_sample(op, share, 3), op.Sub(moved, x)))

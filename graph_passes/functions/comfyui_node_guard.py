@@ -1,7 +1,7 @@
-"""`sws.ComfyUINodeKeys` and `sws.ComfyUINodeGuard`: how far the published node mixes text tokens at one site.
+"""`sws.ComfyUINodeKeys` and `sws.ComfyUINodeGuard`: the mixing of text tokens of the published ComfyUI node.
 
-Attention as the node sees it has no heads, works on what goes into the projections, and its scalars are those
-of the whole batch. All of it is float32 in every precision.
+The attention of its guard has no heads and is between the inputs of the projections; its scalars are computed
+over the whole batch. Everything is float32 in every precision.
 """
 
 import math
@@ -10,18 +10,18 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.functions.building import Op, cast, define_function, per_sample
+from graph_passes.functions.entropy_factor import MIN_RANGE
 from graph_passes.parameters import SwsParameters
 
 FLOAT = ir.DataType.FLOAT
 _LOG_FLOOR = math.log(1e-8)
-_MIN_RANGE = 1e-6
 
 
 def build_comfyui_node_keys(dtype: ir.DataType) -> ir.Function:
     """`ComfyUINodeKeys(text [B, n, X], basis [X, C] float32) -> keys [B, n, C]` float32, for text of `dtype`.
 
-    The basis, or its transpose, is orthonormal. Where the text is the narrower side, the node brings the
-    queries to its width by the transpose; their products with the keys are the same.
+    The basis or its transpose is orthonormal. If the text is narrower than the hidden states, the node
+    projects the queries to its width by the transpose; the products of queries and keys are the same.
     """
 
     def body(op: Op, text: Any, basis: Any) -> Any:
@@ -31,18 +31,19 @@ def build_comfyui_node_keys(dtype: ir.DataType) -> ir.Function:
 
 
 def build_comfyui_node_guard(
-    parameters: SwsParameters, dtype: ir.DataType, figures: bool = False
+    parameters: SwsParameters, dtype: ir.DataType, site_metrics: bool = False
 ) -> ir.Function:
     """`ComfyUINodeGuard(hidden, keys, previous, fresh, tau, amplitude, kappa, key_gate, value_gain)`.
 
-    Gives `transport, alpha_k, a_v`. hidden is [B, T, C] of `dtype`, before its projection; keys [B, n, C],
-    previous, fresh and transport [1, n, n]; everything else [1] float32. Attribute `scale` of the logits.
-    The logits of keys k + alpha (P k - k) are S + alpha (S Pᵀ - S): only S is a product over channels.
+    Outputs `transport, alpha_k, a_v`. hidden is [B, T, C] of `dtype`, before its projection; keys [B, n, C],
+    previous, fresh and transport [1, n, n]; everything else [1]; all but hidden float32. Attribute: `scale`
+    of the logits. The logits of keys k + alpha (P k - k) are S + alpha (S Pᵀ - S): only S is a product over
+    channels.
 
     Args:
         parameters: Constants of the method.
         dtype: Of the model's activations.
-        figures: Give a fourth output [1, 1, 6] float32: `SITE_METRICS` of debug_outputs.
+        site_metrics: Give a fourth output [1, 1, 6] float32: `SITE_METRICS` of debug_outputs.
     """
 
     def body(
@@ -83,28 +84,33 @@ def build_comfyui_node_guard(
             low = op.Where(allowed, middle, low)
             high = op.Where(allowed, high, middle)
         alpha_k, a_v = op.Mul(low, key_gate), op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
-        if not figures:
+        if not site_metrics:
             return transport, alpha_k, a_v
         rows = _all_rows(op, entropy)
         reductions = (op.ReduceMean, op.ReduceMin, op.ReduceMax)
-        told = [alpha_k, a_v, *(reduce(rows, [1], keepdims=0) for reduce in reductions), divergence(alpha_k)]
-        return transport, alpha_k, a_v, op.Reshape(op.Concat(*told, axis=0), [1, 1, -1])
+        metrics = [
+            alpha_k,
+            a_v,
+            *(reduce(rows, [1], keepdims=0) for reduce in reductions),
+            divergence(alpha_k),
+        ]
+        return transport, alpha_k, a_v, op.Reshape(op.Concat(*metrics, axis=0), [1, 1, -1])
 
     scalars = ("tau", "amplitude", "kappa", "key_gate", "value_gain")
     return define_function(
         "ComfyUINodeGuard",
         body,
         {"hidden": dtype} | dict.fromkeys(("keys", "previous", "fresh", *scalars), FLOAT),
-        ["transport", "alpha_k", "a_v", *(["figures"] if figures else [])],
+        ["transport", "alpha_k", "a_v", *(["site_metrics"] if site_metrics else [])],
         [ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
 
 
 def _entropy_factor(op: Op, entropy: Any) -> Any:
-    """The mean of all rows of all samples between the lowest (0) and the highest (1): [B, T] to [1]."""
+    """The entropy factor over all rows of all samples: [B, T] to [1]."""
     rows = _all_rows(op, entropy)
     low = op.ReduceMin(rows, [1], keepdims=0)
-    width = op.Max(op.Sub(op.ReduceMax(rows, [1], keepdims=0), low), _MIN_RANGE)
+    width = op.Max(op.Sub(op.ReduceMax(rows, [1], keepdims=0), low), MIN_RANGE)
     return op.Clip(op.Div(op.Sub(op.ReduceMean(rows, [1], keepdims=0), low), width), 0.0, 1.0)
 
 

@@ -1,6 +1,6 @@
-"""`sws.ComfyUINodeTransport`, `sws.ComfyUINodeMomentum`: the published node's transport of text tokens.
+"""`sws.ComfyUINodeTransport`, `sws.ComfyUINodeMomentum`: text transport of the published ComfyUI node.
 
-One dense matrix [1, n, n] for the whole batch: n is a text length, such as 77.
+One dense matrix [1, n, n] for the whole batch; n is the number of text tokens, such as 77.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ _COARSE_SIDE = 8
 def build_comfyui_node_transport(parameters: SwsParameters, dtype: ir.DataType) -> ir.Function:
     """`ComfyUINodeTransport(text [B, n, X], u [1]) -> fresh [1, n, n]` float32, without history.
 
-    Of `text`, which has `dtype`, only the length counts.
+    Only the shape of `text`, which has `dtype`, is used.
     """
 
     def body(op: Op, text: Any, u: Any) -> Any:
@@ -41,8 +41,8 @@ def build_comfyui_node_transport(parameters: SwsParameters, dtype: ir.DataType) 
 def build_comfyui_node_momentum(parameters: SwsParameters) -> ir.Function:
     """`ComfyUINodeMomentum(previous [1, n, n], fresh [1, n, n], mix [1]) -> transport [1, n, n]`, float32.
 
-    `previous` is what the site before kept, or zeros for none, and then `fresh` is taken as it is. Where the
-    amplitude `mix` is 0 the node does not come this far: `previous` stays.
+    `previous` is the transport of the site before. If it is zeros, there is none, and the result is `fresh`.
+    If the amplitude `mix` is 0, the node skips the update, and the result is `previous`.
     """
 
     def body(op: Op, previous: Any, fresh: Any, mix: Any) -> Any:
@@ -58,9 +58,9 @@ def build_comfyui_node_momentum(parameters: SwsParameters) -> ir.Function:
 
 
 def _grid(op: Op, tokens: Any, token: Any) -> tuple[Any, Any]:
-    """Height and width [1] int64 of the grid of n tokens: round(sqrt(n)) wide where that divides n, else n.
+    """Height and width [1] int64 of the grid of n tokens; the width is round(sqrt(n)) if it divides n, or n.
 
-    m(m + 1) < n holds for m = 0 .. round(sqrt(n)) - 1, so that the root is found by counting, exactly.
+    m(m + 1) < n holds exactly for m = 0 .. round(sqrt(n)) - 1, so counting these m gives the rounded root.
     """
     below = op.Less(op.Mul(token, op.Add(token, [1])), tokens)
     root = op.Cast(op.ReduceSum(op.Cast(below, to=int(FLOAT)), [0], keepdims=1), to=int(INT64))
@@ -70,7 +70,7 @@ def _grid(op: Op, tokens: Any, token: Any) -> tuple[Any, Any]:
 
 
 def _differences(op: Op, place: Any) -> Any:
-    """|a - b| for all pairs of `place` [n] int64, as [n, n] float32."""
+    """|a - b| for all pairs of `place` [n] int64, [n, n] float32."""
     place = op.Cast(place, to=int(FLOAT))
     return op.Abs(op.Sub(op.Unsqueeze(place, [1]), op.Unsqueeze(place, [0])))
 
@@ -78,7 +78,7 @@ def _differences(op: Op, place: Any) -> Any:
 def _radius(op: Op, height: Any, width: Any, u: Any) -> Any:
     """max(1, int(0.5 * max(1, min(height, width, max(1, int(8 (1 - u)))) // 2))), [1] float32.
 
-    The inner minimum is at most 8, and the result 1 unless it is 8: on a grid of 8 or more a side, at u = 0.
+    The inner minimum is at most 8. The result is 2 if it is 8, on a grid of at least 8 x 8 at u = 0, else 1.
     """
     shorter = op.Min(height, width)
     coarse = op.And(op.GreaterOrEqual(shorter, [_COARSE_SIDE]), op.LessOrEqual(u, 0.0))

@@ -14,9 +14,8 @@ FLOAT = ir.DataType.FLOAT
 def build_dense_transport(dtype: ir.DataType) -> ir.Function:
     """`DenseTransport(transport [B, 145, H, W] float32, k, v [B, T, C]) -> k_perm, v_perm`, as k and v.
 
-    What `BandedTransport` gives, as one product [T, T] x [T, 2 C] with a matrix that all sites of a grid
-    share: no tokens are gathered into tiles and out of them. Entries of `transport` that lead off the grid
-    must be 0.
+    The result of `BandedTransport`, computed as one product [T, T] x [T, 2 C] with a matrix that all sites of
+    a grid share. Entries of `transport` for targets outside the grid must be 0.
     """
 
     def body(op: Op, transport: Any, k: Any, v: Any) -> Any:
@@ -37,10 +36,11 @@ def build_dense_transport(dtype: ir.DataType) -> ir.Function:
 
 
 def _places(op: Op, x: Any, axis: int, side: Any, before: list[int], behind: list[Any]) -> Any:
-    """Turn the 17 offsets along `axis` into the `side` places of the grid that they lead to.
+    """Replace the 17 offsets along `axis` by the `side` target positions of the grid.
 
-    Rows of 17 padded to side + 17 and read as rows of side + 16 begin one later each; the token that a row
-    is of lies in the axis before. `before` and `behind` are the sizes around the two, as Reshape takes them.
+    Rows of 17 offsets are padded to side + 17; the same memory with rows of side + 16 has each row shifted by
+    one more. The tokens are in the axis before. `before` and `behind` are the sizes around both axes, in the
+    form of the shape input of Reshape.
     """
     reach = op.Add(side, [2 * STATE_RADIUS])
     length = op.Mul(side, reach)

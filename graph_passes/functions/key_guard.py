@@ -1,4 +1,4 @@
-"""`sws.KeyGuard`: how far keys and values may be mixed, found under a KL budget."""
+"""`sws.KeyGuard`: the largest mixing of keys within a KL budget, and the mixing of values."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def build_key_guard(
 ) -> ir.Function:
     """`KeyGuard(q, k, k_perm, tau_q, amplitude, kappa, key_gate, value_gain) -> alpha_k, a_v`.
 
-    k and k_perm are [B, T, C] of the model's dtype, q likewise, or with some of the rows only; everything
-    else is [B] float32. Attributes `num_heads`, `scale` (of the logits), `key_cap` and `bisection_steps`.
+    k and k_perm are [B, T, C] of the model's dtype, q is [B, T', C]: all rows or some of them; everything
+    else is [B] float32. Attributes: `num_heads`, `scale` (of the logits), `key_cap` and `bisection_steps`.
     Statistics are float32 in every precision.
 
     Args:
@@ -33,10 +33,10 @@ def build_key_guard(
         dtype: Of the model's activations.
         target: Runtime that the graph is for. With `branches` the fused guard has `If` nodes, which skip
             evaluations that cannot change its result, and its step is exact. Without, the step may differ for
-            extreme logits, see docs/performance.md. With `materialized_logits` it stores the logits of one
-            attention at a time.
-        form: `literal` stores the logits and evaluates the mean KL over heads and rows in every step of the
-            bisection. `fused` finds the step from a few `Attention` nodes and stores none.
+            extreme logits, see docs/performance.md. With `materialized_logits` it uses products and a softmax
+            instead of `Attention`.
+        form: `literal` materializes the logits and evaluates the mean KL divergence over heads and rows in
+            each step of the bisection. `fused` finds the step from a few `Attention` nodes without them.
 
     Raises:
         GraphError: The fused guard does not support the parameters.
@@ -65,7 +65,7 @@ def build_key_guard(
         [
             ir.Attr("num_heads", ir.AttributeType.INT, None),
             ir.Attr("scale", ir.AttributeType.FLOAT, None),
-            # Built into the body; a plugin that takes its place reads them.
+            # Constants of the body; the plugin that replaces it reads them.
             ir.Attr("key_cap", ir.AttributeType.FLOAT, None),
             ir.Attr("bisection_steps", ir.AttributeType.INT, None),
         ],
@@ -75,7 +75,7 @@ def build_key_guard(
 def _literal_guard(
     op: Op, parameters: SwsParameters, dtype: ir.DataType, inputs: GuardInputs
 ) -> tuple[Any, Any]:
-    """The share of transported keys and the amplitude a, [B] float32 each."""
+    """alpha_k and the amplitude a, [B] float32 each."""
     q, k, k_perm = (cast(op, x, FLOAT, dtype) for x in inputs[:3])
     query = op.Div(split_heads(op, q), per_sample(op, inputs.tau_q, 4))
     query = op.Mul(query, op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT)))

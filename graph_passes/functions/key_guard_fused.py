@@ -1,13 +1,14 @@
-"""`sws.KeyGuard` from fused attention alone: no T x T tensor outlives an `Attention` node.
+"""The fused forms of `sws.KeyGuard`, which compute their statistics with `Attention` nodes.
 
-The divergence grows with the share of transported keys, so that the bisection of the literal form ends at the
-largest step of its grid whose divergence is within the budget, whichever way that step is found.
+The divergence KL(alpha) is monotone. The bisection of the literal form therefore ends at the largest step n
+of its grid, alpha = n unit, with KL(n unit) within the budget, and any search that finds this step gives the
+same result. The grid has 2^bisection_steps steps up to key_cap a.
 
-The straight-line form always evaluates three divergences. It can miss the step where a few rows of extreme
-logits carry the divergence and the budget binds far below the cap; docs/performance.md says how often.
+The branchless guard evaluates three divergences. It can miss the step if a few rows with extreme logits
+dominate the divergence and the budget binds far below the cap; docs/performance.md has frequencies.
 
-The form with branches proves its step, and skips what a bound or one evaluation settles. No branch makes a
-step longer than all of them do, so that the work of a step is bounded.
+The guard with branches finds the exact step, and skips evaluations that a bound or an earlier evaluation
+makes unnecessary. The work of a step is bounded by that of all branches together.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.functions.key_guard_inputs import GuardInputs
 from graph_passes.functions.materialized_statistics import MaterializedStatistics
 from graph_passes.functions.row_statistics import RowStatistics
-from graph_passes.functions.step_search import few_evaluations, proven_step
+from graph_passes.functions.step_search import approximate_step, exact_step
 from graph_passes.parameters import SwsParameters
 
 
@@ -32,14 +33,14 @@ def branchless_guard(
     *,
     materialized_logits: bool,
 ) -> tuple[Any, Any]:
-    """The share of transported keys and the amplitude a, [B] float32 each.
+    """alpha_k and the amplitude a, [B] float32 each.
 
     Args:
         op: Builder.
         parameters: Constants of the method.
         dtype: Of the model's activations.
         inputs: Of `sws.KeyGuard`.
-        materialized_logits: Store logits instead of using `Attention`: half as many nodes.
+        materialized_logits: Use products and a softmax instead of `Attention`: half as many nodes.
     """
     if materialized_logits:
         rows: RowStatistics | MaterializedStatistics = MaterializedStatistics(op, inputs, dtype)
@@ -49,7 +50,7 @@ def branchless_guard(
     unit = _unit(op, parameters, mix, inputs.key_gate)
     divergence = rows.divergence if isinstance(rows, MaterializedStatistics) else rows.divergence(op)
     last = 2**parameters.bisection_steps - 1
-    step = few_evaluations(op, lambda op, n: divergence(op, op.Mul(unit, n)), inputs.kappa, last)
+    step = approximate_step(op, lambda op, n: divergence(op, op.Mul(unit, n)), inputs.kappa, last)
     return op.Mul(unit, step), mix
 
 
@@ -59,7 +60,7 @@ def branching_guard(
     dtype: ir.DataType,
     inputs: GuardInputs,
 ) -> tuple[Any, Any]:
-    """As `branchless_guard`, with branches; nothing is computed where no sample has an amplitude."""
+    """As `branchless_guard`, with branches; computes nothing if the amplitude of all samples is 0."""
 
     def found(op: Op) -> tuple[Any, Any]:
         rows = RowStatistics(op, inputs, dtype, branches=True)
@@ -88,10 +89,11 @@ def branching_site(
     v_perm: Any,
     attend: Callable[[Op, Any, Any], Any],
 ) -> tuple[Any, Any, Any]:
-    """The shares of transported keys and values, [B] each, and the output [B, T, C] of a float32 site.
+    """alpha_k and a_v, [B] each, and the output [B, T, C] of a float32 site.
 
-    The attention that evaluates the divergence at the last step carries the values along, and is the site's
-    own where that step is allowed; not where a sample has no amplitude, which stays plain bit for bit.
+    The attention that evaluates the divergence at the last step computes the output for that step as well, as
+    further value channels. It is the site's output if all samples allow that step. If a sample has the
+    amplitude 0, `attend` computes the output instead, since it must be exactly that of plain attention.
 
     Args:
         op: Builder.
@@ -99,7 +101,7 @@ def branching_site(
         inputs: Of `sws.KeyGuard`, float32, with all query rows.
         v: Values [B, T, C].
         v_perm: Transported values, as `v`.
-        attend: (op, share of keys, share of values) -> the site's output.
+        attend: (op, alpha_k, a_v) -> the site's output [B, T, C].
     """
 
     def found(op: Op) -> tuple[Any, Any, Any]:
@@ -133,11 +135,11 @@ def branching_site(
 
 
 class _Search:
-    """For the largest share of transported keys that the budget allows.
+    """The search for the largest alpha_k within the budget.
 
     Attributes:
-        last: The largest share of the grid, [B].
-        undecided: Whether the bound leaves open, in some sample, that `last` is allowed.
+        last: alpha_k at the last step of the grid, [B].
+        undecided: Whether the upper bound of the divergence at `last` exceeds the budget in some sample.
     """
 
     def __init__(self, op: Op, parameters: SwsParameters, rows: RowStatistics, unit: Any, kappa: Any) -> None:
@@ -149,21 +151,21 @@ class _Search:
         self.undecided = self.binds(op, rows.divergence_bound(op, self.last))
 
     def binds(self, op: Op, divergence: Any) -> Any:
-        """Whether a divergence exceeds the budget in some sample; one that is not a number does."""
+        """Whether a divergence [B] exceeds the budget in some sample; NaN exceeds it."""
         return true_for_any(op, op.Not(op.LessOrEqual(divergence, self._kappa)))
 
     def no_divergence(self, op: Op) -> Any:
-        """Zeros, which stand for a divergence that is known to be allowed."""
+        """Zeros [B], in place of a divergence that is known to be within the budget."""
         return op.Mul(self._kappa, 0.0)
 
     def largest_share(self, op: Op, binds: Any, value: Any) -> Any:
-        """`last`, or what a search finds where the divergence there, `value`, `binds` in some sample."""
+        """`last`, or the result of a search if `value`, the divergence at `last`, `binds`; [B]."""
 
         def searched(op: Op) -> Any:
             divergence = self._rows.divergence(op, self.last)
             return op.Mul(
                 self._unit,
-                proven_step(
+                exact_step(
                     op,
                     lambda op, step: divergence(op, op.Mul(self._unit, step)),
                     self._kappa,
@@ -176,9 +178,10 @@ class _Search:
 
 
 def _mix(op: Op, amplitude: Any, rows: RowStatistics | MaterializedStatistics) -> Any:
+    """The amplitude a, [B]."""
     return op.Clip(op.Mul(amplitude, entropy_factor(op, rows.entropy)), 0.0, 1.0)
 
 
 def _unit(op: Op, parameters: SwsParameters, mix: Any, key_gate: Any) -> Any:
-    """The share of transported keys of one step of the grid, [B]; 0 where keys are left alone."""
+    """alpha_k at the first step of the grid, [B]; 0 if the key gate is 0."""
     return op.Mul(op.Mul(mix, key_gate), parameters.key_cap / 2**parameters.bisection_steps)

@@ -11,10 +11,10 @@ class GuardInputs(NamedTuple):
         k: Keys [B, T, C] of the model's dtype.
         k_perm: Transported keys, as `k`.
         tau_q: Temperature of the queries, [B] float32; all that follow likewise.
-        amplitude: Strength of the mixing before the entropy factor.
+        amplitude: intensity w(u): the amplitude a before it is multiplied by the entropy factor.
         kappa: KL budget in nats.
         key_gate: 0 if keys are not mixed, else 1.
-        value_gain: Share of transported values at a strength of 1.
+        value_gain: a_v at an amplitude of 1.
     """
 
     q: Any

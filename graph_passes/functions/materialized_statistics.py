@@ -1,7 +1,7 @@
-"""Log-sum-exps, means and divergences of attention rows from stored logits, of one attention at a time.
+"""Log-sum-exps, means and KL divergences of attention rows from materialized logits.
 
-For a runtime that has no float32 `Attention` and would store the logits anyway. No sentinel key is needed:
-with m the largest logit of a row and w its weight, LSE = m - log w, whatever the logits.
+For a runtime without float32 `Attention`, which would materialize the logits anyway, of one attention at a
+time. No sentinel key is needed: with m the largest logit of a row and w its weight, LSE = m - log w.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ class MaterializedStatistics:
         scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
         factor = op.Div(scale, per_sample(op, inputs.tau_q, 3))
         self._query = split_heads(op, op.Mul(cast(op, inputs.q, FLOAT, dtype), factor))
-        # A vector added to all keys changes no weight, and costs digits.
+        # A vector added to all keys does not change the weights, and costs precision.
         self._keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
         self._change = split_heads(op, op.Sub(cast(op, inputs.k_perm, FLOAT, dtype), wide_k))
         self._tokens = op.Cast(op.Shape(self._keys, start=2, end=3), to=int(FLOAT))
@@ -48,7 +48,7 @@ class MaterializedStatistics:
         return op.ReduceMean(op.Sub(op.Mul(spread, change), growth), [1, 2, 3], keepdims=0)
 
     def _read(self, op: Op, keys: Any, values: Any) -> tuple[Any, Any]:
-        """LSE - log T, and the mean of q . values, of each row under its weights over `keys`."""
+        """LSE - log T of each row over `keys`, and the mean of q . values, [B, h, T', 1] each."""
         # Not Transpose and MatMul: see decompose_guard_attention.
         logits = op.Einsum(self._query, keys, equation="bhqd,bhkd->bhqk")
         weights = op.Softmax(logits, axis=-1)

@@ -1,14 +1,15 @@
-"""Log-sum-exps, means and divergences of attention rows from `Attention` nodes alone.
+"""Log-sum-exps, means and KL divergences of attention rows, computed with `Attention` nodes.
 
-Means over the keys are attention outputs, E_t[d] for values d. So is the log-sum-exp of a row: with one more
-key, the sentinel, whose logit is a number c of the row's own, and two more value channels, 1/T for the T real
-keys and 1 for the sentinel, the ratio of their outputs is e^LME / e^c, where LME = LSE - log T is the
-logarithm of the mean of the exponentials; near 0 for flat rows, whose entropies differ by little. The mean is
-the output of the other channels divided by the share of the real keys. float32 holds all this as long as
-LSE lies at most 60 nats below c and 80 above.
+A mean over the keys under the weights of a row is an attention output: E_t[d] for values d. The log-sum-exp
+(LSE) of a row is read from an attention with one more key, the sentinel, whose logit c is chosen for each
+row, and two more value channels: 1/T for the T real keys, and 1 for the sentinel. The ratio of these two
+outputs is e^LME / e^c, where LME = LSE - log T is the logarithm of the mean of the exponentials. (LME is
+near 0 for flat rows, so that small differences of their entropies are not rounded away.) The mean over the
+real keys is the output of the other channels, divided by the weight of the real keys. In float32 this is
+accurate for c - 60 <= LSE <= c + 80.
 
-With K(t) = LSE(S0 + t Delta) - LSE(S0), the divergence at t is KL(t) = t E_t[Delta] - K(t): exact wherever it
-is evaluated. Everything is float32, in which products of 16-bit numbers are exact.
+With K(t) = LSE(S0 + t Delta) - LSE(S0), the divergence at t is KL(t) = t E_t[Delta] - K(t). All computations
+are float32, in which products of 16-bit numbers are exact.
 """
 
 from typing import Any
@@ -41,15 +42,16 @@ class RowStatistics:
             op: Builder.
             inputs: Queries, keys and temperature.
             dtype: Of the model's activations.
-            branches: Read rows of any logits, with branches for extreme ones. Without, a row is misread
-                whose largest logit lies 140 nats above both the mean logit and every eighth key.
+            branches: Use branches for extreme logits, so that all rows are accurate. Without, a row is
+                wrong if its largest logit is 140 nats above both its mean logit and its logits of every
+                eighth key.
         """
         wide_k = cast(op, inputs.k, FLOAT, dtype)
         scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
         factor = op.Div(scale, per_sample(op, inputs.tau_q, 3))
         self._query = split_heads(op, op.Mul(cast(op, inputs.q, FLOAT, dtype), factor))
         self._padded_query = op.Pad(self._query, [0, 1], None, [3])
-        # A vector added to all keys changes no weight; the mean logit of centred keys is 0.
+        # A vector added to all keys does not change the weights; the mean logit of centred keys is 0.
         self._keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
         self._change = split_heads(op, op.Sub(cast(op, inputs.k_perm, FLOAT, dtype), wide_k))
         self._tokens = op.Cast(op.Shape(self._keys, start=2, end=3), to=int(FLOAT))
@@ -59,34 +61,36 @@ class RowStatistics:
         center = self._safe_center(op) if branches else self._likely_center(op)
         above, mean_key, real = self._attend(op, center, self._marked_keys, self._marked_keys)
         mean = op.Div(self._logit(op, mean_key), real)
-        # Rounding aside, only a row of which one key has all weight reaches the other term.
+        # The second term is a lower bound, reached if one key has all the weight; it limits rounding errors.
         self.log_mean = op.Max(op.Add(center, above), op.Sub(mean, op.Log(self._tokens)))
         self.entropy = op.Sub(self.log_mean, mean)
 
     def divergence_bound(self, op: Op, share: Any) -> Any:
-        """What the mean KL divergence at `share` [B] cannot exceed, [B]; it takes no attention.
+        """An upper bound of the mean KL divergence at `share` [B]; [B] in nats. It needs no attention.
 
-        KL(t) is the integral of s Var_s(Delta) over s from 0 to t; a variance is at most a quarter of the
-        squared range, and the range of Delta at most 2 |q| max |d| times the scale of the logits.
+        KL(t) is the integral of s Var_s(Delta) over s from 0 to t. A variance is at most a quarter of the
+        squared range, and the range of Delta is at most 2 |q| max |d|.
         """
         reach = self.largest_change(op, share)
         return op.Mul(op.ReduceMean(op.Mul(reach, reach), [1, 2, 3], keepdims=0), 0.5)
 
     def largest_change(self, op: Op, share: Any) -> Any:
-        """What no logit changes by more than at `share` [B], for each row, [B, h, T', 1]."""
+        """An upper bound of the change of the logits at `share` [B], for each row, [B, h, T', 1]."""
         reach = op.Mul(_length(op, self._query), _longest(op, self._change))
         return op.Mul(per_sample(op, share, 4), reach)
 
     def divergence(self, op: Op, last_share: Any = None) -> "Divergence":
-        """The mean KL divergence as a function of t; appends what its evaluations share.
+        """The mean KL divergence as a function of t; appends the nodes that its evaluations share.
 
-        Without `last_share` [B] it is for changes of the logits below 60 nats; with it, for shares up to
-        that one and any logits, with branches.
+        Args:
+            op: Builder.
+            last_share: Largest t that will be evaluated, [B]: branches make it accurate for any logits. None
+                for no branches; then logits must not change by more than 60 nats.
         """
         return Divergence(self, op, last_share)
 
     def _safe_center(self, op: Op) -> Any:
-        """A center for any logits: from bounds, from closer bounds, or from a pass over the keys."""
+        """c for any logits: from bounds of the LSE, from tighter bounds, or from a pass over the keys."""
         highest = op.Mul(_length(op, self._query), _longest(op, self._keys))
         lowest = branch(
             op,
@@ -108,28 +112,29 @@ class RowStatistics:
         return op.Add(self._highest_of_some(op), _BELOW_CENTER)
 
     def _highest_of_some(self, op: Op) -> Any:
-        """The highest logit of every eighth key, and at least the mean logit: not above the LSE."""
+        """The highest logit of every eighth key, at least the mean logit: a lower bound of the LSE."""
         some = op.Transpose(op.Slice(self._keys, [0], [2**31], [2], [_KEY_STRIDE]), perm=[0, 1, 3, 2])
         return op.Max(op.ReduceMax(op.MatMul(self._query, some), [3], keepdims=1), 0.0)
 
     def _center_by_mean(self, op: Op, keys: Any) -> Any:
-        """From the mean logit under the row's own weights, which lies at most log(T) below the LSE."""
+        """c from the mean logit under the weights of the row, which is at most log(T) below the LSE."""
         mean_key = attention(op, self._query, keys, keys)
         return op.Add(self._logit(op, mean_key), _ABOVE_ROW_MEAN)
 
     def _logit(self, op: Op, key: Any) -> Any:
-        """The logit of each row for a key of its own, [B, h, T', 1]."""
+        """The logits of each row for one key per row, [B, h, T', 1]."""
         return op.ReduceSum(op.Mul(self._query, key), [3], keepdims=1)
 
     def _marked(self, op: Op, x: Any) -> Any:
-        """x [B, h, T, D] with a sentinel of zeros and the two channels that tell it from the others."""
+        """x [B, h, T, D] with a sentinel of zeros, and with the two channels of `_marks`."""
         return op.Concat(op.Pad(x, [0, 1], None, [2]), self._marks, axis=3)
 
     def _attend(self, op: Op, center: Any, keys: Any, values: Any) -> tuple[Any, Any, Any]:
-        """Attention over marked keys whose sentinel has the logit `center` [B, h, T', 1].
+        """Attention over marked keys whose sentinel has the logit c = `center` [B, h, T', 1].
 
-        Returns what the LME has above the center, the output without its marks, and the share of the real
-        keys, by which the output is to be divided.
+        Returns:
+            LME - c, the output without the marks, and the weight of the real keys, by which the output must
+            be divided.
         """
         out = attention(op, op.Concat(self._padded_query, center, axis=3), keys, values)
         marks = op.Max(op.Slice(out, [-2], [2**31], [3]), _MIN_SHARE)
@@ -139,7 +144,7 @@ class RowStatistics:
 
 
 class Divergence:
-    """The mean KL divergence of the rows under mixed keys to those under plain ones."""
+    """The mean KL divergence of the rows with mixed keys from the rows with plain keys."""
 
     def __init__(self, rows: RowStatistics, op: Op, last_share: Any) -> None:
         self._rows = rows
@@ -151,13 +156,13 @@ class Divergence:
             self._extreme = true_for_any(op, op.Greater(largest, _BELOW_CENTER))
 
     def __call__(self, op: Op, share: Any) -> Any:
-        """At t = `share` [B]; [B] in nats."""
+        """The divergence at t = `share` [B]; [B] in nats."""
         spread = per_sample(op, share, 4)
         growth, change, real = self._attend(op, spread, self._marked_change)
         return self._mean(op, spread, growth, change, real)
 
     def with_output(self, op: Op, share: Any, values: Any) -> tuple[Any, Any]:
-        """The same, and the attention's output for `values` [B, h, T, D], [B, h, T', D]."""
+        """The divergence, and the attention output [B, h, T', D] for `values` [B, h, T, D]."""
         spread = per_sample(op, share, 4)
         carried = op.Concat(op.Pad(values, [0, 1], None, [2]), self._marked_change, axis=3)
         growth, out, real = self._attend(op, spread, carried)
@@ -183,12 +188,12 @@ class Divergence:
 
 
 def attention(op: Op, q: Any, k: Any, v: Any) -> Any:
-    """Fused attention of [B, h, T, D] tensors whose queries are scaled."""
+    """`Attention` of [B, h, T, D] tensors with scaled queries."""
     return op.Attention(q, k, v, scale=1.0)
 
 
 def _marks(op: Op, keys: Any, tokens: Any) -> Any:
-    """Two channels [B, h, T + 1, 2]: 1/T for each real key, and 1 for the sentinel behind them."""
+    """Two channels [B, h, T + 1, 2]: 1/T for each real key, and 1 for the sentinel, which is the last key."""
     nothing = op.Mul(op.Slice(keys, [0], [1], [3]), 0.0)
     sentinel = op.Pad(nothing, [0, 1], 1.0, [2])
     return op.Concat(op.Div(op.Sub(1.0, sentinel), tokens), sentinel, axis=3)
@@ -200,5 +205,5 @@ def _length(op: Op, x: Any) -> Any:
 
 
 def _longest(op: Op, x: Any) -> Any:
-    """The largest length of a head's vectors, [B, h, 1, 1]."""
+    """The largest length of the vectors of each head, [B, h, 1, 1]."""
     return op.ReduceMax(_length(op, x), [2], keepdims=1)

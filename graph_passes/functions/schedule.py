@@ -1,4 +1,4 @@
-"""`sws.Schedule`: everything that depends on the noise level and the intensity alone."""
+"""`sws.Schedule`: all values that depend on the noise level and the intensity only."""
 
 import math
 from typing import Any
@@ -14,8 +14,8 @@ FLOAT = ir.DataType.FLOAT
 def build_schedule(parameters: SwsParameters) -> ir.Function:
     """`Schedule(sigma, intensity) -> blend, tau_q, amplitude, kappa, key_gate, value_gain`.
 
-    blend is [B, 3], the weights of the fine, middle and coarse transport; everything else is [B]. With u
-    the progress of sampling, amplitude is `intensity * w(u)`, not yet scaled by the entropy factor; kappa is
+    All float32. blend is [B, 3], the weights of the fine, middle and coarse transport; everything else is
+    [B]. With u the progress of sampling, amplitude is `intensity * w(u)`, before the entropy factor; kappa is
     the KL budget in nats; key_gate is 0 from `u_stop` on, else 1; value_gain is `value_cap * g(u)`.
     """
     log_min, log_max = math.log(parameters.sigma_min), math.log(parameters.sigma_max)

@@ -1,12 +1,13 @@
-"""`sws.Transport`: the banded optimal-transport operator of one grid, with its momentum.
+"""`sws.Transport`: the banded optimal-transport operator of one grid, with momentum.
 
-A band [B, 145, H, W] is read along and across with one constant: a 17 x 17 kernel an offset that is 1 at
-that offset. Convolving with it gathers a map at every target of the band; convolving transposed scatters
-the band onto its targets and adds up. Both are exact, and borders come out as zeros.
+A band [B, 145, H, W] is gathered and scattered with one constant weight: for each offset a 17 x 17 kernel
+that is 1 at the offset. A convolution with it gathers the values of a map at all targets of the band; a
+transposed convolution adds the entries of the band at their targets. Both are exact, with zeros outside the
+grid.
 
-One scale needs no band at all before the end: Sinkhorn keeps the form diag(r) K diag(c), and K x is a
-convolution with the kernel's diamond. Row and column sums of this form stay near 1, so the floor of 1e-8
-that the definition puts under sums acts on the momentum only.
+The transport of one scale needs no band: Sinkhorn preserves the form diag(r) K diag(c), and K x is a
+convolution with the diamond kernel. Row and column sums of this form stay near 1, so the floor of 1e-8 of
+the definition has an effect in the momentum only.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ _PADS = [STATE_RADIUS] * 4
 def build_transport(parameters: SwsParameters) -> ir.Function:
     """`Transport(state [B, 145, H, W], blend [B, 3]) -> transport [B, 145, H, W]`, float32.
 
-    `state` is the transport of the previous step, or zeros for none; `blend` weighs the scales.
+    `state` is the transport of the previous step, or zeros for none; `blend` has the weights of the scales.
     """
     diamonds = np.stack([_diamond(scale, parameters.tau) for scale in parameters.scales])
     offsets = diamond_offsets(STATE_RADIUS)
@@ -68,7 +69,7 @@ def build_transport(parameters: SwsParameters) -> ir.Function:
 
 
 def _diamond(scale: int, tau: float) -> npt.NDArray[np.float32]:
-    """Kernel exp(-cost / tau) over a 17 x 17 window, cost = L1 / scale inside the diamond of that radius."""
+    """The kernel exp(-L1 / scale / tau) inside the diamond of radius `scale`, in a 17 x 17 window."""
     reach = np.abs(np.arange(-STATE_RADIUS, STATE_RADIUS + 1))
     distance = reach[:, None] + reach[None, :]
     kernel = np.where(distance <= scale, np.exp(-distance / scale / tau), 0.0)
@@ -76,7 +77,7 @@ def _diamond(scale: int, tau: float) -> npt.NDArray[np.float32]:
 
 
 def _sinkhorn(op: Op, diffuse: Any, size: Any, iterations: int) -> tuple[Any, Any]:
-    """Row and column factors of the three scales, [1, 3, H, W] each."""
+    """Row and column factors r and c of the three scales, [1, 3, H, W] each."""
     column = op.Expand(1.0, op.Concat([1, 3], size, axis=0))
     for _ in range(iterations):
         row = op.Reciprocal(diffuse(column))
@@ -101,10 +102,10 @@ def _rebalance_blend(
 
 
 def _rows_of_scales(op: Op, gather: Any, row: Any, column: Any, kernels: npt.NDArray[np.float32]) -> Any:
-    """The bands of the three scales before blending, one row for each offset that a scale has.
+    """The bands of the three scales before blending, one row for each offset inside the diamond of a scale.
 
-    That is [13 + 41 + 145, H W] for scales of 2, 4 and 8. A scale is 0 outside its diamond; the rows of zeros
-    are left out, as these are constants of the plan where the size of the grid is fixed.
+    [13 + 41 + 145, H W] for the scales 2, 4 and 8. Rows outside the diamond are zero and left out, since the
+    result is a constant in a graph with static shapes.
     """
     targets = gather(op.Transpose(column, perm=[1, 0, 2, 3]))
     weight = op.Constant(value=ir.tensor(kernels[:, :, None, None], name="kernels"))
@@ -114,7 +115,7 @@ def _rows_of_scales(op: Op, gather: Any, row: Any, column: Any, kernels: npt.NDA
 
 
 def _blend_rows(op: Op, blend: Any, kernels: npt.NDArray[np.float32]) -> Any:
-    """The matrix [B, 145, rows] that adds up the rows of the scales, weighed by `blend` [B, 3]."""
+    """The matrix [B, 145, rows] that sums the rows of the scales with the weights `blend` [B, 3]."""
     scale, offset = np.nonzero(kernels)
     places = (offset == np.arange(kernels.shape[1])[:, None]).astype(np.float32)
     weights = op.Gather(blend, op.Constant(value=ir.tensor(scale, name="scale_of_rows")), axis=1)

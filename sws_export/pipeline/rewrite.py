@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graph_passes.debug_outputs import debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site, SkippedSite
-from graph_passes.grids import TEXT, Grid, in_order
+from graph_passes.grids import TEXT, Grid, sorted_grids
 from graph_passes.guard import GuardOptions
 from graph_passes.insert_sws import StatePair, state_pair
 from graph_passes.parameters import SwsParameters
@@ -160,7 +160,7 @@ def _report(
     by_grid: dict[Grid, list[str]] = collections.defaultdict(list)
     for site in sites:
         by_grid[site.key_grid].append(site.name)
-    grids = in_order(by_grid)
+    grids = sorted_grids(by_grid)
     return RewriteReport(
         sites={grid: tuple(by_grid[grid]) for grid in grids},
         skipped=tuple(skipped),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graph_passes.grids import TEXT, Grid, in_order
+from graph_passes.grids import TEXT, Grid, sorted_grids
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 from sws_export.errors import ExportError
 from sws_export.reference.attention import SiteResult, attention_site
@@ -143,7 +143,7 @@ class ReferenceUNet:
             f"sws_state_{grid.name}": (batch, entries, 1, tokens)
             if grid.factor is None
             else (batch, entries, -(-height // grid.factor), -(-width // grid.factor))
-            for grid in in_order(site.grid for site in self.sites)
+            for grid in sorted_grids(site.grid for site in self.sites)
         }
 
     @torch.no_grad()

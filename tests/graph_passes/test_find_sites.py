@@ -109,7 +109,7 @@ def test_an_attention_of_unknown_place_is_skipped_under_its_node_name(name: str)
     sites, (skipped,) = find_sites(build_model([SiteSpec(name=name)]))
     assert sites == []
     assert skipped.name == f"{name}/Attention"
-    assert skipped.reason == "its name does not tell which block of the UNet it belongs to"
+    assert skipped.reason == "its name does not contain the block of the UNet that it belongs to"
 
 
 def test_an_attention_of_another_domain_is_none_of_ours() -> None:

@@ -255,7 +255,9 @@ def test_projections_that_cannot_be_found_are_named_and_nothing_changes() -> Non
 
 def test_a_self_attention_is_refused() -> None:
     model = two_grids()
-    with pytest.raises(GraphError, match=r"attn1: its keys are not of the text"):
+    with pytest.raises(
+        GraphError, match=r"attn1: expected cross-attention to the text, found self-attention"
+    ):
         InsertComfyUINode(find_sites(model)[0], SwsParameters(), {})(model)
 
 

@@ -14,7 +14,7 @@ from tests.graph_passes.small_models import finished, graph_bytes
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 SIZES = {"height": 8, "width": 12}
-FOUR_PARTS = 8 * 12 * 8 * 12 // 4
+FOUR_CHUNKS = 8 * 12 * 8 * 12 // 4
 """Logits a part, of which the finer grid has four times as many and the coarser one a quarter."""
 
 
@@ -28,10 +28,10 @@ def fused(sizes: dict[str, int], rows: Fraction = Fraction(1), cap: float = 0.3)
 
 def test_the_functions_it_leaves() -> None:
     model = fused(SIZES)
-    assert SplitQueryChunks(logits=FOUR_PARTS)(model).modified
+    assert SplitQueryChunks(chunk_logits=FOUR_CHUNKS)(model).modified
     overloads = [node.overload for node in model.graph if node.op_type == "Attention" and node.domain]
-    assert overloads == ["in_4_parts", "", "in_4_parts"]
-    split, whole = (model.functions["sws", "Attention", overload] for overload in ("in_4_parts", ""))
+    assert overloads == ["query_chunks_4", "", "query_chunks_4"]
+    split, whole = (model.functions["sws", "Attention", overload] for overload in ("query_chunks_4", ""))
 
     def count(function: ir.Function) -> int:
         return sum(node.op_type == "Attention" for node in function.all_nodes())
@@ -42,7 +42,7 @@ def test_the_functions_it_leaves() -> None:
 
 
 @pytest.mark.parametrize("rows", [Fraction(1), Fraction(1, 2)])
-@pytest.mark.parametrize("logits", [FOUR_PARTS, FOUR_PARTS * 4 // 7])
+@pytest.mark.parametrize("logits", [FOUR_CHUNKS, FOUR_CHUNKS * 4 // 7])
 def test_the_numbers_stay_the_same(run_onnx: RunOnnx, rows: Fraction, logits: int) -> None:
     """Where the budget binds, with four parts and with seven, of which the last is the smallest."""
     whole, split = fused(SIZES, rows, cap=1.0), fused(SIZES, rows, cap=1.0)
@@ -60,11 +60,11 @@ def test_the_numbers_stay_the_same(run_onnx: RunOnnx, rows: Fraction, logits: in
 
 def test_the_guard_is_split_by_the_rows_that_it_sees() -> None:
     model = fused(SIZES, Fraction(1, 2))
-    SplitQueryChunks(Fraction(1, 2), FOUR_PARTS)(model)
-    site = model.functions["sws", "Attention", "in_4_parts"]
+    SplitQueryChunks(Fraction(1, 2), FOUR_CHUNKS)(model)
+    site = model.functions["sws", "Attention", "query_chunks_4"]
     (guard,) = (node for node in site if node.op_type == "KeyGuard")
-    assert guard.overload == "in_2_parts"
-    assert ("sws", "KeyGuard", "in_2_parts") in model.functions
+    assert guard.overload == "query_chunks_2"
+    assert ("sws", "KeyGuard", "query_chunks_2") in model.functions
     # The attentions of two sites in four parts of 24 rows, and the coarser grid's, which has no more.
     queries = [node.inputs[0] for node in finished(model).graph if node.op_type == "Attention"]
     rows = [value.shape[2] for value in queries if value is not None and value.shape is not None]
@@ -80,7 +80,7 @@ def test_sites_of_unknown_size_and_small_ones_stay_whole() -> None:
 
 def test_a_second_run_changes_nothing() -> None:
     model = fused(SIZES)
-    SplitQueryChunks(logits=FOUR_PARTS)(model)
+    SplitQueryChunks(chunk_logits=FOUR_CHUNKS)(model)
     before = graph_bytes(model)
-    assert not SplitQueryChunks(logits=FOUR_PARTS)(model).modified
+    assert not SplitQueryChunks(chunk_logits=FOUR_CHUNKS)(model).modified
     assert graph_bytes(model) == before

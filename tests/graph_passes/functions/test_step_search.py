@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graph_passes.functions.building import Op, define_function
-from graph_passes.functions.step_search import few_evaluations, proven_step
+from graph_passes.functions.step_search import approximate_step, exact_step
 from tests.graph_passes.functions.calls import FLOAT, Array, Call
 
 
@@ -23,9 +23,9 @@ def search(halvings: int, proven: bool) -> Call:
 
         last = 2**halvings - 1
         if not proven:
-            return few_evaluations(op, divergence, kappa, last)
+            return approximate_step(op, divergence, kappa, last)
         at_last = divergence(op, op.Add(op.Mul(kappa, 0.0), float(last)))
-        return proven_step(op, divergence, kappa, halvings, at_last)
+        return exact_step(op, divergence, kappa, halvings, at_last)
 
     function = define_function("Search", body, {"table": FLOAT, "kappa": FLOAT}, ["step"])
     return Call({"Search": function}, "Search", {"table": ["batch", 2**halvings]}, FLOAT, {})

@@ -110,7 +110,9 @@ def test_a_projection_with_a_bias_is_named(traced: Path) -> None:
     add.outputs[0].type, add.outputs[0].shape = projected.type, projected.shape
     model.graph.insert_after(projected.producer(), add)
     node.inputs[1].producer().inputs[0].producer().replace_input_with(0, add.outputs[0])
-    with pytest.raises(ExportError, match=rf"^{MID}: what its keys are projected from cannot be found"):
+    with pytest.raises(
+        ExportError, match=rf"^{MID}: the tensor that its keys are projected from was not found"
+    ):
         rewritten(model)
 
 
