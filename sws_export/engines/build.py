@@ -217,7 +217,7 @@ def _death(number: int, outcome: Outcome, printed: str, options: BuildOptions) -
     output = f"; last output: {output}" if output else ""
     process = f"the {options.backend.name} build process"
     what = f"{process} was ended by {name} in phase {outcome.phase!r}, {memory}{output}"
-    if number == signal.SIGKILL or is_out_of_memory(output):
+    if name == "SIGKILL" or is_out_of_memory(output):
         return f"{what}; most likely memory ran out: {OUT_OF_MEMORY_ADVICE}"
     return f"{what}; this is a bug of the library: try another version of it, or report the graph to NVIDIA"
 

@@ -220,16 +220,19 @@ def _read_build_info(library: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _build_lock(folder: Path, progress: Progress) -> Iterator[None]:
     """Create the folder and lock it; the lock is released when the process ends for any reason."""
-    import fcntl  # The caller has checked that this is Linux.
+    import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK_NAME).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with progress.stage("wait for another build of the plugin library"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = filelock.FileLock(folder / _LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        with progress.stage("wait for another build of the plugin library"):
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _build(
