@@ -1,5 +1,6 @@
 """Reading and writing of ONNX files."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,11 @@ def release_weights(model: ir.Model) -> None:
 
 
 def load_onnx(path: Path) -> ir.Model:
-    """Read the graph at `path`; external weights stay on disk.
+    """Read the graph at `path`; external data stays on disk and is found behind symbolic and hard links.
 
     Raises:
-        CheckpointError: The file cannot be read or is not an ONNX model.
+        CheckpointError: The file cannot be read, is not an ONNX model, or has external data outside of its
+            directory.
     """
     try:
         model = ir.load(path)
@@ -50,7 +52,64 @@ def load_onnx(path: Path) -> ir.Model:
         raise CheckpointError(f"{path} is not an ONNX model or is damaged: {error}") from error
     if not model.graph:
         raise CheckpointError(f"{path} is not an ONNX model or is damaged: the graph has no nodes")
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _behind_links(path, value.const_value)
     return model
+
+
+def _behind_links(path: Path, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    """`tensor` of the model at `path` with an absolute location.
+
+    onnx_ir refuses symbolic links that leave the model's directory and files with several hard links, both
+    of which model caches consist of. With an absolute location and no base directory it makes no checks.
+    """
+    location = Path(tensor.location)
+    inside = Path(os.path.normpath(location)).parts[:1] != (os.pardir,)
+    if location.is_absolute() or not inside:
+        raise CheckpointError(
+            f"{path}: weight '{tensor.name}' refers to external data in '{location}'; expected a file in the "
+            "directory of the model"
+        )
+    return _moved(tensor, (path.parent / location).absolute())
+
+
+def _moved(tensor: ir.ExternalTensor, location: Path, directory: Path | str = "") -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        doc_string=tensor.doc_string,
+        metadata_props=tensor.metadata_props,
+        base_dir=directory,
+    )
+
+
+def relocate_external_data(model: ir.Model) -> Path | None:
+    """Make the external data of `model` relative to the directory that contains it, with links resolved.
+
+    ONNX Runtime reads the external data of a serialized model from one directory and refuses symbolic links
+    that leave it.
+
+    Returns:
+        The directory, or None without external data.
+    """
+    external = [
+        (value, value.const_value)
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    ]
+    if not external:
+        return None
+    files = {tensor.path: Path(tensor.path).resolve() for _, tensor in external}
+    directory = Path(os.path.commonpath([file.parent for file in files.values()]))
+    for value, tensor in external:
+        value.const_value = _moved(tensor, files[tensor.path].relative_to(directory), directory)
+    return directory
 
 
 def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ...]:
@@ -98,7 +157,7 @@ def save_sharing_weights(
     Raises:
         OSError: `path` cannot be written.
     """
-    written = load_onnx(saved).graph.initializers
+    written = ir.load(saved).graph.initializers
     external = {
         id(value.const_value): written[name].const_value
         for name, value in other.graph.initializers.items()

@@ -1,5 +1,6 @@
 """Finds the weight files and the configurations that belong to a path."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ def _locate(path: Path, variant: str | None) -> Location:
     if path.is_dir():
         return _locate_in_directory(path, variant)
     if not path.exists():
+        if path.is_symlink():
+            raise CheckpointError(_broken_link_message(path))
         raise CheckpointError(f"{path} does not exist; pass a .safetensors file or a diffusers directory")
     if path.suffix.lower() in _PICKLES:
         raise CheckpointError(_pickle_message(path))
@@ -145,6 +148,8 @@ def _with_index(index: Path, directory: Path, remarks: tuple[str, ...]) -> Locat
             raise CheckpointError(
                 f"{index} names '{name}'; expected .safetensors files in the same directory"
             )
+        if (directory / name).is_symlink() and not (directory / name).exists():
+            raise CheckpointError(_broken_link_message(directory / name))
         if not (directory / name).is_file():
             raise CheckpointError(
                 f"{index} names {name}, which does not exist ({len(names)} shards); download it"
@@ -160,10 +165,15 @@ def _existing(file: Path) -> Path | None:
 
 def _pipeline_of(directory: Path) -> Path | None:
     """The pipeline directory that contains the UNet in `directory`, or None."""
-    directory = directory.resolve()
+    # Not resolve(): a directory behind a symbolic link belongs to the pipeline that contains the link.
+    directory = Path(os.path.abspath(directory))  # noqa: PTH100
     if directory.name == "unet" or (directory.parent / "model_index.json").is_file():
         return directory.parent
     return None
+
+
+def _broken_link_message(path: Path) -> str:
+    return f"{path} is a broken symbolic link to {path.readlink()}; download the model again"
 
 
 def _no_unet_message(directory: Path, variant: str | None) -> str:
@@ -184,6 +194,8 @@ def _no_unet_message(directory: Path, variant: str | None) -> str:
         for file in sorted(candidate.iterdir())
     ]
     for file in files:
+        if file.is_symlink() and not file.exists():
+            return f"{message}; {_broken_link_message(file)}"
         if file.suffix.lower() in _PICKLES:
             return f"{message}; found {file.name}. {_pickle_message(file)}"
     return message

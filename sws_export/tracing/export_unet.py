@@ -99,14 +99,14 @@ def _weight(
     """A tensor that is read from the checkpoint on demand, and converted if its dtype differs."""
     dtype = ir.DataType.from_numpy(np.dtype(PRECISIONS[precision].dtype))
     if fused is None and stored.dtype == PRECISIONS[precision].safetensors:
+        # Without a base directory, onnx_ir reads files behind symbolic and hard links, too.
         return ir.ExternalTensor(
-            stored.file.name,
+            stored.file.absolute(),
             stored.offset,
             stored.nbytes,
             dtype,
             shape=ir.Shape(stored.shape),
             name=name,
-            base_dir=stored.file.parent,
         )
 
     read = fused or functools.partial(read_tensor, stored)

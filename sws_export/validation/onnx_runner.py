@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from sws_export.errors import ExportError
-from sws_export.onnx_files import load_onnx
+from sws_export.onnx_files import load_onnx, relocate_external_data
 from sws_export.progress import Stage
 from sws_export.validation.partition import SUBGRAPH_BYTES, partition_graph
 from sws_export.validation.trajectory import Array
@@ -43,9 +43,12 @@ class OnnxRunner:
         upcast = UpcastBfloat16()(model).modified
         self._inputs = list(model.graph.inputs)
         self._outputs = [str(value.name) for value in model.graph.outputs]
+        data_directory = relocate_external_data(model)
+        self._data_directory = data_directory or path.parent
         self._subgraphs = partition_graph(model, subgraph_bytes)
+        linked = data_directory not in (None, path.parent.resolve())
         # Also for a partitioned graph: ONNX Runtime must be able to load the whole file.
-        whole = None if upcast else self._session(path)
+        whole = None if upcast else self._session(_serialized(model) if linked else path)
         self._whole = whole if len(self._subgraphs) == 1 else None
         self._states: dict[str, Array] | None = None
 
@@ -68,7 +71,7 @@ class OnnxRunner:
         values_of_steps = [self._cast(inputs) for inputs in steps]
         initial_states = self._states or self._zero_states(steps[0])
         for index, subgraph in enumerate(self._subgraphs):
-            session = self._whole or self._session(ir.to_proto(subgraph).SerializeToString())
+            session = self._whole or self._session(_serialized(subgraph))
             states = initial_states
             for values in values_of_steps:
                 values |= states
@@ -103,8 +106,9 @@ class OnnxRunner:
             options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        folder = str(self._path.parent)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self._data_directory)
+        )
         try:
             return self._runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the exceptions of ONNX Runtime have no common base class
@@ -126,6 +130,10 @@ class OnnxRunner:
             for value in self._inputs
             if str(value.name).startswith(STATE_PREFIX)
         }
+
+
+def _serialized(model: ir.Model) -> bytes:
+    return bytes(ir.to_proto(model).SerializeToString())
 
 
 def _import_onnxruntime() -> Any:

@@ -10,7 +10,13 @@ import pytest
 
 from sws_export import onnx_files
 from sws_export.files import external_data_path
-from sws_export.onnx_files import release_weights, save_onnx, weight_bytes
+from sws_export.onnx_files import (
+    load_onnx,
+    release_weights,
+    relocate_external_data,
+    save_onnx,
+    weight_bytes,
+)
 from sws_export.progress import SilentProgress, Stage
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import SiteSpec, build_model, feeds
@@ -191,3 +197,17 @@ def test_released_weights_are_read_again(tmp_path: Path) -> None:
     release_weights(ir.Model(graph, ir_version=10))
     assert tensor.raw is None
     assert tensor.numpy().sum() == 15
+
+
+def test_external_data_is_relocated_to_the_files_behind_links(tmp_path: Path) -> None:
+    model = _external_model(tmp_path)
+    for number, name in enumerate(("linked.onnx", "linked.data")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / name).symlink_to(tmp_path / str(number) / "blob")
+    ir.save(model, tmp_path / "linked.onnx", external_data="linked.data")
+    loaded = load_onnx(tmp_path / "linked.onnx")
+    assert relocate_external_data(loaded) == tmp_path.resolve() / "1"
+    tensor = loaded.graph.initializers["extra"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert tensor.location == Path("blob")
+    assert tensor.numpy().tolist() == list(range(1000))

@@ -65,7 +65,22 @@ def test_missing_shard(tmp_path: Path, tiny_unet: Path, shapes: dict[str, Any], 
         open_checkpoint(index)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "weights.bin"])
+def test_shards_behind_symbolic_links(
+    tmp_path: Path, tiny_unet: Path, shapes: dict[str, Any], write_sparse: Any
+) -> None:
+    index = write_shards(tmp_path / "sharded", tiny_unet, shapes, write_sparse)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, shard in enumerate(sorted(index.parent.glob("*.safetensors"))):
+        shard.rename(blobs / str(number))
+        shard.symlink_to(blobs / str(number))
+    assert set(open_checkpoint(index).tensors) == set(shapes)
+    (blobs / "1").unlink()
+    with pytest.raises(CheckpointError, match=r"-00002-of-00002\.safetensors is a broken symbolic link"):
+        open_checkpoint(index)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "weights.bin"])
 def test_index_that_leads_elsewhere(name: str, tmp_path: Path) -> None:
     index = tmp_path / f"{STEM}.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))

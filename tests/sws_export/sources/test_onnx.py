@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from sws_export import export
 from sws_export.errors import CheckpointError, ExportError
 from sws_export.progress import SilentProgress
 from sws_export.sources.onnx import open_onnx_source
@@ -58,6 +59,52 @@ def test_the_digest_covers_external_weights(traced: Path, tmp_path: Path) -> Non
     ir.save(ir.load(traced), file, external_data="g.weights")
     content = file.read_bytes() + (tmp_path / "g.weights").read_bytes()
     assert open_onnx_source(file).verify(SilentProgress())["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def external(traced: Path, directory: Path) -> Path:
+    """`traced` in `directory`, with its weights in a file beside it."""
+    directory.mkdir()
+    ir.save(ir.load(traced), directory / "g.onnx", external_data="g.weights")
+    return directory / "g.onnx"
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_external_data_behind_links(traced: Path, tmp_path: Path, link: str) -> None:
+    original = external(traced, tmp_path / "original")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (tmp_path / "blobs").mkdir()
+    for name in ("g.onnx", "g.weights"):
+        blob = original.with_name(name).rename(tmp_path / "blobs" / name.replace(".", ""))
+        if link == "hard":
+            (linked / name).hardlink_to(blob)
+        else:
+            (linked / name).symlink_to(blob)
+    out = tmp_path / "out.onnx"
+    result = export(linked / "g.onnx", out)
+    assert result.validation is not None
+    expected = ir.load(traced).graph.initializers["conv_in.weight"].const_value
+    found = ir.load(out).graph.initializers["conv_in.weight"].const_value
+    assert expected is not None
+    assert found is not None
+    assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("location", ["../secret", "a/../../secret", "/secret"])
+def test_external_data_outside_of_the_directory_is_refused(
+    traced: Path, tmp_path: Path, location: str
+) -> None:
+    import onnx
+
+    file = external(traced, tmp_path / "g")
+    model = onnx.load(file, load_external_data=False)
+    for initializer in model.graph.initializer:
+        for entry in initializer.external_data:
+            if entry.key == "location":
+                entry.value = location
+    file.write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match=f"refers to external data in '{location}'; expected a file in"):
+        open_onnx_source(file)
 
 
 def test_missing_weights_are_an_error_of_the_file(traced: Path, tmp_path: Path) -> None:
