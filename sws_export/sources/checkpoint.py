@@ -18,7 +18,6 @@ from sws_export.tensors import PRECISIONS, Precision, TensorSpec
 from sws_export.tracing.export_unet import export_plain, plain_weights
 from sws_export.validation import SwsSpec, ValidationReport, validate_against_reference
 
-_SHOWN = 3
 # Double precision is exported as float32.
 _STORED_PRECISIONS: dict[str, Precision] = {"F64": "fp32"}
 _STORED_PRECISIONS |= {found.safetensors: precision for precision, found in PRECISIONS.items()}
@@ -96,7 +95,7 @@ class CheckpointSource:
             f"{found.family or 'UNet2DConditionModel'}, {found.layout} layout, "
             f"{found.parameter_count / 1e6:.1f} M parameters, {'/'.join(found.dtypes)} -> {self.precision}",
             f"configuration: {found.config_source}",
-            *(f"LoRA {lora.path.name} at {lora.scale:g}: {len(lora.changes)} weights" for lora in self.loras),
+            *(line for lora in self.loras for line in lora.describe()),
             *ignored,
             *found.remarks,
         ]
@@ -126,9 +125,7 @@ class CheckpointSource:
             "prediction_type": found.prediction_type,
             "vae_scale": found.vae_scale,
             "config": found.config,
-            "loras": [
-                {"file": lora.path.name, "scale": lora.scale, "sha256": lora.sha256()} for lora in self.loras
-            ],
+            "loras": [lora.record() for lora in self.loras],
         }
 
     def plain_model(self, progress: Progress) -> ir.Model:
@@ -173,12 +170,8 @@ def open_checkpoint_source(model: Path, options: SourceOptions, progress: Progre
         )
     loras = tuple(open_lora(file, checkpoint, scale) for file, scale in map(parse_lora, options.loras))
     for lora in loras:
-        if lora.unmatched:
-            shown = ", ".join(lora.unmatched[:_SHOWN]) + (", …" if len(lora.unmatched) > _SHOWN else "")
-            progress.warn(
-                f"{lora.path}: {len(lora.unmatched)} keys have no counterpart in this UNet and are left out: "
-                f"{shown}"
-            )
+        for warning in lora.warnings():
+            progress.warn(warning)
     return CheckpointSource(
         checkpoint, options.precision or _stored_precision(checkpoint), loras, options.controlnet
     )

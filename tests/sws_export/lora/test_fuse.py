@@ -9,32 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from examples.make_checkpoint import family_config, ldm_names, write_checkpoint
-from sws_export.checkpoint import Checkpoint, open_checkpoint, read_tensor
+from examples.make_checkpoint import ldm_names
+from sws_export.checkpoint import Checkpoint, read_tensor
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.lora.fuse import fuse, open_lora, parse_lora
+from tests.sws_export.lora.conftest import write_family
 
 RANK = 3
 SKIPPED = ("norm", "class_embedding", "time_cond")
 
 Naming = Callable[[str], tuple[str, str]]
-
-
-def write_family(directory: Path, family: str) -> Checkpoint:
-    """A UNet with the topology of `family` and few channels."""
-    config = family_config(family, twin=True)
-    narrow = {
-        "block_out_channels": [8 << level for level in range(len(config["block_out_channels"]))],
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-        "cross_attention_dim": 12,
-    }
-    return open_checkpoint(write_checkpoint(directory, config | narrow, dtype="fp32"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return write_family(tmp_path_factory.mktemp("sd"), "tiny-sd")
 
 
 @pytest.fixture(scope="module", params=["tiny-sd", "sdxl"])
@@ -62,10 +46,26 @@ def diffusers(layer: str) -> tuple[str, str]:
     return f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight"
 
 
+def lora_layer(layer: str) -> tuple[str, str]:
+    return f"unet.{layer}.lora_layer.down.weight", f"unet.{layer}.lora_layer.up.weight"
+
+
+def nested_peft(layer: str) -> tuple[str, str]:
+    return f"unet.base_model.model.{layer}.lora_A.weight", f"unet.base_model.model.{layer}.lora_B.weight"
+
+
+def simple_tuner(layer: str) -> tuple[str, str]:
+    name = "lycoris_" + layer.replace(".", "_")
+    return f"{name}.lora_down.weight", f"{name}.lora_up.weight"
+
+
 def old_diffusers(layer: str) -> tuple[str, str]:
     attention, _, projection = layer.replace("to_out.0", "to_out").rpartition(".")
     name = f"unet.{attention}.processor.{projection}_lora"
     return f"{name}.down.weight", f"{name}.up.weight"
+
+
+NAMINGS = (kohya, peft, bare_peft, diffusers, lora_layer, nested_peft, simple_tuner)
 
 
 @dataclass
@@ -108,7 +108,7 @@ def assert_fused(checkpoint: Checkpoint, file: Path, made: Made, factor: float, 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("naming", [kohya, peft, bare_peft, diffusers], ids=lambda naming: naming.__name__)
+@pytest.mark.parametrize("naming", NAMINGS, ids=lambda naming: naming.__name__)
 def test_namings(naming: Naming, each_checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     made = make(each_checkpoint, naming)
@@ -123,21 +123,46 @@ def test_old_diffusers_naming(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert_fused(checkpoint, file, made, 1.0)
 
 
-def test_kohya_naming_with_the_original_blocks(each_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    checkpoint = each_checkpoint
-    shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
-    original = ldm_names(shapes, checkpoint.config)
+def comfyui(layer: str) -> tuple[str, str]:
+    return f"diffusion_model.{layer}.lora_down.weight", f"diffusion_model.{layer}.lora_up.weight"
 
-    def naming(layer: str) -> tuple[str, str]:
-        return kohya(
-            original[f"{layer}.weight"].removeprefix("model.diffusion_model.").removesuffix(".weight")
-        )
+
+@pytest.mark.parametrize("naming", [kohya, comfyui], ids=lambda naming: naming.__name__)
+def test_namings_of_the_original_layers(naming: Naming, each_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shapes = {name: stored.shape for name, stored in each_checkpoint.tensors.items()}
+    original = ldm_names(shapes, each_checkpoint.config)
+
+    def original_naming(layer: str) -> tuple[str, str]:
+        name = original[f"{layer}.weight"].removeprefix("model.diffusion_model.")
+        return naming(name.removesuffix(".weight"))
 
     file = tmp_path / "lora.safetensors"
-    made = make(checkpoint, naming)
+    made = make(each_checkpoint, original_naming)
     assert any("input_blocks" in name for name in made.tensors)
     save_file(made.tensors, file)
-    assert_fused(checkpoint, file, made, 1.0)
+    assert_fused(each_checkpoint, file, made, 1.0)
+
+
+def test_norms_of_the_original_layers(each_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shapes = {name: stored.shape for name, stored in each_checkpoint.tensors.items()}
+    original = ldm_names(shapes, each_checkpoint.config)
+    norms = [name.removesuffix(".weight") for name in shapes if "norm" in name and name.endswith("weight")]
+    tensors = {}
+    for norm in norms:
+        layer = original[f"{norm}.weight"].removeprefix("model.diffusion_model.").removesuffix(".weight")
+        tensors |= {
+            f"lora_unet_{layer.replace('.', '_')}.w_norm": torch.full(shapes[f"{norm}.weight"], 0.5),
+            f"lora_unet_{layer.replace('.', '_')}.b_norm": torch.full(shapes[f"{norm}.bias"], 0.25),
+        }
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors, file)
+    lora = open_lora(file, each_checkpoint, 2.0)
+    assert (lora.unmatched, lora.unknown) == ((), ())
+    fused = fuse(each_checkpoint, [lora])
+    assert set(fused) == {f"{norm}.{part}" for norm in norms for part in ("weight", "bias")}
+    for name, read in fused.items():
+        change = read() - read_tensor(each_checkpoint.tensors[name]).float()
+        torch.testing.assert_close(change, torch.full_like(change, 1.0 if "weight" in name else 0.5))
 
 
 @pytest.mark.parametrize("naming", [kohya, peft], ids=lambda naming: naming.__name__)
@@ -187,16 +212,54 @@ def test_several_loras_add_up(checkpoint: Checkpoint, tmp_path: Path) -> None:
         torch.testing.assert_close(fused[name](), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_other_tensors_are_counted_and_unmatched_layers_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_tensors_that_are_not_used_are_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     made = make(checkpoint, kohya, attention_only=True)
-    stranger = dict(zip(kohya("down_blocks.9.conv"), (torch.ones(1, 2), torch.ones(2, 1)), strict=True))
+    other = dict(zip(kohya("down_blocks.9.conv"), (torch.ones(1, 2), torch.ones(2, 1)), strict=True))
     text = {"lora_te_text_model_x.lora_down.weight": torch.ones(1, 2), "lora_te1_x.alpha": torch.ones(())}
-    save_file(made.tensors | stranger | text, file)
+    unknown = {
+        "bundle_emb.x.string_to_param": torch.ones(2),
+        f"{kohya('conv_in')[0][:17]}.rescale": torch.ones(1),
+    }
+    save_file(made.tensors | other | text | unknown, file)
     lora = open_lora(file, checkpoint)
-    assert lora.unmatched == ("lora_unet_down_blocks_9_conv",)
-    assert lora.ignored == {"text encoder": 2}
     assert set(lora.changes) == set(made.products)
+    assert lora.describe() == [
+        f"LoRA lora.safetensors at 1: {len(made.products)} parameters",
+        "LoRA lora.safetensors: ignored 2 tensors of the text encoder "
+        "(lora_te1_x.alpha, lora_te_text_model_x.lora_down.weight)",
+    ]
+    assert lora.warnings() == [
+        f"{file}: ignored 1 layers that this UNet does not have (lora_unet_down_blocks_9_conv)",
+        f"{file}: ignored 2 tensors without a known role "
+        "(bundle_emb.x.string_to_param, lora_unet_conv_in.rescale)",
+    ]
+
+
+def test_lora_of_the_text_encoder_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    save_file(
+        {f"{layer}.lora_down.weight": torch.ones(4, 8), f"{layer}.lora_up.weight": torch.ones(8, 4)}, file
+    )
+    with pytest.raises(CheckpointError, match=r"adapts the text encoder only \(2 tensors, first 'lora_te_"):
+        open_lora(file, checkpoint)
+
+
+def test_two_adapters_in_one_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    names = [f"conv_in.lora_{side}.{adapter}.weight" for adapter in ("a", "b") for side in "AB"]
+    save_file({name: torch.ones(1, 1) for name in names}, file)
+    with pytest.raises(CheckpointError, match="contains several adapters: layer 'conv_in' has both"):
+        open_lora(file, checkpoint)
+
+
+def test_a_bias_that_the_layer_does_not_have(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"{kohya(layer)[0].split('.')[0]}.diff_b": torch.ones(8)}, file)
+    with pytest.raises(CheckpointError, match=rf"changes '{layer}.bias', which the UNet does not have"):
+        open_lora(file, checkpoint)
 
 
 def test_lora_of_another_family_by_shape(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -206,7 +269,7 @@ def test_lora_of_another_family_by_shape(checkpoint: Checkpoint, tmp_path: Path)
     made.tensors[name] = torch.ones(RANK, 1024)
     save_file(made.tensors, file)
     with pytest.raises(
-        CheckpointError, match=r"another family: '.*attn2.to_k.weight' has shape \[.* and \[3, 1024\]"
+        CheckpointError, match=r"another family: '.*attn2.to_k.weight' has shape \[.* down \[3, 1024\]"
     ):
         open_lora(file, checkpoint)
 
@@ -222,17 +285,20 @@ def test_lora_of_another_family_by_name(checkpoint: Checkpoint, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("lora_unet_mid_block_x.hada_w1_a", "LoHa"),
-        ("lora_unet_mid_block_x.lokr_w1", "LoKr"),
-        ("lora_unet_mid_block_x.dora_scale", "DoRA"),
-        ("lora_unet_mid_block_x.lora_mid.weight", "LoCon"),
-        ("lora_unet_mid_block_x.diff_b", "full differences"),
+        ("x.vera_lambda_b", "VeRA"),
+        ("base_model.model.x.lora_E", "AdaLoRA"),
+        ("base_model.model.x.boft_R.default", "PEFT's BOFT"),
+        ("base_model.model.x.oft_r.default", "an early form of OFT"),
+        ("lora_unet_x.oft_diag", "an early form of OFT"),
+        ("lora_unet_x.lambda_layer", "T-LoRA"),
+        ("lora_unet_x.bm.weight", "GLoRA with Tucker decomposition"),
+        ("lora_unet_x.reshape_weight", "a LoRA that changes the shape of a weight"),
     ],
 )
 def test_other_adaptations_are_named(name: str, kind: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     save_file({name: torch.ones(1)}, file)
-    with pytest.raises(CheckpointError, match=f"contains {kind}.*expected a plain LoRA"):
+    with pytest.raises(CheckpointError, match=rf"contains {kind} \('{name}'\), which is not supported"):
         open_lora(file, checkpoint)
 
 
@@ -241,16 +307,42 @@ def test_file_that_is_not_a_lora(checkpoint: Checkpoint) -> None:
         open_lora(checkpoint.files[0], checkpoint)
 
 
-def test_half_a_pair(checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("roles", "missing"),
+    [
+        (["lora_down.weight"], "up"),
+        (["lora_up.weight"], "down"),
+        (["hada_w1_a", "hada_w1_b", "hada_w2_a"], "hada_w2_b"),
+        (["lokr_w1", "lokr_w2_a"], "lokr_w2_b"),
+        (["a1.weight", "b1.weight", "b2.weight"], "a2"),
+    ],
+)
+def test_a_missing_matrix(roles: list[str], missing: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
-    save_file({kohya("conv_in")[0]: torch.ones(1, 2)}, file)
-    with pytest.raises(CheckpointError, match="'lora_unet_conv_in' has only one of its two matrices"):
+    save_file({f"lora_unet_conv_in.{role}": torch.ones(1, 1) for role in roles}, file)
+    with pytest.raises(CheckpointError, match=f"is damaged: layer 'conv_in' has .*, but no {missing}$"):
         open_lora(file, checkpoint)
 
 
 def test_pickled_lora(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"only \.safetensors LoRAs are supported"):
         open_lora(tmp_path / "lora.pt", checkpoint)
+
+
+def test_lora_behind_a_symbolic_link(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    made = make(checkpoint, kohya, attention_only=True)
+    save_file(made.tensors, tmp_path / "blob")
+    (tmp_path / "lora.safetensors").symlink_to(tmp_path / "blob")
+    assert_fused(checkpoint, tmp_path / "lora.safetensors", made, 1.0)
+
+
+def test_modules_to_save_are_replaced(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    made = make(checkpoint, peft, attention_only=True)
+    conv_in = read_tensor(checkpoint.tensors["conv_in.weight"])
+    file = tmp_path / "lora.safetensors"
+    save_file(made.tensors | {"unet.conv_in.modules_to_save.default.weight": conv_in + 2}, file)
+    fused = fuse(checkpoint, [open_lora(file, checkpoint, 0.5)])
+    torch.testing.assert_close(fused["conv_in.weight"](), conv_in + 1)
 
 
 def test_broken_lora(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -264,12 +356,16 @@ def test_broken_lora(checkpoint: Checkpoint, tmp_path: Path) -> None:
         fused[next(iter(made.products))]()
 
 
-def test_hash_is_that_of_the_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_record(checkpoint: Checkpoint, tmp_path: Path) -> None:
     import hashlib
 
     file = tmp_path / "lora.safetensors"
     save_file(make(checkpoint, kohya, attention_only=True).tensors, file)
-    assert open_lora(file, checkpoint).sha256() == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert open_lora(file, checkpoint, 0.5).record() == {
+        "file": "lora.safetensors",
+        "scale": 0.5,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
 
 
 @pytest.mark.parametrize(
@@ -279,6 +375,8 @@ def test_hash_is_that_of_the_file(checkpoint: Checkpoint, tmp_path: Path) -> Non
         ("a.safetensors:0.5", ("a.safetensors", 0.5)),
         ("a.safetensors:-1", ("a.safetensors", -1.0)),
         ("C:/a.safetensors", ("C:/a.safetensors", 1.0)),
+        ("C:\\\\adapter", ("C:\\\\adapter", 1.0)),
+        ("C:/adapter:0.5", ("C:/adapter", 0.5)),
     ],
 )
 def test_option(text: str, expected: tuple[str, float]) -> None:
