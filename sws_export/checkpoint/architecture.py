@@ -1,7 +1,7 @@
 """The configuration of a UNet: read from a file, or inferred from its tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ class Architecture:
         config: The configuration, with a value for every option.
         source: Where it was read from or inferred from, for the log.
         family: The known family with the same structure, or None.
+        structure: The structure, or None if it cannot be read.
         remarks: Notes for the user.
     """
 
     config: dict[str, Any]
     source: str
     family: Family | None
+    structure: Structure | None
     remarks: tuple[str, ...] = ()
 
 
@@ -55,8 +57,12 @@ def read_architecture(
     """
     if config is not None:
         source = f"--config {config}" if given else f"{config.name} beside the weights"
-        family = _family_or_none(layout, stored)
-        result = Architecture(read_unet_config(config), source, family)
+        structure = _structure_or_none(layout, stored)
+        family = None
+        if structure is not None:
+            family = find_family(structure) or find_family_with_other_inputs(structure)
+        content, remarks = read_unet_config(config)
+        result = Architecture(content, source, family, structure, remarks)
     else:
         result = _infer(path, _read_structure(layout, stored), stored, heads)
     if heads is None:
@@ -68,17 +74,17 @@ def read_architecture(
             f"found {len(heads)}"
         )
     changed = result.config | {"attention_head_dim": heads[0] if len(heads) == 1 else list(heads)}
-    return Architecture(changed, f"{result.source}, --attention-head-dim", result.family, result.remarks)
+    return replace(result, config=changed, source=f"{result.source}, --attention-head-dim")
 
 
 def _read_structure(layout: Layout, stored: Mapping[str, StoredTensor]) -> Structure:
     return read_ldm_structure(stored) if layout == "ldm" else read_diffusers_structure(stored)
 
 
-def _family_or_none(layout: Layout, stored: Mapping[str, StoredTensor]) -> Family | None:
-    """The family of the structure; None also if the structure cannot be read, since the config is known."""
+def _structure_or_none(layout: Layout, stored: Mapping[str, StoredTensor]) -> Structure | None:
+    """The structure, or None if it cannot be read, which is no error where the configuration is known."""
     try:
-        return find_family(_read_structure(layout, stored))
+        return _read_structure(layout, stored)
     except (CheckpointError, IndexError):
         return None
 
@@ -99,7 +105,11 @@ def _infer(
         )
     family = find_family(structure)
     if family is not None:
-        return Architecture(family.config(), f"inferred from tensor shapes: {family.name}", family)
+        return Architecture(family.config(), f"inferred from tensor shapes: {family.name}", family, structure)
+    family = find_family_with_other_inputs(structure)
+    if family is not None:
+        source = f"inferred from tensor shapes: {family.name} with {structure.in_channels} input channels"
+        return Architecture(replace(family, structure=structure).config(), source, family, structure)
     shapes = structure_config(structure)
     if structure.addition is not None:
         raise CheckpointError(
@@ -122,7 +132,7 @@ def _infer(
         f"{path.name}: unknown family; diffusers' defaults are used where tensor shapes do not determine an "
         "option (32 normalization groups, SiLU)"
     )
-    return Architecture(complete(shapes), "inferred from tensor shapes", None, (remark,))
+    return Architecture(complete(shapes), "inferred from tensor shapes", None, structure, (remark,))
 
 
 def _describe(structure: Structure) -> str:
@@ -135,8 +145,5 @@ def _describe(structure: Structure) -> str:
 
 
 def _heads_hint(structure: Structure) -> str:
-    family = find_family_with_other_inputs(structure)
-    if family is not None:
-        return f" (only its inputs differ from {family.name}, which has {','.join(map(str, family.heads))})"
     heads = ",".join(str(channels // 64) for channels in structure.channels)
     return f" (SD 1.x has 8 on all levels; SD 2.x and SDXL have heads of 64 channels, here {heads})"

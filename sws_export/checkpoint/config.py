@@ -66,6 +66,17 @@ DEFAULTS: dict[str, Any] = {
     "addition_embed_type_num_heads": 64,
 }
 
+# Written by diffusers' EMAModel beside the options of the UNet.
+_EMA_OPTIONS = (
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)
+
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """`config` with diffusers' defaults for omitted options, and without entries that start with `_`."""
@@ -90,8 +101,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_unet_config(file: Path) -> dict[str, Any]:
-    """The complete configuration in `file`.
+def read_unet_config(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The complete configuration in `file`, and remarks.
 
     Raises:
         CheckpointError: The file cannot be read, or is not the configuration of a UNet2DConditionModel.
@@ -106,8 +117,11 @@ def read_unet_config(file: Path) -> dict[str, Any]:
     if found not in (None, UNET_CLASS):
         raise CheckpointError(f"{file} is the configuration of a {found}; expected a {UNET_CLASS}")
     unknown = sorted(name for name in content if not name.startswith("_") and name not in DEFAULTS)
-    if unknown:
+    ignored = [name for name in unknown if name in _EMA_OPTIONS or content[name] is None]
+    if unknown != ignored:
+        name = next(name for name in unknown if name not in ignored)
         raise CheckpointError(
-            f"{file}: unknown option '{unknown[0]}' for a {UNET_CLASS}; remove it or update sws-export"
+            f"{file}: unknown option '{name}' for a {UNET_CLASS}; remove it or update sws-export"
         )
-    return complete(content)
+    known = {name: value for name, value in content.items() if name not in ignored}
+    return complete(known), (f"{file}: ignored {', '.join(ignored)}",) if ignored else ()

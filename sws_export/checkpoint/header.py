@@ -16,6 +16,15 @@ from sws_export.errors import CheckpointError
 # The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 
+# First bytes of files that are named .safetensors by mistake.
+_OTHER_FORMATS = {
+    b"version ": "a pointer of git-lfs: the model was not downloaded; run 'git lfs pull' in its directory",
+    b"GGUF": "a GGUF file, whose quantized weights are not supported; use the model's safetensors file",
+    b"PK\x03\x04": "a pickle of torch.save; use the model's safetensors file",
+    b"<!DOCTYP": "a web page; download the model again",
+    b"<html": "a web page; download the model again",
+}
+
 ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -45,6 +54,8 @@ class StoredTensor:
         shape: Sizes of the dimensions.
         offset: First byte, counted from the beginning of `file`.
         nbytes: Number of bytes.
+        scale: Factor of the values: one for all, [] or [1], or one for each row, [out] or [out, 1, ...]; or
+            None.
     """
 
     file: Path
@@ -52,6 +63,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    scale: "StoredTensor | None" = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,9 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
         raise CheckpointError(
             f"{file} is not a safetensors file: expected at least 8 bytes, found {size}; download it again"
         )
+    other = next((what for magic, what in _OTHER_FORMATS.items() if prefix.startswith(magic)), None)
+    if other is not None:
+        raise CheckpointError(f"{file} is not a safetensors file, but {other}")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(

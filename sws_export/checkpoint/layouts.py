@@ -14,6 +14,10 @@ Layout = Literal["diffusers", "ldm"]
 
 # Written by: diffusers; the original trainer; ComfyUI's savers (two); pipelines saved to one file.
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "unet.")
+# Written by Lightning, DistributedDataParallel, torch.compile and PEFT around the whole model.
+_WRAPPERS = ("state_dict.", "module.", "_orig_mod.", "base_model.model.")
+# Written by torch.compile, FSDP and activation checkpointing around parts of a model.
+_INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 # Tensors that every UNet of the layout has.
 _REQUIRED_TENSORS: tuple[tuple[Layout, str, str], ...] = (
@@ -56,6 +60,7 @@ def find_unet(path: Path, tensors: Mapping[str, StoredTensor], ema: bool) -> Une
     Raises:
         CheckpointError: The file contains no UNet, a model that extends one, or no EMA copy of it.
     """
+    tensors = _unwrapped(tensors)
     found = _find_prefix(tensors)
     if found is None:
         raise CheckpointError(_no_unet_message(path, tensors))
@@ -71,6 +76,26 @@ def find_unet(path: Path, tensors: Mapping[str, StoredTensor], ema: bool) -> Une
         return UnetTensors(layout, stored, _count_ignored(tensors, prefix))
     averages = _ema_tensors(path, tensors, stored, prefix)
     return UnetTensors(layout, averages, _count_ignored(tensors, _EMA_PREFIX))
+
+
+def _unwrapped(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """The tensors without the prefixes of wrappers; two tensors that would have the same name keep theirs."""
+    names = {name: _without_wrappers(name) for name in tensors}
+    if len(set(names.values())) < len(names):
+        return tensors
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _without_wrappers(name: str) -> str:
+    while wrapper := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), ""):
+        name = name.removeprefix(wrapper)
+    prefix = next((prefix for prefix in _PREFIXES if prefix and name.startswith(prefix)), "")
+    rest = name.removeprefix(prefix)
+    while wrapper := next((wrapper for wrapper in _WRAPPERS if rest.startswith(wrapper)), ""):
+        rest = rest.removeprefix(wrapper)
+    for wrapper in _INNER_WRAPPERS:
+        rest = rest.replace(f".{wrapper}", ".")
+    return prefix + rest
 
 
 def _find_prefix(tensors: Mapping[str, StoredTensor]) -> tuple[Layout, str] | None:

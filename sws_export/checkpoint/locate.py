@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Location:
         config: The config.json beside the weights, or None.
         pipeline: The directory of the pipeline that contains the UNet, or None.
         remarks: Notes for the user.
+        ema: Whether the weights are exponential moving averages, in a directory of their own.
     """
 
     weights: tuple[Path, ...]
@@ -33,27 +34,29 @@ class Location:
     config: Path | None
     pipeline: Path | None
     remarks: tuple[str, ...] = ()
+    ema: bool = False
 
 
-def locate(path: Path, variant: str | None = None) -> Location:
+def locate(path: Path, variant: str | None = None, *, ema: bool = False) -> Location:
     """Find the weights at `path`: a file, a shard index, a UNet directory or a pipeline directory.
 
     `variant` selects `diffusion_pytorch_model.<variant>.safetensors`, as in diffusers. If it is None, the
-    file without a variant is selected, or the only variant.
+    file without a variant is selected, or the only variant. `ema` selects `unet_ema` instead of `unet` in a
+    directory that contains both, as diffusers' training scripts write it.
 
     Raises:
         CheckpointError: The path does not exist, the directory contains no UNet or several, or the file type
             is not supported.
     """
     try:
-        return _locate(path, variant)
+        return _locate(path, variant, ema)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _locate(path: Path, variant: str | None) -> Location:
+def _locate(path: Path, variant: str | None, ema: bool) -> Location:
     if path.is_dir():
-        return _locate_in_directory(path, variant)
+        return _locate_in_directory(path, variant, ema)
     if not path.exists():
         if path.is_symlink():
             raise CheckpointError(_broken_link_message(path))
@@ -62,6 +65,11 @@ def _locate(path: Path, variant: str | None) -> Location:
         raise CheckpointError(_pickle_message(path))
     if path.name.endswith(".index.json") or (_SUFFIX + ".index.") in path.name:
         return _with_index(path, path.parent, ())
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{path} is a GGUF file, whose quantized weights are not supported; "
+            "use the model's safetensors file"
+        )
     if path.suffix.lower() != _SUFFIX:
         raise CheckpointError(
             f"{path}: files of type '{path.suffix or path.name}' are not supported; "
@@ -74,13 +82,19 @@ def _locate(path: Path, variant: str | None) -> Location:
     return Location((path,), None, _existing(path.parent / "config.json"), _pipeline_of(path.parent))
 
 
-def _locate_in_directory(directory: Path, variant: str | None) -> Location:
-    for candidate in (directory / "unet", directory):
-        if candidate.is_dir():
-            found = _select(candidate, variant)
+def _locate_in_directory(directory: Path, variant: str | None, ema: bool) -> Location:
+    names = ("unet_ema", "unet", "") if ema else ("unet", "", "unet_ema")
+    for name in names:
+        if (directory / name).is_dir():
+            found = _select(directory / name, variant)
             if found is not None:
-                return found
+                return _with_ema_remark(found) if name == "unet_ema" else found
     raise CheckpointError(_no_unet_message(directory, variant))
+
+
+def _with_ema_remark(location: Location) -> Location:
+    remark = f"using the exponential moving averages in {location.weights[0].parent}"
+    return replace(location, ema=True, remarks=(*location.remarks, remark))
 
 
 def _select(directory: Path, variant: str | None) -> Location | None:
@@ -167,7 +181,7 @@ def _pipeline_of(directory: Path) -> Path | None:
     """The pipeline directory that contains the UNet in `directory`, or None."""
     # Not resolve(): a directory behind a symbolic link belongs to the pipeline that contains the link.
     directory = Path(os.path.abspath(directory))  # noqa: PTH100
-    if directory.name == "unet" or (directory.parent / "model_index.json").is_file():
+    if directory.name in ("unet", "unet_ema") or (directory.parent / "model_index.json").is_file():
         return directory.parent
     return None
 
@@ -229,10 +243,6 @@ def pipeline_vae_scale(location: Location) -> int | None:
     return int(2 ** (len(channels) - 1)) if isinstance(channels, list) and channels else None
 
 
-def pipeline_prediction_type(location: Location) -> str | None:
-    """The prediction type of the pipeline's scheduler; None without one."""
-    file = _existing(location.pipeline / "scheduler" / "scheduler_config.json") if location.pipeline else None
-    if file is None:
-        return None
-    # The default of every diffusers scheduler that has this option is epsilon.
-    return str(read_json(file).get("prediction_type", "epsilon"))
+def pipeline_scheduler(location: Location) -> Path | None:
+    """The configuration of the pipeline's scheduler; None without one."""
+    return _existing(location.pipeline / "scheduler" / "scheduler_config.json") if location.pipeline else None

@@ -10,6 +10,7 @@ from typing import Any
 from sws_export.checkpoint.header import StoredTensor
 from sws_export.checkpoint.layouts import Layout
 from sws_export.checkpoint.ldm import diffusers_names
+from sws_export.checkpoint.prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Checkpoint:
         stored: The UNet's tensors by their stored name without prefix.
         ignored: Number of tensors in the files that are not used, by reason.
         vae_scale: Pixels for each latent element along height and width, 1 in pixel space, None if unknown.
-        prediction_type: "epsilon", "v_prediction" or "sample", None if unknown.
+        prediction: What the UNet predicts.
         remarks: Notes for the user on how the checkpoint was read.
     """
 
@@ -39,7 +40,7 @@ class Checkpoint:
     stored: dict[str, StoredTensor]
     ignored: dict[str, int]
     vae_scale: int | None
-    prediction_type: str | None
+    prediction: Prediction
     remarks: tuple[str, ...] = ()
 
     @cached_property

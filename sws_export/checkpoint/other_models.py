@@ -41,8 +41,15 @@ _LORA = _Kind(
     ),
 )
 
+_UNFUSED = _Kind(
+    "a UNet with a LoRA that is loaded but not fused; call fuse_lora() and unload_lora_weights() before "
+    "save_pretrained(), or export the model without the LoRA and pass the LoRA with --lora",
+    any_of=(".base_layer.",),
+)
+
 # Models that do not contain a UNet. The first match is reported.
 _OTHER_MODELS = (
+    _UNFUSED,
     _LORA,
     _Kind("an IP-Adapter", all_of=("image_proj.", "ip_adapter.")),
     _Kind("a ControlNet", any_of=("control_model.", "controlnet_cond_embedding.", "lora_controlnet")),
@@ -85,6 +92,7 @@ _OTHER_MODELS = (
 
 # Models that have all the tensors of a UNet and additional ones.
 _EXTENDED_UNETS = (
+    _UNFUSED,
     _Kind(
         "a ControlNet",
         any_of=(
@@ -106,11 +114,8 @@ _EXTENDED_UNETS = (
         ),
     ),
     _Kind(
-        "a quantized UNet with scales beside its weights, which are not supported; use its fp16 version",
+        "a UNet quantized with bitsandbytes, which is not supported; use its fp16 version",
         any_of=(
-            "scaled_fp8",
-            ".scale_weight",
-            ".weight_scale",
             ".absmax",
             ".quant_map",
             ".quant_state.",

@@ -1,5 +1,6 @@
 """Opens a checkpoint: reads headers and configuration, but no weights."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,12 @@ from sws_export.checkpoint.architecture import Architecture, read_architecture
 from sws_export.checkpoint.config import UNET_CLASS, read_json
 from sws_export.checkpoint.header import Header, StoredTensor, read_header
 from sws_export.checkpoint.layouts import find_unet
-from sws_export.checkpoint.locate import Location, locate, pipeline_prediction_type, pipeline_vae_scale
+from sws_export.checkpoint.locate import Location, locate, pipeline_scheduler, pipeline_vae_scale
 from sws_export.checkpoint.model import Checkpoint
+from sws_export.checkpoint.prediction import PREDICTION_TYPES
+from sws_export.checkpoint.quantization import with_scales
+from sws_export.checkpoint.read_prediction import find_prediction
 from sws_export.errors import CheckpointError
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def open_checkpoint(
@@ -29,7 +31,7 @@ def open_checkpoint(
         path: A .safetensors file in diffusers' or the original layout, a shard index, a UNet directory or a
             pipeline directory.
         config: The config.json of a UNet2DConditionModel, for a UNet of an unknown family.
-        ema: Read the exponential moving averages of an original checkpoint that contains both.
+        ema: Read the exponential moving averages of an original checkpoint or directory that contains both.
         variant: The variant in a directory; "fp16" selects diffusion_pytorch_model.fp16.safetensors.
         attention_head_dim: Number of attention heads of each level, or one number for all levels, for a UNet
             of an unknown family.
@@ -42,12 +44,16 @@ def open_checkpoint(
         raise CheckpointError(
             f"--prediction-type: expected one of {', '.join(PREDICTION_TYPES)}, found '{prediction_type}'"
         )
-    location = locate(path, variant)
+    location = locate(path, variant, ema=ema)
     header = _read_headers(location)
-    unet = find_unet(path, header.tensors, ema)
+    unet = find_unet(path, header.tensors, ema and not location.ema)
+    unet = dataclasses.replace(unet, stored=with_scales(path, unet.stored, header.metadata))
     file, beside = (config, ()) if config is not None else _config_beside(location)
     architecture = read_architecture(
         path, unet.layout, unet.stored, file, config is not None, attention_head_dim
+    )
+    prediction = find_prediction(
+        prediction_type, pipeline_scheduler(location), header, architecture.structure, unet.stored
     )
     return Checkpoint(
         path=path,
@@ -59,8 +65,8 @@ def open_checkpoint(
         stored=unet.stored,
         ignored=unet.ignored,
         vae_scale=pipeline_vae_scale(location) or _family_vae_scale(architecture),
-        prediction_type=prediction_type or pipeline_prediction_type(location) or _recorded_prediction(header),
-        remarks=(*location.remarks, *beside, *architecture.remarks),
+        prediction=prediction,
+        remarks=(*location.remarks, *beside, *architecture.remarks, prediction.remark()),
     )
 
 
@@ -102,14 +108,3 @@ def _family_vae_scale(architecture: Architecture) -> int | None:
     if architecture.config["in_channels"] == 3:
         return 1
     return architecture.family.vae_scale if architecture.family is not None else None
-
-
-def _recorded_prediction(header: Header) -> str | None:
-    """The prediction type recorded in the file: by the marker tensor of v-prediction models, or as metadata.
-
-    Metadata as in https://github.com/Stability-AI/ModelSpec.
-    """
-    if "v_pred" in header.tensors:
-        return "v_prediction"
-    recorded = header.metadata.get("modelspec.prediction_type", "")
-    return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(recorded)

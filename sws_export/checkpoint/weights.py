@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from sws_export.checkpoint.header import StoredTensor
 from sws_export.checkpoint.model import Checkpoint
@@ -34,8 +35,43 @@ _NOT_FINITE: dict[str, tuple[str, int, int]] = {
 }
 
 
+def read_array(stored: StoredTensor) -> npt.NDArray[np.float32]:
+    """Read one small floating-point tensor from disk as float32, without importing torch.
+
+    Raises:
+        CheckpointError: The file is missing or was truncated, or the dtype is not supported.
+    """
+    import ml_dtypes
+
+    dtypes = {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    }
+    if stored.dtype not in dtypes:
+        raise CheckpointError(f"{stored.file}: expected a floating-point tensor, found {stored.dtype}")
+    values = read_bytes(stored).view(dtypes[stored.dtype])
+    return np.asarray(values, dtype=np.float32).reshape(stored.shape)
+
+
+def read_bytes(stored: StoredTensor) -> npt.NDArray[np.uint8]:
+    """Read the bytes of one tensor from disk.
+
+    Raises:
+        CheckpointError: The file is missing or was truncated.
+    """
+    data = np.empty(stored.nbytes, dtype=np.uint8)
+    with _open(stored.file) as stream:
+        stream.seek(stored.offset)
+        _fill(stream, stored.file, memoryview(data.data))
+    return data
+
+
 def read_tensor(stored: StoredTensor) -> "torch.Tensor":
-    """Read one tensor from disk, in its stored dtype and shape.
+    """Read one tensor from disk, in its stored dtype and shape; a scaled tensor in float32.
 
     Raises:
         CheckpointError: The file is missing or was truncated, or the dtype is not supported.
@@ -58,11 +94,13 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
     }
     if stored.dtype not in dtypes:
         raise CheckpointError(f"{stored.file}: tensors of dtype {stored.dtype} are not supported")
-    data = np.empty(stored.nbytes, dtype=np.uint8)
-    with _open(stored.file) as stream:
-        stream.seek(stored.offset)
-        _fill(stream, stored.file, memoryview(data.data))
-    return torch.from_numpy(data).view(dtypes[stored.dtype]).reshape(stored.shape)
+    tensor = torch.from_numpy(read_bytes(stored)).view(dtypes[stored.dtype]).reshape(stored.shape)
+    if stored.scale is None:
+        return tensor
+    scale = read_tensor(stored.scale).float()
+    return tensor.float() * (
+        scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, *(1,) * (tensor.ndim - 1))
+    )
 
 
 def verify_weights(checkpoint: Checkpoint, progress: Progress) -> str:
@@ -80,7 +118,7 @@ def verify_weights(checkpoint: Checkpoint, progress: Progress) -> str:
     total = sum(file.stat().st_size for file in checkpoint.files)
     with progress.stage("Check weights", total) as stage, ThreadPoolExecutor(1) as hasher:
         for file in checkpoint.files:
-            tensors = {name: tensor for name, tensor in checkpoint.stored.items() if tensor.file == file}
+            tensors = {name: tensor for name, tensor in _all_tensors(checkpoint) if tensor.file == file}
             with _open(file) as stream:
                 for name, begin, length in _chunks(tensors, file.stat().st_size):
                     chunk = buffer[:length]
@@ -94,6 +132,14 @@ def verify_weights(checkpoint: Checkpoint, progress: Progress) -> str:
                         hashed.result()
                     stage.advance(length)
     return digest.hexdigest()
+
+
+def _all_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTensor]]:
+    """The UNet's tensors and their scales."""
+    for name, tensor in checkpoint.stored.items():
+        yield name, tensor
+        if tensor.scale is not None:
+            yield f"scale of {name}", tensor.scale
 
 
 def _chunks(tensors: dict[str, StoredTensor], size: int) -> Iterator[tuple[str | None, int, int]]:

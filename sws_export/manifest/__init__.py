@@ -79,6 +79,7 @@ class SourceEntry(TypedDict):
     parameters: NotRequired[int]
     vae_scale: NotRequired[int | None]
     prediction_type: NotRequired[str | None]
+    sampling: NotRequired[dict[str, Any]]
     config: NotRequired[dict[str, Any] | None]
     loras: NotRequired[list[Any]]
 

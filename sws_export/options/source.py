@@ -60,7 +60,11 @@ class SourceOptions:
         """Add all arguments of the group."""
         group = cls.add_reading_arguments(parser)
         group.add_argument("--precision", choices=tuple(PRECISIONS), help="default: that of the checkpoint")
-        group.add_argument("--prediction-type", metavar="TYPE", help="epsilon, v_prediction or sample")
+        group.add_argument(
+            "--prediction-type",
+            metavar="TYPE",
+            help="epsilon, v_prediction, sample, edm or edm_v_prediction; default: that of the checkpoint",
+        )
         group.add_argument(
             "--controlnet", action="store_true", help="add inputs for the residuals of a ControlNet"
         )

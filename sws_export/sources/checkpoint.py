@@ -122,7 +122,8 @@ class CheckpointSource:
             "layout": found.layout,
             "family": found.family,
             "parameters": found.parameter_count,
-            "prediction_type": found.prediction_type,
+            "prediction_type": found.prediction.type,
+            "sampling": found.prediction.sampling(),
             "vae_scale": found.vae_scale,
             "config": found.config,
             "loras": [lora.record() for lora in self.loras],
@@ -178,6 +179,9 @@ def open_checkpoint_source(model: Path, options: SourceOptions, progress: Progre
 
 
 def _stored_precision(checkpoint: Checkpoint) -> Precision:
+    if any(dtype.startswith("F8") for dtype in checkpoint.dtypes):
+        # Both represent all values of float8; bfloat16 is needed for the range of the other tensors.
+        return "bf16" if "BF16" in checkpoint.dtypes else "fp16"
     stored = next(iter(checkpoint.dtypes))
     if stored not in _STORED_PRECISIONS:
         raise CheckpointError(

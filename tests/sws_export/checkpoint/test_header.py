@@ -57,6 +57,25 @@ def test_too_short_for_a_header_length(tmp_path: Path, content: bytes) -> None:
         read_header(file)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a pointer of git-lfs.*git lfs pull",
+        ),
+        (b"GGUF\x03\x00\x00\x00\x00\x00", "a GGUF file"),
+        (b"PK\x03\x04\x00\x00\x00\x00\x00\x00", "a pickle of torch.save"),
+        (b"<!DOCTYPE html>", "a web page"),
+    ],
+)
+def test_other_formats_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"is not a safetensors file, but {message}"):
+        read_header(file)
+
+
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001])
 def test_huge_header_is_refused_before_anything_is_allocated(tmp_path: Path, length: int) -> None:
     file = tmp_path / "x.safetensors"

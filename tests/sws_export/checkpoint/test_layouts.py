@@ -51,7 +51,37 @@ def test_diffusers_names(prefix: str, twin: Path, weights: dict[str, torch.Tenso
     assert same_weights(checkpoint, weights)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.",
+        "module.",
+        "module._orig_mod.",
+        "base_model.model.",
+        "state_dict.unet.",
+        "unet._orig_mod.",
+        "base_model.model.unet.",
+    ],
+)
+def test_wrapped_names(prefix: str, twin: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({prefix + name: value for name, value in weights.items()}, file)
+    checkpoint = open_checkpoint(file, twin.parent / "config.json")
+    assert checkpoint.layout == "diffusers"
+    assert same_weights(checkpoint, weights)
+    assert checkpoint.ignored == {}
+
+
+def test_wrapped_parts(twin: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    names = {name: name.replace(".attentions.0.", ".attentions.0._orig_mod.") for name in weights}
+    save_file({names[name]: value for name, value in weights.items()}, file)
+    assert same_weights(open_checkpoint(file, twin.parent / "config.json"), weights)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "model.diffusion_model.", "diffusion_model.", "state_dict.model.diffusion_model."]
+)
 def test_original_names(
     prefix: str,
     twin: Path,
@@ -147,6 +177,7 @@ def test_ema_that_is_incomplete(twin: Path, original: dict[str, torch.Tensor], t
         (["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "a LoRA"),
         (["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"], "a LoRA"),
         (["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"], "a LoRA"),
+        (["conv_in.base_layer.weight", "conv_in.lora_A.default.weight"], "a UNet with a LoRA that is loaded"),
         (["text_model.embeddings.token_embedding.weight"], "a text or image encoder"),
         (["encoder.block.0.layer.0.SelfAttention.q.weight"], "a text or image encoder"),
         (["double_blocks.0.img_attn.qkv.weight"], "a Flux transformer"),
@@ -182,8 +213,11 @@ def test_other_models_are_named(names: list[str], what: str, tmp_path: Path, wri
             "a video UNet with motion modules",
         ),
         ("down_blocks.0.resnets.0.spatial_res_block.time_mixer.mix_factor", "a video UNet"),
-        ("down_blocks.0.attentions.0.proj_in.weight.absmax", "a quantized UNet"),
-        ("scaled_fp8", "a quantized UNet"),
+        ("down_blocks.0.attentions.0.proj_in.weight.absmax", "a UNet quantized with bitsandbytes"),
+        (
+            "down_blocks.0.attentions.0.proj_in.base_layer.weight",
+            "a UNet with a LoRA that is loaded but not fused",
+        ),
     ],
 )
 def test_lookalikes_are_named(extra: str, what: str, tmp_path: Path, twin: Path, write_sparse: Any) -> None:

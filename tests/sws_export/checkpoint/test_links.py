@@ -48,7 +48,7 @@ def expected(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> byt
 
 def test_a_snapshot_of_symbolic_links(snapshot: Path, expected: bytes, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(snapshot)
-    assert checkpoint.prediction_type == "v_prediction"
+    assert checkpoint.prediction.type == "v_prediction"
     assert exported(checkpoint, tmp_path / "m.onnx") == expected
 
 
@@ -71,14 +71,14 @@ def test_a_directory_behind_a_symbolic_link_belongs_to_its_pipeline(snapshot: Pa
     elsewhere.parent.mkdir(parents=True)
     (snapshot / "unet").rename(elsewhere)
     (snapshot / "unet").symlink_to(elsewhere)
-    assert open_checkpoint(snapshot / "unet").prediction_type == "v_prediction"
+    assert open_checkpoint(snapshot / "unet").prediction.type == "v_prediction"
 
 
 def test_the_working_directory_belongs_to_its_pipeline(
     snapshot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(snapshot / "unet")
-    assert open_checkpoint(Path()).prediction_type == "v_prediction"
+    assert open_checkpoint(Path()).prediction.type == "v_prediction"
 
 
 @pytest.mark.parametrize("named", ["file", "directory"])

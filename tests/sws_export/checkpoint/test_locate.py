@@ -1,6 +1,7 @@
 """Finding the files that belong to a path."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -198,10 +199,24 @@ def test_missing_path(tmp_path: Path) -> None:
 
 
 def test_other_file_types(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"files of type '.gguf' are not supported"):
-        open_checkpoint(file)
+    for name, message in (("model.gguf", "is a GGUF file"), ("model.txt", "files of type '.txt' are not")):
+        (tmp_path / name).write_bytes(b"GGUF")
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path / name)
+
+
+def test_ema_directory(tiny_unet: Path, tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(tiny_unet, pipeline / "unet")
+    tiny_unet.rename(pipeline / "unet_ema")
+    averages = pipeline / "unet_ema" / f"{STEM}.safetensors"
+    assert open_checkpoint(pipeline).files == (pipeline / "unet" / f"{STEM}.safetensors",)
+    found = open_checkpoint(pipeline, ema=True)
+    assert found.files == (averages,)
+    assert found.remarks[0] == f"using the exponential moving averages in {averages.parent}"
+    assert open_checkpoint(averages.parent).files == (averages,)
+    shutil.rmtree(pipeline / "unet")
+    assert open_checkpoint(pipeline).remarks[0] == found.remarks[0]
 
 
 def test_file_that_may_not_be_read(tiny_unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_config_beside_the_weights(tiny_unet: Path) -> None:
     assert checkpoint.config["attention_head_dim"] == 4
     assert checkpoint.config["norm_num_groups"] == 32
     assert "_class_name" not in checkpoint.config
-    assert (checkpoint.family, checkpoint.vae_scale, checkpoint.prediction_type) == (None, None, None)
+    assert (checkpoint.family, checkpoint.vae_scale) == (None, None)
     assert check_tensors(checkpoint) == 0
 
 
@@ -59,34 +59,7 @@ def test_pipeline_directory(tiny_unet: Path, tmp_path: Path) -> None:
     write_json(pipeline / "scheduler/scheduler_config.json", {"prediction_type": "v_prediction"})
     for path in (pipeline, pipeline / "unet", pipeline / "unet" / WEIGHTS):
         checkpoint = open_checkpoint(path)
-        assert (checkpoint.vae_scale, checkpoint.prediction_type) == (4, "v_prediction")
-    assert open_checkpoint(pipeline, prediction_type="sample").prediction_type == "sample"
-
-
-@pytest.mark.parametrize(
-    ("metadata", "marker", "expected"),
-    [
-        ({"modelspec.prediction_type": "v"}, {}, "v_prediction"),
-        ({"modelspec.prediction_type": "epsilon"}, {}, "epsilon"),
-        ({}, {"v_pred": ()}, "v_prediction"),
-        ({}, {}, None),
-    ],
-)
-def test_prediction_type_from_the_file(
-    metadata: dict[str, str],
-    marker: Any,
-    expected: str | None,
-    tmp_path: Path,
-    unet_shapes: Any,
-    write_sparse: Any,
-) -> None:
-    file = write_sparse(tmp_path / "x.safetensors", unet_shapes(SD1) | marker, metadata=metadata)
-    assert open_checkpoint(file).prediction_type == expected
-
-
-def test_unknown_prediction_type(tiny_unet: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"--prediction-type: expected one of epsilon, .* found 'v'"):
-        open_checkpoint(tiny_unet, prediction_type="v")
+        assert (checkpoint.vae_scale, checkpoint.prediction.type) == (4, "v_prediction")
 
 
 def test_heads_are_required_and_used(tiny_unet: Path, tiny_config: dict[str, Any]) -> None:
@@ -106,14 +79,25 @@ def test_heads_are_required_and_used(tiny_unet: Path, tiny_config: dict[str, Any
         open_checkpoint(tiny_unet, attention_head_dim=(4, 8, 8))
 
 
-def test_heads_of_a_family_with_other_inputs_are_suggested(
-    tmp_path: Path, unet_shapes: Any, write_sparse: Any
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("SD 1.x", {"in_channels": 12}),
+        ("SD 1.x", {"in_channels": 13, "time_cond_proj_dim": 256}),
+        ("SD 2.x", {"in_channels": 8}),
+        ("SDXL base", {"in_channels": 12, "out_channels": 8}),
+    ],
+)
+def test_other_input_channels_keep_the_family(
+    family: str, changes: dict[str, Any], tmp_path: Path, unet_shapes: Any, write_sparse: Any
 ) -> None:
-    file = write_sparse(tmp_path / "x.safetensors", unet_shapes(SD1 | {"in_channels": 13}))
-    with pytest.raises(
-        CheckpointError, match=r"13 input channels.*only its inputs differ from SD 1.x, which has 8,8,8,8"
-    ):
-        open_checkpoint(file)
+    expected = next(row for row in FAMILIES if row.name == family).config() | changes
+    file = write_sparse(tmp_path / "x.safetensors", unet_shapes(expected))
+    checkpoint = open_checkpoint(file)
+    assert (checkpoint.family, checkpoint.vae_scale, checkpoint.config) == (family, 8, expected)
+    assert checkpoint.config_source.endswith(f"{family} with {changes['in_channels']} input channels")
+    write_json(tmp_path / "config.json", {"_class_name": "UNet2DConditionModel"} | expected)
+    assert open_checkpoint(file).family == family
 
 
 @pytest.mark.parametrize(
@@ -202,6 +186,24 @@ def test_structures_of_unknown_families_are_inferred(
 def test_bad_config(content: Any, message: str, tiny_unet: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tiny_unet, write_json(tmp_path / "bad.json", content))
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (
+            {"decay": 0.9999, "use_ema_warmup": False, "optimization_step": 100},
+            "decay, optimization_step, use_ema_warmup",
+        ),
+        ({"an_option_of_another_version": None}, "an_option_of_another_version"),
+    ],
+)
+def test_options_without_a_meaning_are_ignored(options: dict[str, Any], shown: str, tiny_unet: Path) -> None:
+    expected = open_checkpoint(tiny_unet)
+    rewrite_config(tiny_unet, **options)
+    checkpoint = open_checkpoint(tiny_unet)
+    assert checkpoint.config == expected.config
+    assert checkpoint.remarks[0] == f"{tiny_unet / 'config.json'}: ignored {shown}"
 
 
 def test_missing_config_file(tiny_unet: Path, tmp_path: Path) -> None:

@@ -48,10 +48,11 @@ def test_a_checkpoint(random_unet: Path) -> None:
     assert (source.path, source.precision, source.size_multiple) == (random_unet, "fp32", 2)
     assert [spec.name for spec in source.inputs] == ["sample", "timestep", "encoder_hidden_states"]
     assert 500_000 < source.parameter_count < 2_000_000
-    first, second = source.describe()
+    first, second, third = source.describe()
     assert first.startswith("UNet2DConditionModel, diffusers layout, ")
     assert first.endswith("F32 -> fp32")
     assert second == "configuration: config.json beside the weights"
+    assert third == source.checkpoint.prediction.remark()
 
 
 def test_precision_is_that_asked_for(random_unet: Path) -> None:
@@ -62,7 +63,8 @@ def test_precision_is_that_asked_for(random_unet: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float64", "fp32")]
+    ("dtype", "precision"),
+    [("float16", "fp16"), ("bfloat16", "bf16"), ("float64", "fp32"), ("float8_e4m3fn", "fp16")],
 )
 def test_precision_defaults_to_what_is_stored(
     random_unet: Path, tmp_path: Path, dtype: str, precision: str
@@ -75,11 +77,26 @@ def test_precision_defaults_to_what_is_stored(
     assert opened(copy_with(random_unet, tmp_path / "cast", cast)).precision == precision
 
 
+def test_float8_beside_bfloat16_is_exported_in_bfloat16(random_unet: Path, tmp_path: Path) -> None:
+    import torch
+
+    def cast(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor.to(torch.float8_e4m3fn if tensor.ndim == 2 else torch.bfloat16)
+            for name, tensor in tensors.items()
+        }
+
+    assert opened(copy_with(random_unet, tmp_path / "cast", cast)).precision == "bf16"
+
+
 def test_a_checkpoint_tells_what_it_is_in_the_manifest(random_unet: Path) -> None:
     said = opened(random_unet, prediction_type="v_prediction").verify(SilentProgress())
     assert said["kind"] == "checkpoint"
     assert said["sha256"] == hashlib.sha256((random_unet / WEIGHTS).read_bytes()).hexdigest()
     assert said["prediction_type"] == "v_prediction"
+    assert said["sampling"] == {}
+    edm = opened(random_unet, prediction_type="edm").verify(SilentProgress())
+    assert edm["sampling"] == {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
     assert said["config"]["block_out_channels"] == [32, 64]
 
 
