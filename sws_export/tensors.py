@@ -15,7 +15,7 @@ MID_RESIDUAL = "mid_block_additional_residual"
 
 Shape = tuple[int, ...]
 ProfileShapes = Mapping[str, tuple[Shape, Shape, Shape]]
-"""Smallest, best and largest shape of each input, by its name."""
+"""Smallest, optimal and largest shape of each input, by name."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ SIZE_AXES: Mapping[str, SizeAxis] = {
     "width": SizeAxis("sample", 3),
     "tokens": SizeAxis("encoder_hidden_states", 1),
 }
-"""The dimensions that can vary, by their symbol."""
+"""The input and axis of each dimension that can be dynamic, by its symbol."""
 
 
 @dataclass(frozen=True)
 class PrecisionFormat:
-    """How one precision is named elsewhere.
+    """Names of a precision in other formats.
 
     Attributes:
         dtype: Name in numpy, torch and the manifest.
@@ -74,7 +74,7 @@ PRECISIONS: Mapping[Precision, PrecisionFormat] = {
 
 @dataclass(frozen=True)
 class Range:
-    """Sizes of one dimension: the engine takes `minimum` to `maximum` and is fastest at `optimum`."""
+    """Sizes of one dimension of an engine: it accepts `minimum` to `maximum`, and is tuned for `optimum`."""
 
     minimum: int
     optimum: int
@@ -92,7 +92,7 @@ class Range:
 
 @dataclass(frozen=True)
 class SizeRanges:
-    """Sizes of the four dimensions that can vary; height and width in units of the latent, not pixels."""
+    """SizeRanges of the four dynamic dimensions; height and width are those of the latent, not pixels."""
 
     batch: Range
     height: Range
@@ -100,16 +100,16 @@ class SizeRanges:
     tokens: Range
 
     def ranges(self) -> dict[str, Range]:
-        """Each by its name."""
+        """The ranges by symbol."""
         return {name: getattr(self, name) for name in SIZE_AXES}
 
     def fixed(self) -> dict[str, int]:
-        """Those of one size only."""
+        """The ranges of a single size, by symbol."""
         return {name: size.minimum for name, size in self.ranges().items() if size.minimum == size.maximum}
 
 
 def parse_range(text: str, option: str) -> Range:
-    """Read MIN:OPT:MAX, or one number for a fixed size; `option` is named in errors.
+    """Parse MIN:OPT:MAX, or one number for a static size; `option` is its name in messages.
 
     Raises:
         OptionError: The text is neither, a size is below 1, or the three are not in ascending order.
@@ -119,7 +119,7 @@ def parse_range(text: str, option: str) -> Range:
     numbers = [int(part) for part in text.split(":")]
     minimum, optimum, maximum = numbers if len(numbers) == 3 else numbers * 3
     if minimum < 1:
-        raise OptionError(f"{option} {text}: sizes begin at 1, found {minimum}")
+        raise OptionError(f"{option} {text}: sizes start at 1, found {minimum}")
     if not minimum <= optimum <= maximum:
         raise OptionError(
             f"{option} {text}: expected MIN <= OPT <= MAX, found {minimum}, {optimum}, {maximum}"
@@ -130,15 +130,15 @@ def parse_range(text: str, option: str) -> Range:
 def resolve_sizes(
     *, batch: str, height: str, width: str, tokens: str, vae_scale: int, multiple: int
 ) -> SizeRanges:
-    """Read the four size options; height and width come in pixels and leave in units of the latent.
+    """Parse the four size options; height and width are given in pixels and returned in units of the latent.
 
     Args:
         batch: Text of `--batch`.
         height: Text of `--height`, pixels.
         width: Text of `--width`, pixels.
         tokens: Text of `--tokens`.
-        vae_scale: Pixels for each latent element, 8 for Stable Diffusion.
-        multiple: What height and width of the latent must be multiples of, 2 ** (levels - 1) for a UNet.
+        vae_scale: Pixels per latent element, 8 for Stable Diffusion.
+        multiple: The latent's height and width must be multiples of it; 2 ** (levels - 1) for a UNet.
 
     Raises:
         OptionError: A text is malformed, or a size in pixels is not a multiple of `vae_scale * multiple`.
@@ -152,7 +152,7 @@ def resolve_sizes(
 
 
 def latent_range(text: str, option: str, vae_scale: int, multiple: int) -> Range:
-    """Read a size option in pixels, as `parse_range` does; the result is in units of the latent.
+    """Parse a size option in pixels, as `parse_range`; the result is in units of the latent.
 
     Raises:
         OptionError: The text is malformed, or a size is not a multiple of `vae_scale * multiple`.
@@ -164,17 +164,17 @@ def latent_range(text: str, option: str, vae_scale: int, multiple: int) -> Range
             below, above = size // step * step, (size // step + 1) * step
             nearest = f"{below} or {above}" if below else str(above)
             raise OptionError(
-                f"{option} {text}: {size} is not a multiple of {step} ({vae_scale} pixels a latent element, "
-                f"times {multiple} for the UNet's levels); the nearest valid size is {nearest}"
+                f"{option} {text}: {size} is not a multiple of {step} ({vae_scale} pixels per latent "
+                f"element, times {multiple} for the UNet's levels); the nearest valid size is {nearest}"
             )
     return Range(*(size // vae_scale for size in pixels.values()))
 
 
 def shapes_for(inputs: Iterable[TensorSpec], sizes: SizeRanges) -> dict[str, tuple[Shape, Shape, Shape]]:
-    """Smallest, best and largest shape of each input.
+    """Smallest, optimal and largest shape of each input.
 
     Raises:
-        OptionError: A divided dimension such as `height/2` does not come out whole.
+        OptionError: A size is not divisible as in a dimension such as `height/2`.
     """
     return {
         spec.name: (
@@ -187,10 +187,10 @@ def shapes_for(inputs: Iterable[TensorSpec], sizes: SizeRanges) -> dict[str, tup
 
 
 def concrete_shape(spec: TensorSpec, sizes: Mapping[str, int]) -> Shape:
-    """The shape of `spec` where `batch`, `height`, `width` (latent) and `tokens` have the sizes given.
+    """The shape of `spec` for these sizes of `batch`, `height`, `width` (latent) and `tokens`.
 
     Raises:
-        OptionError: A divided dimension such as `height/2` does not come out whole.
+        OptionError: A size is not divisible as in a dimension such as `height/2`.
     """
     return tuple(
         dimension if isinstance(dimension, int) else _dimension(spec, dimension, sizes)

@@ -37,7 +37,7 @@ class LoadSwsEngine:
     CATEGORY = "model_patches"
     DESCRIPTION = (
         "UNet exported by sws-export, from models/sws. Intensity 0 is the UNet without SWS "
-        "(with --preset node, which keeps its temperature, it is not)."
+        "(with --preset comfyui-node, whose temperature does not depend on it, it is not)."
     )
 
     @classmethod

@@ -1,1 +1,1 @@
-"""Sessions inside other programs: diffusers, ComfyUI, Triton Inference Server, polygraphy."""
+"""Running artefacts in other programs: diffusers, ComfyUI, Triton Inference Server, Polygraphy."""

@@ -1,4 +1,4 @@
-"""An exported UNet in the place of the one of a diffusers pipeline."""
+"""An exported UNet as the UNet of a diffusers pipeline."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,20 +26,19 @@ _NOT_IN_THE_GRAPH = {
 
 
 class SWSUNet:
-    """What `StableDiffusionPipeline` and its relatives expect of `pipe.unet`, run by a session.
+    """Replaces `pipe.unet` of the Stable Diffusion pipelines of diffusers.
 
         unet = SWSUNet.load("unet.onnx").attach(pipe)
         pipe(prompt, cross_attention_kwargs={"intensity": 0.7})
 
-    The noise level comes from the pipeline's scheduler; the state begins anew with every trajectory: when the
-    scheduler was given new timesteps, when the noise rises, when the batch or size changes. A state that
-    lasts (`--preset node`) begins anew with `reset` only.
+    The noise level comes from the pipeline's scheduler. The state is reset for every trajectory: when the
+    scheduler gets new timesteps, when the noise level rises, and when the batch or size changes. A persistent
+    state (`--preset comfyui-node`) is reset by `reset` only.
 
     Attributes:
-        intensity: Strength of SWS where a call does not say its own, in [0, 1].
-        scheduler: The scheduler whose timesteps come in, or None: see `attach`.
-        session: What runs the UNet.
-        config: Configuration of the UNet, as diffusers has it.
+        intensity: Default strength of SWS, in [0, 1].
+        session: Runs the UNet.
+        config: Configuration of the UNet, as in diffusers.
     """
 
     def __init__(self, session: Session, config: Mapping[str, Any], intensity: float) -> None:
@@ -49,7 +48,7 @@ class SWSUNet:
         self._pipe: Any = None
         self._scheduler: Any = None
         self._trajectory: Any = None
-        self._last = float("inf")
+        self._last_sigma = float("inf")
 
     @classmethod
     def load(
@@ -61,13 +60,13 @@ class SWSUNet:
         intensity: float = RECOMMENDED_INTENSITY,
         **session_options: Any,
     ) -> Self:
-        """Load what `sws-export` wrote.
+        """Load an artefact.
 
         Args:
             path: `.onnx`, `.plan` or `.engine`.
-            scheduler: The scheduler whose timesteps will come in; `attach` is the better way to say it.
-            config: Configuration of the UNet; needed where the artefact was made from a plain .onnx graph.
-            intensity: Strength of SWS where a call does not say its own.
+            scheduler: The scheduler of the timesteps; use `attach` if there is a pipeline.
+            config: Configuration of the UNet; required if the artefact was exported from a plain .onnx graph.
+            intensity: Default strength of SWS.
             session_options: See `Session.load`.
 
         Raises:
@@ -77,18 +76,18 @@ class SWSUNet:
         config = config or session.contract.manifest["source"].get("config")
         if config is None:
             raise EngineError(
-                f"{path} was made from a plain .onnx graph: its manifest does not say how the UNet is "
-                "configured; give config=, the contents of the UNet's config.json"
+                f"{path} was exported from a plain .onnx graph: its manifest has no configuration of the "
+                "UNet; give config=, the contents of the UNet's config.json"
             )
         unet = cls(session, config, intensity)
         unet._scheduler = scheduler
         return unet
 
     def attach(self, pipe: Any) -> Self:
-        """Become `pipe.unet` and follow `pipe.scheduler`, also when that is exchanged later."""
+        """Replace `pipe.unet`, and use `pipe.scheduler`, also if it is replaced later."""
         pipe.unet = self
         self._pipe = pipe
-        # Pipelines note these when they are made, and it may have been without a UNet.
+        # Pipelines derive these from their UNet when they are created, possibly without one.
         size = self.config.get("sample_size")
         if hasattr(pipe, "_is_unet_config_sample_size_int"):
             pipe._is_unet_config_sample_size_int = isinstance(size, int)
@@ -98,7 +97,7 @@ class SWSUNet:
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler whose timesteps come in; None where it is not known."""
+        """The scheduler of the timesteps; None if it is unknown."""
         return self._pipe.scheduler if self._pipe is not None else self._scheduler
 
     @property
@@ -109,19 +108,19 @@ class SWSUNet:
 
     @property
     def device(self) -> torch.device:
-        """Where the session runs."""
+        """The device of the session."""
         return torch.device(self.session.device)
 
     @property
     def add_embedding(self) -> SimpleNamespace:
-        """Stands for the layer of which SDXL's pipelines ask the number of features."""
+        """The layer from which SDXL's pipelines read the number of input features."""
         features = self.config.projection_class_embeddings_input_dim
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
 
     def reset(self) -> None:
-        """Begin a new trajectory, with an empty state, at the next call."""
+        """Start a new trajectory at the next call, with a zero state."""
         self._trajectory = None
-        self._last = float("inf")
+        self._last_sigma = float("inf")
         self.session.reset()
 
     def __call__(
@@ -138,24 +137,24 @@ class SWSUNet:
         return_dict: bool = True,
         **others: Any,
     ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
-        """One prediction; arguments and result are those of diffusers' `UNet2DConditionModel`.
+        """Predict once; arguments and result as in diffusers' `UNet2DConditionModel`.
 
-        `cross_attention_kwargs` may hold `intensity`, a number or [B].
+        `cross_attention_kwargs` may contain `intensity`, a number or [B].
 
         Raises:
-            StepError: An argument asks for what is not in the graph, or has a shape it does not take.
+            StepError: An argument has no input in the graph, or a wrong shape.
         """
         _refuse_others(others)
         intensity = _intensity(cross_attention_kwargs, self.intensity)
         scheduler = self.scheduler
-        if scheduler is None and self._last == float("inf"):
+        if scheduler is None and self._last_sigma == float("inf"):
             warnings.warn(
-                "SWSUNet does not know the pipeline's scheduler and takes the noise levels that Stable "
-                "Diffusion was trained with; call unet.attach(pipe)",
+                "SWSUNet has no scheduler and uses the noise levels of Stable Diffusion's training; call "
+                "unet.attach(pipe)",
                 stacklevel=2,
             )
         sigma = noise_levels(scheduler, to_numpy(timestep))
-        self._follow(scheduler, float(sigma.max()))
+        self._reset_at_new_trajectory(scheduler, float(sigma.max()))
         prediction = self.session.step(
             sample,
             timestep,
@@ -167,29 +166,29 @@ class SWSUNet:
             **(added_cond_kwargs or {}),
             **self._residuals(down_block_additional_residuals, mid_block_additional_residual),
         )
-        self._last = float(sigma.max())
+        self._last_sigma = float(sigma.max())
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
 
     def _residuals(
         self, down: Sequence[torch.Tensor] | None, mid: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        """A ControlNet's residuals by the names of the graph's inputs."""
+        """ControlNet residuals by the names of the graph's inputs."""
         if down is None and mid is None:
             return {}
         if all(spec.name != MID_RESIDUAL for spec in self.session.contract.inputs):
             raise StepError(
-                f"{self.session.contract.path.name} takes no ControlNet: export it again with --controlnet"
+                f"{self.session.contract.path.name} has no ControlNet inputs; export it with --controlnet"
             )
         named = {f"{DOWN_RESIDUAL}{index}": tensor for index, tensor in enumerate(down or ())}
         return named if mid is None else named | {MID_RESIDUAL: mid}
 
-    def _follow(self, scheduler: Any, sigma: float) -> None:
-        """Reset the state where a new trajectory begins."""
-        # Every call of a pipeline sets the timesteps anew, and that makes a new tensor. Holding the one seen
-        # last keeps its identity from being used again.
+    def _reset_at_new_trajectory(self, scheduler: Any, sigma: float) -> None:
+        """Reset the state if a new trajectory starts."""
+        # Every call of a pipeline sets the timesteps, which creates a new tensor. The reference to the last
+        # one keeps its identity from being reused.
         trajectory = getattr(scheduler, "timesteps", None)
-        begins = trajectory is not self._trajectory or sigma > self._last
-        if begins and self.session.contract.resets_per_image:
+        is_new = trajectory is not self._trajectory or sigma > self._last_sigma
+        if is_new and self.session.contract.resets_per_image:
             self.session.reset()
         self._trajectory = trajectory
 
@@ -199,8 +198,8 @@ def _intensity(arguments: Mapping[str, Any] | None, default: float) -> Any:
     intensity = given.pop(INTENSITY_ARGUMENT, default)
     if given:
         raise StepError(
-            f"cross_attention_kwargs: {', '.join(given)} is not in the exported graph, which takes "
-            f"'{INTENSITY_ARGUMENT}' only; a LoRA is fused at the export"
+            f"cross_attention_kwargs: {', '.join(given)} cannot be applied to an exported graph, which takes "
+            f"'{INTENSITY_ARGUMENT}' only; fuse a LoRA at the export with --lora"
         )
     return intensity
 

@@ -1,39 +1,38 @@
-"""Inputs of an artefact for Polygraphy, with the states empty as at the first step of an image.
+"""Inputs of an artefact for Polygraphy, with zero states as at the first step of an image.
 
     SWS_MANIFEST=unet.onnx.json SWS_SIZES=batch=2,height=64,width=64,tokens=77 \\
         polygraphy run unet.onnx --onnxrt --data-loader-script .../sws_export/adapters/polygraphy_data.py
 
 Polygraphy imports the file under its own name, which therefore cannot be `polygraphy`, and calls `load_data`.
-SizeRanges are those of the latent and fall back to the best ones of an engine's profile.
+Sizes are those of the latent; the default is the optimum of an engine's profile.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sws_export.errors import OptionError
+from sws_export.manifest import Manifest, profile_of, read_manifest, tensor_specs
 from sws_export.runtime.inputs import Array, numpy_dtype
-from sws_export.tensors import TensorSpec, concrete_shape
+from sws_export.tensors import SIZE_AXES, TensorSpec, concrete_shape
 
 _ITERATIONS = 3
-_DIMENSIONS = ("batch", "height", "width", "tokens")
 _SIGMAS = (10.0, 3.0, 0.5)
 
 
 def load_data() -> Iterator[dict[str, Array]]:
-    """Inputs of a few steps at falling noise levels, each by its name.
+    """Inputs of a few steps at falling noise levels, by name.
 
     Raises:
-        OptionError: `SWS_MANIFEST` names no manifest, or a size is missing in `SWS_SIZES`.
+        OptionError: `SWS_MANIFEST` is not the path of a file, or a size is missing in `SWS_SIZES`.
+        ManifestError: The file is not a manifest.
     """
-    manifest = json.loads(_manifest_path().read_text("utf-8"))
+    manifest = read_manifest(_manifest_path())
     sizes = _sizes(os.environ.get("SWS_SIZES", ""), manifest)
-    specs = [TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in manifest["inputs"]]
-    states = {pair["input"] for pair in manifest["states"]}
+    specs = tensor_specs(manifest["inputs"])
+    states = {state["input"] for state in manifest["states"]}
     random = np.random.default_rng(0)
     for step in range(_ITERATIONS):
         yield {spec.name: _values(spec, spec.name in states, sizes, step, random) for spec in specs}
@@ -42,24 +41,20 @@ def load_data() -> Iterator[dict[str, Array]]:
 def _manifest_path() -> Path:
     path = Path(os.environ.get("SWS_MANIFEST", ""))
     if not path.is_file():
-        raise OptionError(f"SWS_MANIFEST={path}: no such file; name the .json that lies beside the artefact")
+        raise OptionError(f"SWS_MANIFEST={path}: no such file; set it to the .json file beside the artefact")
     return path
 
 
-def _sizes(text: str, manifest: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(text: str, manifest: Manifest) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    if manifest.get("profile"):
-        sample = manifest["profile"]["sample"]["opt"]
-        tokens = manifest["profile"]["encoder_hidden_states"]["opt"][1]
-        sizes = {"batch": sample[0], "height": sample[2], "width": sample[3], "tokens": tokens}
+    if (profile := profile_of(manifest)) is not None:
+        sizes = {name: profile[tensor][1][axis] for name, (tensor, axis) in SIZE_AXES.items()}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
-        if name not in _DIMENSIONS or not value.isdigit():
-            raise OptionError(
-                f"SWS_SIZES: '{part}' is not NAME=NUMBER with a name of {', '.join(_DIMENSIONS)}"
-            )
+        if name not in SIZE_AXES or not value.isdigit():
+            raise OptionError(f"SWS_SIZES: '{part}' is not NAME=NUMBER with a name of {', '.join(SIZE_AXES)}")
         sizes[name] = int(value)
-    if missing := [name for name in _DIMENSIONS if name not in sizes]:
+    if missing := [name for name in SIZE_AXES if name not in sizes]:
         raise OptionError(f"SWS_SIZES: {', '.join(missing)} is missing; write {missing[0]}=NUMBER")
     return sizes
 

@@ -1,6 +1,12 @@
 """NVIDIA GPUs of this machine, queried from the driver."""
 
 import ctypes
+import sys
+
+
+def load_driver() -> ctypes.CDLL:
+    """The library of the CUDA driver API. Raises OSError if there is no driver."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def gpu_names() -> list[str]:
@@ -8,7 +14,7 @@ def gpu_names() -> list[str]:
     count = gpu_count()
     if not count:
         return []
-    driver = ctypes.CDLL("libcuda.so.1")
+    driver = load_driver()
     names, device, version = [], ctypes.c_int(0), ctypes.c_int(0)
     for index in range(count):
         text = ctypes.create_string_buffer(256)
@@ -25,7 +31,7 @@ def gpu_count() -> int:
     Calls the driver directly, so that neither torch nor TensorRT is imported.
     """
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        driver = load_driver()
     except OSError:
         return 0
     count = ctypes.c_int(0)

@@ -249,6 +249,8 @@ def _from_format_1(document: dict[str, Any]) -> dict[str, Any]:
         "debug_outputs": None,
     }
     document = defaults | document
+    if document["preset"] == "node":
+        document["preset"] = "comfyui-node"
     document |= {"format": 2, "shared_inputs": document.pop("batch_wide", [])}
     if isinstance(document.get("states"), list):
         document["states"] = [_state_from_format_1(state) for state in document["states"]]

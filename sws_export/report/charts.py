@@ -1,4 +1,4 @@
-"""Charts of a report: tables whose cells are colours, lines over the steps, pictures of transports."""
+"""Charts of a report: heat maps, line charts and images of transports."""
 
 import base64
 import html
@@ -12,16 +12,16 @@ from PIL import Image
 from graph_passes.parameters import STATE_RADIUS, diamond_offsets
 from sws_export.report.explanation import Floats
 
-# From nothing to much: paper, sand, rust, plum. The page turns them round on a dark background.
+# From 0 to the maximum. The page inverts them on a dark background.
 _COLOURS = np.array([(247, 244, 238), (238, 196, 128), (201, 92, 62), (74, 24, 64)], np.float64)
 _DENSE = 24
-"""Rows from which a table of colours is drawn with thin ones."""
+"""Heat maps with more rows than this have thin rows."""
 _WIDTH, _HEIGHT = 440, 180
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 20, 8, 24
 
 
 def figure(title: str, meaning: str, content: str, note: str = "") -> str:
-    """A card: what is shown, what it means, and the chart. Texts are HTML."""
+    """A card with a title, an explanation and a chart; all of them are HTML."""
     beside = f'<span class="note">{note}</span>' if note else ""
     return (
         f'<figure><figcaption>{beside}<b>{title}</b><span class="meaning">{meaning}</span></figcaption>'
@@ -30,13 +30,13 @@ def figure(title: str, meaning: str, content: str, note: str = "") -> str:
 
 
 def heat_map(rows: Mapping[str, Sequence[float]], ticks: Sequence[str], largest: float, unit: str) -> str:
-    """A row of coloured cells for each label, from 0 to `largest`, and the scale below.
+    """A row of coloured cells for each label, with the scale below.
 
     Args:
-        rows: Values by label, one a step.
-        ticks: What stands below each column.
-        largest: Value of the darkest colour.
-        unit: Format of a value, as for `format`.
+        rows: Values by label, one per step.
+        ticks: Label of each column.
+        largest: Value of the darkest colour; 0 is the lightest.
+        unit: Format specification of a value.
     """
     lines = []
     for label, values in rows.items():
@@ -58,12 +58,12 @@ def heat_map(rows: Mapping[str, Sequence[float]], ticks: Sequence[str], largest:
 
 
 def line_chart(series: Mapping[str, Sequence[float]], ticks: Sequence[str], unit: str) -> str:
-    """Lines over the steps, from 0 to the largest value; with a legend above where there are several.
+    """Lines over the steps, from 0 to a round number; several lines have a legend.
 
     Args:
-        series: Values by what the legend says, one a step.
-        ticks: What stands below each step; empty for nothing.
-        unit: Format of a value, as for `format`.
+        series: Values by label, one per step.
+        ticks: Label of each step; may be empty.
+        unit: Format specification of a value.
     """
     top = _round_up(max(max(values) for values in series.values()))
     count = len(ticks)
@@ -81,9 +81,9 @@ def line_chart(series: Mapping[str, Sequence[float]], ticks: Sequence[str], unit
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline class="line{number}" points="{path}"/>')
         for step, ((x, y), value) in enumerate(zip(points, values, strict=True), start=1):
-            told = f"{html.escape(label)}, step {step}: {format(value, unit)}"
+            text = f"{html.escape(label)}, step {step}: {format(value, unit)}"
             parts.append(
-                f'<circle class="dot{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{told}</title></circle>'
+                f'<circle class="dot{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{text}</title></circle>'
             )
     legend = "".join(
         f'<span><i class="line{number}"></i>{html.escape(label)}</span>'
@@ -98,7 +98,7 @@ def _height(share: float) -> float:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5, 4, 5, 8 and 10 times a power of ten."""
+    """The smallest of 1, 2, 2.5, 4, 5, 8 and 10 times a power of ten that is not below `value`."""
     if value <= 0:
         return 1.0
     power = 10.0 ** np.floor(np.log10(value))
@@ -106,12 +106,12 @@ def _round_up(value: float) -> float:
 
 
 def spread(transport: Floats, row: int, column: int) -> Floats:
-    """Where the token at (row, column) is sent.
+    """The transport of one token as a dense map.
 
     Args:
         transport: Banded, [145, H, W].
-        row: Of the token.
-        column: Of the token.
+        row: Row of the token.
+        column: Column of the token.
 
     Returns:
         Its share at every token, [H, W]; the sum is the row sum of the transport.
@@ -126,17 +126,17 @@ def spread(transport: Floats, row: int, column: int) -> Floats:
 
 
 def picture(shares: Floats, largest: float, label: str) -> str:
-    """An image of shares [H, W], a pixel each; `largest` is the darkest."""
+    """An image of shares [H, W], one pixel each; `largest` has the darkest colour."""
     image = Image.fromarray(_blend(np.sqrt(shares / max(largest, 1e-12))))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    told = f"{label}: at most {shares.max():.3g}"
-    return f'<img class="ink" src="data:image/png;base64,{data}" alt="{told}" title="{told}">'
+    text = f"{label}: maximum {shares.max():.3g}"
+    return f'<img class="ink" src="data:image/png;base64,{data}" alt="{text}" title="{text}">'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Numbers in columns, below their names; the first column is text."""
+    """A table of numbers; the first column is text."""
     titles = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

@@ -1,4 +1,4 @@
-"""What a report knows of a sampling run."""
+"""The data of a report."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,19 +7,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sws_export.manifest import Manifest
+
 Floats = npt.NDArray[np.floating[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteMetrics:
-    """One site at one step; entropies and KL divergence in nats.
+    """Metrics of one site at one step; entropies and KL divergence in nats.
 
     Attributes:
         alpha_k: Share of the transported keys.
         a_v: Share of the transported values.
-        entropy_mean: Of the rows of plain attention, over heads and rows.
-        entropy_min: The lowest of them.
-        entropy_max: The highest of them.
+        entropy_mean: Mean entropy of the rows of plain attention, over heads and rows.
+        entropy_min: Smallest entropy of a row.
+        entropy_max: Largest entropy of a row.
         kl: KL divergence from plain attention at `alpha_k`.
     """
 
@@ -32,7 +34,7 @@ class SiteMetrics:
 
     @property
     def uncertainty(self) -> float:
-        """Place of the mean entropy between the lowest and the highest, in [0, 1]."""
+        """Position of the mean entropy between the smallest and the largest, in [0, 1]."""
         span = max(self.entropy_max - self.entropy_min, 1e-6)
         return float(np.clip((self.entropy_mean - self.entropy_min) / span, 0.0, 1.0))
 
@@ -43,15 +45,15 @@ class StepMetrics:
 
     Attributes:
         sigma: Noise level.
-        progress: u in [0, 1]; with the preset `node` it is the remaining noise.
+        progress: u in [0, 1]; the remaining noise with the preset `comfyui-node`.
         kl_cap: Budget of the KL divergence in nats.
         seconds: Wall time of the artefact.
-        effect: Root mean square of what SWS changes in the prediction, relative to the prediction's.
-        error: Largest difference of the artefact to the reference, relative to the largest value; None
-            where it was not compared.
-        sites: Figures by the path of the attention module.
-        states: Transports by the name of the state, [145, H, W], entry j of token (y, x) its share at
-            (y, x) + `diamond_offsets(8)[j]`.
+        effect: Root mean square change of the prediction by SWS, relative to that of the prediction.
+        error: Largest difference from the reference, relative to the largest value; None if it was not
+            compared.
+        sites: Metrics by the path of the attention module.
+        states: Transport by the name of the state, [145, H, W]; entry j at (y, x) is the share of token
+            (y, x) at (y, x) + `diamond_offsets(8)[j]`.
     """
 
     sigma: float
@@ -66,24 +68,24 @@ class StepMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """A sampling run looked into.
+    """A sampling run with the metrics of its steps.
 
     Attributes:
         manifest: Of the artefact.
-        artefact: Its name.
+        artefact: Its file name.
         intensity: Strength of SWS.
         sizes: batch, height, width (latent) and tokens.
-        text: What the text embeddings were, in words.
-        told_by: `artefact` where it gives out the figures of its sites, else `reference`.
-        tokens: Places of the picture whose transport is drawn, (down, right) in [0, 1], by their names.
+        text: Description of the text embeddings.
+        metrics_source: `artefact` if it has debug outputs, otherwise `reference`.
+        tokens: Positions (down, right) in [0, 1] of the tokens whose transport is drawn, by their labels.
         steps: First to last.
     """
 
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     artefact: str
     intensity: float
     sizes: Mapping[str, int]
     text: str
-    told_by: str
+    metrics_source: str
     tokens: Mapping[str, tuple[float, float]]
     steps: tuple[StepMetrics, ...]

@@ -1,4 +1,4 @@
-"""The page of `report`: HTML with its styles and pictures inside."""
+"""The report as one HTML page, with its styles and images embedded."""
 
 import html
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from sws_export.report.tables import (
 )
 
 _SHOWN_STEPS = 4
-_MOST_TICKS = 6
+_MAX_TICKS = 6
 
 _Value = Callable[[SiteMetrics, StepMetrics], float]
 _MAPS: tuple[tuple[str, str, str, _Value], ...] = (
     (
         "Keys mixed, α<sub>k</sub>",
-        "Share of each key that comes from its neighbourhood. None where u is u_stop or more.",
+        "Share of each key that comes from its neighbourhood. 0 if u is at least u_stop.",
         ".1%",
         lambda site, _: site.alpha_k,
     ),
@@ -38,25 +38,25 @@ _MAPS: tuple[tuple[str, str, str, _Value], ...] = (
     ),
     (
         "KL divergence, share of its cap",
-        "How far mixing the keys moves the attention, against what the step allows. At 100 % the cap binds.",
+        "Change of the attention by key mixing, relative to the cap of the step.",
         ".1%",
         lambda site, step: site.kl / step.kl_cap,
     ),
     (
         "Entropy, nats",
-        "Mean over the rows of plain attention: low where each token looks at few others.",
+        "Mean over the rows of plain attention: low if each token attends to few others.",
         ".2f",
         lambda site, _: site.entropy_mean,
     ),
     (
-        "Lowest and highest entropy, nats apart",
-        "Between the row that looks at fewest tokens and the one that looks at most.",
+        "Range of the entropy, nats",
+        "Largest minus smallest entropy of a row.",
         ".2f",
         lambda site, _: site.entropy_max - site.entropy_min,
     ),
     (
         "Uncertainty",
-        "Where the mean entropy lies between the lowest and the highest. Mixing is in proportion to it.",
+        "Position of the mean entropy between the smallest and the largest. Mixing is proportional to it.",
         ".2f",
         lambda site, _: site.uncertainty,
     ),
@@ -86,8 +86,8 @@ def _facts(explanation: Explanation) -> str:
     manifest, sizes = explanation.manifest, explanation.sizes
     source = manifest["source"]
     entries = {
-        "model": f"{source['file']} ({source.get('family') or 'no known family'})",
-        "preset": manifest.get("preset") or "sws",
+        "model": f"{source['file']} ({source.get('family') or 'unknown family'})",
+        "preset": str(manifest["preset"]),
         "precision": manifest["precision"],
         "intensity": f"{explanation.intensity:g}",
         "sites": str(len(explanation.steps[0].sites)),
@@ -99,20 +99,22 @@ def _facts(explanation: Explanation) -> str:
 
 
 def _highlights(explanation: Explanation) -> str:
-    """The few numbers that one looks for first, and where they are from."""
+    """The most important numbers, with the site and step of each."""
     steps = explanation.steps
     effect = max(range(len(steps)), key=lambda index: steps[index].effect)
     entries = [
-        ("keys mixed, at most", *_peak(explanation, lambda site, _: site.alpha_k)),
-        ("values mixed, at most", *_peak(explanation, lambda site, _: site.a_v)),
-        ("of the KL cap used, at most", *_peak(explanation, lambda site, step: site.kl / step.kl_cap)),
-        ("of the prediction changed, at most", f"{steps[effect].effect:.2%}", f"step {effect + 1}"),
+        ("largest key mixing", *_peak(explanation, lambda site, _: site.alpha_k)),
+        ("largest value mixing", *_peak(explanation, lambda site, _: site.a_v)),
+        ("largest share of the KL cap", *_peak(explanation, lambda site, step: site.kl / step.kl_cap)),
+        ("largest change of the prediction", f"{steps[effect].effect:.2%}", f"step {effect + 1}"),
     ]
     errors = [step.error for step in steps if step.error is not None]
     if errors:
-        entries.append(("off the reference, at most", f"{max(errors):.1e}", "of the largest value"))
+        entries.append(
+            ("largest error", f"{max(errors):.1e}", "against the reference, relative to the largest value")
+        )
     typical = float(np.median([step.seconds for step in steps]))
-    entries.append(("a step", duration(typical), "median, on this machine"))
+    entries.append(("time of a step", duration(typical), "median, on this machine"))
     return "".join(
         f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd><dd>{html.escape(where)}</dd></div>"
         for name, value, where in entries
@@ -131,9 +133,9 @@ def _peak(explanation: Explanation, value: _Value) -> tuple[str, str]:
 
 
 def _ticks(explanation: Explanation) -> list[str]:
-    """Noise levels of a few steps, as text; nothing at the others."""
+    """Labels of the horizontal axis: the noise level of some steps, empty for the others."""
     count = len(explanation.steps)
-    shown = {round(place) for place in np.linspace(0, count - 1, min(_MOST_TICKS, count))}
+    shown = {round(position) for position in np.linspace(0, count - 1, min(_MAX_TICKS, count))}
     return [f"{step.sigma:.2g}" if index in shown else "" for index, step in enumerate(explanation.steps)]
 
 
@@ -147,30 +149,30 @@ def _charts(explanation: Explanation) -> str:
     charts = [
         (
             "Effect",
-            "What SWS changes in the prediction, root mean square, relative to it.",
+            "Root mean square change of the prediction by SWS, relative to the prediction.",
             {"effect": [step.effect for step in steps]},
             ".2%",
         ),
         (
             "KL divergence, nats",
-            "The most divergent site and the mean of all, below what is allowed.",
+            "The site with the largest divergence and the mean of all sites, below the cap.",
             {
                 "cap": [step.kl_cap for step in steps],
-                "highest site": [max(values) for values in divergences],
+                "largest": [max(values) for values in divergences],
                 "mean": [float(np.mean(values)) for values in divergences],
             },
             ".3f",
         ),
         (
-            "Mixing, largest of the sites",
-            "Keys are left alone where u is u_stop or more, values are not.",
+            "Largest mixing of a site",
+            "Keys are not mixed if u is at least u_stop; values are.",
             {
                 "keys": [max(site.alpha_k for site in step.sites.values()) for step in steps],
                 "values": [max(site.a_v for site in step.sites.values()) for step in steps],
             },
             ".0%",
         ),
-        ("State norms", "Of the transport of each grid: low where tokens are sent far.", norms, ".1f"),
+        ("State norms", "Norm of the transport of each grid: low if tokens are spread widely.", norms, ".1f"),
     ]
     return "".join(
         figure(title, meaning, line_chart(series, ticks, unit)) for title, meaning, series, unit in charts
@@ -178,11 +180,11 @@ def _charts(explanation: Explanation) -> str:
 
 
 def _source(explanation: Explanation) -> str:
-    if explanation.told_by == "artefact":
-        return "The figures are the artefact's own, by its debug outputs."
+    if explanation.metrics_source == "artefact":
+        return "The metrics are debug outputs of the artefact."
     return (
-        "The figures are those of the eager reference on the artefact's inputs; the column <i>error</i> "
-        "below says how far the artefact is from it."
+        "The metrics are those of the eager reference for the same inputs; the column <i>error</i> below is "
+        "the difference of the artefact from it."
     )
 
 
@@ -200,7 +202,7 @@ def _map(explanation: Explanation, title: str, meaning: str, unit: str, value: _
 
 
 def _site_numbers(explanation: Explanation) -> str:
-    """What the maps show, as numbers, folded away."""
+    """The values of the maps as tables."""
     head = ["site", *(str(number) for number in range(1, len(explanation.steps) + 1))]
     parts = []
     for title, _, unit, value in _MAPS:
@@ -213,18 +215,20 @@ def _site_numbers(explanation: Explanation) -> str:
 
 
 def _transports(explanation: Explanation, name: str) -> str:
-    """Where chosen tokens of a grid are sent, at a few steps."""
+    """Transport of the selected tokens of a grid, at some steps."""
     steps = explanation.steps
-    shown = sorted({round(place) for place in np.linspace(0, len(steps) - 1, min(_SHOWN_STEPS, len(steps)))})
+    shown = sorted(
+        {round(position) for position in np.linspace(0, len(steps) - 1, min(_SHOWN_STEPS, len(steps)))}
+    )
     height, width = steps[0].states[name].shape[1:]
-    places: dict[tuple[int, int], str] = {}
+    positions: dict[tuple[int, int], str] = {}
     for label, (down, right) in explanation.tokens.items():
         token = min(int(down * height), height - 1), min(int(right * width), width - 1)
-        # On a coarse grid, or the single row of the text, several places may be one token.
-        places.setdefault(token, label)
+        # On a coarse grid, or the single row of the text, several positions may be the same token.
+        positions.setdefault(token, label)
     rows = [
         (label, [spread(steps[index].states[name], *token) for index in shown])
-        for token, label in places.items()
+        for token, label in positions.items()
     ]
     largest = max(float(shares.max()) for _, drawn in rows for shares in drawn)
     head = "".join(f'<th scope="col">step {index + 1}<br>σ {steps[index].sigma:.2g}</th>' for index in shown)
@@ -236,4 +240,4 @@ def _transports(explanation: Explanation, name: str) -> str:
     )
     content = f'<table class="pictures"><tr><th></th>{head}</tr>{body}</table>'
     title = f"{html.escape(name.removeprefix('sws_state_'))}: {height} × {width} tokens"
-    return figure(title, "", content, note=f"strongest: {largest:.2f}")
+    return figure(title, "", content, note=f"maximum: {largest:.2f}")

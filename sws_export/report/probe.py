@@ -1,4 +1,4 @@
-"""Looks into the sites of a running artefact, by its own outputs or by the eager reference beside it."""
+"""Measurement of the steps of an artefact, and of the eager reference for the same inputs."""
 
 import time
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from sws_export.validation.trajectory import TrajectoryStep
 
 
 class Probe:
-    """The artefact with SWS and without on the same inputs, and the reference beside it."""
+    """Runs the artefact with and without SWS, and the reference if there is one, on the same inputs."""
 
     def __init__(self, session: Session, reference: "Reference | None", intensity: float) -> None:
         self._stream, self._plain = session.stream(), session.stream()
@@ -30,10 +30,10 @@ class Probe:
         self._reference = reference
         self._intensity = intensity
 
-    def look(
+    def measure(
         self, step: TrajectoryStep, inputs: Mapping[str, Any]
     ) -> tuple[StepMetrics, npt.NDArray[np.float64]]:
-        """Figures of one step, and the artefact's prediction in float64."""
+        """Metrics of one step, and the artefact's prediction in float64."""
         begin = time.perf_counter()
         found = self._stream.step(**inputs, sigma=step.sigma, intensity=self._intensity).astype(np.float64)
         seconds = time.perf_counter() - begin
@@ -42,23 +42,23 @@ class Probe:
         error: float | None = None
         sites: dict[str, SiteMetrics] = {}
         if self._reference is not None:
-            expected, sites = self._reference.look(step, inputs)
+            expected, sites = self._reference.step(step, inputs)
             error = float(np.abs(found - expected).max() / np.abs(expected).max())
         u, kappa = self._preset.schedule(step.sigma, self._intensity, self._parameters)
-        figures = StepMetrics(
+        metrics = StepMetrics(
             sigma=float(step.sigma[0]),
             progress=u,
             kl_cap=kappa,
             seconds=seconds,
             effect=float(np.sqrt(np.square(found - plain).mean() / np.square(plain).mean())),
             error=error,
-            sites=self._told() if self._contract.metrics else sites,
+            sites=self._site_metrics() if self._contract.metrics else sites,
             states={name: self._preset.banded_state(values) for name, values in self._stream.state().items()},
         )
-        return figures, found
+        return metrics, found
 
-    def _told(self) -> dict[str, SiteMetrics]:
-        """Figures that the artefact gives, by site."""
+    def _site_metrics(self) -> dict[str, SiteMetrics]:
+        """The debug outputs of the artefact by site."""
         columns = self._stream.metrics()
         del columns["kl_cap"]
         return {
@@ -80,7 +80,7 @@ def method_of(contract: Contract) -> tuple[Preset, SwsParameters]:
 
 
 class Reference:
-    """The eager reference with a state of its own."""
+    """The eager reference with its own state."""
 
     def __init__(self, model: Path, contract: Contract, intensity: float, progress: Progress) -> None:
         preset, parameters = method_of(contract)
@@ -90,8 +90,8 @@ class Reference:
         self._intensity = intensity
         self._state: dict[str, Any] | None = None
 
-    def look(self, step: TrajectoryStep, inputs: Mapping[str, Any]) -> tuple[Floats, dict[str, SiteMetrics]]:
-        """The prediction of one step, and the figures of all sites."""
+    def step(self, step: TrajectoryStep, inputs: Mapping[str, Any]) -> tuple[Floats, dict[str, SiteMetrics]]:
+        """The prediction of one step, and the metrics of all sites."""
         import torch
 
         from sws_export.checkpoint.unet_module import unet_arguments
@@ -117,7 +117,7 @@ def _site_metrics(record: Any) -> SiteMetrics:
 
 
 def _load_checked(model: Path, recorded: SourceEntry, progress: Progress) -> Any:
-    """The UNet in float32, if it is the one the artefact was made from."""
+    """The UNet in float32, after a check that the artefact was exported from it."""
     import torch
 
     from sws_export.checkpoint import open_checkpoint, verify_weights
@@ -125,8 +125,8 @@ def _load_checked(model: Path, recorded: SourceEntry, progress: Progress) -> Any
 
     if recorded.get("loras"):
         raise OptionError(
-            f"{recorded['file']} was exported with LoRA weights fused, which the reference of the report has "
-            "not; leave the checkpoint away and export with --debug-outputs, or export without --lora"
+            f"{recorded['file']} was exported with fused LoRA weights, which the reference of the report "
+            "does not have; leave out the checkpoint and export with --debug-outputs, or export without --lora"
         )
     checkpoint = open_checkpoint(model)
     if recorded["kind"] == "checkpoint":

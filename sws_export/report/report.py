@@ -1,4 +1,4 @@
-"""What SWS does in a model, step by step and site by site, as one HTML page."""
+"""The effect of SWS at each step and site of a model, as one HTML page."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session
 from sws_export.validation.trajectory import Trajectory
 
 TOKENS = {"centre": (0.5, 0.5), "edge": (0.0, 0.5), "corner": (0.0, 0.0)}
-"""Places whose transport is drawn: down and right, as shares of the picture."""
+"""Default positions of tokens whose transport is drawn: (down, right), as fractions of the image."""
 
 _TEXT_TOKENS = 8
 _GRIDS_PER_SIDE = 4
 _LARGEST_SIDE = 32
-# Every Stable Diffusion UNet halves the latent three times or less.
+# Every Stable Diffusion UNet halves the latent three times or fewer.
 _MULTIPLE = 8
 
 
@@ -39,27 +39,27 @@ def write_report(
     tokens: Mapping[str, tuple[float, float]] = TOKENS,
     progress: Progress | None = None,
 ) -> Explanation:
-    """Sample with the artefact, look into every site, and write a page.
+    """Sample with the artefact, collect the metrics of every site, and write a page.
 
-    The figures of the sites are the artefact's own where it was exported with `--debug-outputs`; else they
-    are those of the eager reference on the same inputs, and the page says how far the two are apart.
+    The metrics are debug outputs of the artefact if it was exported with `--debug-outputs`, otherwise those
+    of the eager reference for the same inputs.
 
     Args:
-        artefact: What `sws-export` wrote.
-        model: The checkpoint that it was exported from; may be None for an artefact with debug outputs,
-            which is compared with nothing then.
-        out: The HTML file; it needs no other file.
-        steps: Steps from sigma 14 to 0.3.
+        artefact: `.onnx`, `.plan` or `.engine`.
+        model: The checkpoint that it was exported from, for the comparison with the reference; may be None if
+            the artefact has debug outputs.
+        out: The HTML file, which is self-contained.
+        steps: Number of steps, from sigma 14 to 0.3.
         intensity: Strength of SWS.
-        encoder_hidden_states: Text embeddings [1, L, X]; random ones where None.
-        height: Of the latent; None takes the best of an engine's profile, else at most 32.
-        width: Of the latent.
-        tokens: Places whose transport is drawn, by the names that the page gives them.
-        progress: Hears of the steps.
+        encoder_hidden_states: Text embeddings [1, L, X]; random if None.
+        height: Height of the latent; None is the optimum of an engine's profile, otherwise at most 32.
+        width: Width of the latent, as `height`.
+        tokens: Positions of the tokens whose transport is drawn, by their labels.
+        progress: Receives the steps.
 
     Raises:
-        SwsExportError: A file cannot be read or written, the checkpoint is another one, or a value is out of
-            range.
+        SwsExportError: A file cannot be read or written, the artefact was exported from another checkpoint,
+            or a value is out of range.
     """
     if steps < 2:
         raise OptionError(f"steps {steps} is out of range; at least 2 are needed")
@@ -74,21 +74,21 @@ def write_report(
     method_of(contract)
     if model is None and not contract.metrics:
         raise OptionError(
-            f"{artefact} does not tell what its sites do: name the checkpoint that it was exported from, or "
-            "export it again with --debug-outputs"
+            f"{artefact} has no site metrics among its outputs: give the checkpoint that it was exported "
+            "from, or export it again with --debug-outputs"
         )
     reference = Reference(model, contract, intensity, progress) if model is not None else None
     sizes = _sizes(contract, height, width, encoder_hidden_states)
-    figures = _sample(session, reference, sizes, steps, intensity, encoder_hidden_states, progress)
+    measured = _sample(session, reference, sizes, steps, intensity, encoder_hidden_states, progress)
     explanation = Explanation(
         manifest=contract.manifest,
         artefact=artefact.name,
         intensity=intensity,
         sizes=sizes,
-        text="random text embeddings" if encoder_hidden_states is None else "text embeddings of the caller",
-        told_by="artefact" if contract.metrics else "reference",
+        text="random text embeddings" if encoder_hidden_states is None else "given text embeddings",
+        metrics_source="artefact" if contract.metrics else "reference",
         tokens=tokens,
-        steps=figures,
+        steps=measured,
     )
     with staged_directory(out) as scratch:
         page = scratch / out.name
@@ -98,11 +98,11 @@ def write_report(
 
 
 def _sizes(contract: Contract, height: int | None, width: int | None, text: Floats | None) -> dict[str, int]:
-    """The sizes to sample at: what the graph is fixed to, what was asked for, what suits."""
-    return _open_sizes(contract, height, width, text) | contract.fixed_sizes
+    """The sizes to sample at: static ones, then those of the arguments, then defaults."""
+    return _dynamic_sizes(contract, height, width, text) | contract.fixed_sizes
 
 
-def _open_sizes(
+def _dynamic_sizes(
     contract: Contract, height: int | None, width: int | None, text: Floats | None
 ) -> dict[str, int]:
     tokens = _TEXT_TOKENS if text is None else text.shape[1]
@@ -131,14 +131,14 @@ def _sample(
     specs = [spec for spec in session.contract.inputs if spec.name not in ("sigma", "intensity")]
     trajectory = Trajectory(specs, sizes, steps)
     probe = Probe(session, reference, intensity)
-    figures = []
+    measured = []
     with progress.stage("report", total=steps) as stage:
         for step in trajectory.steps():
             inputs = trajectory.inputs(step)
             if text is not None:
                 inputs["encoder_hidden_states"] = np.asarray(text)
-            found, prediction = probe.look(step, inputs)
-            figures.append(found)
+            found, prediction = probe.measure(step, inputs)
+            measured.append(found)
             trajectory.advance(step, prediction)
             stage.advance()
-    return tuple(figures)
+    return tuple(measured)

@@ -6,10 +6,10 @@ _BLOCKS = ("down", "mid", "up")
 
 
 def site_labels(paths: Iterable[str]) -> dict[str, str]:
-    """A short name of each site, from the way down to the way up.
+    """A short, unique name of each site, in the order down, mid, up.
 
-    `down_blocks.1.attentions.0.transformer_blocks.0.attn1` is `down 1 · 0 · 0`, its `attn2` ends in `text`;
-    numbers at the end that tell no two sites apart are left out.
+    `down_blocks.1.attentions.0.transformer_blocks.0.attn1` is `down 1 · 0 · 0`, and its `attn2` has the
+    suffix `text`. Trailing numbers are dropped if the names stay unique.
     """
     sites = {path: _parts(path) for path in paths}
     ordered = sorted(sites, key=lambda path: (_BLOCKS.index(sites[path][0]), *sites[path][1:]))
@@ -22,7 +22,7 @@ def site_labels(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _parts(path: str) -> tuple[str, list[int], str]:
-    """The block, the numbers on the way to the site, and whose keys it has."""
+    """The block, the indices in the path, and `text` for cross-attention."""
     block, *rest, attention = path.split(".")
     numbers = [int(part) for part in rest if part.isdigit()]
     return block.split("_")[0], numbers, "text" if attention == "attn2" else ""

@@ -1,7 +1,7 @@
 """Tables and lists of a report."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -18,12 +18,12 @@ def definitions(entries: Mapping[str, str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a reader wants them."""
+    """Seconds, or milliseconds below one second."""
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def steps_table(explanation: Explanation) -> str:
-    """A row a step, of the run that was looked into."""
+    """One row per step."""
     compared = explanation.steps[0].error is not None
     rows = []
     for index, step in enumerate(explanation.steps, start=1):
@@ -42,17 +42,15 @@ def steps_table(explanation: Explanation) -> str:
             ]
         )
     norms = [f"norm {name.removeprefix('sws_state_')}" for name in explanation.steps[0].states]
-    head = ["step", "σ", "u", "KL cap", "effect", *norms, "row sums off by"]
+    head = ["step", "σ", "u", "KL cap", "effect", *norms, "error of row sums"]
     return table([*head, *(["error"] if compared else []), "time"], rows)
 
 
 def validation_table(explanation: Explanation) -> str:
-    """How far each output was from the reference when the artefact was exported."""
+    """Difference of each output from the reference, measured at the export."""
     validation = explanation.manifest.get("validation")
     if validation is None:
-        return (
-            "<p>Not known: it is in the manifest beside what was exported, which is not beside this file.</p>"
-        )
+        return "<p>Unknown: the manifest was not found beside the artefact.</p>"
     if not validation.get("outputs"):
         return "<p>The export was not validated.</p>"
     rows = [
@@ -75,22 +73,21 @@ def validation_table(explanation: Explanation) -> str:
 
 
 def stages_table(explanation: Explanation) -> str:
-    """Time and memory of each stage of the export."""
-    stages: Sequence[Mapping[str, float]] = explanation.manifest.get("stages", ())
+    """Time and peak memory of each stage of the export."""
+    stages = explanation.manifest.get("stages", [])
     if not stages:
-        return (
-            "<p>Not known: it is in the manifest beside what was exported, which is not beside this file.</p>"
-        )
+        return "<p>Unknown: the manifest was not found beside the artefact.</p>"
     rows = [[str(s["name"]), f"{s['seconds']:.1f} s", f"{s['peak_memory'] / 1e9:.2f} GB"] for s in stages]
     return table(["stage", "time", "peak memory"], rows)
 
 
 def parameters_list(explanation: Explanation) -> str:
-    """What SWS was exported with."""
-    values = explanation.manifest["sws"]
+    """Parameters of SWS."""
+    values = explanation.manifest["sws"] or {}
     shown = {
         name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         for name, value in values.items()
     }
     guard = explanation.manifest["guard"]
-    return definitions({**shown, "guard": guard["form"], "guard rows": guard["rows"]})
+    shown |= {"guard": guard["form"], "guard rows": guard["rows"]} if guard else {}
+    return definitions(shown)

@@ -1,4 +1,4 @@
-"""What a session asks of the library that runs an artefact."""
+"""The interface of the libraries that run artefacts."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -6,34 +6,35 @@ from typing import Protocol
 from sws_export.runtime.inputs import Array
 
 StateShapes = Mapping[str, tuple[int, ...]]
+"""Shape of each state, by the name of its input."""
 
 
 class Loop(Protocol):
-    """One stream's place in device memory: two sets of state buffers that are used in turn.
+    """The device memory of one stream: two sets of state buffers, used alternately.
 
-    Of the two sets one is current: a run reads it, writes the other, and makes that one current only when it
-    has succeeded. Nothing is copied from step to step.
+    A step reads the current set and writes the other one, which becomes the current one if the step succeeds.
+    Nothing is copied from step to step.
     """
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Run one step and write the outputs, the states left out, into these arrays in host memory."""
+        """Run one step and write its outputs, states excluded, into these arrays in host memory."""
 
     def read(self, name: str) -> Array:
-        """A copy of the current state called `name`, float32, in host memory."""
+        """A copy of a current state in host memory, float32."""
 
     def write(self, name: str, values: Array) -> None:
-        """Replace the current state called `name`."""
+        """Replace a current state."""
 
 
-class Backend(Protocol):
-    """A loaded artefact: weights, shared by any number of loops."""
+class RuntimeBackend(Protocol):
+    """An artefact loaded in a library; any number of loops share its weights."""
 
     device: str
-    """Where it runs: `cpu` or `cuda`."""
+    """`cpu` or `cuda`."""
 
     def loop(self, states: StateShapes) -> Loop:
-        """Buffers for one stream, all zero, of the shapes given by the names of the state inputs.
+        """Buffers for one stream, all zero.
 
         Raises:
-            EngineError: The device has no memory left.
+            EngineError: The device has too little memory.
         """

@@ -1,7 +1,7 @@
-"""The few calls of NVIDIA's driver that a session needs, without torch or a CUDA toolkit.
+"""The calls of the CUDA driver API that a session needs, without torch or a CUDA toolkit.
 
-Names and meaning are those of the CUDA driver API (docs.nvidia.com/cuda/cuda-driver-api). Not run in this
-project's tests, which have no GPU; they run the sessions above it on a device of host memory.
+Names and meaning are those of docs.nvidia.com/cuda/cuda-driver-api. Not run in this project's tests, which
+have no GPU; they run sessions on a fake device in host memory.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from sws_export.engines.gpu import load_driver
 from sws_export.errors import EngineError
 from sws_export.runtime.inputs import Array
 
@@ -19,7 +20,7 @@ _CAPTURE_THREAD_LOCAL = 1
 
 
 class Memory:
-    """Device memory, given back when this object goes."""
+    """Device memory, freed with this object."""
 
     def __init__(self, address: int, free: Callable[[int], None]) -> None:
         self.address = address
@@ -27,9 +28,9 @@ class Memory:
 
 
 class CudaDevice:
-    """The first GPU of this machine, by way of its primary context, which torch and TensorRT share.
+    """The first GPU of this machine, through its primary context, which torch and TensorRT use too.
 
-    May be used from several threads.
+    Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -39,14 +40,14 @@ class CudaDevice:
             EngineError: There is no driver or no GPU.
         """
         try:
-            self._driver = ctypes.CDLL("libcuda.so.1")
+            self._driver = load_driver()
             self._call("cuInit", 0)
             device = ctypes.c_int()
             self._call("cuDeviceGet", ctypes.byref(device), 0)
         except (OSError, EngineError) as error:
             raise EngineError(
                 f"an engine runs on an NVIDIA GPU with its driver, and none was found ({error}); check with "
-                "nvidia-smi, or load the .onnx graph, which --keep-onnx leaves beside the engine"
+                "nvidia-smi, or load the .onnx graph, which --keep-onnx writes beside the engine"
             ) from error
         major, minor = (self._attribute(device, code) for code in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR))
         self.capability = f"{major}.{minor}"
@@ -57,21 +58,21 @@ class CudaDevice:
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
 
     def activate(self) -> None:
-        """Make the GPU the current one of the calling thread, as TensorRT expects it."""
+        """Make the context current in the calling thread, which TensorRT requires."""
         self._call("cuCtxSetCurrent", self._context)
 
     def stream(self) -> int:
-        """Handle of a new stream; it lives as long as the process."""
+        """Handle of a new stream, which is never destroyed."""
         self.activate()
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         return int(stream.value or 0)
 
     def allocate(self, nbytes: int) -> Memory:
-        """Uninitialised memory.
+        """Uninitialized memory.
 
         Raises:
-            EngineError: The GPU has none left.
+            EngineError: The GPU has too little memory.
         """
         self.activate()
         address = ctypes.c_uint64()
@@ -80,7 +81,7 @@ class CudaDevice:
         return Memory(address.value, self._free)
 
     def zero(self, memory: Memory, nbytes: int, stream: int) -> None:
-        """Set `nbytes` bytes to zero, in the order of `stream`."""
+        """Set `nbytes` bytes to zero, asynchronously in `stream`."""
         self._call(
             "cuMemsetD8Async",
             ctypes.c_uint64(memory.address),
@@ -90,7 +91,7 @@ class CudaDevice:
         )
 
     def upload(self, memory: Memory, array: Array, stream: int) -> None:
-        """Copy a contiguous host array to the device, in the order of `stream`."""
+        """Copy a contiguous host array to the device, asynchronously in `stream`."""
         self._call(
             "cuMemcpyHtoDAsync_v2",
             ctypes.c_uint64(memory.address),
@@ -100,7 +101,7 @@ class CudaDevice:
         )
 
     def download(self, array: Array, memory: Memory, stream: int) -> None:
-        """Copy device memory into a contiguous host array, in the order of `stream`."""
+        """Copy device memory to a contiguous host array, asynchronously in `stream`."""
         self._call(
             "cuMemcpyDtoHAsync_v2",
             ctypes.c_void_p(array.ctypes.data),
@@ -110,13 +111,13 @@ class CudaDevice:
         )
 
     def synchronize(self, stream: int) -> None:
-        """Wait until everything in `stream` is done."""
+        """Wait for all work in `stream`."""
         self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """Record what `enqueue` puts into `stream` as a CUDA graph; returns what launches it there.
+        """Capture the work that `enqueue` adds to `stream` as a CUDA graph; returns the function to launch.
 
-        The graph has the addresses of the recording in it: it must be recorded anew when a buffer moves.
+        The graph contains the addresses of its buffers and is invalid when a buffer is replaced.
         """
         handle, graph, executable = ctypes.c_void_p(stream), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", handle, _CAPTURE_THREAD_LOCAL)
@@ -139,7 +140,7 @@ class CudaDevice:
         return value.value
 
     def _free(self, address: int) -> None:
-        # At the end of the process the driver may be gone before the last buffer: nothing is left to free.
+        # Errors are ignored: at the end of the process the driver may be shut down before the last buffer.
         self._driver.cuCtxSetCurrent(self._context)
         self._driver.cuMemFree_v2(ctypes.c_uint64(address))
 
@@ -149,9 +150,9 @@ class CudaDevice:
             return
         if code == _OUT_OF_MEMORY:
             raise EngineError(
-                "the GPU has no memory left; close other programs on it, use fewer streams, or build the "
+                "the GPU has too little memory; close other programs on it, use fewer streams, or build the "
                 "engine for smaller sizes"
             )
         text = ctypes.c_char_p()
         self._driver.cuGetErrorName(code, ctypes.byref(text))
-        raise EngineError(f"the NVIDIA driver refused {name}: {(text.value or b'unknown error').decode()}")
+        raise EngineError(f"the NVIDIA driver failed in {name}: {(text.value or b'unknown error').decode()}")

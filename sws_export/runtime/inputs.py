@@ -1,4 +1,4 @@
-"""From what a caller has, numpy arrays, torch tensors or numbers, to the arrays a graph takes."""
+"""Conversion of numpy arrays, torch tensors and numbers to the inputs of a graph."""
 
 import importlib
 from collections.abc import Mapping
@@ -17,28 +17,28 @@ Array = npt.NDArray[Any]
 _RANGES = {"sigma": (np.finfo(np.float32).tiny, np.finfo(np.float32).max), "intensity": (0.0, 1.0)}
 
 
-def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, int]]:
-    """The inputs of one step as contiguous arrays of the graph's dtypes, and the sizes they imply.
+def prepare_inputs(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, int]]:
+    """The inputs of one step as contiguous arrays with the dtypes of the graph, and their sizes.
 
-    Numbers, and arrays without dimensions, stand for the same value in every sample of the batch. Residuals
-    of a ControlNet that are not given are zero.
+    A number, or an array without dimensions, is repeated for every sample of the batch. ControlNet residuals
+    that are not given are zero.
 
     Args:
-        contract: What the artefact takes.
-        given: Inputs by name; None counts as not given.
+        contract: Of the artefact.
+        given: Inputs by name; None means not given.
 
     Returns:
-        The arrays, and `batch`, `height`, `width` and `tokens` as far as the inputs have them.
+        The arrays, and those of `batch`, `height`, `width` and `tokens` that the inputs have.
 
     Raises:
-        StepError: An input is missing, unknown, of a wrong shape, out of range, outside the profile, or
-            differs within a batch that must share it.
+        StepError: An input is missing, unknown, has a wrong shape, is out of range or outside the profile, or
+            is not the same for the whole batch if it must be.
     """
     present = {name: value for name, value in given.items() if value is not None}
     _check_names(contract, present)
     arrays: dict[str, Array] = {}
     sizes = contract.fixed_sizes
-    # The sample first: it tells the batch that numbers are repeated for.
+    # The sample first: it determines the batch that numbers are repeated for.
     for spec in sorted(contract.inputs, key=lambda spec: spec.name != "sample"):
         if spec.name not in present:
             arrays[spec.name] = np.zeros(concrete_shape(spec, sizes), numpy_dtype(spec.dtype))
@@ -46,7 +46,7 @@ def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Arr
         value = to_numpy(present[spec.name])
         if value.ndim == 0 and len(spec.shape) == 1:
             value = np.full(concrete_shape(spec, sizes), value)
-        _take_sizes(spec, value, sizes)
+        _check_shape(spec, value, sizes)
         arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
         _check_range(spec, arrays[spec.name])
         if spec.name in contract.shared_inputs:
@@ -58,10 +58,10 @@ def prepare(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Arr
 
 
 def state_shapes(contract: Contract, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Shape of each state for inputs of the sizes given.
+    """Shape of each state for inputs with these sizes.
 
     Raises:
-        StepError: Height or width is not a multiple of what the UNet halves them to.
+        StepError: The latent's height or width is not divisible by the downsampling of a state.
     """
     try:
         return {pair.spec.name: concrete_shape(pair.spec, sizes) for pair in contract.states}
@@ -70,17 +70,17 @@ def state_shapes(contract: Contract, sizes: Mapping[str, int]) -> dict[str, tupl
 
 
 def is_residual(name: str) -> bool:
-    """Whether an input is a ControlNet's, which may be left out and is zero then."""
+    """Whether an input is a ControlNet residual, which is optional and zero by default."""
     return name.startswith(DOWN_RESIDUAL) or name == MID_RESIDUAL
 
 
 def is_tensor(value: object) -> TypeGuard[Any]:
-    """Whether `value` is a torch tensor; torch is not imported for it."""
+    """Whether `value` is a torch tensor; does not import torch."""
     return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach")
 
 
 def to_numpy(value: Any) -> Array:
-    """`value` in host memory; bfloat16 tensors become float32, which holds each of their values."""
+    """`value` in host memory; bfloat16 tensors become float32, which is exact."""
     if not is_tensor(value):
         return np.asarray(value)
     value = value.detach()
@@ -89,8 +89,8 @@ def to_numpy(value: Any) -> Array:
     return np.asarray(value.cpu().numpy())
 
 
-def like(array: Array, example: Any) -> Any:
-    """`array` as `example` is: a torch tensor of its device and dtype, or a numpy array."""
+def convert_like(array: Array, example: Any) -> Any:
+    """`array` as a torch tensor with the device and dtype of `example` if that is one, else unchanged."""
     if not is_tensor(example):
         return array
     import torch
@@ -100,9 +100,9 @@ def like(array: Array, example: Any) -> Any:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype called `name` in a manifest."""
+    """The numpy dtype of a dtype name in a manifest."""
     if name == "bfloat16":
-        # Importing it teaches numpy the name.
+        # The import registers the dtype with numpy.
         importlib.import_module("ml_dtypes")
     return np.dtype(name)
 
@@ -119,31 +119,31 @@ def _check_names(contract: Contract, present: Mapping[str, Any]) -> None:
         )
 
 
-def _take_sizes(spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
-    """Check the shape of `value` and note the sizes that it is the first to tell."""
+def _check_shape(spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
+    """Check the shape of `value`, and add the sizes that are not in `sizes` yet."""
     if value.ndim != len(spec.shape):
         raise StepError(
             f"input {spec.name}: expected {_shape_text(spec)}, found an array of shape {list(value.shape)}"
         )
     for axis, (expected, found) in enumerate(zip(spec.shape, value.shape, strict=True)):
         name, _, divisor = str(expected).partition("/")
-        wanted, reason = expected, ""
+        required, reason = expected, ""
         if isinstance(expected, str):
-            wanted = sizes.setdefault(name, found) // int(divisor or 1)
-            reason = f" ({expected}, as in the inputs before it)"
-        if found != wanted:
+            required = sizes.setdefault(name, found) // int(divisor or 1)
+            reason = f" ({expected}, as in the inputs before)"
+        if found != required:
             raise StepError(
-                f"input {spec.name}: dimension {axis} is {found}, expected {wanted}{reason}; "
-                f"the input is {_shape_text(spec)}{_how_fixed(spec, axis)}"
+                f"input {spec.name}: dimension {axis} is {found}, expected {required}{reason}; "
+                f"the input is {_shape_text(spec)}{_static_size_hint(spec, axis)}"
             )
 
 
-def _how_fixed(spec: TensorSpec, axis: int) -> str:
-    """What to do where a size was fixed by the export; of channels there is no choice."""
+def _static_size_hint(spec: TensorSpec, axis: int) -> str:
+    """How to change a size that is static in the graph; empty for dimensions such as channels."""
     option = next((name for name, place in SIZE_AXES.items() if place == (spec.name, axis)), None)
     if option is None or isinstance(spec.shape[axis], str):
         return ""
-    return f"; the size was fixed by the export: export again with another --{option}"
+    return f"; this size is static in the graph: export again with another --{option}"
 
 
 def _shape_text(spec: TensorSpec) -> str:
@@ -164,8 +164,9 @@ def _check_shared(spec: TensorSpec, array: Array) -> None:
     wrong = array[array != array[:1]]
     if wrong.size:
         raise StepError(
-            f"input {spec.name}: expected one value for the whole batch, which this artefact (--preset node) "
-            f"treats as one, found {array[0]:g} and {wrong[0]:g}; run the samples one after the other"
+            f"input {spec.name}: expected one value for the whole batch, which this artefact shares across "
+            f"the batch (--preset comfyui-node), found {array[0]:g} and {wrong[0]:g}; run the samples one "
+            "after the other"
         )
 
 

@@ -1,4 +1,4 @@
-"""The noise level that a timestep of a diffusers scheduler stands for."""
+"""The noise level sigma of a timestep of a diffusers scheduler."""
 
 from typing import Any
 
@@ -7,53 +7,53 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-# Zero terminal SNR keeps nothing of the picture at the last timestep: diffusers' Euler scheduler takes this
-# share in its place, so that the noise level is finite (rescale_betas_zero_snr in scheduling_euler_discrete).
-_LEAST_KEPT = 2.0**-24
+# With zero terminal SNR the last alphas_cumprod is 0. diffusers' Euler scheduler uses this value instead,
+# which keeps sigma finite (rescale_betas_zero_snr in scheduling_euler_discrete.py).
+_SMALLEST_ALPHA = 2.0**-24
 
 
 def stable_diffusion_levels() -> Floats:
-    """Noise level of each of the 1000 training timesteps of Stable Diffusion 1, 2 and XL."""
+    """sigma of each of the 1000 training timesteps of Stable Diffusion 1, 2 and XL."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    return levels_of(np.cumprod(1.0 - betas))
-
-
-def levels_of(kept: Any) -> Floats:
-    """sigma = sqrt((1 - a) / a) for each cumulated alpha a, the variance that is kept of the picture."""
-    share = np.clip(np.asarray(kept, np.float64), _LEAST_KEPT, 1.0)
-    return np.asarray(np.sqrt((1.0 - share) / share), np.float64)
+    return _sigmas(np.cumprod(1.0 - betas, dtype=np.float64))
 
 
 def noise_levels(scheduler: Any, timestep: Any) -> Floats:
-    """Noise level of `timestep`, of its shape.
+    """sigma of `timestep`, with the same shape.
 
-    Timesteps that count training steps, fractional ones too, are looked up in the schedule the model was
-    trained with, log sigma interpolated as diffusers does; others in the scheduler's own list of steps.
+    Timesteps that count training steps, also fractional ones, are looked up in the training schedule, with
+    log sigma interpolated as in diffusers. Others are looked up in the scheduler's list of timesteps.
 
     Args:
-        scheduler: A diffusers scheduler; None stands for Stable Diffusion's training schedule.
+        scheduler: A diffusers scheduler; None is Stable Diffusion's training schedule.
         timestep: One number or [B].
     """
-    steps = np.asarray(timestep, np.float64)
+    timesteps = np.asarray(timestep, np.float64)
     if scheduler is None:
-        return interpolate(stable_diffusion_levels(), steps)
-    kept = getattr(scheduler, "alphas_cumprod", None)
-    if kept is None or scheduler.config.get("timestep_type") == "continuous":
-        return _listed(scheduler, steps)
-    return interpolate(levels_of(_host(kept)), steps)
+        return _interpolate(stable_diffusion_levels(), timesteps)
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None or scheduler.config.get("timestep_type") == "continuous":
+        return _nearest(scheduler, timesteps)
+    return _interpolate(_sigmas(_to_numpy(alphas_cumprod)), timesteps)
 
 
-def interpolate(levels: Floats, timestep: Floats) -> Floats:
-    """sigma at fractional timesteps, log sigma linear between the whole ones."""
+def _sigmas(alphas_cumprod: Floats) -> Floats:
+    """sigma = sqrt((1 - a) / a) of each a in `alphas_cumprod`."""
+    alphas = np.clip(alphas_cumprod, _SMALLEST_ALPHA, 1.0)
+    return np.asarray(np.sqrt((1.0 - alphas) / alphas), np.float64)
+
+
+def _interpolate(levels: Floats, timesteps: Floats) -> Floats:
+    """sigma at fractional timesteps; log sigma is linear between integers."""
     logs = np.log(np.maximum(levels, np.finfo(np.float32).tiny))
-    return np.asarray(np.exp(np.interp(timestep, np.arange(len(levels)), logs)), np.float64)
+    return np.asarray(np.exp(np.interp(timesteps, np.arange(len(levels)), logs)), np.float64)
 
 
-def _listed(scheduler: Any, timestep: Floats) -> Floats:
-    listed, sigmas = _host(scheduler.timesteps), _host(scheduler.sigmas)
-    nearest = np.abs(listed[:, None] - timestep.reshape(1, -1)).argmin(axis=0)
-    return np.asarray(sigmas[nearest].reshape(timestep.shape), np.float64)
+def _nearest(scheduler: Any, timesteps: Floats) -> Floats:
+    known, sigmas = _to_numpy(scheduler.timesteps), _to_numpy(scheduler.sigmas)
+    nearest = np.abs(known[:, None] - timesteps.reshape(1, -1)).argmin(axis=0)
+    return np.asarray(sigmas[nearest].reshape(timesteps.shape), np.float64)
 
 
-def _host(values: Any) -> Floats:
+def _to_numpy(values: Any) -> Floats:
     return np.asarray(values.cpu().numpy() if hasattr(values, "cpu") else values, np.float64)

@@ -1,4 +1,4 @@
-"""Graphs in ONNX Runtime: on the CPU, or on a GPU where the CUDA provider is installed."""
+"""Graphs in ONNX Runtime, on the CPU or with the CUDA execution provider."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,12 +23,12 @@ class OnnxRuntimeBackend:
         """Load the graph.
 
         Args:
-            contract: What the manifest says of it.
-            device: `cpu` or `cuda`; None takes the GPU where ONNX Runtime can.
-            threads: Threads of one operator on the CPU; None leaves the number to ONNX Runtime.
+            contract: Of the graph.
+            device: `cpu` or `cuda`; None is `cuda` if ONNX Runtime has its CUDA provider.
+            threads: Threads of one operator on the CPU; None is ONNX Runtime's default.
 
         Raises:
-            EngineError: ONNX Runtime is not installed, has no CUDA provider, or refuses the graph.
+            EngineError: ONNX Runtime is not installed, has no CUDA provider, or cannot load the graph.
         """
         runtime = _import_onnxruntime()
         self.device = device or ("cuda" if _CUDA in runtime.get_available_providers() else "cpu")
@@ -62,7 +62,7 @@ class OnnxRuntimeBackend:
 
 
 class OnnxRuntimeLoop:
-    """Two bindings over two sets of buffers: one reads A and writes B, the other reads B and writes A."""
+    """Two I/O bindings over two sets of buffers: one reads A and writes B, the other reads B and writes A."""
 
     def __init__(self, session: Any, contract: Contract, device: str, states: StateShapes) -> None:
         from onnxruntime import OrtValue
@@ -126,4 +126,4 @@ def _refusal(contract: Contract, error: Exception) -> str:
             f"ONNX Runtime cannot run {contract.path}: it has no bfloat16 kernels for this graph; "
             f"export with --precision fp16 or fp32, or build an engine ({error})"
         )
-    return f"ONNX Runtime refuses {contract.path}: {error}; export it again"
+    return f"ONNX Runtime cannot load {contract.path}: {error}; export it again"

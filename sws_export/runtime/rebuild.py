@@ -1,16 +1,16 @@
-"""The command that builds an engine again, for a size that its profile leaves out."""
+"""The command that builds an engine again for a size outside its profile."""
 
 from sws_export.runtime.contract import Contract
 from sws_export.tensors import SIZE_AXES, TensorSpec
 
 
 def rebuild_command(contract: Contract, spec: TensorSpec, axis: int, found: int) -> str:
-    """The export of `contract`'s engine with the sizes of its profile, widened to take `found`.
+    """The export command of an engine with its profile extended to include a size.
 
     Args:
-        contract: An engine, with a profile.
-        spec: The input that does not fit.
-        axis: Its dimension that does not.
+        contract: Of an engine.
+        spec: The input outside the profile.
+        axis: Its dimension outside the profile.
         found: Size of that dimension.
     """
     profile = contract.profile or {}

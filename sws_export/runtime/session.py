@@ -1,4 +1,4 @@
-"""Sessions: an exported graph or engine and the state that it hands from step to step."""
+"""Sessions: an exported graph or engine with its state."""
 
 import threading
 from collections.abc import Iterable, Mapping
@@ -8,33 +8,33 @@ from typing import Any, Self
 import numpy as np
 
 from sws_export.errors import OptionError, StepError
-from sws_export.runtime.backend import Backend, Loop
+from sws_export.runtime.backend import Loop, RuntimeBackend
 from sws_export.runtime.contract import Contract, read_contract
-from sws_export.runtime.inputs import Array, like, numpy_dtype, prepare, state_shapes
+from sws_export.runtime.inputs import Array, convert_like, numpy_dtype, prepare_inputs, state_shapes
 from sws_export.tensors import concrete_shape
 
 RECOMMENDED_INTENSITY = 0.5
 
 Snapshot = dict[str, Array]
-"""State inputs by name, float32, in the shapes of the manifest; empty before the first step."""
+"""State inputs by name, float32, with the shapes of the manifest; empty before the first step."""
 
 
 class Stream:
-    """One trajectory, or a batch of them, with a state of its own; made by `Session.stream`.
+    """One trajectory, or a batch of them, with its own state; made by `Session.stream`.
 
-    Safe to use from several threads: calls on one stream are done one after the other.
+    Thread-safe: calls on one stream run one after the other.
     """
 
-    def __init__(self, contract: Contract, backend: Backend) -> None:
+    def __init__(self, contract: Contract, backend: RuntimeBackend) -> None:
         self._contract = contract
         self._backend = backend
         self._lock = threading.Lock()
         self._loop: Loop | None = None
         self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._metrics: dict[str, Array] = {}
-        self._of_text = {pair.spec.name for pair in contract.states if "tokens" in pair.spec.shape}
-        # Shape of the latest sample; None before the first step, and where `restore` set the state.
-        self._sample: tuple[int, ...] | None = None
+        self._text_states = {pair.spec.name for pair in contract.states if "tokens" in pair.spec.shape}
+        # Shape of the last sample; None before the first step, and after `restore`.
+        self._sample_shape: tuple[int, ...] | None = None
 
     def step(
         self,
@@ -48,31 +48,31 @@ class Stream:
     ) -> Any:
         """Run the UNet once and keep the new state for the next step.
 
-        A batch, height or width other than the step before's starts from an empty state, unless the artefact
-        has one that lasts (`--preset node`). Another number of text tokens empties the state of the text,
-        where the graph has one, and leaves the others.
+        If the batch, height or width differs from the previous step, the state starts from zeros, unless it
+        is persistent (`--preset comfyui-node`). If the number of text tokens differs, only the state of the
+        text starts from zeros.
 
         Args:
-            sample: Latent, already scaled as the scheduler asks, [B, C, H, W], numpy or torch.
-            timestep: [B] or one number, in the scheduler's own units.
+            sample: Latent, scaled for the model, [B, C, H, W], numpy or torch.
+            timestep: [B] or one number, in the units of the scheduler.
             encoder_hidden_states: Text embeddings, [B, L, X].
-            sigma: Noise level, > 0, [B] or one number; a plain graph takes none.
-            intensity: Strength of SWS in [0, 1], [B] or one number; 0 is the UNet without SWS, but for
-                `--preset node`, which keeps its temperature.
-            conditions: Whatever else the manifest names, such as `text_embeds` and `time_ids`.
+            sigma: Noise level, > 0, [B] or one number; None for a plain graph.
+            intensity: Strength of SWS in [0, 1], [B] or one number. At 0 the UNet computes what it computes
+                without SWS, except with `--preset comfyui-node`, whose temperature does not depend on it.
+            conditions: Other inputs of the manifest, such as `text_embeds` and `time_ids`.
 
         Returns:
-            The prediction [B, C, H, W]: torch, with the device and dtype of `sample`, where that is torch,
-            else numpy in the graph's precision.
+            The prediction [B, C, H, W]: a torch tensor with the device and dtype of `sample` if that is a
+            torch tensor, otherwise a numpy array in the precision of the graph.
 
         Raises:
-            StepError: An input is missing, unknown, of a wrong shape or value, or outside the profile.
-            EngineError: The library failed; the state is as it was.
+            StepError: An input is missing, unknown, has a wrong shape or value, or is outside the profile.
+            EngineError: The library failed; the state is unchanged.
         """
         given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         if self._contract.takes_intensity:
             given |= {"sigma": sigma, "intensity": intensity}
-        arrays, sizes = prepare(self._contract, given | conditions)
+        arrays, sizes = prepare_inputs(self._contract, given | conditions)
         shapes = state_shapes(self._contract, sizes)
         spec = self._contract.prediction
         shape = (sizes["batch"], spec.shape[1], *arrays["sample"].shape[2:])
@@ -86,15 +86,15 @@ class Stream:
             loop = self._loop_of_step(shapes, arrays["sample"].shape)
             loop.run(arrays, {spec.name: prediction, **outputs})
             self._metrics = metrics
-        return like(prediction, sample)
+        return convert_like(prediction, sample)
 
     def metrics(self) -> dict[str, Array]:
         """Site metrics of the last step, of an artefact exported with `--debug-outputs`.
 
         Returns:
-            Copies, float32: `alpha_k`, `a_v`, `entropy_mean`, `entropy_min`,
-            `entropy_max` and `kl`, each [B, sites] with the sites of `Contract.metric_sites`, and `kl_cap`
-            [B]. Entropies and KL divergences are in nats.
+            Copies, float32: `alpha_k`, `a_v`, `entropy_mean`, `entropy_min`, `entropy_max` and `kl`, each
+            [B, sites] with the sites of `Contract.metric_sites`, and `kl_cap` [B]. Entropies and KL
+            divergences are in nats.
 
         Raises:
             StepError: No step has run yet, or the artefact has no debug outputs.
@@ -110,10 +110,10 @@ class Stream:
             return {name: values.copy() for name, values in self._metrics.items()}
 
     def reset(self, samples: Iterable[int] | None = None) -> None:
-        """Forget the history: of every sample of the batch, or of those with the indices `samples`.
+        """Set the state to zeros: for the whole batch, or for the samples with the indices `samples`.
 
         Raises:
-            StepError: An index is outside the batch, or the batch shares its state.
+            StepError: An index is outside the batch, or the state is shared across the batch.
         """
         if samples is not None and not self._contract.resets_per_image:
             raise StepError(
@@ -133,15 +133,15 @@ class Stream:
             self._fill(kept)
 
     def state(self) -> Snapshot:
-        """A copy of the state in host memory; `restore` takes it back."""
+        """A copy of the state in host memory, for `restore`."""
         with self._lock:
             return self._snapshot()
 
     def restore(self, snapshot: Mapping[str, Array]) -> None:
-        """Go back to a state that `state` gave, of this stream or another of the same artefact.
+        """Set the state to one returned by `state`, of this stream or another of the same artefact.
 
         Raises:
-            StepError: The snapshot has other states than this artefact, or other shapes.
+            StepError: The snapshot does not have the states of this artefact, or has other shapes.
         """
         if not snapshot:
             self.reset()
@@ -167,28 +167,28 @@ class Stream:
         with self._lock:
             shapes = {name: array.shape for name, array in values.items()}
             if self._loop is None or shapes != self._shapes:
-                self._begin(shapes)
+                self._allocate(shapes)
             self._fill(values)
-            self._sample = None
+            self._sample_shape = None
 
     def _loop_of_step(self, shapes: Mapping[str, tuple[int, ...]], sample: tuple[int, ...]) -> Loop:
-        """The loop for a step of these sizes, with what carries over from the step before."""
-        same_sample = self._sample in (None, sample)
-        self._sample = sample
+        """The loop for a step of these sizes; states that stay valid are kept, the others are zero."""
+        same_sample = self._sample_shape in (None, sample)
+        self._sample_shape = sample
         same_images = same_sample or not self._contract.resets_per_image
         if self._loop is not None and same_images and shapes == self._shapes:
             return self._loop
         changed = {name for name, shape in shapes.items() if shape != self._shapes.get(name)}
         kept = {}
-        if same_images and changed <= self._of_text:
+        if same_images and changed <= self._text_states:
             kept = {name: values for name, values in self._snapshot().items() if name not in changed}
-        loop = self._begin(shapes)
+        loop = self._allocate(shapes)
         self._fill(kept)
         return loop
 
-    def _begin(self, shapes: Mapping[str, tuple[int, ...]]) -> Loop:
-        """Buffers of these shapes, all zero."""
-        # Free the old ones first: both at once may not fit.
+    def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> Loop:
+        """Buffers with these shapes, all zero."""
+        # Free the old ones first: the device may not have memory for both.
         self._loop = None
         self._loop = self._backend.loop(shapes)
         self._shapes = dict(shapes)
@@ -205,10 +205,9 @@ class Stream:
 
 
 class Session(Stream):
-    """A loaded artefact, which is itself its first stream; `stream` makes further ones.
+    """A loaded artefact, and its first stream; `stream` makes further streams over the same weights.
 
-    Threads: any thread may use any stream. Streams run beside each other; calls on one stream are done one
-    after the other, in the order in which they come. The weights are in memory once.
+    Any thread may use any stream. Streams run concurrently; calls on one stream run one after the other.
     """
 
     @classmethod
@@ -221,19 +220,19 @@ class Session(Stream):
         cuda_graphs: bool = False,
         verify: bool = True,
     ) -> Self:
-        """Load what `sws-export` wrote.
+        """Load an artefact.
 
         Args:
-            path: `.onnx`, run by ONNX Runtime, or `.plan`/`.engine`, run by the library that built it.
-            device: `cpu` or `cuda`; None takes a GPU where the library finds one. Engines need `cuda`.
-            threads: Threads of one operator in ONNX Runtime; None leaves the number to it.
-            cuda_graphs: Engines only: record each step as a CUDA graph, one for each direction of the state.
-            verify: Check the sha256 of the files, which takes about a second a gigabyte.
+            path: `.onnx` runs in ONNX Runtime, `.plan` and `.engine` in the library that built them.
+            device: `cpu` or `cuda`; None uses a GPU if the library finds one. Engines need `cuda`.
+            threads: Threads of one operator in ONNX Runtime; None is ONNX Runtime's default.
+            cuda_graphs: Engines only: capture the step as two CUDA graphs, one for each buffer of the state.
+            verify: Check the sha256 of the files, which takes about one second per gigabyte.
 
         Raises:
-            OptionError: An unknown device, or one that the artefact cannot run on.
-            EngineError: The artefact or its manifest is missing, damaged, not of each other, or made for
-                another library version or GPU; or the library or driver is not installed.
+            OptionError: The device is unknown, or the artefact cannot run on it.
+            EngineError: The artefact or its manifest is missing or damaged, they do not belong together, or
+                the artefact is for another library version or GPU; or the library or driver is not installed.
         """
         if device not in (None, "cpu", "cuda"):
             raise OptionError(f"device '{device}' is unknown; use 'cpu' or 'cuda'")
@@ -251,11 +250,13 @@ class Session(Stream):
         return self._backend.device
 
     def stream(self) -> Stream:
-        """A further stream over the same weights, with an empty state of its own."""
+        """A further stream over the same weights, with its own state, which is zero."""
         return Stream(self._contract, self._backend)
 
 
-def _open_backend(contract: Contract, device: str | None, threads: int | None, cuda_graphs: bool) -> Backend:
+def _open_backend(
+    contract: Contract, device: str | None, threads: int | None, cuda_graphs: bool
+) -> RuntimeBackend:
     if contract.backend == "onnxruntime":
         from sws_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
@@ -263,7 +264,7 @@ def _open_backend(contract: Contract, device: str | None, threads: int | None, c
     if device == "cpu":
         raise OptionError(
             f"{contract.path} is an engine, which runs on a GPU only; on the CPU load the .onnx graph, which "
-            "--keep-onnx leaves beside it"
+            "--keep-onnx writes beside it"
         )
     from sws_export.runtime.tensorrt_backend import open_tensorrt
 

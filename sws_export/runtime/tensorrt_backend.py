@@ -1,6 +1,6 @@
-"""Plans in TensorRT or TensorRT for RTX, which share one Python API.
+"""Engines in TensorRT or TensorRT for RTX, which share one Python API.
 
-Not run on a GPU in this project's tests: those replace the library and the device by ones in host memory.
+Not run on a GPU by this project's tests, which replace the library and the device by fakes in host memory.
 """
 
 import math
@@ -21,7 +21,7 @@ _FLOAT32_BYTES = 4
 
 
 class Device(Protocol):
-    """What is used of a GPU; see `CudaDevice`."""
+    """The interface of a GPU; see `CudaDevice`."""
 
     name: str
     capability: str
@@ -50,13 +50,13 @@ class TensorRtBackend:
     """A plan loaded in TensorRT."""
 
     def __init__(self, contract: Contract, library: Any, device: Device, *, cuda_graphs: bool) -> None:
-        """Deserialise the plan.
+        """Deserialize the plan.
 
         Args:
-            contract: What the manifest says of it.
+            contract: Of the engine.
             library: The module `tensorrt` or `tensorrt_rtx`.
             device: The GPU.
-            cuda_graphs: Record each step as a CUDA graph once its buffers are settled.
+            cuda_graphs: Capture the step as CUDA graphs.
 
         Raises:
             EngineError: The plan is for another GPU or library version.
@@ -73,26 +73,26 @@ class TensorRtBackend:
                 f"{device.capability}: build it again with --compute-capability {device.capability}"
             )
         device.activate()
-        self._complaints: list[str] = []
-        logger = _log_into(self._complaints, library)
+        self._errors: list[str] = []
+        logger = _error_logger(self._errors, library)
         try:
             runtime = library.Runtime(logger)
         except TypeError as error:
             # TensorRT returned null.
             raise EngineError(
                 f"{library.__name__} {library.__version__} cannot create a runtime on {device.name}: "
-                f"{self._complaints[0] if self._complaints else error}; "
+                f"{self._errors[0] if self._errors else error}; "
                 "check that the NVIDIA driver supports this version (nvidia-smi shows the driver)"
             ) from error
         # A graph lowered for TensorRT may carry the SWS plugins in its plan.
         runtime.engine_host_code_allowed = contract.manifest.get("target") == "tensorrt"
         self._engine = runtime.deserialize_cuda_engine(contract.path.read_bytes())
-        # The engine holds neither of them by itself.
+        # The engine does not keep them alive.
         self._kept = (logger, runtime)
         if self._engine is None:
             raise EngineError(
                 f"{library.__name__} {library.__version__} on {device.name} cannot load {contract.path}, "
-                f"which was built by version {header.version}: {self._first_complaint()}; "
+                f"which was built by version {header.version}: {self._first_error()}; "
                 "build the engine again on this machine"
             )
 
@@ -103,21 +103,19 @@ class TensorRtBackend:
         if context is None:
             raise EngineError(
                 f"no further stream of {self._contract.path.name} fits on {self._gpu.name}: "
-                f"{self._first_complaint()}; use fewer streams, or build the engine for smaller sizes"
+                f"{self._first_error()}; use fewer streams, or build the engine for smaller sizes"
             )
-        return TensorRtLoop(
-            context, self._gpu, self._contract, states, self._first_complaint, self._cuda_graphs
-        )
+        return TensorRtLoop(context, self._gpu, self._contract, states, self._first_error, self._cuda_graphs)
 
-    def _first_complaint(self) -> str:
-        """The first error since the last one that was told."""
-        first = self._complaints[0] if self._complaints else "it gives no reason"
-        self._complaints.clear()
+    def _first_error(self) -> str:
+        """The first error that TensorRT logged since the last call."""
+        first = self._errors[0] if self._errors else "TensorRT logged no reason"
+        self._errors.clear()
         return first
 
 
 class TensorRtLoop:
-    """An execution context and its buffers: states A and B in turn, inputs and outputs in fixed places."""
+    """An execution context, two alternating sets of state buffers, and buffers for inputs and outputs."""
 
     def __init__(
         self,
@@ -125,22 +123,22 @@ class TensorRtLoop:
         device: Device,
         contract: Contract,
         states: StateShapes,
-        complaint: Callable[[], str],
+        first_error: Callable[[], str],
         cuda_graphs: bool,
     ) -> None:
         self._context = context
         self._gpu = device
-        self._complaint = complaint
+        self._first_error = first_error
         self._stream = device.stream()
         self._outputs = {pair.spec.name: pair.output for pair in contract.states}
         self._states = dict(states)
         self._sets = tuple({name: self._zeros(shape) for name, shape in states.items()} for _ in range(2))
         self._current = 0
-        self._places: dict[str, Memory] = {}
-        self._placed: dict[str, tuple[int, ...]] = {}
+        self._buffers: dict[str, Memory] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._cuda_graphs = cuda_graphs
-        # What launches the step A -> B and the step B -> A: each has its own addresses in it.
-        self._recorded: list[Callable[[], None] | None] = [None, None]
+        # Launch the captured steps A -> B and B -> A: a CUDA graph contains the addresses of the buffers.
+        self._captured: list[Callable[[], None] | None] = [None, None]
         self._warm = [False, False]
         for name, shape in states.items():
             self._require(context.set_input_shape(name, shape), f"the shape {list(shape)} of {name}")
@@ -149,12 +147,12 @@ class TensorRtLoop:
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """Run one step; see `Loop`."""
         self._gpu.activate()
-        self._place(inputs, outputs)
+        self._bind(inputs, outputs)
         for name, array in inputs.items():
-            self._gpu.upload(self._places[name], array, self._stream)
+            self._gpu.upload(self._buffers[name], array, self._stream)
         self._launch()
         for name, array in outputs.items():
-            self._gpu.download(array, self._places[name], self._stream)
+            self._gpu.download(array, self._buffers[name], self._stream)
         self._gpu.synchronize(self._stream)
         self._current = 1 - self._current
 
@@ -180,54 +178,52 @@ class TensorRtLoop:
         self._gpu.zero(memory, nbytes, self._stream)
         return memory
 
-    def _place(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Have a buffer of the right size for each array; what was recorded with others is forgotten."""
+    def _bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Allocate a buffer for each array whose shape changed; captured steps are dropped then."""
         for name, array in {**inputs, **outputs}.items():
-            if self._placed.get(name) == array.shape:
+            if self._shapes.get(name) == array.shape:
                 continue
-            self._recorded, self._warm = [None, None], [False, False]
-            self._places[name] = self._gpu.allocate(array.nbytes)
-            self._placed[name] = array.shape
+            self._captured, self._warm = [None, None], [False, False]
+            self._buffers[name] = self._gpu.allocate(array.nbytes)
+            self._shapes[name] = array.shape
             if name in inputs:
                 accepted = self._context.set_input_shape(name, array.shape)
                 self._require(accepted, f"the shape {list(array.shape)} of {name}")
-            self._require(self._context.set_tensor_address(name, self._places[name].address), name)
+            self._require(self._context.set_tensor_address(name, self._buffers[name].address), name)
 
     def _launch(self) -> None:
-        recorded = self._recorded[self._current]
-        if recorded is not None:
-            recorded()
+        captured = self._captured[self._current]
+        if captured is not None:
+            captured()
             return
         for name, output in self._outputs.items():
             read, written = self._sets[self._current][name], self._sets[1 - self._current][name]
             self._require(self._context.set_tensor_address(name, read.address), name)
             self._require(self._context.set_tensor_address(output, written.address), output)
-        # TensorRT asks for one run outside a recording after every change of shapes.
+        # TensorRT requires one run outside the capture after every change of shapes.
         if self._cuda_graphs and self._warm[self._current]:
             launch = self._gpu.capture(self._stream, self._enqueue)
-            self._recorded[self._current] = launch
+            self._captured[self._current] = launch
             launch()
             return
         self._enqueue()
         self._warm[self._current] = True
 
     def _enqueue(self) -> None:
-        self._require(
-            self._context.execute_async_v3(self._stream), "to run this step; the state is unchanged"
-        )
+        self._require(self._context.execute_async_v3(self._stream), "this step, and the state is unchanged")
 
     def _require(self, accepted: bool, what: str) -> None:
         if not accepted:
-            raise EngineError(f"TensorRT refuses {what}: {self._complaint()}")
+            raise EngineError(f"TensorRT rejects {what}: {self._first_error()}")
 
 
-def _log_into(complaints: list[str], library: Any) -> Any:
-    """A logger that keeps errors; they tell why a call returned nothing."""
+def _error_logger(messages: list[str], library: Any) -> Any:
+    """A logger that appends errors to `messages`: the reasons why a call of the library failed."""
     errors = (library.ILogger.Severity.ERROR, library.ILogger.Severity.INTERNAL_ERROR)
 
     class Log(library.ILogger):  # type: ignore[misc]
         def log(self, severity: Any, message: str) -> None:
             if severity in errors:
-                complaints.append(message)
+                messages.append(message)
 
     return Log()

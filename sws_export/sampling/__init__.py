@@ -1,1 +1,1 @@
-"""Pictures with and without SWS, side by side."""
+"""Images sampled with and without SWS, side by side."""

@@ -1,4 +1,4 @@
-"""How far SWS changes what sampling gives."""
+"""Metrics of the effect of SWS on sampled images."""
 
 import dataclasses
 
@@ -13,10 +13,9 @@ class Sampled:
     """One sampling run.
 
     Attributes:
-        intensity: Strength of SWS that it was run with.
-        pictures: What came out, [N, C, H, W] in [-1, 1].
-        changes: How far the latents moved from one step to the next, root mean square over each picture,
-            [steps - 1, N].
+        intensity: Strength of SWS.
+        pictures: Images, [N, C, H, W] in [-1, 1].
+        changes: Root mean square change of the latents from one step to the next, [steps - 1, N].
     """
 
     intensity: float
@@ -26,12 +25,12 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What SWS did to a set of pictures, mean over all of them.
+    """Metrics of the images of one run, averaged over the images.
 
     Attributes:
         intensity: Strength of SWS.
-        difference: Root mean square of the difference to the pictures without SWS.
-        sharpness: Mean length of the gradient, a pixel.
+        difference: Root mean square difference from the images of the first run.
+        sharpness: Mean length of the gradient, per pixel.
         step_change: Mean of `Sampled.changes`, in the units of the latents.
     """
 
@@ -42,7 +41,7 @@ class Effect:
 
 
 def measure(run: Sampled, plain: Sampled) -> Effect:
-    """What `run` has against `plain`, which was sampled from the same noise and prompts at intensity 0."""
+    """Metrics of `run`; `plain` was sampled from the same noise and prompts at intensity 0."""
     return Effect(
         intensity=run.intensity,
         difference=float(_rms(run.pictures - plain.pictures).mean()),
@@ -52,12 +51,12 @@ def measure(run: Sampled, plain: Sampled) -> Effect:
 
 
 def sharpness(pictures: Floats) -> float:
-    """Mean length of the gradient, by differences to the right and downward neighbour."""
+    """Mean length of the gradient, from differences to the right and lower neighbour."""
     right = np.diff(pictures, axis=-1)[..., :-1, :]
     down = np.diff(pictures, axis=-2)[..., :, :-1]
     return float(np.hypot(right, down).mean())
 
 
 def _rms(pictures: Floats) -> Floats:
-    """Root mean square of each picture, [N]."""
+    """Root mean square of each image, [N]."""
     return np.asarray(np.sqrt(np.square(pictures).mean(axis=(1, 2, 3))), np.float32)

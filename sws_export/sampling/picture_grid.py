@@ -1,4 +1,4 @@
-"""Labelled pictures side by side."""
+"""A sheet of labelled images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +22,14 @@ def draw_grid(
     title: str,
     notes: Sequence[str] = (),
 ) -> Image.Image:
-    """A sheet of pictures of one size: a labelled row each, columns in groups of equal width.
+    """Draw images of equal size in labelled rows, with the columns in groups.
 
     Args:
-        rows: Label and pictures of each row; as many pictures as groups times columns.
+        rows: Label and images of each row; the number of images is groups times columns.
         columns: Labels of the columns of one group.
-        groups: Labels above the groups.
-        title: One line above everything.
-        notes: Lines below everything.
+        groups: Labels of the groups.
+        title: Line at the top.
+        notes: Lines at the bottom.
     """
     width, height = rows[0][1][0].size
     lefts = _lefts(width, len(columns), len(groups))
@@ -63,14 +63,14 @@ def draw_grid(
 
 
 def to_image(picture: npt.NDArray[np.floating], scale: int = 1) -> Image.Image:
-    """RGB image of values [3, H, W] in [-1, 1], each pixel enlarged to `scale` by `scale`."""
+    """RGB image of values [3, H, W] in [-1, 1], each pixel repeated `scale` by `scale` times."""
     pixels = np.clip((picture.transpose(1, 2, 0) + 1.0) * 127.5, 0.0, 255.0).round().astype(np.uint8)
     image = Image.fromarray(pixels)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Write `image` so that it is complete or not there.
+    """Write `image` as PNG, atomically.
 
     Raises:
         OutputError: The directory is missing or not writable, or the disk is full.
@@ -90,7 +90,7 @@ def _lefts(width: int, columns: int, groups: int) -> list[int]:
 
 
 def _wrapped(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """`label` in lines that fit beside the pictures."""
+    """`label`, wrapped to the width of the label column."""
     lines = [""]
     for word in label.split():
         longer = f"{lines[-1]} {word}".strip()

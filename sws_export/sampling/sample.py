@@ -1,4 +1,4 @@
-"""Sampling a whole diffusers pipeline with its UNet replaced by an artefact, with and without SWS."""
+"""Sampling a diffusers pipeline, with an artefact as its UNet, with and without SWS."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
 from sws_export.sampling.pipeline_class import pipeline_class
 
 _LARGEST_SHOWN = 0.8
-# What changes more than nearly all pixels may be cut off, so that the others are seen.
+# The largest changes are clipped, so that the others are visible.
 _SHOWN_QUANTILE = 0.99
 _NARROWEST, _WIDEST = 96, 256
 
@@ -29,14 +29,14 @@ class SampleOptions:
     """What to sample.
 
     Attributes:
-        prompts: One row of pictures each.
+        prompts: One row of images each.
         seeds: One group of columns each.
-        intensities: One column of each group; the first is what the others are compared with.
+        intensities: One column of each group; the others are compared with the first.
         steps: Steps of the scheduler.
         guidance: Scale of classifier-free guidance.
-        height: Pixels; None takes the size the UNet was trained on.
-        width: Pixels.
-        trust_code: Run the pipeline directory's own `pipeline.py`, where diffusers does not know its class.
+        height: Pixels; None is the size that the UNet was trained on.
+        width: Pixels; None as for `height`.
+        trust_code: Import `pipeline.py` of the pipeline directory if diffusers does not have its class.
     """
 
     prompts: tuple[str, ...]
@@ -62,23 +62,24 @@ class SampleOptions:
 def sample_pipeline(
     artefact: Path, pipeline: Path, out: Path, options: SampleOptions, progress: Progress | None = None
 ) -> list[Effect]:
-    """Write one PNG with the pictures of every prompt, seed and intensity, and measure what SWS changes.
+    """Write a PNG with the images of every prompt, seed and intensity, and measure the effect of SWS.
 
-    Pictures of one prompt and seed start from the same noise. They are made one at a time, each from an empty
-    state, also where the artefact's own rule is to let it last.
+    Images of one prompt and seed start from the same noise. They are sampled one at a time, each with a zero
+    state, also if the state of the artefact is persistent.
 
     Args:
-        artefact: What `sws-export` made of the UNet of `pipeline`.
-        pipeline: A diffusers pipeline directory with its other parts; nothing is fetched from elsewhere.
+        artefact: Exported from the UNet of `pipeline`.
+        pipeline: A diffusers pipeline directory; its UNet is not loaded, and nothing is downloaded.
         out: The PNG.
         options: What to sample.
-        progress: Hears of each picture.
+        progress: Receives each image.
 
     Returns:
-        One entry for each intensity. Pictures are in [-1, 1]; `step_change` is that of the latents.
+        One entry for each intensity.
 
     Raises:
-        SwsExportError: A file is missing or does not fit the other, or the PNG cannot be written.
+        SwsExportError: A file is missing, the artefact does not fit the pipeline, or the PNG cannot be
+            written.
     """
     from sws_export.adapters.diffusers import SWSUNet
 
@@ -106,7 +107,7 @@ def sample_pipeline(
 
 
 def _is_plain_at_zero(contract: Contract) -> bool:
-    """Whether intensity 0 gives the plain UNet at every noise level."""
+    """Whether a graph at intensity 0 is the plain UNet at every noise level."""
     sws = contract.manifest["sws"]
     if contract.preset is None or sws is None:
         return True
@@ -121,15 +122,15 @@ def comparison_sheet(
     steps: int,
     zero: str = "plain",
 ) -> Image.Image:
-    """Pictures of `runs` side by side, and enlarged the change from the first run to the last.
+    """Images of `runs` side by side, with the amplified change from the first run to the last.
 
     Args:
-        runs: Pictures in [-1, 1], prompt by prompt and within a prompt seed by seed.
-        effects: What was measured of each run; written below.
+        runs: Images in [-1, 1], in the order of the prompts, and of the seeds within a prompt.
+        effects: Metrics of each run, printed at the bottom.
         prompts: One row each.
         seeds: One group of columns each.
         steps: Number of steps, for the title.
-        zero: What a run at intensity 0 is called.
+        zero: Label of a run at intensity 0.
     """
     scale = max(1, _NARROWEST // runs[0].pictures.shape[-1])
     change = runs[-1].pictures - runs[0].pictures
@@ -166,11 +167,11 @@ def _unet_config(pipeline: Path) -> dict[str, Any]:
 
 
 def _load_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
-    """The pipeline without its UNet, whose weights are not read."""
+    """The pipeline without its UNet."""
     from diffusers.utils import logging
 
     kind = pipeline_class(pipeline, trust_code=trust_code)
-    # The stage above tells how far the work is.
+    # The progress of `sample_pipeline` replaces it.
     logging.disable_progress_bar()
     try:
         pipe = kind.from_pretrained(pipeline, unet=None, local_files_only=True, low_cpu_mem_usage=False)
@@ -183,7 +184,7 @@ def _load_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
 def _one(
     pipe: Any, prompt: str, seed: int, intensity: float, options: SampleOptions
 ) -> tuple[Floats, Floats]:
-    """One picture [3, H, W] in [-1, 1], and how far the latents moved at each step but the first."""
+    """One image [3, H, W] in [-1, 1], and the change of the latents at each step but the first."""
     import torch
 
     latents: list[Floats] = []
@@ -205,7 +206,7 @@ def _one(
             output_type="np",
         ).images
     except ValueError as error:
-        # How pipelines refuse sizes, prompts and numbers of steps.
-        raise OptionError(f"the pipeline refuses: {error}") from error
+        # Pipelines raise it for invalid sizes, prompts and numbers of steps.
+        raise OptionError(f"the pipeline rejects the options: {error}") from error
     moved = [np.sqrt(np.square(after - before).mean()) for before, after in itertools.pairwise(latents)]
     return np.asarray(image.transpose(2, 0, 1) * 2 - 1, np.float32), np.asarray(moved, np.float32)

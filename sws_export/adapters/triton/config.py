@@ -1,4 +1,4 @@
-"""The text of a Triton model configuration, as its model_config.proto has it."""
+"""Triton model configurations as protobuf text (model_config.proto)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,35 +11,35 @@ _INDENT = "  "
 
 
 class EnumName(str):
-    """A name that is written without quotes."""
+    """A protobuf enum value, which is written without quotes."""
 
 
 def data_type(dtype: str) -> EnumName:
-    """Triton's name of a dtype of the manifest."""
+    """Triton's name for a dtype of the manifest."""
     return EnumName(_TYPES[dtype])
 
 
 def batched_tensor(spec: TensorSpec, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """An input or output whose first dimension Triton batches over; it is not named in the configuration.
+    """An input or output whose first dimension is Triton's batch, which `dims` does not contain.
 
     Args:
         spec: The tensor.
-        sizes: Dimensions that are served at one size only.
+        sizes: Sizes of static dimensions; the others are dynamic.
     """
     dims = [size if isinstance(size, int) else sizes.get(size, -1) for size in spec.shape[1:]]
     tensor: dict[str, Any] = {"name": spec.name, "data_type": data_type(spec.dtype), "dims": dims or [1]}
     if not dims:
-        # Triton knows no tensor without dimensions: [B, 1] outside becomes [B] inside.
+        # Triton has no tensors without dimensions: clients send [B, 1], the model gets [B].
         tensor["reshape"] = {"shape": []}
     return tensor
 
 
 def whole_tensor(spec: TensorSpec, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """An input or output with its batch dimension, which Triton leaves alone.
+    """An input or output with its batch dimension, without Triton's batching.
 
     Args:
         spec: The tensor.
-        sizes: Dimensions that are served at one size only.
+        sizes: Sizes of static dimensions; the others are dynamic.
     """
     dims = [size if isinstance(size, int) else sizes.get(size, -1) for size in spec.shape]
     return {"name": spec.name, "data_type": data_type(spec.dtype), "dims": dims}

@@ -1,4 +1,4 @@
-"""The model that Triton's Python backend runs: one stream of a `Session` for each open sequence."""
+"""The model for Triton's Python backend: one stream of a `Session` for each open sequence."""
 
 import importlib
 import json
@@ -14,30 +14,29 @@ from sws_export.runtime import Session, Stream
 
 
 class TritonPythonModel:
-    """Loaded by Triton; see python_backend's README for what it calls and when."""
+    """Called by Triton; the README of its python_backend describes the methods."""
 
     def initialize(self, arguments: dict[str, str]) -> None:
-        """Load the artefact that lies beside `model.py`.
+        """Load the artefact beside `model.py`.
 
         Args:
-            arguments: Triton's own, the model's configuration among them.
+            arguments: Triton's arguments, among them the model's configuration as JSON.
         """
         parameters = json.loads(arguments["model_config"])["parameters"]
         folder = Path(arguments["model_repository"]) / arguments["model_version"]
         self._session = Session.load(folder / parameters["file"]["string_value"])
-        # Triton opens no more sequences at once, so that a stream beyond this number is of one that ended
-        # without saying so.
+        # Triton opens at most this many sequences: further streams belong to sequences that were dropped.
         self._limit = int(parameters["max_sequences"]["string_value"])
         self._streams: OrderedDict[int, Stream] = OrderedDict()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request: one step of the sequence it belongs to."""
+        """Run one step for each request, with the stream of its sequence."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        # A module that exists inside Triton alone.
+        # This module exists in Triton only.
         triton = importlib.import_module("triton_python_backend_utils")
-        # By DLPack in both directions: a Triton built for numpy 1 reads and writes numpy 2 arrays wrongly.
+        # DLPack in both directions: a Triton built for numpy 1 reads and writes numpy 2 arrays incorrectly.
         given: dict[str, Any] = {tensor.name(): np.from_dlpack(tensor) for tensor in request.inputs()}
         start, end = (bool(given.pop(name).item()) for name in ("START", "END"))
         sequence = int(given.pop("CORRID").item())

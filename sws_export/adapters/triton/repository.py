@@ -1,4 +1,4 @@
-"""A model repository for NVIDIA's Triton Inference Server, written from an artefact and its manifest."""
+"""A model repository for Triton Inference Server, from an artefact and its manifest."""
 
 import dataclasses
 import re
@@ -16,12 +16,12 @@ from sws_export.tensors import SIZE_AXES, concrete_shape
 Variant = Literal["native", "python"]
 
 _MICROSECONDS = 1_000_000
-_MODEL_PY = '''"""Runs the model of this folder; the code is in sws-export, which Triton's Python needs."""
+_MODEL_PY = '''"""The model of this folder; Triton's Python needs the package sws-export."""
 
 import os
 import sys
 
-# Triton starts Python 3.11 and later isolated, and such a Python does not look at PYTHONPATH itself.
+# Triton starts Python 3.11 and later in isolated mode, which ignores PYTHONPATH.
 sys.path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
 from sws_export.adapters.triton.model import TritonPythonModel  # noqa: E402
@@ -36,19 +36,19 @@ class TritonOptions:
 
     Attributes:
         name: Name of the model; None takes that of the artefact.
-        variant: `native` runs in Triton's own backend for ONNX Runtime or TensorRT, with implicit state and
-            one sample a request, batched by Triton over sequences; or, where the samples of a batch share the
-            state (`--preset node`), with a whole batch a request and no batching over sequences. `python`
-            runs in a `Session`, with any batch and size in a request.
-        height: Height of the latent, `native` only; None takes the best size of an engine's profile.
-        width: Width of the latent.
-        tokens: Number of text tokens, `native` only; None takes the best of an engine's profile where the
-            artefact has a state of the text, and else leaves the number to the request.
-        max_batch: Sequences in one batch, `native` only; None takes the largest of an engine's profile, or 8.
-            Of no meaning where the samples of a batch share the state.
-        max_sequences: Sequences that may be open at once.
-        idle_seconds: How long a sequence may rest before it is dropped.
-        queue_microseconds: How long a request waits for others to share its batch, `native` only.
+        variant: `native` runs in Triton's ONNX Runtime or TensorRT backend with implicit state. A request has
+            one sample, and Triton batches over sequences; if the state is shared across the batch
+            (`--preset comfyui-node`), a request has a whole batch, and there is no batching over sequences.
+            `python` runs in a `Session`; a request has any batch and size.
+        height: Height of the latent, `native` only; None is the optimum of an engine's profile.
+        width: Width of the latent, as `height`.
+        tokens: Number of text tokens, `native` only. None is the optimum of an engine's profile if the
+            artefact has a state of the text; otherwise requests may have any number.
+        max_batch: Sequences in one batch, `native` only; None is the maximum of an engine's profile, or 8.
+            Must be None if the state is shared across the batch.
+        max_sequences: Sequences that may be open at the same time.
+        idle_seconds: Seconds without a request after which a sequence is dropped.
+        queue_microseconds: Time that a request waits for others to be batched with, `native` only.
     """
 
     name: str | None = None
@@ -79,7 +79,7 @@ def write_repository(
 
     Args:
         artefact: `.onnx`, `.plan` or `.engine`, with its manifest.
-        repository: The directory that Triton is started with; made where it is missing.
+        repository: Triton's model repository; created if it does not exist.
         options: How the model is served.
 
     Returns:
@@ -88,7 +88,7 @@ def write_repository(
     Raises:
         EngineError: The artefact cannot be read, or Triton has no backend for it.
         OptionError: A size is missing or outside the engine's profile.
-        OutputError: The model is there already, or cannot be written.
+        OutputError: The model exists already, or cannot be written.
     """
     options = options or TritonOptions()
     contract = read_contract(artefact)
@@ -99,11 +99,11 @@ def write_repository(
         repository.mkdir(exist_ok=True)
     target = repository / name
     if target.exists():
-        raise OutputError(f"{target} is there already; remove it, or choose another name")
+        raise OutputError(f"{target} exists already; remove it, or choose another name")
     with staged_directory(target) as scratch:
         version = scratch / "1"
         version.mkdir()
-        # Triton refuses a model with an unreadable folder; the scratch directory is its owner's alone.
+        # Triton cannot load a model from an unreadable folder, and the scratch directory has mode 0700.
         scratch.chmod(0o755)
         (scratch / "config.pbtxt").write_text(to_text(config), "utf-8")
         _copy_artefact(contract, version)
@@ -116,7 +116,7 @@ def write_repository(
 
 
 def model_file(contract: Contract) -> str:
-    """Name of the artefact inside a model's version folder, which Triton's backends expect."""
+    """File name of the artefact in the version folder, as Triton's backends expect it."""
     return "model.onnx" if contract.backend == "onnxruntime" else "model.plan"
 
 
@@ -128,15 +128,15 @@ def _copy_artefact(contract: Contract, version: Path) -> None:
         shutil.copyfile(beside, manifest_path(target))
     weights = external_data_path(contract.path)
     if contract.backend == "onnxruntime" and weights.is_file():
-        # The graph names the file of its weights, so that name stays.
+        # The graph refers to its weights by the name of this file.
         shutil.copyfile(weights, version / weights.name)
 
 
 def _native_config(contract: Contract, name: str, options: TritonOptions) -> dict[str, Any]:
-    """Implicit state: Triton feeds each sequence its own state, zeros at its start."""
+    """Implicit state: Triton keeps a state for each sequence, which starts with zeros."""
     if contract.backend == "tensorrt-rtx":
         raise EngineError(
-            f"Triton's TensorRT backend does not run {contract.path.name}, an engine of TensorRT for RTX; "
+            f"Triton's TensorRT backend cannot run {contract.path.name}, an engine of TensorRT for RTX; "
             "use the variant 'python', or an .onnx graph"
         )
     if not contract.resets_per_image:
@@ -169,11 +169,11 @@ def _native_config(contract: Contract, name: str, options: TritonOptions) -> dic
 
 
 def _native_config_of_shared_state(contract: Contract, name: str, options: TritonOptions) -> dict[str, Any]:
-    """A request is a whole batch: Triton would batch states over samples, and this one belongs to none."""
+    """A request is a whole batch: its samples share the state, so that Triton cannot batch sequences."""
     if options.max_batch is not None:
         raise OptionError(
-            f"max_batch {options.max_batch} has no meaning for {contract.path.name}: the samples of a batch "
-            "share its state, so that sequences cannot share a batch; leave it out"
+            f"max_batch {options.max_batch} has no effect for {contract.path.name}: its state is shared "
+            "across the batch, so that Triton cannot batch sequences; leave it out"
         )
     sizes = _sizes(contract, options)
     del sizes["batch"]
@@ -205,20 +205,20 @@ def _state(state: StateSpec, shape: tuple[int, ...]) -> dict[str, Any]:
         "output_name": state.output,
         "data_type": kind,
         "dims": dims,
-        # Without it Triton starts a sequence from uninitialised memory.
+        # Without it Triton starts a sequence with uninitialized memory.
         "initial_state": {"name": "empty", "data_type": kind, "dims": dims, "zero_data": True},
     }
 
 
 def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
-    """The one size that a native model is served at: its empty state has a fixed shape."""
+    """The static sizes of a native model: Triton needs a static shape for each state."""
     of_text = any("tokens" in pair.spec.shape for pair in contract.states)
     of_image = contract.resets_per_image
     wanted = {"height": of_image, "width": of_image, "tokens": of_text}
     needed = [name for name, must in wanted.items() if must or getattr(options, name) is not None]
     sizes = {"batch": 1}
     for name in needed:
-        size = getattr(options, name) or _best(contract, name)
+        size = getattr(options, name) or _optimum(contract, name)
         if size is not None:
             _check_profile(contract, name, size)
             sizes[name] = size
@@ -226,13 +226,13 @@ def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
         image = ["height and width (of the latent)"] if of_image else []
         text = ["the number of text tokens"] if of_text else []
         raise OptionError(
-            f"{contract.path.name} takes any size, and Triton needs one for its state: give "
+            f"{contract.path.name} has dynamic shapes, and Triton needs a static one for each state: give "
             f"{', and '.join([*image, *text])}, or use the variant 'python'"
         )
     return sizes
 
 
-def _best(contract: Contract, size: str) -> int | None:
+def _optimum(contract: Contract, size: str) -> int | None:
     tensor, axis = SIZE_AXES[size]
     return contract.profile[tensor][1][axis] if contract.profile else contract.fixed_sizes.get(size)
 
@@ -252,12 +252,12 @@ def _max_batch(contract: Contract, options: TritonOptions) -> int:
     largest = contract.profile["sample"][2][0] if contract.profile else contract.fixed_sizes.get("batch")
     batch = options.max_batch or largest or 8
     if largest is not None and batch > largest:
-        raise OptionError(f"max_batch {batch} is outside what the artefact takes, which ends at {largest}")
+        raise OptionError(f"max_batch {batch} is above the largest batch of the artefact, {largest}")
     return batch
 
 
 def _python_config(contract: Contract, name: str, options: TritonOptions) -> dict[str, Any]:
-    """Explicit state: the model is told which sequence a request is of, and keeps a stream for each."""
+    """Explicit state: Triton passes the sequence of each request, and the model keeps a stream for each."""
     controls: dict[str, dict[str, Any]] = {
         "START": {"kind": EnumName("CONTROL_SEQUENCE_START"), "fp32_false_true": [0, 1]},
         "END": {"kind": EnumName("CONTROL_SEQUENCE_END"), "fp32_false_true": [0, 1]},
