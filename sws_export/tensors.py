@@ -92,7 +92,7 @@ class Range:
 
 @dataclass(frozen=True)
 class SizeRanges:
-    """SizeRanges of the four dynamic dimensions; height and width are those of the latent, not pixels."""
+    """Sizes of the four dynamic dimensions; height and width are those of the latent, not pixels."""
 
     batch: Range
     height: Range

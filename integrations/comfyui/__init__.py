@@ -1,4 +1,4 @@
-"""ComfyUI node that loads what sws-export wrote. Copy this folder to ComfyUI/custom_nodes/sws_export."""
+"""ComfyUI node that loads exported UNets. Copy this folder to ComfyUI/custom_nodes/sws_export."""
 
 import pathlib
 from typing import Any
@@ -14,7 +14,7 @@ from sws_export.adapters.comfyui import SwsDiffusionModel, family_of
 FOLDER = "sws"
 SUFFIXES = {".onnx", ".plan", ".engine"}
 
-# ComfyUI's class of a family and what the class wants to know beside.
+# ComfyUI's class of each family, and the configuration that the class requires.
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("SD15", {}),
     "sd20": ("SD20", {}),
@@ -30,14 +30,14 @@ folder_paths.folder_names_and_paths.setdefault(
 
 
 class LoadSwsEngine:
-    """Gives a MODEL whose diffusion model is an engine or graph with SWS in it."""
+    """Outputs a MODEL whose diffusion model is an exported engine or graph."""
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "load"
     CATEGORY = "model_patches"
     DESCRIPTION = (
-        "UNet exported by sws-export, from models/sws. Intensity 0 is the UNet without SWS "
-        "(with --preset comfyui-node, whose temperature does not depend on it, it is not)."
+        "UNet exported by sws-export, from models/sws. At intensity 0 it is the UNet without SWS, except "
+        "with --preset comfyui-node."
     )
 
     @classmethod
@@ -56,7 +56,7 @@ class LoadSwsEngine:
         unet = SwsDiffusionModel.load(folder_paths.get_full_path_or_raise(FOLDER, engine), intensity)
         model = _base_model(unet)
         model.diffusion_model = unet
-        # The engine's memory is its own: ComfyUI shall batch the conditions as far as it can.
+        # The session allocates its own memory, so that ComfyUI can batch the conditions as far as possible.
         model.memory_required = lambda *_, **__: 0
         return (
             comfy.model_patcher.ModelPatcher(

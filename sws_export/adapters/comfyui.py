@@ -31,7 +31,7 @@ class SwsDiffusionModel:
     The noise level is the one that the sampler passes in `transformer_options["sigmas"]`. ComfyUI may run the
     conditions of one step together or one after the other, so each combination has its own stream. All
     streams are dropped when `sample_sigmas` is a new list, which every sampling run creates. If the state is
-    persistent (`--preset node`), one stream continues from run to run, as in the published node.
+    persistent (`--preset comfyui-node`), one stream continues from run to run, as in the published node.
 
     Attributes:
         intensity: Strength of SWS in [0, 1].

@@ -126,7 +126,7 @@ def _load_checked(model: Path, recorded: SourceEntry, progress: Progress) -> Any
     if recorded.get("loras"):
         raise OptionError(
             f"{recorded['file']} was exported with fused LoRA weights, which the reference of the report "
-            "does not have; leave out the checkpoint and export with --debug-outputs, or export without --lora"
+            "lacks; leave out the checkpoint and export with --debug-outputs, or export without --lora"
         )
     checkpoint = open_checkpoint(model)
     if recorded["kind"] == "checkpoint":

@@ -102,7 +102,7 @@ def test_the_pipeline_is_the_plain_sampler(pipe: ShapesPipeline) -> None:
         (
             "purple circle left",
             True,
-            "the pipeline refuses: prompt 'purple circle left': unknown word 'purple'",
+            "the pipeline rejects the options: prompt 'purple circle left': unknown word 'purple'",
         ),
     ],
 )

@@ -191,7 +191,7 @@ def test_options_of_the_graph(refuse: Refuse, random_unet: Path, option: tuple[s
     [
         (("--batch", "4:2:8"), "--batch 4:2:8: expected MIN <= OPT <= MAX, found 4, 2, 8"),
         (("--tokens", "8:4:2"), "--tokens 8:4:2: expected MIN <= OPT <= MAX, found 8, 4, 2"),
-        (("--batch", "0"), "--batch 0: sizes begin at 1, found 0"),
+        (("--batch", "0"), "--batch 0: sizes start at 1, found 0"),
         (("--batch", "1:2"), "--batch 1:2: expected one number or MIN:OPT:MAX"),
         (("--height", "15"), "--height 15: 15 is not a multiple of 2"),
         (("--width", "16:33:64"), "--width 16:33:64: 33 is not a multiple of 2"),

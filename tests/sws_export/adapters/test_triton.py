@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 
-from sws_export import ExportOptions, SwsOptions, export
 from sws_export.adapters.triton.repository import TritonOptions, write_repository
 from sws_export.errors import EngineError, OptionError, OutputError
 from sws_export.manifest import tensor_specs
@@ -31,23 +30,15 @@ ADDRESS = "127.0.0.1:18731"
 TOKENS = 5
 
 
-@pytest.fixture(scope="session")
-def graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
-    """A small UNet with SWS on one grid, height/2 by width/2."""
-    return export_runs.shared(
-        tmp_path_factory, "sws.onnx", lambda path: export(traced, path, ExportOptions(validate=False))
-    )
-
-
 @pytest.fixture
-def engine(graph: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """What looks like a plan of the graph, of `tensorrt` or `tensorrt-rtx`, and its manifest."""
+def engine(sws_graph: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Make a file with the header of a plan of `tensorrt` or `tensorrt-rtx`, and its manifest."""
 
     def make(backend: str) -> Path:
         plan = tmp_path / "engine.plan"
         magic = b"vtrt" if backend == "tensorrt-rtx" else b"ftrt"
         plan.write_bytes(magic + bytes(12) + (64).to_bytes(8, "little") + bytes(40))
-        document = json.loads(graph.with_name("sws.onnx.json").read_text())
+        document = json.loads(sws_graph.with_name("sws.onnx.json").read_text())
         document |= {"artefact": plan.name, "files": [], "engine": {"backend": backend}}
         sizes = SizeRanges(Range(1, 2, 4), Range(8, 16, 32), Range(8, 24, 32), Range(7, 9, 99))
         document["profile"] = {
@@ -68,8 +59,8 @@ def names(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
-def test_native_model(graph: Path, tmp_path: Path) -> None:
-    written = write_repository(graph, tmp_path / "models", TritonOptions(name="unet", height=16, width=8))
+def test_native_model(sws_graph: Path, tmp_path: Path) -> None:
+    written = write_repository(sws_graph, tmp_path / "models", TritonOptions(name="unet", height=16, width=8))
     folder = tmp_path / "models" / "unet"
     assert written[0] == folder / "config.pbtxt"
     assert names(folder) == ["1/model.onnx", "1/model.onnx.json", "config.pbtxt"]
@@ -88,23 +79,14 @@ def test_native_model(graph: Path, tmp_path: Path) -> None:
     assert config.version_policy.latest.num_versions == 1
 
 
-def test_figures_of_the_sites_are_outputs(traced: Path, tmp_path: Path) -> None:
-    graph = tmp_path / "telling.onnx"
-    export(traced, graph, ExportOptions(sws=SwsOptions(debug_outputs=True), validate=False))
+def test_site_metrics_are_outputs(metrics_graph: Path, tmp_path: Path) -> None:
     for variant, dims in (("native", ([4], [1])), ("python", ([-1, 4], [-1]))):
         options = TritonOptions(name=variant, variant=variant, height=16, width=8)  # type: ignore[arg-type]
-        write_repository(graph, tmp_path / "models", options)
+        write_repository(metrics_graph, tmp_path / "models", options)
         tensors = {tensor.name: tensor for tensor in read_config(tmp_path / "models" / variant).output}
         assert len(tensors) == 8
         assert (tensors["sws_debug_kl"].dims, tensors["sws_debug_kl_cap"].dims) == dims
         assert tensors["sws_debug_kl"].data_type == model_config_pb2.TYPE_FP32
-
-
-@pytest.fixture(scope="session")
-def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
-    """The same UNet with SWS in all its attention."""
-    options = ExportOptions(sws=SwsOptions(sites=("*",)), validate=False)
-    return export_runs.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
 
 
 def test_a_state_of_the_text_has_one_number_of_tokens(text_graph: Path, tmp_path: Path) -> None:
@@ -122,8 +104,8 @@ def test_a_state_of_the_text_has_one_number_of_tokens(text_graph: Path, tmp_path
     write_repository(text_graph, tmp_path / "models", TritonOptions(variant="python"))
 
 
-def test_every_state_starts_from_zeros(graph: Path, tmp_path: Path) -> None:
-    write_repository(graph, tmp_path, TritonOptions(height=16, width=8, max_sequences=5, idle_seconds=7))
+def test_every_state_starts_from_zeros(sws_graph: Path, tmp_path: Path) -> None:
+    write_repository(sws_graph, tmp_path, TritonOptions(height=16, width=8, max_sequences=5, idle_seconds=7))
     batching = read_config(tmp_path / "sws").sequence_batching
     assert batching.max_sequence_idle_microseconds == 7_000_000
     assert batching.oldest.max_candidate_sequences == 5
@@ -136,21 +118,12 @@ def test_every_state_starts_from_zeros(graph: Path, tmp_path: Path) -> None:
     assert initial.data_type == state.data_type == model_config_pb2.TYPE_FP32
 
 
-@pytest.fixture(scope="session")
-def node_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
-    """A small UNet with the published node, whose one state is of no sample."""
-    options = ExportOptions(sws=SwsOptions(preset="node"), validate=False)
-    return export_runs.shared(
-        tmp_path_factory, "node_served.onnx", lambda path: export(traced, path, options)
-    )
-
-
 def test_a_state_that_a_batch_shares_is_not_batched(node_graph: Path, tmp_path: Path) -> None:
     write_repository(node_graph, tmp_path, TritonOptions(name="node", tokens=77, max_sequences=5))
     config = read_config(tmp_path / "node")
     assert config.max_batch_size == 0
     assert [list(tensor.dims) for tensor in config.input] == [[-1, 4, -1, -1], [-1], [-1, 77, 16], [-1], [-1]]
-    assert [list(tensor.dims) for tensor in config.output] == [[-1, 4, -1, -1]]
+    assert [list(tensor.dims) for tensor in config.output[:2]] == [[-1, 4, -1, -1], [-1, 4]]
     batching = config.sequence_batching
     assert batching.oldest.max_candidate_sequences == 5
     assert not batching.oldest.preferred_batch_size
@@ -161,9 +134,11 @@ def test_a_state_that_a_batch_shares_is_not_batched(node_graph: Path, tmp_path: 
 
 
 def test_what_a_shared_state_forbids(node_graph: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="needs one for its state: give the number of text tokens, or use"):
+    with pytest.raises(
+        OptionError, match="a static one for each state: give the number of text tokens, or use"
+    ):
         write_repository(node_graph, tmp_path)
-    with pytest.raises(OptionError, match=r"max_batch 4 has no meaning for node_served\.onnx"):
+    with pytest.raises(OptionError, match=r"max_batch 4 has no effect for node\.onnx"):
         write_repository(node_graph, tmp_path, TritonOptions(tokens=77, max_batch=4))
     assert not list(tmp_path.iterdir())
 
@@ -185,16 +160,16 @@ def test_engine_takes_sizes_from_its_profile(engine: Callable[[str], Path], tmp_
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
 
 
-def test_weights_beside_the_graph_keep_their_name(graph: Path, tmp_path: Path) -> None:
-    for file in (graph, graph.with_name("sws.onnx.json")):
+def test_weights_beside_the_graph_keep_their_name(sws_graph: Path, tmp_path: Path) -> None:
+    for file in (sws_graph, sws_graph.with_name("sws.onnx.json")):
         shutil.copy(file, tmp_path / file.name.replace("sws", "large"))
     (tmp_path / "large.onnx.data").write_bytes(b"weights")
     write_repository(tmp_path / "large.onnx", tmp_path / "models", TritonOptions(height=8, width=8))
     assert "1/large.onnx.data" in names(tmp_path / "models" / "large")
 
 
-def test_python_model(graph: Path, tmp_path: Path) -> None:
-    write_repository(graph, tmp_path, TritonOptions(variant="python", max_sequences=3))
+def test_python_model(sws_graph: Path, tmp_path: Path) -> None:
+    write_repository(sws_graph, tmp_path, TritonOptions(variant="python", max_sequences=3))
     assert names(tmp_path / "sws") == ["1/model.onnx", "1/model.onnx.json", "1/model.py", "config.pbtxt"]
     config = read_config(tmp_path / "sws")
     assert (config.backend, config.max_batch_size) == ("python", 0)
@@ -209,25 +184,27 @@ def test_python_model(graph: Path, tmp_path: Path) -> None:
     assert config.parameters["max_sequences"].string_value == "3"
 
 
-def test_a_model_that_is_there_already(graph: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_there_already(sws_graph: Path, tmp_path: Path) -> None:
     options = TritonOptions(height=8, width=8)
-    write_repository(graph, tmp_path, options)
+    write_repository(sws_graph, tmp_path, options)
     before = export_runs.listing(tmp_path)
-    with pytest.raises(OutputError, match="is there already; remove it, or choose another name"):
-        write_repository(graph, tmp_path, options)
+    with pytest.raises(OutputError, match="exists already; remove it, or choose another name"):
+        write_repository(sws_graph, tmp_path, options)
     assert export_runs.listing(tmp_path) == before
 
 
-def test_what_triton_cannot_serve(graph: Path, engine: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"does not run engine\.plan, an engine of TensorRT for RTX"):
+def test_what_triton_cannot_serve(sws_graph: Path, engine: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"cannot run engine\.plan, an engine of TensorRT for RTX"):
         write_repository(engine("tensorrt-rtx"), tmp_path / "models")
-    with pytest.raises(OptionError, match=r"takes any size, and Triton needs one.*give height and width"):
-        write_repository(graph, tmp_path / "models")
+    with pytest.raises(
+        OptionError, match=r"has dynamic shapes, and Triton needs.*give height and width"
+    ):
+        write_repository(sws_graph, tmp_path / "models")
     with pytest.raises(OptionError, match="width 64 is outside the engine's profile, 8 to 32"):
         write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(width=64))
     with pytest.raises(OptionError, match="tokens 6 is outside the engine's profile, 7 to 99"):
         write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(tokens=6))
-    with pytest.raises(OptionError, match="max_batch 5 is outside what the artefact takes, which ends at 4"):
+    with pytest.raises(OptionError, match="max_batch 5 is above the largest batch of the artefact, 4"):
         write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(max_batch=5))
     assert not (tmp_path / "models" / "engine").exists()
 
@@ -281,10 +258,10 @@ def triton_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def served(triton_folder: Path, graph: Path, tmp_path: Path) -> Iterator[Any]:
+def served(triton_folder: Path, sws_graph: Path, tmp_path: Path) -> Iterator[Any]:
     """A client of a server on this machine alone that serves the model `unet` in Python."""
     repository = tmp_path / "models"
-    write_repository(graph, repository, TritonOptions(name="unet", variant="python", max_sequences=2))
+    write_repository(sws_graph, repository, TritonOptions(name="unet", variant="python", max_sequences=2))
     log = tmp_path / "triton.log"
     host, port = ADDRESS.split(":")
     command = [triton_folder / "bin" / "tritonserver", "--model-repository", repository]
@@ -322,9 +299,9 @@ def ask(client: Any, sequence: int, given: dict[str, Any], **flags: bool) -> Any
 
 
 @pytest.mark.slow
-def test_two_sequences_at_a_real_server(served: Any, graph: Path) -> None:
+def test_two_sequences_at_a_real_server(served: Any, sws_graph: Path) -> None:
     """Interleaved steps give what two sessions give, and a new start forgets."""
-    session = Session.load(graph)
+    session = Session.load(sws_graph)
     streams = {7: session.stream(), 9: session.stream()}
     for step in range(4):
         for sequence, stream in streams.items():

@@ -38,14 +38,14 @@ def shell_commands() -> list[str]:
 @pytest.fixture(scope="module")
 def place(
     tmp_path_factory: pytest.TempPathFactory,
-    telling_graph: Path,
+    metrics_graph: Path,
     random_unet: Path,
     pipeline: Path,
 ) -> Path:
     """A directory with the files that the commands of the page name."""
     directory = tmp_path_factory.mktemp("place")
-    shutil.copy(telling_graph, directory / "unet.onnx")
-    shutil.copy(f"{telling_graph}.json", directory / "unet.onnx.json")
+    shutil.copy(metrics_graph, directory / "unet.onnx")
+    shutil.copy(f"{metrics_graph}.json", directory / "unet.onnx.json")
     (directory / "MODEL").symlink_to(random_unet)
     (directory / "PIPELINE").symlink_to(pipeline)
     (directory / "examples").symlink_to(export_runs.ROOT / "examples")

@@ -262,7 +262,7 @@ def test_a_step_that_fails_leaves_the_state(
     stream.step(**inputs(0))
     before = stream.state()["sws_state_d2"]
     library.contexts[0].failing = True
-    with pytest.raises(EngineError, match="TensorRT refuses to run this step; the state is unchanged"):
+    with pytest.raises(EngineError, match="TensorRT rejects this step, and the state is unchanged"):
         stream.step(**inputs(1))
     assert np.array_equal(stream.state()["sws_state_d2"], before)
 

@@ -24,9 +24,9 @@ from sws_export.runtime.session import Stream
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
 from sws_export.tensors import Range, SizeRanges, shapes_for
 from tests import export_runs
-from tests.sws_export.runtime.test_comfyui import Sampler, by_hand
+from tests.sws_export.adapters.test_comfyui import Sampler, by_hand
+from tests.sws_export.adapters.test_diffusers import build, call, draw, vae
 from tests.sws_export.runtime.test_contract import make_plan
-from tests.sws_export.runtime.test_diffusers import build, call, draw, vae
 from tests.sws_export.runtime.test_tensorrt_backend import FakeLibrary, HostDevice
 
 MakeInputs = Callable[..., dict[str, Any]]

@@ -47,7 +47,7 @@ def test_descending_sizes_are_refused(text):
 
 
 def test_zero_is_refused():
-    with pytest.raises(OptionError, match=r"--batch 0:1:2.*begin at 1"):
+    with pytest.raises(OptionError, match=r"--batch 0:1:2.*start at 1"):
         parse_range("0:1:2", "--batch")
 
 

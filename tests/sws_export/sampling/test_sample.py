@@ -101,8 +101,8 @@ def test_what_is_no_pipeline(sws_graph: Path, random_unet: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "does not say the class of the pipeline"),
-        ("{}", "does not say the class of the pipeline"),
+        ("{", "does not name the class of the pipeline"),
+        ("{}", "does not name the class of the pipeline"),
         ('{"_class_name": "NoSuchPipeline"}', "has no pipeline NoSuchPipeline"),
     ],
 )
@@ -116,7 +116,7 @@ def test_code_of_a_pipeline_runs_where_it_is_trusted_alone(sws_graph: Path, tmp_
     (tmp_path / "model_index.json").write_text('{"_class_name": "OwnPipeline"}')
     (tmp_path / "pipeline.py").write_text("raise RuntimeError('it ran')")
     with pytest.raises(
-        OptionError, match=r"is a OwnPipeline, which is code in its pipeline\.py; add --trust"
+        OptionError, match=r"is a OwnPipeline, which is defined in its pipeline\.py; add --trust"
     ):
         sample_pipeline(sws_graph, tmp_path, tmp_path / "x.png", OPTIONS)
     with pytest.raises(RuntimeError, match="it ran"):
@@ -127,7 +127,7 @@ def test_code_of_a_pipeline_runs_where_it_is_trusted_alone(sws_graph: Path, tmp_
 
 def test_what_the_pipeline_refuses(sws_graph: Path, pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        OptionError, match="the pipeline refuses: `height` and `width` have to be divisible by 8"
+        OptionError, match="the pipeline rejects the options: `height` and `width` have to be divisible by 8"
     ):
         sample_pipeline(sws_graph, pipeline, tmp_path / "x.png", dataclasses.replace(OPTIONS, height=20))
 

@@ -18,7 +18,7 @@ from sws_export.adapters.comfyui import SwsDiffusionModel, embed_sizes, family_o
 from sws_export.runtime import Session, StepError
 from sws_export.tensors import TensorSpec
 from tests import export_runs
-from tests.sws_export.runtime.conftest import POOLED, TOKENS
+from tests.sws_export.conftest import POOLED, TOKENS
 
 SIGMAS = torch.tensor([9.0, 5.0, 2.0, 0.5, 0.0])
 Cond = tuple[uuid.UUID, torch.Tensor]

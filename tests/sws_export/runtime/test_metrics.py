@@ -33,8 +33,8 @@ def manifest(graph: Path) -> dict[str, Any]:
     return dict(json.loads(graph.with_name(f"{graph.name}.json").read_text()))
 
 
-def test_the_manifest_lists_them(telling_graph: Path, sws_graph: Path) -> None:
-    described = manifest(telling_graph)
+def test_the_manifest_lists_them(metrics_graph: Path, sws_graph: Path) -> None:
+    described = manifest(metrics_graph)
     listed = described["debug_outputs"]
     assert sorted(listed["outputs"].values()) == sorted(debug_output_names())
     assert listed["sites"] == described["sites"]["d2"]
@@ -46,10 +46,10 @@ def test_the_manifest_lists_them(telling_graph: Path, sws_graph: Path) -> None:
     assert manifest(sws_graph)["debug_outputs"] is None
 
 
-def test_they_are_the_references(telling_graph: Path, random_unet: Path, inputs: MakeInputs) -> None:
+def test_they_are_the_references(metrics_graph: Path, random_unet: Path, inputs: MakeInputs) -> None:
     unet = load_unet(open_checkpoint(random_unet), torch.float64)
     reference = ReferenceUNet(unet, SwsParameters())
-    stream = Session.load(telling_graph)
+    stream = Session.load(metrics_graph)
     sites = stream.contract.metric_sites
     state = None
     for number in range(3):
@@ -71,8 +71,8 @@ def test_they_are_the_references(telling_graph: Path, random_unet: Path, inputs:
     assert found["alpha_k"].shape == (2, 4)
 
 
-def test_they_are_the_callers_own_and_of_the_last_step(telling_graph: Path, inputs: MakeInputs) -> None:
-    stream = Session.load(telling_graph)
+def test_they_are_the_callers_own_and_of_the_last_step(metrics_graph: Path, inputs: MakeInputs) -> None:
+    stream = Session.load(metrics_graph)
     with pytest.raises(StepError, match="site metrics are those of the last step, and no step has run"):
         stream.metrics()
     stream.step(**inputs(0))
@@ -87,9 +87,9 @@ def test_they_are_the_callers_own_and_of_the_last_step(telling_graph: Path, inpu
 
 
 def test_the_prediction_is_that_of_a_graph_without(
-    telling_graph: Path, sws_graph: Path, inputs: MakeInputs
+    metrics_graph: Path, sws_graph: Path, inputs: MakeInputs
 ) -> None:
-    telling, silent = Session.load(telling_graph), Session.load(sws_graph)
+    telling, silent = Session.load(metrics_graph), Session.load(sws_graph)
     for number in range(2):
         np.testing.assert_allclose(
             telling.step(**inputs(number)), silent.step(**inputs(number)), rtol=0, atol=1e-6
@@ -100,13 +100,13 @@ def test_the_prediction_is_that_of_a_graph_without(
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_the_tensorrt_backend_has_them_too(
-    telling_graph: Path, tmp_path: Path, inputs: MakeInputs, cuda_graphs: bool
+    metrics_graph: Path, tmp_path: Path, inputs: MakeInputs, cuda_graphs: bool
 ) -> None:
-    contract = dataclasses.replace(read_contract(telling_graph), path=make_plan(tmp_path / "engine.plan"))
+    contract = dataclasses.replace(read_contract(metrics_graph), path=make_plan(tmp_path / "engine.plan"))
     device = HostDevice()
-    library = FakeLibrary(telling_graph, device)
+    library = FakeLibrary(metrics_graph, device)
     stream = Stream(contract, TensorRtBackend(contract, library, device, cuda_graphs=cuda_graphs))
-    other = Session.load(telling_graph)
+    other = Session.load(metrics_graph)
     for number in range(5):
         np.testing.assert_allclose(
             stream.step(**inputs(number)), other.step(**inputs(number)), rtol=0, atol=1e-6
@@ -115,9 +115,9 @@ def test_the_tensorrt_backend_has_them_too(
             np.testing.assert_allclose(stream.metrics()[figure], values, rtol=1e-5, atol=1e-6)
 
 
-def test_validation_sees_wrong_figures(telling_graph: Path, random_unet: Path, tmp_path: Path) -> None:
+def test_validation_sees_wrong_figures(metrics_graph: Path, random_unet: Path, tmp_path: Path) -> None:
     """Each off by a tenth and a thousandth; the random UNet's KL divergences are smaller than that."""
-    model = ir.load(telling_graph)
+    model = ir.load(metrics_graph)
     for output in list(model.graph.outputs):
         name = output.name or ""
         if not name.startswith(PREFIX):

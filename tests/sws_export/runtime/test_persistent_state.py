@@ -17,8 +17,8 @@ from sws_export.reference import comfyui_node_schedule, fresh_transport, moving_
 from sws_export.report.report import write_report
 from sws_export.runtime import Session, StepError
 from tests import export_runs
-from tests.sws_export.runtime.conftest import TOKENS
-from tests.sws_export.runtime.test_comfyui import SIGMAS, Sampler, draw
+from tests.sws_export.adapters.test_comfyui import SIGMAS, Sampler, draw
+from tests.sws_export.conftest import TOKENS
 
 STATE = "sws_state_text"
 SITES = 4
@@ -171,7 +171,7 @@ def test_the_report_looks_into_it(node_graph: Path, random_unet: Path, tmp_path:
         node_graph, random_unet, tmp_path / "report.html", steps=4, intensity=1.0, height=12, width=8
     )
     parameters = SwsParameters()
-    assert explanation.told_by == "artefact"
+    assert explanation.metrics_source == "artefact"
     for figures in explanation.steps:
         assert figures.error is not None
         assert figures.error < 1e-4

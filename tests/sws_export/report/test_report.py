@@ -32,10 +32,10 @@ def reported(sws_graph: Path, random_unet: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def told(telling_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
+def told(metrics_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
     """By the graph itself, without its checkpoint."""
     out = tmp_path_factory.mktemp("told") / "report.html"
-    explanation = write_report(telling_graph, None, out, steps=STEPS, intensity=1.0, height=12, width=8)
+    explanation = write_report(metrics_graph, None, out, steps=STEPS, intensity=1.0, height=12, width=8)
     return explanation, out.read_text("utf-8")
 
 
@@ -81,7 +81,7 @@ def test_figures_obey_the_method(request: pytest.FixtureRequest, how: str) -> No
 
 def test_the_reference_and_the_artefact_tell_the_same(reported: Reported, told: Reported) -> None:
     by_reference, by_artefact = reported[0], told[0]
-    assert (by_reference.told_by, by_artefact.told_by) == ("reference", "artefact")
+    assert (by_reference.metrics_source, by_artefact.metrics_source) == ("reference", "artefact")
     for expected, found in zip(by_reference.steps, by_artefact.steps, strict=True):
         assert expected.error is not None
         assert expected.error < 1e-4
@@ -118,9 +118,9 @@ def test_sites_go_down_and_up_again(told: Reported) -> None:
     assert labels == ["down 1 · 0", "mid 0", "up 0 · 0", "up 0 · 1"] * MAPS
 
 
-def test_chosen_tokens(telling_graph: Path, tmp_path: Path) -> None:
+def test_chosen_tokens(metrics_graph: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    arguments = ["report", str(telling_graph), "--out", str(out), "--steps", "2", "--height", "8"]
+    arguments = ["report", str(metrics_graph), "--out", str(out), "--steps", "2", "--height", "8"]
     assert main([*arguments, "--width", "8", "--token", "0.25,0.75", "--token", "1,1", "--quiet"]) == 0
     assert re.findall(r'<th scope="row">([\d., ]+)</th>', out.read_text("utf-8")) == ["0.25, 0.75", "1, 1"]
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
@@ -154,7 +154,9 @@ def test_plain_artefacts_have_nothing_to_report(traced: Path, random_unet: Path,
 
 
 def test_somebody_must_tell(sws_graph: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"does not tell what its sites do: name the checkpoint .*--debug"):
+    with pytest.raises(
+        OptionError, match=r"has no site metrics among its outputs: give .*--debug"
+    ):
         write_report(sws_graph, None, tmp_path / "x.html")
     assert not list(tmp_path.iterdir())
 

@@ -25,7 +25,7 @@ from sws_export import ExportOptions, SourceOptions, export
 from sws_export.adapters.diffusers import SWSUNet
 from sws_export.errors import EngineError
 from sws_export.runtime import StepError
-from tests.sws_export.runtime.conftest import POOLED, TOKENS
+from tests.sws_export.conftest import POOLED, TOKENS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
@@ -269,7 +269,7 @@ def step_inputs() -> dict[str, Any]:
 
 
 def test_without_a_scheduler_it_says_so_once(unet: SWSUNet, step_inputs: dict[str, Any]) -> None:
-    with pytest.warns(UserWarning, match="does not know the pipeline's scheduler"):
+    with pytest.warns(UserWarning, match="SWSUNet has no scheduler"):
         unet(**step_inputs)
     unet(**step_inputs)
 
@@ -296,12 +296,12 @@ def test_output_is_diffusers_own(unet: SWSUNet, step_inputs: dict[str, Any], vae
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"down_block_additional_residuals": [draw(1)]}, "takes no ControlNet: export it again with --contr"),
+        ({"down_block_additional_residuals": [draw(1)]}, "has no ControlNet inputs; export it with --contr"),
         (
             {"down_intrablock_additional_residuals": [draw(1)]},
             r"residuals \(T2I-Adapter\): the exported graph",
         ),
-        ({"cross_attention_kwargs": {"scale": 1.0}}, "scale is not in the exported graph.*LoRA is fused"),
+        ({"cross_attention_kwargs": {"scale": 1.0}}, "scale cannot be applied to an exported graph.*fuse a LoRA"),
         ({"added_cond_kwargs": {"image_embeds": draw(1)}}, "has no input image_embeds"),
         ({"attention_mask": draw(1)}, "attention_mask: the exported graph has no such input"),
     ],
