@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,13 @@ _ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EN
 def external_data_path(path: Path) -> Path:
     """Path of the external data of the ONNX file `path`."""
     return path.with_name(path.name + ".data")
+
+
+def user_cache() -> Path:
+    """The folder for caches of this package, in the cache directory of the user."""
+    windows = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else None
+    base = os.environ.get("XDG_CACHE_HOME") or windows or str(Path("~/.cache").expanduser())
+    return Path(base) / "sws-export"
 
 
 @contextlib.contextmanager
@@ -81,7 +89,12 @@ def publish_together(targets: Mapping[Path, Path], obsolete: Sequence[Path] = ()
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Write a file or the entries of a directory to disk."""
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        # Windows cannot flush directories, and flushes files that are open for writing only.
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -112,9 +125,11 @@ def output_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         _raise_if_full(out, error)
         if error.errno in _ACCESS_ERRORS:
+            # Windows does not replace a file that a program has open or mapped.
+            in_use = "close programs that use this file, or " if sys.platform == "win32" else ""
             raise OutputError(
-                f"cannot write {out}: {error.strerror}; choose an --out in a directory that exists and is "
-                "writable"
+                f"cannot write {out}: {error.strerror}; {in_use}choose an --out in a directory that exists "
+                "and is writable"
             ) from error
         raise
 

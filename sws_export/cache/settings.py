@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sws_export.cache.store import Cache
 from sws_export.errors import OptionError
+from sws_export.files import user_cache
 
 DIRECTORY_VARIABLE = "SWS_EXPORT_CACHE_DIR"
 SIZE_VARIABLE = "SWS_EXPORT_CACHE_SIZE"
@@ -18,8 +19,7 @@ def cache_directory() -> Path:
     """The directory from `SWS_EXPORT_CACHE_DIR`, otherwise one in the cache directory of the user."""
     if chosen := os.environ.get(DIRECTORY_VARIABLE):
         return Path(chosen).absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    return Path(base) / "sws-export" / "results"
+    return user_cache() / "results"
 
 
 def open_cache(*, enabled: bool = True) -> Cache:

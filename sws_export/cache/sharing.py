@@ -1,7 +1,6 @@
 """Copies of files that share disk blocks where the file system supports it."""
 
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -42,6 +41,8 @@ def share_file(source: Path, target: Path, *, link: bool = True) -> None:
 def _clone(source: Path, target: Path) -> bool:
     if sys.platform != "linux":
         return False
+    import fcntl
+
     with source.open("rb") as reading, target.open("xb") as writing:
         try:
             fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())

@@ -10,7 +10,6 @@ the entry is evicted.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -253,9 +252,9 @@ class Cache:
 def _rename(unfinished: Path, directory: Path) -> None:
     try:
         unfinished.rename(directory)
-    except OSError as error:
-        # Another process stored the same result in the meantime.
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+    except OSError:
+        # Another process may have stored the same result in the meantime.
+        if not directory.exists():
             raise
 
 

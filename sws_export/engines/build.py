@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -29,6 +28,13 @@ from sws_export.tensors import ProfileShapes
 _POLL_SECONDS = 0.5
 """Interval between two readings of the child's memory."""
 _SHOWN_WARNINGS = 5
+_WINDOWS_EXCEPTION = 0xC0000000
+"""Exit codes of Windows processes from here on are NTSTATUS codes of exceptions."""
+
+if sys.platform == "win32":
+    _CREATION_FLAGS = subprocess.CREATE_NEW_PROCESS_GROUP
+else:
+    _CREATION_FLAGS = 0
 
 
 @dataclass(frozen=True)
@@ -120,52 +126,38 @@ def build_engine(
 
 @contextlib.contextmanager
 def _child(spec: dict[str, Any], output: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], EventReader]]:
-    """The running child process and the pipe of its events; the process has ended when the block exits."""
-    reading, writing = os.pipe()
-    try:
-        child = subprocess.Popen(
-            # -P and this process's sys.path: the child imports the same modules, whatever its directory.
-            [sys.executable, "-P", "-m", "sws_export.engines.child", str(writing)],
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)},
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(writing,),
-            # Ctrl-C reaches this process only, which then ends the child.
-            process_group=0,
-        )
-    except BaseException:
-        os.close(reading)
-        raise
-    finally:
-        os.close(writing)
-    try:
-        assert child.stdin is not None
-        # If the child has already ended, its exit status gives the reason.
-        with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
-            stdin.write(json.dumps(spec).encode())
-        yield child, EventReader(reading)
-    finally:
-        child.kill()
-        child.wait()
-        os.close(reading)
+    """The running child process and its events; the process has ended when the block exits."""
+    with subprocess.Popen(
+        # -P and this process's sys.path: the child imports the same modules, whatever its directory.
+        [sys.executable, "-P", "-m", "sws_export.engines.child"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=output,
+        # Ctrl-C reaches this process only, which then ends the child.
+        process_group=0,
+        creationflags=_CREATION_FLAGS,
+    ) as child:
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            # If the child has already ended, its exit status gives the reason.
+            with contextlib.suppress(OSError), child.stdin as stdin:
+                stdin.write(json.dumps(spec).encode())
+            yield child, EventReader(child.stdout)
+        finally:
+            child.kill()
 
 
 def _listen(child: subprocess.Popen[bytes], reader: EventReader, outcome: Outcome, stage: Stage) -> None:
     """Process the child's events until it has ended."""
-    while True:
-        readable, _, _ = select.select([reader.descriptor], [], [], _POLL_SECONDS)
-        outcome.peak_memory = max(outcome.peak_memory, peak_memory(child.pid))
-        if readable:
-            events = reader.read()
-            if events is None:
-                break
-            for event in events:
+    with contextlib.suppress(EOFError):
+        while True:
+            event = reader.next_event(_POLL_SECONDS)
+            outcome.peak_memory = max(outcome.peak_memory, peak_memory(child.pid))
+            if event is not None:
                 _take(event, outcome)
-                # Report every phase, even if the next one has already begun.
-                stage.describe(_progress_text(outcome))
-        stage.describe(_progress_text(outcome))
+            stage.describe(_progress_text(outcome))
     child.wait()
 
 
@@ -205,19 +197,20 @@ def raise_failure(code: int, outcome: Outcome, printed: str, options: BuildOptio
     if outcome.failure is not None:
         raise outcome.failure
     if code < 0:
-        raise EngineError(_death(-code, outcome, printed, options))
+        raise EngineError(_death(signal.Signals(-code).name, outcome, printed, options))
+    if code >= _WINDOWS_EXCEPTION:
+        raise EngineError(_death(f"exception {code:#x}", outcome, printed, options))
     raise RuntimeError(f"the engine build process ended with status {code}:\n{printed}")
 
 
-def _death(number: int, outcome: Outcome, printed: str, options: BuildOptions) -> str:
-    name = signal.Signals(number).name
+def _death(cause: str, outcome: Outcome, printed: str, options: BuildOptions) -> str:
     total = psutil.virtual_memory().total
     memory = f"at {outcome.peak_memory / 1e9:.1f} of {total / 1e9:.1f} GB of memory"
     output = outcome.first_error or (printed.strip().splitlines() or [""])[-1].strip()
     output = f"; last output: {output}" if output else ""
     process = f"the {options.backend.name} build process"
-    what = f"{process} was ended by {name} in phase {outcome.phase!r}, {memory}{output}"
-    if name == "SIGKILL" or is_out_of_memory(output):
+    what = f"{process} was ended by {cause} in phase {outcome.phase!r}, {memory}{output}"
+    if cause == "SIGKILL" or is_out_of_memory(output):
         return f"{what}; most likely memory ran out: {OUT_OF_MEMORY_ADVICE}"
     return f"{what}; this is a bug of the library: try another version of it, or report the graph to NVIDIA"
 

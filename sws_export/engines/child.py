@@ -1,4 +1,4 @@
-"""The process that builds one engine: `python -m sws_export.engines.child EVENT_DESCRIPTOR < spec.json`.
+"""The process that builds one engine: `python -m sws_export.engines.child < spec.json`.
 
 TensorRT can exhaust the memory or abort, which cannot be caught, so the build runs in a process of its own.
 `build.py` starts the process and reports the result.
@@ -31,7 +31,7 @@ def main() -> int:
     """Build the engine specified as JSON on standard input; returns 0 if the plan is complete."""
     spec = json.load(sys.stdin)
     _die_with_parent(spec["parent"])
-    events = EventWriter(int(sys.argv[1]))
+    events = EventWriter()
     try:
         _build(spec, events)
     except SwsExportError as error:

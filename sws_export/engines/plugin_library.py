@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sws_export.errors import PluginError
+from sws_export.files import user_cache
 from sws_export.progress import Progress, SilentProgress
 
 LIBRARY_NAME = "libsws_plugins.so"
@@ -183,8 +184,7 @@ def _require_sources() -> Path:
 
 
 def _cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    return Path(base) / "sws-export" / "plugins"
+    return user_cache() / "plugins"
 
 
 def _cached_folder(source: Path, architectures: Sequence[str]) -> Path:

@@ -16,6 +16,8 @@ from sws_export.tensors import Precision
 from tests import export_runs
 
 TOKENS = 5
+# A graph with the literal guard is exported in half the time of the default and loaded in a quarter.
+LITERAL = ExportOptions(sws=SwsOptions(guard="literal"), validate=False)
 POOLED = 1280
 Inputs = dict[str, Any]
 
@@ -23,15 +25,13 @@ Inputs = dict[str, Any]
 @pytest.fixture(scope="session")
 def sws_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """A small UNet with SWS on one grid, height/2 by width/2."""
-    return export_runs.shared(
-        tmp_path_factory, "sws.onnx", lambda path: export(traced, path, ExportOptions(validate=False))
-    )
+    return export_runs.shared(tmp_path_factory, "sws.onnx", lambda path: export(traced, path, LITERAL))
 
 
 @pytest.fixture(scope="session")
 def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
     """The same UNet with SWS in its self- and cross-attention."""
-    options = ExportOptions(sws=SwsOptions(sites=("*",)), validate=False)
+    options = ExportOptions(sws=SwsOptions(sites=("*",), guard="literal"), validate=False)
     return export_runs.shared(tmp_path_factory, "sws_text.onnx", lambda path: export(traced, path, options))
 
 
@@ -74,7 +74,7 @@ def sdxl_graph(tmp_path_factory: pytest.TempPathFactory, sdxl_unet: Path) -> Pat
     return export_runs.shared(
         tmp_path_factory,
         "sdxl.onnx",
-        lambda path: export(sdxl_unet, path, ExportOptions(validate=False)),
+        lambda path: export(sdxl_unet, path, LITERAL),
     )
 
 

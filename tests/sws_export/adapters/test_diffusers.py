@@ -1,5 +1,6 @@
 """An exported UNet in real pipelines of tiny random parts."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from diffusers import (
 )
 from PIL import Image
 
-from sws_export import ExportOptions, SourceOptions, export
+from sws_export import SourceOptions, export
 from sws_export.adapters.diffusers import SWSUNet
 from sws_export.errors import EngineError
 from sws_export.runtime import StepError
-from tests.sws_export.conftest import POOLED, TOKENS
+from tests.sws_export.conftest import LITERAL, POOLED, TOKENS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
@@ -301,7 +302,10 @@ def test_output_is_diffusers_own(unet: SWSUNet, step_inputs: dict[str, Any], vae
             {"down_intrablock_additional_residuals": [draw(1)]},
             r"residuals \(T2I-Adapter\): the exported graph",
         ),
-        ({"cross_attention_kwargs": {"scale": 1.0}}, "scale cannot be applied to an exported graph.*fuse a LoRA"),
+        (
+            {"cross_attention_kwargs": {"scale": 1.0}},
+            "scale cannot be applied to an exported graph.*fuse a LoRA",
+        ),
         ({"added_cond_kwargs": {"image_embeds": draw(1)}}, "has no input image_embeds"),
         ({"attention_mask": draw(1)}, "attention_mask: the exported graph has no such input"),
     ],
@@ -317,7 +321,7 @@ def test_what_the_graph_cannot_do(
 def test_controlnet(random_unet: Path, torch_unet: Any, tmp_path: Path) -> None:
     """Residuals of a ControlNet reach the graph; without them they are zero."""
     graph = tmp_path / "control.onnx"
-    export(random_unet, graph, ExportOptions(source=SourceOptions(controlnet=True), validate=False))
+    export(random_unet, graph, dataclasses.replace(LITERAL, source=SourceOptions(controlnet=True)))
     unet = SWSUNet.load(graph, scheduler=EulerDiscreteScheduler(**SCHEDULE), intensity=0.0)
     latent, text = draw(2, 4, 8, 8), draw(2, TOKENS, 16)
     given = {"down_block_additional_residuals": [], "mid_block_additional_residual": draw(2, 64, 4, 4)}
@@ -340,6 +344,6 @@ def test_misspelt_arguments_are_the_callers_bug(unet: SWSUNet, step_inputs: dict
 
 
 def test_a_graph_without_configuration(sws_graph: Path) -> None:
-    with pytest.raises(EngineError, match=r"made from a plain \.onnx graph.*give config="):
+    with pytest.raises(EngineError, match=r"exported from a plain \.onnx graph.*give config="):
         SWSUNet.load(sws_graph)
     assert SWSUNet.load(sws_graph, config={"sample_size": 16}).config.sample_size == 16

@@ -196,9 +196,7 @@ def test_a_model_that_is_there_already(sws_graph: Path, tmp_path: Path) -> None:
 def test_what_triton_cannot_serve(sws_graph: Path, engine: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"cannot run engine\.plan, an engine of TensorRT for RTX"):
         write_repository(engine("tensorrt-rtx"), tmp_path / "models")
-    with pytest.raises(
-        OptionError, match=r"has dynamic shapes, and Triton needs.*give height and width"
-    ):
+    with pytest.raises(OptionError, match=r"has dynamic shapes, and Triton needs.*give height and width"):
         write_repository(sws_graph, tmp_path / "models")
     with pytest.raises(OptionError, match="width 64 is outside the engine's profile, 8 to 32"):
         write_repository(engine("tensorrt"), tmp_path / "models", TritonOptions(width=64))

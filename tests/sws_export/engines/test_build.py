@@ -252,6 +252,11 @@ def test_the_cause_is_read_from_the_output(number, printed, text):
         build.raise_failure(-number, build.Outcome(), printed, OPTIONS)
 
 
+def test_an_exception_of_windows_is_an_error_of_the_library():
+    with pytest.raises(EngineError, match="ended by exception 0xc0000005 in phase 'starting'"):
+        build.raise_failure(0xC0000005, build.Outcome(), "", OPTIONS)
+
+
 def test_a_bug_in_the_build_process_keeps_its_traceback():
     with pytest.raises(RuntimeError, match=r"ended with status 1:\nTraceback .*KeyError"):
         build.raise_failure(1, build.Outcome(), "Traceback ... KeyError", OPTIONS)

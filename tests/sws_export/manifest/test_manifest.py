@@ -51,7 +51,7 @@ def test_format_1_is_converted() -> None:
 
 def test_the_published_nodes_state_in_format_1_is_persistent() -> None:
     found = read_manifest(RECORDED / "format_1_node.json")
-    assert (found["preset"], found["shared_inputs"]) == ("node", ["sigma", "intensity"])
+    assert (found["preset"], found["shared_inputs"]) == ("comfyui-node", ["sigma", "intensity"])
     assert [state["persistent"] for state in found["states"]] == [True]
     assert found["debug_outputs"] is None
 

@@ -154,9 +154,7 @@ def test_plain_artefacts_have_nothing_to_report(traced: Path, random_unet: Path,
 
 
 def test_somebody_must_tell(sws_graph: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        OptionError, match=r"has no site metrics among its outputs: give .*--debug"
-    ):
+    with pytest.raises(OptionError, match=r"has no site metrics among its outputs: give .*--debug"):
         write_report(sws_graph, None, tmp_path / "x.html")
     assert not list(tmp_path.iterdir())
 
