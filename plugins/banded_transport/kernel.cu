@@ -69,11 +69,12 @@ cudaError_t launch_banded_transport(TransportProblem const& problem, cudaStream_
   const Launch launch = choose_launch(problem);
   int processors = 0;
   if (cudaError_t error = processor_count(&processors); error != cudaSuccess) return error;
-  if (cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(launch.kernel), launch.shared_bytes);
-      error != cudaSuccess) {
-    return error;
+  if (launch.shared_bytes > kDefaultSharedBytes) {
+    const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(launch.kernel));
+    if (error != cudaSuccess) return error;
   }
-  // Deal the channels out to enough blocks for two on each processor; more would gather the band more often.
+  // Distribute the channels over enough blocks for two on each multiprocessor; every further block would gather the
+  // weights of its tile once more.
   const int tiles = tile_rows(problem) * tile_columns(problem);
   const int chunks = channel_chunks(problem, launch.chunk_channels).total;
   const int64_t wanted = 2 * processors / (static_cast<int64_t>(tiles) * problem.batch);

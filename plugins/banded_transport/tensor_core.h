@@ -1,9 +1,9 @@
 // Banded transport on tensor cores, for float16 and bfloat16.
 //
-// A block owns an 8 x 8 token tile and its halo of 24 columns. A warp owns two grid rows of it: 16 tokens, the M of
-// m16n8k16. K runs over the "granules" of 8 neighbouring halo tokens that the diamond of these 16 tokens touches, two
-// granules a step. The band's weights are gathered once into A fragments that stay in registers; then the channels
-// pass by in chunks of 32, double buffered, so each step is two ldmatrix and four mma with no traffic for A at all.
+// A block computes a tile of 8 x 8 tokens from its halo of 24 columns; a warp computes two grid rows: 16 tokens, the M
+// of m16n8k16. K is the sequence of "granules" of 8 neighbouring halo tokens that the diamonds of these 16 tokens
+// touch, two granules per step. The weights are gathered once into A fragments, which stay in registers. The channels
+// follow in double-buffered chunks of 32; each step is two ldmatrix and four mma, and A is not loaded again.
 #pragma once
 
 #include "banded_transport/tile.h"
@@ -32,7 +32,7 @@ struct BandGeometry {
   static_assert(transport_weight_bytes(kReach) <= kStageBytes, "the weights pass through the second stage");
 };
 
-// Where a granule lies: its row relative to the warp's first row, its column in units of 8 relative to the tile.
+// Position of a granule: its row relative to the warp's first row, its column in units of 8 relative to the tile.
 struct Granule {
   int row;
   int column;
@@ -45,7 +45,8 @@ SWS_HD constexpr Granule granule_at(int index) {
   return Granule{-kReach + 1 + (index - 1) / 3, (index - 1) % 3 - 1};
 }
 
-// The A fragment element of a warp: token (row, x) of its two rows, times halo token `place` of a granule.
+// One element of a warp's A fragment: the weight from token (row, x) of its two rows to halo token `place` of a
+// granule.
 template <int kReach>
 SWS_KERNEL_BODY float band_weight(Shared<float> weights, int radius, int warp, int row, int x, Granule granule,
                                   int place, int thread) {
@@ -83,8 +84,8 @@ SWS_KERNEL_BODY void gather_band(BlockType& block, Shared<float> weights, int ra
 }
 
 // Starts the copy of one channel chunk of the halo. Tokens outside the grid, channels past the end and the corners of
-// the halo that no diamond reaches become zeros. A thread keeps to one vector of the chunk and steps through the tokens;
-// it carries their place along instead of dividing for it.
+// the halo that no diamond reaches become zeros. A thread copies one vector of the chunk for a sequence of tokens and
+// updates their position incrementally, without divisions.
 template <typename Element, int kReach, typename BlockType>
 SWS_KERNEL_BODY void start_chunk_copy(BlockType& block, TransportProblem const& problem, int sample,
                                       GridPosition origin, int chunk, Shared<Element> stage) {
@@ -129,13 +130,6 @@ SWS_KERNEL_BODY void multiply_chunk(BlockType& block, Shared<Element> stage,
   struct Registers {
     uint32_t value[4];
   };
-  block.each_thread([&](int thread) {
-    SWS_UNROLL
-    for (int n = 0; n < kColumnTiles; ++n) {
-      SWS_UNROLL
-      for (int i = 0; i < 4; ++i) sums[thread].value[n][i] = 0.0f;
-    }
-  });
   PerThread<Registers, kTransportThreads> columns;
   SWS_UNROLL
   for (int step = 0; step < BandGeometry<kReach>::kSteps; ++step) {
@@ -154,9 +148,14 @@ SWS_KERNEL_BODY void multiply_chunk(BlockType& block, Shared<Element> stage,
       block.template load_matrices<true>(stage, row_index, [&](int thread) { return columns[thread].value; });
       SWS_UNROLL
       for (int half = 0; half < 2; ++half) {
-        block.template multiply_add<Element>([&](int thread) { return sums[thread].value[2 * pair + half]; },
-                                             [&](int thread) { return band[thread].step[step]; },
-                                             [&](int thread) { return columns[thread].value + 2 * half; });
+        auto result = [&](int thread) { return sums[thread].value[2 * pair + half]; };
+        auto weights = [&](int thread) { return band[thread].step[step]; };
+        auto values = [&](int thread) { return columns[thread].value + 2 * half; };
+        if (step == 0) {
+          block.template multiply<Element>(result, weights, values);
+        } else {
+          block.template multiply_add<Element>(result, weights, values);
+        }
       }
     }
   }
@@ -180,7 +179,7 @@ SWS_KERNEL_BODY void store_chunk(BlockType& block, TransportProblem const& probl
         const int channel = first_channel + n * 8 + 2 * (lane % 4);
         if (channel >= problem.channels) continue;
         const uint32_t pair = pack_pair<Element>(sums[thread].value[n][2 * row], sums[thread].value[n][2 * row + 1]);
-        memcpy(token + channel, &pair, sizeof(pair));
+        block.store_pair(token + channel, pair);
       }
     }
   });

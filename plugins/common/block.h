@@ -1,10 +1,10 @@
-// The vocabulary of the kernel bodies: one thread block, its shared memory, its warp-wide instructions.
+// The operations that kernel bodies use: one thread block, its shared memory, its warp-wide instructions.
 //
-// A body is written "block-wide": `each_thread(work)` runs work(thread) for every thread, PerThread<T> is a
-// variable that every thread has its own copy of, and the warp-wide operations take accessors thread -> registers.
-// Here, on the device, each_thread is a plain call, PerThread<T> a register, and all of it vanishes in compilation.
-// tests/plugins/harness/emulated_block.h gives the same names another meaning: all threads one after the other on a
-// CPU, with every access to shared memory checked for bounds and for races between barriers.
+// A body is written for the whole block: `each_thread(work)` runs work(thread) for every thread, PerThread<T> is a
+// variable of which every thread has a copy, and warp-wide operations take accessors thread -> registers. On the device
+// each_thread is a call, PerThread<T> a register, and the abstraction compiles to nothing.
+// tests/plugins/harness/emulated_block.h implements the same interface on a CPU: it runs the threads sequentially and
+// checks every access to shared memory for bounds and for races between barriers.
 #pragma once
 
 #ifndef __CUDACC__
@@ -28,7 +28,7 @@ class PerThread {
   T value_;
 };
 
-// An array in shared memory. The thread argument serves the emulation alone.
+// An array in shared memory. The thread argument is used by the emulation only.
 template <typename T>
 class Shared {
  public:
@@ -65,12 +65,12 @@ class Block {
 
   __device__ __forceinline__ void sync() { __syncthreads(); }
 
-  // Every thread's value from the lane whose number differs in the bits of mask.
+  // Replaces each thread's value by that of the lane whose number differs in the bits of mask.
   __device__ __forceinline__ void shuffle_xor(PerThread<float, kThreads>& values, int mask) {
     values[0] = __shfl_xor_sync(0xFFFFFFFFu, values[0], mask);
   }
 
-  // 16 bytes from global into shared memory, in flight until wait_copies; zeros where `valid` is false.
+  // Copies 16 bytes from global to shared memory, asynchronously until wait_copies; zeros if `valid` is false.
   template <typename Element>
   __device__ __forceinline__ void copy_16_bytes(Shared<Element> to, int index, const Element* from, bool valid, int) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to.at(index)));
@@ -78,24 +78,31 @@ class Block {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(bytes));
   }
 
-  // Four bytes, in the same way.
+  // Copies four bytes in the same way.
   __device__ __forceinline__ void copy_4_bytes(Shared<float> to, int index, const float* from, bool valid, int) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to.at(index)));
     const int bytes = valid ? 4 : 0;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(address), "l"(from), "r"(bytes));
   }
 
+  // Stores two 16-bit elements to global memory in one transaction; `to` is aligned to 4 bytes.
+  template <typename Element>
+  __device__ __forceinline__ void store_pair(Element* to, uint32_t pair) {
+    static_assert(sizeof(Element) == 2, "a pair has 32 bits");
+    *reinterpret_cast<uint32_t*>(to) = pair;
+  }
+
   // Closes the group of copies issued since the last call (an empty group counts too).
   __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::); }
 
-  // Waits until at most kPending groups are in flight. Other threads see the data after the next sync.
+  // Waits until at most kPending groups are in flight. Other threads can read the data after the next sync.
   template <int kPending>
   __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
   }
 
-  // Four 8 x 8 matrices of 16-bit numbers; lanes 8m .. 8m+7 name the rows of matrix m by the index of their first
-  // element. Lane l receives elements 2(l % 4) and 2(l % 4) + 1 of row l / 4 (kTransposed: of column l / 4).
+  // Loads four 8 x 8 matrices of 16-bit numbers. Lanes 8m .. 8m+7 pass the index of the first element of each row of
+  // matrix m. Lane l receives elements 2(l % 4) and 2(l % 4) + 1 of row l / 4 (kTransposed: of column l / 4).
   template <bool kTransposed, typename Element, typename RowIndex, typename Registers>
   __device__ __forceinline__ void load_matrices(Shared<Element> from, RowIndex row_index, Registers registers) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -112,23 +119,38 @@ class Block {
     }
   }
 
-  // D += A B for one 16 x 16 (A) by 16 x 8 (B) product in each warp, float accumulation.
+  // D += A B of a 16 x 16 (A) by 16 x 8 (B) product in each warp, with float accumulation.
   template <typename Element, typename RegistersD, typename RegistersA, typename RegistersB>
   __device__ __forceinline__ void multiply_add(RegistersD d_of, RegistersA a_of, RegistersB b_of) {
     const int thread = static_cast<int>(threadIdx.x);
     float* d = d_of(thread);
-    const uint32_t* a = a_of(thread);
-    const uint32_t* b = b_of(thread);
+    multiply_fragments<Element>(d, a_of(thread), b_of(thread), d[0], d[1], d[2], d[3]);
+  }
+
+  // D = A B: the accumulator starts at zero without an instruction that clears it.
+  template <typename Element, typename RegistersD, typename RegistersA, typename RegistersB>
+  __device__ __forceinline__ void multiply(RegistersD d_of, RegistersA a_of, RegistersB b_of) {
+    const int thread = static_cast<int>(threadIdx.x);
+    multiply_fragments<Element>(d_of(thread), a_of(thread), b_of(thread), 0.0f, 0.0f, 0.0f, 0.0f);
+  }
+
+ private:
+  // D = A B + C.
+  template <typename Element>
+  __device__ __forceinline__ static void multiply_fragments(float* d, const uint32_t* a, const uint32_t* b, float c0,
+                                                            float c1, float c2, float c3) {
     if constexpr (std::is_same_v<Element, BFloat16>) {
       asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+          "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"
+          : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
     } else {
       asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+          "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"
+          : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c0), "f"(c1), "f"(c2), "f"(c3));
     }
   }
 };

@@ -13,8 +13,8 @@ namespace {
 std::atomic<void*> logger_finder{nullptr};
 std::atomic<LoggerLayout> layout{LoggerLayout::kUnknown};
 
-// getInferLibVersion() of the library that `finder` belongs to; 0 if it has no such function. The symbol is looked up in
-// the library that contains the object's virtual table: Python loads TensorRT with RTLD_LOCAL, so a global lookup
+// getInferLibVersion() of the library that `finder` belongs to; 0 if it has no such function. The symbol is looked up
+// in the library that contains the object's virtual table: Python loads TensorRT with RTLD_LOCAL, so a global lookup
 // fails, and one process may load both TensorRT and TensorRT-RTX.
 int32_t library_version(const void* finder) {
   const void* virtual_table = nullptr;

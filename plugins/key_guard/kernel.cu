@@ -1,22 +1,45 @@
 #include "common/device.h"
 #include "key_guard/kernel.h"
 #include "key_guard/launches.h"
+#include "key_guard/stages.h"
 
 namespace sws {
 namespace {
 
+// Blocks on a multiprocessor for which the compiler limits the registers of survey and middle kernel. Four blocks leave
+// 128 registers for a thread, which suffice from compute capability 9.0 on; before, they would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kSurveyBlocks = 3;
+#else
+constexpr int kSurveyBlocks = 4;
+#endif
+
 template <typename Element>
-__global__ void __launch_bounds__(kGuardThreads, 3)
+__global__ void __launch_bounds__(kGuardThreads, kSurveyBlocks)
     survey_tensor_core_kernel(GuardProblem problem, GuardWorkspace workspace, int stages) {
   Block<kGuardThreads> block;
   survey_tensor_core<Element>(block, problem, workspace, stages);
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kScalarGuardThreads)
+__global__ void __launch_bounds__(kScalarGuardThreads, 2)
     survey_scalar_kernel(GuardProblem problem, GuardWorkspace workspace) {
   Block<kScalarGuardThreads> block;
   survey_scalar<Element>(block, problem, workspace);
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kGuardThreads, kSurveyBlocks)
+    middle_tensor_core_kernel(GuardProblem problem, GuardWorkspace workspace, RoundTiles tiles, int stages) {
+  Block<kGuardThreads> block;
+  middle_tensor_core<Element>(block, problem, workspace, tiles, stages);
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kScalarGuardThreads, 2)
+    middle_scalar_kernel(GuardProblem problem, GuardWorkspace workspace, RoundTiles tiles) {
+  Block<kScalarGuardThreads> block;
+  middle_scalar<Element>(block, problem, workspace, tiles);
 }
 
 template <typename Element>
@@ -46,89 +69,109 @@ bool is_valid(GuardProblem const& problem) {
          problem.scale > 0.0f;
 }
 
-// What the launches of one problem share.
+// Launch parameters of one problem.
 struct Plan {
   GuardProblem problem;
   GuardWorkspace workspace;
   RoundTiles tiles;
-  int stages;  // of the tensor-core kernels; 0: the problem is not for them
+  int stages;  // of the tensor-core kernels; 0: they do not support the problem
   int processors;
   cudaStream_t stream;
 
   unsigned samples() const { return static_cast<unsigned>(problem.batch); }
 
-  // Rounds that usually return at once get a small grid whose blocks go round the tiles.
+  // For rounds that usually return immediately: few blocks, each of which processes several tiles.
   dim3 small_grid(int tiles_of_round) const {
     const int wanted = 2 * processors / problem.batch;
     const int blocks = wanted < 1 ? 1 : (wanted > tiles_of_round ? tiles_of_round : wanted);
     return dim3(static_cast<unsigned>(blocks), 1, samples());
   }
 
-  dim3 full_grid() const { return dim3(static_cast<unsigned>(tiles.survey), 1, samples()); }
-
-  size_t tensor_core_bytes() const { return static_cast<size_t>(tensor_core_guard_bytes(problem.head_size, stages)); }
+  dim3 full_grid() const { return dim3(static_cast<unsigned>(tiles.fast), 1, samples()); }
 };
 
-// Two stages where they fit, else one; 0 where not even that fits.
-cudaError_t choose_stages(GuardProblem const& problem, int* stages) {
+template <typename Kernel>
+const void* address_of(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+// Sets the kernels' shared-memory limits and the number of stages.
+template <typename Element>
+cudaError_t prepare_tensor_cores(GuardProblem const& problem, int* stages) {
   *stages = 0;
   const bool whole_vectors = problem.head_size % 8 == 0 && is_aligned(problem.queries) && is_aligned(problem.keys) &&
                              is_aligned(problem.moved_keys);
-  if (problem.format == NumberFormat::kFloat32 || !whole_vectors) return cudaSuccess;
-  int limit = 0;
-  if (cudaError_t error = shared_memory_limit(&limit); error != cudaSuccess) return error;
-  for (int candidate = 2; candidate >= 1; --candidate) {
-    if (tensor_core_guard_bytes(problem.head_size, candidate) <= limit) {
-      *stages = candidate;
-      return cudaSuccess;
-    }
+  if (!whole_vectors) return cudaSuccess;
+  const void* survey = address_of(survey_tensor_core_kernel<Element>);
+  for (const void* kernel :
+       {survey, address_of(middle_tensor_core_kernel<Element>), address_of(candidate_tensor_core_kernel<Element>)}) {
+    if (cudaError_t error = allow_shared_memory(kernel); error != cudaSuccess) return error;
   }
-  return cudaSuccess;
+  return choose_stages(survey, problem.head_size, stages);
 }
 
 template <typename Element>
 cudaError_t launch_fast_rounds(Plan const& plan) {
-  const auto bytes = plan.tensor_core_bytes();
-  const auto survey = survey_tensor_core_kernel<Element>;
-  const auto candidate = candidate_tensor_core_kernel<Element>;
-  for (const void* kernel : {reinterpret_cast<const void*>(survey), reinterpret_cast<const void*>(candidate)}) {
-    if (cudaError_t error = allow_shared_memory(kernel, static_cast<int>(bytes)); error != cudaSuccess) return error;
-  }
-  survey<<<plan.full_grid(), kGuardThreads, bytes, plan.stream>>>(plan.problem, plan.workspace, plan.stages);
+  const auto bytes = static_cast<size_t>(tensor_core_guard_bytes(plan.problem.head_size, plan.stages));
+  const dim3 small = plan.small_grid(plan.tiles.fast);
+  survey_tensor_core_kernel<Element>
+      <<<plan.full_grid(), kGuardThreads, bytes, plan.stream>>>(plan.problem, plan.workspace, plan.stages);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  candidate<<<plan.small_grid(plan.tiles.candidate), kGuardThreads, bytes, plan.stream>>>(plan.problem, plan.workspace,
-                                                                                          plan.tiles, plan.stages);
+  middle_tensor_core_kernel<Element>
+      <<<small, kGuardThreads, bytes, plan.stream>>>(plan.problem, plan.workspace, plan.tiles, plan.stages);
+  if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  candidate_tensor_core_kernel<Element>
+      <<<small, kGuardThreads, bytes, plan.stream>>>(plan.problem, plan.workspace, plan.tiles, plan.stages);
   return cudaGetLastError();
 }
 
 template <typename Element>
 cudaError_t launch_search_round(Plan const& plan, int round) {
   search_scalar_kernel<Element>
-      <<<plan.small_grid(plan.tiles.search), kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(
+      <<<plan.small_grid(plan.tiles.of(round)), kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(
           plan.problem, plan.workspace, plan.tiles, round);
   return cudaGetLastError();
 }
 
+// Survey, middle and candidate round in scalar arithmetic.
 template <typename Element>
-cudaError_t launch_survey_and_candidate(Plan const& plan) {
-  if constexpr (sizeof(Element) == 2) {
-    if (plan.stages > 0) return launch_fast_rounds<Element>(plan);
-  }
+cudaError_t launch_scalar_rounds(Plan const& plan) {
   survey_scalar_kernel<Element>
       <<<plan.full_grid(), kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(plan.problem, plan.workspace);
+  if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  middle_scalar_kernel<Element>
+      <<<plan.small_grid(plan.tiles.fast), kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(
+          plan.problem, plan.workspace, plan.tiles);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   return launch_search_round<Element>(plan, kCandidateRound);
 }
 
 template <typename Element>
-cudaError_t launch_all(Plan const& plan) {
-  if (cudaError_t error = launch_survey_and_candidate<Element>(plan); error != cudaSuccess) return error;
-  const int last = final_round(plan.problem.bisection_steps);
+cudaError_t launch_first_rounds(Plan const& plan) {
+  if constexpr (sizeof(Element) == 2) {
+    if (plan.stages > 0) return launch_fast_rounds<Element>(plan);
+  }
+  return launch_scalar_rounds<Element>(plan);
+}
+
+template <typename Element>
+cudaError_t launch_all(GuardProblem const& problem, void* workspace, cudaStream_t stream) {
+  Plan plan = {};
+  plan.problem = problem;
+  plan.stream = stream;
+  if constexpr (sizeof(Element) == 2) {
+    if (cudaError_t error = prepare_tensor_cores<Element>(problem, &plan.stages); error != cudaSuccess) return error;
+  }
+  if (cudaError_t error = processor_count(&plan.processors); error != cudaSuccess) return error;
+  plan.workspace = lay_out_workspace(problem, workspace, plan.stages > 0 ? kCandidateProbes : kSearchProbes);
+  plan.tiles = round_tiles(problem, plan.stages > 0);
+  if (cudaError_t error = launch_first_rounds<Element>(plan); error != cudaSuccess) return error;
+  const int last = final_round(problem.bisection_steps);
   for (int round = kCandidateRound + 1; round < last; ++round) {
     if (cudaError_t error = launch_search_round<Element>(plan, round); error != cudaSuccess) return error;
   }
-  finish_kernel<<<dim3(1, 1, plan.samples()), kGuardThreads, kDigestBytes, plan.stream>>>(plan.problem, plan.workspace,
-                                                                                          plan.tiles, last);
+  finish_kernel<<<dim3(1, 1, plan.samples()), kGuardThreads, kDigestBytes, stream>>>(plan.problem, plan.workspace,
+                                                                                     plan.tiles, last);
   return cudaGetLastError();
 }
 
@@ -136,22 +179,15 @@ cudaError_t launch_all(Plan const& plan) {
 
 cudaError_t launch_key_guard(GuardProblem const& problem, void* workspace, cudaStream_t stream) {
   if (!is_valid(problem) || workspace == nullptr || !is_aligned(workspace)) return cudaErrorInvalidValue;
-  Plan plan;
-  plan.problem = problem;
-  plan.stream = stream;
-  if (cudaError_t error = choose_stages(problem, &plan.stages); error != cudaSuccess) return error;
-  if (cudaError_t error = processor_count(&plan.processors); error != cudaSuccess) return error;
-  plan.workspace = lay_out_workspace(problem, workspace, plan.stages > 0 ? kCandidateProbes : kSearchProbes);
-  plan.tiles = round_tiles(problem, plan.stages > 0);
   switch (problem.format) {
     case NumberFormat::kFloat16:
-      return launch_all<Float16>(plan);
+      return launch_all<Float16>(problem, workspace, stream);
     case NumberFormat::kBFloat16:
-      return launch_all<BFloat16>(plan);
+      return launch_all<BFloat16>(problem, workspace, stream);
     case NumberFormat::kFloat32:
       break;
   }
-  return launch_all<float>(plan);
+  return launch_all<float>(problem, workspace, stream);
 }
 
 }  // namespace sws

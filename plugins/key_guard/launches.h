@@ -1,4 +1,4 @@
-// The bodies of the guard's kernels: a survey, a candidate or search round, each over tensor cores or not.
+// The bodies of the guard's kernels: one for each kind of round, on tensor cores or in scalar arithmetic.
 #pragma once
 
 #include "key_guard/scalar.h"
@@ -6,20 +6,18 @@
 
 namespace sws {
 
-SWS_HD AlphaNodes survey_nodes(SampleLimits limits) {
-  const float half = 0.5f * survey_limit(limits);
-  return AlphaNodes{half, half};
-}
+SWS_HD AlphaNodes survey_nodes(SampleLimits limits) { return AlphaNodes{survey_limit(limits), 0.0f}; }
+
+SWS_HD AlphaNodes middle_nodes(SampleLimits limits) { return AlphaNodes{0.5f * survey_limit(limits), 0.0f}; }
 
 SWS_HD int guard_row_tiles(GuardProblem const& problem, int rows) {
   return problem.heads * ((problem.query_tokens + rows - 1) / rows);
 }
 
-// Row tiles of each round, given whether survey and candidate run on tensor cores.
+// Row tiles of each round, given whether survey, middle and candidate round run on tensor cores.
 SWS_HD RoundTiles round_tiles(GuardProblem const& problem, bool tensor_cores) {
   const int scalar = guard_row_tiles(problem, kScalarRows);
-  const int fast = tensor_cores ? guard_row_tiles(problem, kGuardRows) : scalar;
-  return RoundTiles{fast, fast, scalar};
+  return RoundTiles{tensor_cores ? guard_row_tiles(problem, kGuardRows) : scalar, scalar};
 }
 
 template <typename Element, typename BlockType>
@@ -35,6 +33,24 @@ SWS_KERNEL_BODY void survey_scalar(BlockType& block, GuardProblem const& problem
   const SampleLimits limits = limits_of(problem, block.z());
   if (!(limits.amplitude > 0.0f)) return;
   measure_scalar<Element, SurveyPass>(block, problem, workspace, kSurveyRound, survey_nodes(limits));
+}
+
+template <typename Element, typename BlockType>
+SWS_KERNEL_BODY void middle_tensor_core(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
+                                        RoundTiles tiles, int stages) {
+  const SearchState state = begin_round(block, problem, workspace, tiles, kMiddleRound, block.z());
+  if (!measures(state, kMiddleRound, workspace.candidate_probes)) return;
+  measure_tensor_core<Element, MiddlePass>(block, problem, workspace, stages, kMiddleRound,
+                                           middle_nodes(limits_of(problem, block.z())));
+}
+
+template <typename Element, typename BlockType>
+SWS_KERNEL_BODY void middle_scalar(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
+                                   RoundTiles tiles) {
+  const SearchState state = begin_round(block, problem, workspace, tiles, kMiddleRound, block.z());
+  if (!measures(state, kMiddleRound, workspace.candidate_probes)) return;
+  measure_scalar<Element, MiddlePass>(block, problem, workspace, kMiddleRound,
+                                      middle_nodes(limits_of(problem, block.z())));
 }
 
 template <typename Element, typename BlockType>

@@ -1,4 +1,4 @@
-// The three ways to go over the logits: what each keeps for a row, at which alphas, and what it records.
+// The four passes over the logits: what each accumulates for a row, at which alphas, and what it records.
 #pragma once
 
 #include "key_guard/problem.h"
@@ -25,11 +25,11 @@ SWS_HD AlphaNodes probe_nodes(SearchState const& state, int bisection_steps) {
   return AlphaNodes{unit * static_cast<float>(state.first), unit * static_cast<float>(state.stride)};
 }
 
-// Entropy, and growth and slope at limit / 2 and limit.
+// Entropy of the rows, and KL at the limit of alpha: all that is needed unless the budget binds.
 struct SurveyPass {
-  using Row = SharedPeakRow<2, true>;
-  static constexpr int kResults = 8;
-  enum Result { kEntropySum, kEntropyLeast, kEntropyGreatest, kGrowth0, kGrowth1, kSlope0, kSlope1, kReliable };
+  using Row = SharedPeakRow<1, Moment::kLevel>;
+  static constexpr int kResults = 6;
+  enum Result { kEntropySum, kEntropyLeast, kEntropyGreatest, kKl, kDrift, kReliable };
 
   static SWS_HD Combine how(int result) {
     if (result == kEntropyLeast || result == kReliable) return Combine::kLeast;
@@ -41,27 +41,38 @@ struct SurveyPass {
     result[kEntropySum] = entropy;
     result[kEntropyLeast] = entropy;
     result[kEntropyGreatest] = entropy;
-    result[kGrowth0] = row_growth(row, 0, nodes.at(0));
-    result[kGrowth1] = row_growth(row, 1, nodes.at(1));
-    result[kSlope0] = row_slope(row, 0);
-    result[kSlope1] = row_slope(row, 1);
+    result[kKl] = row_kl(row, 0, nodes.at(0));
+    result[kDrift] = row_node_drift(row, 0);
     result[kReliable] = is_reliable(row, nodes) ? 1.0f : 0.0f;
   }
 };
 
-// KL at a few neighbouring grid points, by the cheap row sums; the last result says whether they hold.
+// KL at half the limit, and E[Delta] there and at alpha = 0: what a polynomial for KL needs besides the survey.
+struct MiddlePass {
+  using Row = SharedPeakRow<1, Moment::kDrift>;
+  static constexpr int kResults = 4;
+  enum Result { kKl, kDrift, kZeroDrift, kReliable };
+
+  static SWS_HD Combine how(int result) { return result == kReliable ? Combine::kLeast : Combine::kSum; }
+
+  static SWS_HD void measure(Row const& row, AlphaNodes nodes, float (&result)[kResults]) {
+    result[kKl] = row_kl(row, 0, nodes.at(0));
+    result[kDrift] = row_node_drift(row, 0);
+    result[kZeroDrift] = row_drift(row);
+    result[kReliable] = is_reliable(row, nodes) ? 1.0f : 0.0f;
+  }
+};
+
+// KL at consecutive grid points, by the cheap row sums; the last result is their reliability.
 struct CandidatePass {
-  using Row = SharedPeakRow<kCandidateProbes, false>;
+  using Row = SharedPeakRow<kCandidateProbes, Moment::kNone>;
   static constexpr int kResults = kCandidateProbes + 1;
 
   static SWS_HD Combine how(int result) { return result < kCandidateProbes ? Combine::kSum : Combine::kLeast; }
 
   static SWS_HD void measure(Row const& row, AlphaNodes nodes, float (&result)[kResults]) {
     SWS_UNROLL
-    for (int i = 0; i < kCandidateProbes; ++i) {
-      const float alpha = nodes.at(i);
-      result[i] = alpha * row_slope(row, i) - row_growth(row, i, alpha);
-    }
+    for (int i = 0; i < kCandidateProbes; ++i) result[i] = row_kl(row, i, nodes.at(i));
     result[kCandidateProbes] = is_reliable(row, nodes) ? 1.0f : 0.0f;
   }
 };
@@ -80,8 +91,8 @@ struct SearchPass {
   }
 };
 
-static_assert(SurveyPass::kResults <= kRecordFields && CandidatePass::kResults <= kRecordFields &&
-                  SearchPass::kResults <= kRecordFields,
+static_assert(SurveyPass::kResults <= kRecordFields && MiddlePass::kResults <= kRecordFields &&
+                  CandidatePass::kResults <= kRecordFields && SearchPass::kResults <= kRecordFields,
               "a record holds the results of every pass");
 
 }  // namespace sws

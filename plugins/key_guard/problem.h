@@ -11,7 +11,7 @@
 namespace sws {
 
 // Keys and permuted keys are [batch, tokens, heads * head_size], queries [batch, query_tokens, heads * head_size]: all
-// rows of the site, or a sample of them. The scalars are [batch] float32.
+// rows of the site, or a subset of them. The scalars are [batch] float32.
 struct GuardProblem {
   const void* queries;
   const void* keys;
@@ -34,23 +34,24 @@ struct GuardProblem {
   NumberFormat format;
 };
 
-// Launch 0 surveys, launch 1 measures around the candidate, the next ones search, the last one only writes the result.
-// Each begins by digesting what the one before it recorded; all but the first and last return at once where a sample's
-// answer is known.
+// Launch 0 is the survey, launch 1 measures at half its limit, launch 2 around the candidate, the following ones
+// search, and the last one only writes the result. Each begins by evaluating the records of the previous one. All but
+// the first return immediately for a sample whose answer is known.
 constexpr int kSurveyRound = 0;
-constexpr int kCandidateRound = 1;
+constexpr int kMiddleRound = 1;
+constexpr int kCandidateRound = 2;
 
 SWS_HD int final_round(int bisection_steps) { return kCandidateRound + 1 + search_rounds(bisection_steps); }
 
-// A record is what one row tile of one head measured.
+// A record holds the measurements of one row tile of one head.
 constexpr int kRecordFields = 12;
 
-// How the kernels for this problem divide it. Both surveys and searches write at most `tiles` records a sample.
+// Memory shared by the launches. A round writes at most `tiles` records per sample.
 struct GuardWorkspace {
   SearchState* states;   // [round][batch]
-  double* records[2];    // [batch][tiles][kRecordFields], for even and odd rounds: a round reads the other's
-  int tiles;             // records a sample has room for
-  int candidate_probes;  // grid points that the candidate round measures
+  double* records[2];    // [batch][tiles][kRecordFields], for even and odd rounds: a round reads the other one
+  int tiles;             // capacity in records of a sample
+  int candidate_probes;  // number of grid points in the candidate round
 };
 
 constexpr int kSmallestRowTile = 32;
@@ -75,7 +76,7 @@ SWS_HD size_t guard_workspace_bytes(int batch, int query_tokens, int heads, int 
   return guard_state_bytes(batch, bisection_steps) + 2 * guard_record_bytes(batch, query_tokens, heads);
 }
 
-// Lays the workspace out in `memory`, which is aligned to 16 bytes or more.
+// The workspace in `memory`, which is aligned to at least 16 bytes.
 SWS_HD GuardWorkspace lay_out_workspace(GuardProblem const& problem, void* memory, int candidate_probes) {
   auto* bytes = static_cast<unsigned char*>(memory);
   GuardWorkspace workspace;
@@ -108,7 +109,7 @@ SWS_HD float logit_scale(GuardProblem const& problem, int sample) {
   return problem.scale * 1.4426950408889634f / problem.query_temperature[sample];
 }
 
-// A tensor of one row a token: queries, keys or permuted keys.
+// A tensor with one row per token: queries, keys or permuted keys.
 struct TokenRows {
   const void* data;
   int tokens;
@@ -120,7 +121,7 @@ SWS_HD TokenRows key_rows(GuardProblem const& problem) { return TokenRows{proble
 
 SWS_HD TokenRows moved_key_rows(GuardProblem const& problem) { return TokenRows{problem.moved_keys, problem.tokens}; }
 
-// Where token `token` of head `head` starts.
+// Index of the first element of a token and head.
 SWS_HD int64_t head_start(GuardProblem const& problem, TokenRows rows, int sample, int token, int head) {
   const int64_t row = static_cast<int64_t>(sample) * rows.tokens + token;
   return (row * problem.heads + head) * problem.head_size;

@@ -1,4 +1,4 @@
-// From row results to records, from records to totals, from totals to decisions. Every sum has a fixed order.
+// Reductions of row results to records and of records to totals. Every sum has a fixed order.
 #pragma once
 
 #include "common/block.h"
@@ -6,10 +6,10 @@
 
 namespace sws {
 
-// Partial sums of one result: threads of a block share the rows, or the records, of a result this many ways.
+// Number of partial sums of a result, each over a part of the rows or records.
 constexpr int kReductionParts = 8;
 
-// Shared memory of a reduction over kRows rows: the rows' results as floats, then the parts as doubles.
+// Shared memory of a reduction over kRows rows: results of the rows as floats, then the partial sums as doubles.
 template <typename Pass, int kRows>
 constexpr int row_result_bytes() {
   return Pass::kResults * kRows * static_cast<int>(sizeof(float));
@@ -17,7 +17,7 @@ constexpr int row_result_bytes() {
 
 constexpr int kPartBytes = kRecordFields * kReductionParts * static_cast<int>(sizeof(double));
 
-// Folds the parts of each result and hands them to `take(result, value, thread)`, on the thread of that number.
+// Combines the partial sums of each result and calls `take(result, value, thread)` on the thread of that number.
 template <typename Pass, typename BlockType, typename Take>
 SWS_KERNEL_BODY void fold_parts(BlockType& block, Shared<double> parts, Take take) {
   block.sync();

@@ -1,4 +1,5 @@
-// How a launch begins: every block of a sample digests the round before, alike, and block 0 writes the decision down.
+// The start of a launch: every block of a sample evaluates the previous round, with the same result, and block 0 stores
+// the decision.
 #pragma once
 
 #include "key_guard/reduction.h"
@@ -12,19 +13,16 @@ static_assert(sizeof(SearchState) <= 64 && (kPartBytes + kTotalBytes) % 16 == 0,
 
 // Row tiles (times heads) that a round's kernel recorded.
 struct RoundTiles {
-  int survey;
-  int candidate;
+  int fast;  // survey, middle and candidate round
   int search;
 
-  SWS_HD int of(int round) const {
-    if (round == kSurveyRound) return survey;
-    return round == kCandidateRound ? candidate : search;
-  }
+  SWS_HD int of(int round) const { return round <= kCandidateRound ? fast : search; }
 };
 
 SWS_HD bool measures(SearchState const& state, int round, int candidate_probes) {
   if (state.mode == SearchMode::kDone) return false;
-  // The tensor-core candidate round is not fit for a search over unreliable rows: it leaves those to the search rounds.
+  if (round == kMiddleRound) return state.mode == SearchMode::kMiddle;
+  // The tensor-core candidate round is not accurate for unreliable rows: it leaves them to the search rounds.
   return round != kCandidateRound || state.mode == SearchMode::kCandidate || candidate_probes == kSearchProbes;
 }
 
@@ -34,12 +32,16 @@ SWS_HD SurveyTotals survey_totals(Totals const& total, double rows) {
   totals.entropy_mean = total(SurveyPass::kEntropySum) / rows;
   totals.entropy_min = total(SurveyPass::kEntropyLeast);
   totals.entropy_max = total(SurveyPass::kEntropyGreatest);
-  totals.growth[0] = total(SurveyPass::kGrowth0) / rows;
-  totals.growth[1] = total(SurveyPass::kGrowth1) / rows;
-  totals.slope[0] = total(SurveyPass::kSlope0) / rows;
-  totals.slope[1] = total(SurveyPass::kSlope1) / rows;
+  totals.kl = total(SurveyPass::kKl) / rows;
+  totals.drift = total(SurveyPass::kDrift) / rows;
   totals.reliable = total(SurveyPass::kReliable) >= 1.0;
   return totals;
+}
+
+template <typename Totals>
+SWS_HD MiddleTotals middle_totals(Totals const& total, double rows) {
+  return MiddleTotals{total(MiddlePass::kKl) / rows, total(MiddlePass::kDrift) / rows,
+                      total(MiddlePass::kZeroDrift) / rows, total(MiddlePass::kReliable) >= 1.0};
 }
 
 // The state after a probing round; `total(i)` is the sum of KL at probe i over all rows, total(kProbes) reliability.
@@ -52,8 +54,8 @@ SWS_HD SearchState advanced(SearchState state, Totals const& total, double rows,
   return state;
 }
 
-// No amplitude, no mixing: the answer needs no measurement.
-SWS_HD SearchState idle_state() { return SearchState{SearchMode::kDone, 0, 1, 0, 0, 0.0f, 0.0f}; }
+// Without amplitude there is no mixing, and nothing to measure.
+SWS_HD SearchState idle_state() { return SearchState{SearchMode::kDone, 0, 1, 0, 0, 0.0f, 0.0f, 0.0, 0.0}; }
 
 // One thread computes the state, all threads receive it.
 template <typename BlockType, typename Compute>
@@ -67,7 +69,7 @@ SWS_KERNEL_BODY SearchState decide_once(BlockType& block, Shared<SearchState> sh
   return states[0];
 }
 
-// The decision at the start of `round` (>= 1). Uses the first kDigestBytes of shared memory.
+// The decision at the start of `round` (>= 1). Uses the first kDigestBytes bytes of shared memory.
 template <typename BlockType>
 SWS_KERNEL_BODY SearchState digest(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
                                    RoundTiles tiles, int round, int sample) {
@@ -83,11 +85,18 @@ SWS_KERNEL_BODY SearchState digest(BlockType& block, GuardProblem const& problem
     total_records<SurveyPass>(block, workspace, previous, sample, tiles.of(previous), parts, totals);
     return decide_once(block, decision, [&](int thread) {
       auto total = [&](int result) { return totals.load(result, thread); };
-      return decide_after_survey(survey_totals(total, rows), limits, workspace.candidate_probes);
+      return decide_after_survey(survey_totals(total, rows), limits);
     });
   }
   const SearchState before = *state_of(problem, workspace, previous, sample);
   if (!measures(before, previous, workspace.candidate_probes)) return before;
+  if (previous == kMiddleRound) {
+    total_records<MiddlePass>(block, workspace, previous, sample, tiles.of(previous), parts, totals);
+    return decide_once(block, decision, [&](int thread) {
+      auto total = [&](int result) { return totals.load(result, thread); };
+      return decide_after_middle(before, middle_totals(total, rows), limits, workspace.candidate_probes);
+    });
+  }
   if (previous == kCandidateRound && workspace.candidate_probes == kCandidateProbes) {
     total_records<CandidatePass>(block, workspace, previous, sample, tiles.of(previous), parts, totals);
     return decide_once(block, decision, [&](int thread) {
@@ -102,8 +111,7 @@ SWS_KERNEL_BODY SearchState digest(BlockType& block, GuardProblem const& problem
   });
 }
 
-// Writes the decision for the next round, and the outputs as they stand: a sample that is done is never written again
-// with another value.
+// Stores the decision for the next round and the current outputs. The outputs of a finished sample do not change again.
 template <typename BlockType>
 SWS_KERNEL_BODY void publish(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace, int round,
                              int sample, SearchState const& state) {
@@ -116,7 +124,7 @@ SWS_KERNEL_BODY void publish(BlockType& block, GuardProblem const& problem, Guar
   });
 }
 
-// The decision at the start of any round but the survey, published.
+// Evaluates the previous round and stores the decision; for every round except the survey.
 template <typename BlockType>
 SWS_KERNEL_BODY SearchState begin_round(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
                                         RoundTiles tiles, int round, int sample) {

@@ -1,7 +1,7 @@
-// What one row of logits contributes, gathered in a single pass over the keys. Logits are in units of log 2.
+// Statistics of one row of logits, accumulated in a single pass over the keys. Logits are in units of log 2.
 //
-// A row meets pairs (x0, x1): the logit under k and under P k; x(alpha) = x0 + alpha (x1 - x0). Sums of exp2(x) are
-// kept relative to running maxima ("peaks") and rescaled when one rises, so nothing overflows.
+// A row receives pairs (x0, x1): the logits under k and under P k; x(alpha) = x0 + alpha (x1 - x0). Sums of exp2(x) are
+// relative to running maxima ("peaks") and are rescaled when a maximum rises, so nothing overflows.
 #pragma once
 
 #include <cmath>
@@ -17,13 +17,13 @@ namespace sws {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// A padded key's logit, and the peak of a row that has seen no key: finite, so that no difference is a NaN, and so far
-// apart that a padded key weighs nothing even then.
+// The logit of a padded key, and the peak of a row without keys. Both are finite, so no difference of them is NaN, and
+// they are far enough apart that a padded key has no weight even in such a row.
 constexpr float kPaddedLogit = -1e30f;
 constexpr float kNoPeak = -1e28f;
 
-// 2^x within 2^-22. The hardware instruction on the device; on a CPU the exact value, off by as much in either
-// direction.
+// 2^x with a relative error of 2^-22. The hardware instruction on the device; on a CPU the exact value with an error of
+// that size, of either sign.
 SWS_HD float fast_exp2(float x) {
 #ifdef __CUDA_ARCH__
   float result;
@@ -37,7 +37,7 @@ SWS_HD float fast_exp2(float x) {
 #endif
 }
 
-// The alphas measured: base, base + stride, ...
+// The alphas at which KL is measured: base, base + stride, ...
 struct AlphaNodes {
   float base;
   float stride;
@@ -45,49 +45,57 @@ struct AlphaNodes {
   SWS_HD float at(int node) const { return base + static_cast<float>(node) * stride; }
 };
 
-// How far, in logits, a row of shared peaks lets x0 and x1 rise above its peaks before it rescales its sums. Rescaling
-// at every new maximum would happen in some thread of a warp at most steps; weights up to 2^4 cost no accuracy.
+// How far, in units of log 2, x0 and x1 may exceed the peaks of a SharedPeakRow before its sums are rescaled. Rescaling
+// at each new maximum would happen in some thread of a warp in most steps; weights up to 2^4 cost no accuracy.
 constexpr float kPeakSlack = 4.0f;
 
-// Row sums at alpha = 0 and at kNodes alphas, all relative to two peaks: max x0 and max x1, or up to kPeakSlack less.
-// Cheap: one exponential for the first node and one for the step to the next. Fails, and says so, where the peaks of x0 and x1 lie so far
-// apart that no key is near (1 - alpha) max x0 + alpha max x1.
-// kMultiples: the nodes are stride, 2 stride, ..., so that the first weight needs no exponential of its own.
-template <int kNodeCount, bool kMultiplesOfStride>
+// What a SharedPeakRow sums at alpha = 0 besides the weights e = exp2(x0 - peak0).
+enum class Moment {
+  kNone,
+  kLevel,  // e (x0 - peak0), for the entropy
+  kDrift,  // e d, d = (x1 - peak1) - (x0 - peak0), for E_0[Delta]
+};
+
+// Row sums at alpha = 0 and at kNodes other alphas ("nodes"), all relative to two peaks: max x0 and max x1, or up to
+// kPeakSlack less. Costs one exponential for alpha = 0, one for the first node and, with several nodes, one for the
+// factor from each node to the next. Not accurate if no key is near the peak of x(alpha), see is_reliable.
+template <int kNodeCount, Moment kMomentKind>
 struct SharedPeakRow {
   static constexpr int kNodes = kNodeCount;
-  static constexpr bool kMultiples = kMultiplesOfStride;
-  static constexpr int kFields = 5 + 2 * kNodes;
+  static constexpr Moment kMoment = kMomentKind;
+  static constexpr int kMomentSums = kMoment == Moment::kNone ? 0 : 1;
+  static constexpr int kFields = 3 + kMomentSums + 2 * kNodes;
   static constexpr int kPeak0 = 0;
   static constexpr int kPeak1 = 1;
-  static constexpr int kMass = 2;                // sum of e, e = exp2(x0 - peak0)
-  static constexpr int kLevel = 3;               // sum of e (x0 - peak0)
-  static constexpr int kDrift = 4;               // sum of e d, d = (x1 - peak1) - (x0 - peak0)
-  static constexpr int kNodeMass = 5;            // sum of w = exp2((x0 - peak0) + alpha d)
-  static constexpr int kNodeDrift = 5 + kNodes;  // sum of w d
+  static constexpr int kMass = 2;                        // sum of e
+  static constexpr int kMomentSum = 3;                   // if there is one
+  static constexpr int kNodeMass = 3 + kMomentSums;      // sum of w = exp2((x0 - peak0) + alpha d)
+  static constexpr int kNodeDrift = kNodeMass + kNodes;  // sum of w d
 
   float field[kFields];
 };
 
-template <int kNodes, bool kMultiples>
-SWS_HD void clear_row(SharedPeakRow<kNodes, kMultiples>& row) {
-  using Row = SharedPeakRow<kNodes, kMultiples>;
+template <int kNodes, Moment kMoment>
+SWS_HD void clear_row(SharedPeakRow<kNodes, kMoment>& row) {
+  using Row = SharedPeakRow<kNodes, kMoment>;
   SWS_UNROLL
   for (int i = 0; i < Row::kFields; ++i) row.field[i] = 0.0f;
   row.field[Row::kPeak0] = kNoPeak;
   row.field[Row::kPeak1] = kNoPeak;
 }
 
-// Expresses the sums relative to other (not lower) peaks.
-template <int kNodes, bool kMultiples>
-SWS_HD void rebase(SharedPeakRow<kNodes, kMultiples>& row, float peak0, float peak1, AlphaNodes nodes) {
-  using Row = SharedPeakRow<kNodes, kMultiples>;
+// Expresses the sums relative to other peaks, which are not lower.
+template <int kNodes, Moment kMoment>
+SWS_HD void rebase(SharedPeakRow<kNodes, kMoment>& row, float peak0, float peak1, AlphaNodes nodes) {
+  using Row = SharedPeakRow<kNodes, kMoment>;
   const float fall = row.field[Row::kPeak0] - peak0;
   const float shift = (row.field[Row::kPeak1] - peak1) - fall;
   const float factor = fast_exp2(fall);
   const float mass = row.field[Row::kMass];
-  row.field[Row::kLevel] = factor * (row.field[Row::kLevel] + mass * fall);
-  row.field[Row::kDrift] = factor * (row.field[Row::kDrift] + mass * shift);
+  if constexpr (kMoment != Moment::kNone) {
+    const float change = kMoment == Moment::kLevel ? fall : shift;
+    row.field[Row::kMomentSum] = factor * (row.field[Row::kMomentSum] + mass * change);
+  }
   row.field[Row::kMass] = factor * mass;
   SWS_UNROLL
   for (int i = 0; i < kNodes; ++i) {
@@ -100,15 +108,16 @@ SWS_HD void rebase(SharedPeakRow<kNodes, kMultiples>& row, float peak0, float pe
   row.field[Row::kPeak1] = peak1;
 }
 
-// 2^64 cuts off no weight that matters: a pair that steep has d > 64 / stride >= 256 for alpha = 2 stride <= 1/2, hence
-// x0 - peak0 < kPeakSlack - 256, and its weight at alpha is below 2^-122.
+// Limit of the exponent of the factor between two nodes, so that it stays finite. It discards no weight that matters: a
+// pair beyond it has d > 64 / stride >= 256 for alpha = 2 stride <= 1/2, hence x0 - peak0 < kPeakSlack - 256, and its
+// weight at alpha is below 2^-122.
 constexpr float kLargestStepLog2 = 64.0f;
 
 // Adds keys whose logits are scale * y0 and scale * y1, scale > 0.
-template <int kNodes, bool kMultiples, int kCount>
-SWS_HD void absorb(SharedPeakRow<kNodes, kMultiples>& row, const float (&y0)[kCount], const float (&y1)[kCount],
+template <int kNodes, Moment kMoment, int kCount>
+SWS_HD void absorb(SharedPeakRow<kNodes, kMoment>& row, const float (&y0)[kCount], const float (&y1)[kCount],
                    float scale, AlphaNodes nodes) {
-  using Row = SharedPeakRow<kNodes, kMultiples>;
+  using Row = SharedPeakRow<kNodes, kMoment>;
   float greatest0 = y0[0];
   float greatest1 = y1[0];
   SWS_UNROLL
@@ -130,22 +139,25 @@ SWS_HD void absorb(SharedPeakRow<kNodes, kMultiples>& row, const float (&y0)[kCo
     const float d = (scale * y1[i] - peak1) - level;
     const float e = fast_exp2(level);
     row.field[Row::kMass] += e;
-    row.field[Row::kLevel] += e * level;
-    row.field[Row::kDrift] += e * d;
-    const float step = fast_exp2(fminf(nodes.stride * d, kLargestStepLog2));
-    float weight = kMultiples ? e * step : fast_exp2(level + nodes.base * d);
-    SWS_UNROLL
-    for (int n = 0; n < kNodes; ++n) {
-      if (n > 0) weight *= step;
-      row.field[Row::kNodeMass + n] += weight;
-      row.field[Row::kNodeDrift + n] += weight * d;
+    if constexpr (kMoment != Moment::kNone) row.field[Row::kMomentSum] += e * (kMoment == Moment::kLevel ? level : d);
+    float weight = fast_exp2(level + nodes.base * d);
+    row.field[Row::kNodeMass] += weight;
+    row.field[Row::kNodeDrift] += weight * d;
+    if constexpr (kNodes > 1) {
+      const float step = fast_exp2(fminf(nodes.stride * d, kLargestStepLog2));
+      SWS_UNROLL
+      for (int n = 1; n < kNodes; ++n) {
+        weight *= step;
+        row.field[Row::kNodeMass + n] += weight;
+        row.field[Row::kNodeDrift + n] += weight * d;
+      }
     }
   }
 }
 
-template <int kNodes, bool kMultiples>
-SWS_HD void merge(SharedPeakRow<kNodes, kMultiples>& row, SharedPeakRow<kNodes, kMultiples> other, AlphaNodes nodes) {
-  using Row = SharedPeakRow<kNodes, kMultiples>;
+template <int kNodes, Moment kMoment>
+SWS_HD void merge(SharedPeakRow<kNodes, kMoment>& row, SharedPeakRow<kNodes, kMoment> other, AlphaNodes nodes) {
+  using Row = SharedPeakRow<kNodes, kMoment>;
   const float peak0 = fmaxf(row.field[Row::kPeak0], other.field[Row::kPeak0]);
   const float peak1 = fmaxf(row.field[Row::kPeak1], other.field[Row::kPeak1]);
   rebase(row, peak0, peak1, nodes);
@@ -155,43 +167,53 @@ SWS_HD void merge(SharedPeakRow<kNodes, kMultiples>& row, SharedPeakRow<kNodes, 
 }
 
 // Entropy of the row at alpha = 0, in nats: log Z - E[x0].
-template <int kNodes, bool kMultiples>
-SWS_HD float row_entropy(SharedPeakRow<kNodes, kMultiples> const& row) {
-  using Row = SharedPeakRow<kNodes, kMultiples>;
+template <int kNodes>
+SWS_HD float row_entropy(SharedPeakRow<kNodes, Moment::kLevel> const& row) {
+  using Row = SharedPeakRow<kNodes, Moment::kLevel>;
   const float mass = row.field[Row::kMass];
-  return kLn2 * (log2f(mass) - row.field[Row::kLevel] / mass);
+  return kLn2 * (log2f(mass) - row.field[Row::kMomentSum] / mass);
 }
 
-// log E_0[exp(alpha Delta)] - alpha E_0[Delta] in nats; the peaks cancel.
-template <int kNodes, bool kMultiples>
-SWS_HD float row_growth(SharedPeakRow<kNodes, kMultiples> const& row, int node, float alpha) {
-  using Row = SharedPeakRow<kNodes, kMultiples>;
-  const float mass = row.field[Row::kMass];
-  return kLn2 * (log2f(row.field[Row::kNodeMass + node] / mass) - alpha * (row.field[Row::kDrift] / mass));
+// KL(softmax(x(alpha)) || softmax(x0)) in nats, alpha E_alpha[Delta] - log(Z_alpha / Z_0); the peaks cancel.
+template <int kNodes, Moment kMoment>
+SWS_HD float row_kl(SharedPeakRow<kNodes, kMoment> const& row, int node, float alpha) {
+  using Row = SharedPeakRow<kNodes, kMoment>;
+  const float node_mass = row.field[Row::kNodeMass + node];
+  return kLn2 * (alpha * (row.field[Row::kNodeDrift + node] / node_mass) - log2f(node_mass / row.field[Row::kMass]));
 }
 
-// E_alpha[Delta] - E_0[Delta] in nats: the derivative of row_growth.
-template <int kNodes, bool kMultiples>
-SWS_HD float row_slope(SharedPeakRow<kNodes, kMultiples> const& row, int node) {
-  using Row = SharedPeakRow<kNodes, kMultiples>;
-  return kLn2 * (row.field[Row::kNodeDrift + node] / row.field[Row::kNodeMass + node] -
-                 row.field[Row::kDrift] / row.field[Row::kMass]);
+// E_alpha[Delta] in nats. Unlike KL it contains the difference of the peaks and so is less accurate if that is large.
+template <int kNodes, Moment kMoment>
+SWS_HD float row_node_drift(SharedPeakRow<kNodes, kMoment> const& row, int node) {
+  using Row = SharedPeakRow<kNodes, kMoment>;
+  const float peaks = row.field[Row::kPeak1] - row.field[Row::kPeak0];
+  return kLn2 * (row.field[Row::kNodeDrift + node] / row.field[Row::kNodeMass + node] + peaks);
 }
 
-// False where a node may have lost weights that matter. exp2(x0 - peak0) is zero below 2^-126; the pair's weight at
-// alpha <= 1/2 may then still be 2^(-126 (1 - alpha) + kPeakSlack / 2). 2^14 keys lose less than 2^-24 of the sum if it
-// is 2^40 times 2^(-126 (1 - alpha)).
-template <int kNodes, bool kMultiples>
-SWS_HD bool is_reliable(SharedPeakRow<kNodes, kMultiples> const& row, AlphaNodes nodes) {
-  const float least = fast_exp2(40.0f - 126.0f * (1.0f - nodes.at(kNodes - 1)));
+// E_0[Delta] in nats.
+template <int kNodes>
+SWS_HD float row_drift(SharedPeakRow<kNodes, Moment::kDrift> const& row) {
+  using Row = SharedPeakRow<kNodes, Moment::kDrift>;
+  const float peaks = row.field[Row::kPeak1] - row.field[Row::kPeak0];
+  return kLn2 * (row.field[Row::kMomentSum] / row.field[Row::kMass] + peaks);
+}
+
+// False if a node may have lost weights that matter. A weight at the first node below 2^-126 becomes zero; its factor
+// to the last node may raise it to about 2^(-126 (1 - last) / (1 - first)). 2^14 keys lose less than 2^-32 of the sum
+// if the sum is 2^48 times that; the margin is for the sums of w d. With a single node the bound is 2^-78.
+template <int kNodes, Moment kMoment>
+SWS_HD bool is_reliable(SharedPeakRow<kNodes, kMoment> const& row, AlphaNodes nodes) {
+  const float range = kNodes == 1 ? 1.0f : (1.0f - nodes.at(kNodes - 1)) / (1.0f - nodes.at(0));
+  const float least = fast_exp2(48.0f - 126.0f * range);
   bool reliable = true;
   SWS_UNROLL
-  for (int i = 0; i < kNodes; ++i)
-    reliable = reliable && row.field[SharedPeakRow<kNodes, kMultiples>::kNodeMass + i] >= least;
+  for (int i = 0; i < kNodes; ++i) {
+    reliable = reliable && row.field[SharedPeakRow<kNodes, kMoment>::kNodeMass + i] >= least;
+  }
   return reliable;
 }
 
-// Row sums at alpha = 0 and at kNodes alphas, each relative to its own peak: holds for any logits and any alpha in
+// Row sums at alpha = 0 and at kNodes alphas, each relative to its own peak: accurate for any logits and any alpha in
 // [0, 1], at one exponential for each pair and node.
 template <int kNodeCount>
 struct OwnPeakRow {

@@ -1,7 +1,7 @@
-// The guard's passes in plain float arithmetic, for any number format and head size: the survey of float32 tensors, and
-// every search round, where exactness counts and speed does not.
+// The guard's passes in scalar float arithmetic, for any number format and head size: all rounds of float32 tensors,
+// and every search round, which must be accurate and is rare.
 //
-// A block owns 32 query rows of one head; its 16 x 16 threads hold 2 rows by 4 keys of both logit tiles each.
+// A block processes 32 query rows of one head; each of its 16 x 16 threads holds 2 rows by 4 keys of both logit tiles.
 #pragma once
 
 #include "key_guard/round.h"
@@ -12,7 +12,7 @@ constexpr int kScalarGuardThreads = 256;
 constexpr int kScalarRows = kSmallestRowTile;
 constexpr int kScalarKeys = 64;
 constexpr int kScalarDepth = 16;                 // channels of a head in shared memory at a time
-constexpr int kScalarStride = kScalarDepth + 1;  // odd: 16 threads reading 16 rows meet 16 banks
+constexpr int kScalarStride = kScalarDepth + 1;  // odd: 16 threads that read 16 rows access 16 banks
 constexpr int kLanes = 16;                       // threads that share a row
 constexpr int kLaneRows = 2;
 constexpr int kLaneKeys = kScalarKeys / kLanes;
@@ -23,9 +23,9 @@ constexpr int kScalarGuardBytes = kScalarQueryBytes + 2 * kScalarKeyBytes;
 constexpr int kScalarResultBytes = row_result_bytes<SearchPass, kScalarRows>();
 static_assert(kScalarRows == kScalarGuardThreads / kLanes * kLaneRows, "every row has its threads");
 static_assert(kScalarResultBytes + kPartBytes <= kScalarGuardBytes && kDigestBytes <= kScalarGuardBytes,
-              "the reductions reuse the tiles' memory");
+              "the reductions reuse the memory of the tiles");
 
-// Channels [first_channel, first_channel + 16) of `rows` rows of one head, as float, zero where there is nothing.
+// Copies channels [first_channel, first_channel + 16) of `rows` rows of one head as float; zeros outside the tensor.
 template <typename Element, typename BlockType>
 SWS_KERNEL_BODY void load_rows(BlockType& block, GuardProblem const& problem, int sample, int head, TokenRows tensor,
                                int first_token, int first_channel, int rows, Shared<float> to) {
@@ -76,7 +76,7 @@ struct LaneRowSums {
   Row row[kLaneRows];
 };
 
-// Feeds a thread's logits to its rows; keys from `keys_left` on do not exist and get a logit without weight.
+// Adds a thread's logits to its rows; keys from `keys_left` on do not exist and get a logit without weight.
 template <typename Row>
 SWS_KERNEL_BODY void absorb_scalar_logits(ScalarLogits& logits, float scale, int thread, int keys_left,
                                           AlphaNodes nodes, LaneRowSums<Row>& rows) {
@@ -111,7 +111,7 @@ SWS_KERNEL_BODY void merge_scalar_lanes(BlockType& block, AlphaNodes nodes,
   }
 }
 
-// Goes over all keys for 32 rows of one head and writes their record.
+// Processes all keys for 32 rows of one head and writes their record.
 template <typename Element, typename Pass, typename BlockType>
 SWS_KERNEL_BODY void measure_scalar_tile(BlockType& block, GuardProblem const& problem, int sample, int head,
                                          int first_row, AlphaNodes nodes, double* record) {
@@ -160,7 +160,7 @@ SWS_KERNEL_BODY void measure_scalar_tile(BlockType& block, GuardProblem const& p
   record_rows<Pass, kScalarRows>(block, results, parts, problem.query_tokens - first_row, record);
 }
 
-// Grid: x = any number of blocks that deal the row tiles out among themselves, z = sample.
+// Grid: x = any number of blocks, which share the row tiles, z = sample.
 template <typename Element, typename Pass, typename BlockType>
 SWS_KERNEL_BODY void measure_scalar(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
                                     int round, AlphaNodes nodes) {

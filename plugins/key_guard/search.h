@@ -1,10 +1,10 @@
-// The guard's decisions, one sample at a time: from averaged measurements to the largest key mixing the budget allows.
+// The guard's decisions, one sample at a time: from averaged measurements to the largest key mixing within the budget.
 //
-// Grid point n stands for alpha = cap * n / 2^steps, the values that `steps` halvings of [0, cap] can return. KL(alpha)
-// rises with alpha (it is an exponential family's), so the answer is the last grid point whose KL is within the budget.
-// A bracket [below, above) holds it: KL(below) is within the budget, KL(above) is not or above is past the last point.
-// The bracket moves only by KL values measured at that very alpha over all rows and keys, or by the rise of KL between
-// two measured alphas. The polynomial of the survey merely proposes which grid points to measure first.
+// Grid point n is alpha = cap * n / 2^steps, the values that `steps` halvings of [0, cap] can return. KL(alpha)
+// increases with alpha (the rows are an exponential family), so the answer is the last grid point whose KL is within
+// the budget. It is in a bracket [below, above): KL(below) is within the budget, and KL(above) is not or above is past
+// the last point. The bracket changes only by KL values measured at that alpha over all rows and keys, or by measured
+// values at two alphas between which KL increases. The polynomial only proposes which grid points to measure first.
 #pragma once
 
 #include <cmath>
@@ -13,10 +13,12 @@
 
 namespace sws {
 
+// What the next round measures.
 enum class SearchMode : int {
-  kCandidate,  // measure `probes` neighbouring grid points around the polynomial's proposal
-  kSearch,     // measure grid points spread over the bracket
-  kDone,
+  kMiddle,     // half the survey's limit
+  kCandidate,  // consecutive grid points around the one that the polynomial proposes
+  kSearch,     // grid points spread over the bracket
+  kDone,       // nothing
 };
 
 struct SearchState {
@@ -27,6 +29,8 @@ struct SearchState {
   int stride;  // distance to the next one
   float cap;   // largest alpha, key_cap * a
   float value_mix;
+  double limit_kl;     // measured by the survey at its limit: mean KL, in nats
+  double limit_drift;  // and mean E[Delta], in nats
 };
 
 // Grid points measured in one search round, and around a candidate by the tensor-core kernel.
@@ -44,7 +48,7 @@ SWS_HD int search_rounds(int bisection_steps) {
 
 SWS_HD float clamp01(float value) { return fminf(fmaxf(value, 0.0f), 1.0f); }
 
-// What a sample brings along.
+// The inputs of one sample.
 struct SampleLimits {
   float amplitude;  // intensity * w(u), within [0, 1]
   float budget;     // kappa
@@ -54,44 +58,49 @@ struct SampleLimits {
   int bisection_steps;
 };
 
-// Largest alpha possible before the entropy is known.
+// Upper bound of alpha before the entropy is known.
 SWS_HD float survey_limit(SampleLimits limits) { return limits.key_cap * clamp01(limits.amplitude); }
 
-// Means over all rows and heads of a sample; growth(alpha) = log E_0[exp(alpha Delta)] - alpha E_0[Delta], slope is its
-// derivative, both measured at half the survey limit and at the limit.
+// Means over all rows and heads of a sample, measured at the survey's limit.
 struct SurveyTotals {
   double entropy_mean;
   double entropy_min;
   double entropy_max;
-  double growth[2];
-  double slope[2];
+  double kl;
+  double drift;  // E[Delta]
   bool reliable;
 };
 
-SWS_HD double survey_kl(SurveyTotals const& totals, int node, double alpha) {
-  return alpha * totals.slope[node] - totals.growth[node];
-}
+// Means measured at half the survey's limit.
+struct MiddleTotals {
+  double kl;
+  double drift;
+  double zero_drift;  // E[Delta] at alpha = 0
+  bool reliable;
+};
 
-// Coefficients of t^2 .. t^5, t = alpha / limit: the polynomial that has growth's values and slopes at t = 0, 1/2, 1.
+// Coefficients of t^2 .. t^5, t = alpha / limit, of the polynomial for growth(alpha) = log E_0[exp(alpha Delta)] -
+// alpha E_0[Delta] that has its values and slopes at t = 0, 1/2 and 1.
 struct GrowthPolynomial {
   double c2, c3, c4, c5;
 };
 
-SWS_HD GrowthPolynomial fit_growth(SurveyTotals const& totals, double limit) {
-  const double v1 = totals.growth[0];
-  const double v2 = totals.growth[1];
-  const double d1 = totals.slope[0] * limit;
-  const double d2 = totals.slope[1] * limit;
+// The slope of growth is E_alpha[Delta] - E_0[Delta], and KL = alpha slope - growth gives its value.
+SWS_HD GrowthPolynomial fit_growth(SearchState const& state, MiddleTotals const& middle, double limit) {
+  const double d1 = (middle.drift - middle.zero_drift) * limit;
+  const double d2 = (state.limit_drift - middle.zero_drift) * limit;
+  const double v1 = 0.5 * d1 - middle.kl;
+  const double v2 = d2 - state.limit_kl;
   return GrowthPolynomial{-8 * d1 - d2 + 16 * v1 + 7 * v2, 32 * d1 + 5 * d2 - 32 * v1 - 34 * v2,
                           -40 * d1 - 8 * d2 + 16 * v1 + 52 * v2, 16 * d1 + 4 * d2 - 24 * v2};
 }
 
-// KL = alpha K' - K, so every power t^e of growth counts (e - 1) times.
+// KL = alpha K' - K, so the power t^e of growth is multiplied by (e - 1).
 SWS_HD double polynomial_kl(GrowthPolynomial p, double t) {
   return t * t * (p.c2 + t * (2 * p.c3 + t * (3 * p.c4 + t * 4 * p.c5)));
 }
 
-// Last grid point of the bracket that the polynomial holds to be within the budget.
+// Last grid point of the bracket that is within the budget according to the polynomial.
 SWS_HD int propose(GrowthPolynomial polynomial, SearchState const& state, double t_of_point, double budget) {
   int below = state.below;
   int above = state.above;
@@ -112,26 +121,11 @@ SWS_HD void finish_or_spread(SearchState& state) {
   state.mode = state.above - state.below == 1 ? SearchMode::kDone : SearchMode::kSearch;
 }
 
-// Narrows the bracket by the survey's two measured KL values: they bound every grid point on their side.
-SWS_HD void use_survey_nodes(SearchState& state, SurveyTotals const& totals, double limit, double budget) {
-  const double points_per_alpha = state.above / static_cast<double>(state.cap);
-  const double middle = 0.5 * limit * points_per_alpha;
-  if (survey_kl(totals, 1, limit) <= budget) {
-    state.below = state.above - 1;
-  } else if (survey_kl(totals, 0, 0.5 * limit) <= budget) {
-    const int reached = static_cast<int>(floor(fmin(middle, state.above - 1.0)));
-    state.below = reached;
-  } else if (middle < state.above) {
-    const int failed = static_cast<int>(ceil(middle));
-    state.above = failed < 1 ? 1 : failed;
-  }
-}
+// Past this alpha the chained weights of the candidate pass could lose weights that matter: the search starts from the
+// whole bracket instead.
+constexpr float kLargestChainedAlpha = 0.5f;
 
-// Two limits of trust: a node's sums may have underflowed (`reliable`), and past 1/2 the survey's chained powers could
-// lose weights that matter. In both cases the search starts from the whole bracket.
-constexpr float kLargestSurveyAlpha = 0.5f;
-
-SWS_HD SearchState decide_after_survey(SurveyTotals const& totals, SampleLimits limits, int candidate_probes) {
+SWS_HD SearchState decide_after_survey(SurveyTotals const& totals, SampleLimits limits) {
   const double spread = fmax(totals.entropy_max - totals.entropy_min, 1e-6);
   const float hu = clamp01(static_cast<float>((totals.entropy_mean - totals.entropy_min) / spread));
   const float a = clamp01(limits.amplitude * hu);
@@ -140,19 +134,41 @@ SWS_HD SearchState decide_after_survey(SurveyTotals const& totals, SampleLimits 
   state.value_mix = clamp01(limits.value_gain * a);
   state.below = 0;
   state.above = 1 << limits.bisection_steps;
+  state.limit_kl = totals.kl;
+  state.limit_drift = totals.drift;
   finish_or_spread(state);
-  const float limit = survey_limit(limits);
   if (!(state.cap > 0.0f) || limits.key_gate == 0.0f) {
     state.mode = SearchMode::kDone;
     return state;
   }
-  if (!totals.reliable || limit > kLargestSurveyAlpha) return state;
+  if (!totals.reliable) return state;
+  if (totals.kl <= limits.budget) {
+    // The limit is not below the cap, so every grid point is within the budget.
+    state.below = state.above - 1;
+    state.mode = SearchMode::kDone;
+  } else if (survey_limit(limits) <= kLargestChainedAlpha) {
+    state.mode = SearchMode::kMiddle;
+  }
+  return state;
+}
 
-  use_survey_nodes(state, totals, limit, limits.budget);
+// Narrows the bracket by KL at half the limit, which bounds every grid point on its side, and chooses the candidates.
+SWS_HD SearchState decide_after_middle(SearchState state, MiddleTotals const& totals, SampleLimits limits,
+                                       int candidate_probes) {
+  finish_or_spread(state);
+  if (!totals.reliable) return state;
+  const double limit = survey_limit(limits);
+  const double middle = 0.5 * limit * state.above / static_cast<double>(state.cap);
+  if (totals.kl <= limits.budget) {
+    state.below = static_cast<int>(floor(fmin(middle, state.above - 1.0)));
+  } else if (middle < state.above) {
+    const int failed = static_cast<int>(ceil(middle));
+    state.above = failed < 1 ? 1 : failed;
+  }
   finish_or_spread(state);
   if (state.mode == SearchMode::kDone) return state;
   const double t_of_point = static_cast<double>(state.cap) / limit / (1 << limits.bisection_steps);
-  const int candidate = propose(fit_growth(totals, limit), state, t_of_point, limits.budget);
+  const int candidate = propose(fit_growth(state, totals, limit), state, t_of_point, limits.budget);
   const int latest = state.above - candidate_probes;
   int first = candidate - candidate_probes / 2 + 1;
   if (first > latest) first = latest;
@@ -163,7 +179,7 @@ SWS_HD SearchState decide_after_survey(SurveyTotals const& totals, SampleLimits 
   return state;
 }
 
-// Takes in the KL values measured at first, first + stride, ... and chooses what to measure next.
+// Narrows the bracket by the KL values measured at first, first + stride, ... and chooses what to measure next.
 SWS_HD void advance(SearchState& state, const double* kl, int probes, bool reliable, double budget) {
   for (int i = 0; reliable && i < probes; ++i) {
     const int point = state.first + i * state.stride;
@@ -177,7 +193,7 @@ SWS_HD void advance(SearchState& state, const double* kl, int probes, bool relia
   finish_or_spread(state);
 }
 
-// The bisection's own sequence of float operations, so that the result has its very bits.
+// The bisection's sequence of float operations, so that the result has the same bits.
 SWS_HD float bisected_alpha(float cap, int steps, int point) {
   float low = 0.0f;
   float high = cap;

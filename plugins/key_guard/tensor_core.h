@@ -1,8 +1,8 @@
 // The guard's passes on tensor cores, for float16 and bfloat16 with a head size that is a multiple of 8.
 //
-// A block owns 128 query rows of one head, a warp 32 of them. Tiles of 64 keys and of 64 permuted keys pass through
-// shared memory; for 32 of them at a time the warp computes both logit tiles (m16n8k16, float accumulation) and feeds
-// the pairs to the row sums, which every thread keeps for the columns it holds. No logit ever leaves the registers.
+// A block processes 128 query rows of one head, a warp 32 of them. Tiles of 64 keys and of 64 permuted keys are copied
+// to shared memory; for 32 keys at a time the warp computes both logit tiles (m16n8k16, float accumulation) and adds
+// the pairs to the row sums, which each thread keeps for the columns that it holds. Logits stay in registers.
 #pragma once
 
 #include "key_guard/round.h"
@@ -16,7 +16,7 @@ constexpr int kGuardRows = kGuardThreads / 32 * kWarpRows;
 constexpr int kGuardKeys = 64;  // keys of a shared-memory stage
 constexpr int kStepKeys = 32;   // keys of one accumulation
 constexpr int kKeyTiles = kStepKeys / 8;
-constexpr int kThreadRows = 2 * kRowTiles;  // rows a thread holds results of
+constexpr int kThreadRows = 2 * kRowTiles;  // rows of which a thread holds results
 constexpr int kThreadKeys = 2 * kKeyTiles;  // columns of each
 
 SWS_HD int padded_head_size(int head_size) { return (head_size + 15) / 16 * 16; }
@@ -34,7 +34,7 @@ static_assert(kRowResultBytes + kPartBytes <= (kGuardRows + 2 * kGuardKeys) * 24
                   kDigestBytes <= (kGuardRows + 2 * kGuardKeys) * 24 * 2,
               "the reductions fit into the memory of the smallest head size");
 
-// Where a warp's threads find themselves in m16n8k16's result: rows group and group + 8, columns 2 place and the next.
+// Position of a thread in the result of m16n8k16: rows group and group + 8, columns 2 place and 2 place + 1.
 struct LanePlace {
   int group;
   int place;
@@ -42,12 +42,12 @@ struct LanePlace {
 
 SWS_HD LanePlace lane_place(int thread) { return LanePlace{(thread % 32) / 4, thread % 4}; }
 
-// Row of the block's 128 that result row r (0 .. kThreadRows - 1) of a thread is.
+// Index among the block's 128 rows of a thread's result row r (0 .. kThreadRows - 1).
 SWS_HD int result_row(int thread, int r) {
   return thread / 32 * kWarpRows + r / 2 * 16 + r % 2 * 8 + lane_place(thread).group;
 }
 
-constexpr int kRowLanes = 8;  // threads that copy a row together
+constexpr int kRowLanes = 8;  // threads that copy one row
 
 // Starts copying `rows` rows of one head into shared memory; rows past the last token and the padding become zeros.
 template <typename Element, typename BlockType>
@@ -85,8 +85,9 @@ struct KeyFragments {
   uint32_t moved[4];
 };
 
-// Adds the products over 16 channels from `depth` on, for 32 keys from `first_key` on.
-template <typename Element, typename BlockType>
+// Products over 16 channels from `depth` on, for 32 keys from `first_key` on. kFirst: they become the logits, else they
+// are added to them.
+template <typename Element, bool kFirst, typename BlockType>
 SWS_KERNEL_BODY void multiply_depth(BlockType& block, int stride, int first_key, int depth, Shared<Element> queries,
                                     Shared<Element> keys, Shared<Element> moved,
                                     PerThread<LogitPairs, kGuardThreads>& logits) {
@@ -115,25 +116,18 @@ SWS_KERNEL_BODY void multiply_depth(BlockType& block, int stride, int first_key,
       SWS_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int n = 2 * pair + half;
-        auto query_fragment = [&](int t) { return a[t].tile[m]; };
-        block.template multiply_add<Element>([&](int t) { return logits[t].base[m][n]; }, query_fragment,
-                                             [&](int t) { return b[t].base + 2 * half; });
-        block.template multiply_add<Element>([&](int t) { return logits[t].moved[m][n]; }, query_fragment,
-                                             [&](int t) { return b[t].moved + 2 * half; });
-      }
-    }
-  }
-}
-
-SWS_KERNEL_BODY void clear_logits(LogitPairs& logits) {
-  SWS_UNROLL
-  for (int m = 0; m < kRowTiles; ++m) {
-    SWS_UNROLL
-    for (int n = 0; n < kKeyTiles; ++n) {
-      SWS_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        logits.base[m][n][i] = 0.0f;
-        logits.moved[m][n][i] = 0.0f;
+        auto query = [&](int t) { return a[t].tile[m]; };
+        auto base = [&](int t) { return logits[t].base[m][n]; };
+        auto moved_base = [&](int t) { return logits[t].moved[m][n]; };
+        auto key = [&](int t) { return b[t].base + 2 * half; };
+        auto moved_key = [&](int t) { return b[t].moved + 2 * half; };
+        if constexpr (kFirst) {
+          block.template multiply<Element>(base, query, key);
+          block.template multiply<Element>(moved_base, query, moved_key);
+        } else {
+          block.template multiply_add<Element>(base, query, key);
+          block.template multiply_add<Element>(moved_base, query, moved_key);
+        }
       }
     }
   }
@@ -144,7 +138,7 @@ struct ThreadRows {
   Row row[kThreadRows];
 };
 
-// Turns the logits of keys from `keys_left` on, which do not exist, into ones without weight.
+// Replaces the logits of keys from `keys_left` on, which do not exist, by logits without weight.
 SWS_KERNEL_BODY void mask_logits(LogitPairs& logits, float scale, int place, int keys_left) {
   const float padded = kPaddedLogit / scale;
   SWS_UNROLL
@@ -161,7 +155,7 @@ SWS_KERNEL_BODY void mask_logits(LogitPairs& logits, float scale, int place, int
   }
 }
 
-// Feeds a thread's logits to its rows.
+// Adds a thread's logits to its rows.
 template <typename Row>
 SWS_KERNEL_BODY void absorb_logits(LogitPairs const& logits, float scale, AlphaNodes nodes, ThreadRows<Row>& rows) {
   SWS_UNROLL
@@ -177,7 +171,7 @@ SWS_KERNEL_BODY void absorb_logits(LogitPairs const& logits, float scale, AlphaN
   }
 }
 
-// Merges the rows of the four threads that share them; afterwards each of the four holds the sum.
+// Merges the rows of the four threads that share them; each of the four gets the sum.
 template <typename Row, typename BlockType>
 SWS_KERNEL_BODY void merge_lanes(BlockType& block, AlphaNodes nodes, PerThread<ThreadRows<Row>, kGuardThreads>& rows) {
   SWS_UNROLL
@@ -197,7 +191,7 @@ SWS_KERNEL_BODY void merge_lanes(BlockType& block, AlphaNodes nodes, PerThread<T
   }
 }
 
-// Goes over all keys for 128 rows of one head and writes their record.
+// Processes all keys for 128 rows of one head and writes their record.
 template <typename Element, typename Pass, typename BlockType>
 SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& problem, int sample, int head,
                                       int first_row, int stages, AlphaNodes nodes, double* record) {
@@ -241,9 +235,9 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
     }
     block.sync();
     for (int step = 0; step < kGuardKeys; step += kStepKeys) {
-      block.each_thread([&](int thread) { clear_logits(logits[thread]); });
-      for (int depth = 0; depth < padded_head_size(problem.head_size); depth += 16) {
-        multiply_depth<Element>(block, stride, step, depth, queries, keys_of(tile), moved_of(tile), logits);
+      multiply_depth<Element, true>(block, stride, step, 0, queries, keys_of(tile), moved_of(tile), logits);
+      for (int depth = 16; depth < padded_head_size(problem.head_size); depth += 16) {
+        multiply_depth<Element, false>(block, stride, step, depth, queries, keys_of(tile), moved_of(tile), logits);
       }
       const int keys_left = problem.tokens - tile * kGuardKeys - step;
       if (keys_left < kStepKeys) {
@@ -275,7 +269,7 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
   record_rows<Pass, kGuardRows>(block, results, parts, problem.query_tokens - first_row, record);
 }
 
-// Grid: x = any number of blocks that deal the row tiles out among themselves, z = sample. Shared memory:
+// Grid: x = any number of blocks, which share the row tiles, z = sample. Shared memory:
 // tensor_core_guard_bytes(head_size, stages).
 template <typename Element, typename Pass, typename BlockType>
 SWS_KERNEL_BODY void measure_tensor_core(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,

@@ -1,9 +1,20 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.plugins.cases import Harness
 from tests.plugins.toolchain import build_contract_program, build_harness, build_library
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors here are small: with more threads torch spends its time on synchronization."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -25,5 +36,5 @@ def library() -> Path:
 
 @pytest.fixture(scope="session")
 def contract_program() -> Path:
-    """The program that plays TensorRT's part."""
+    """The program that calls the library as TensorRT does."""
     return build_contract_program()

@@ -15,6 +15,8 @@ KERNELS = {
     "transport_scalar_kernel": 3,
     "survey_tensor_core_kernel": 2,
     "survey_scalar_kernel": 3,
+    "middle_tensor_core_kernel": 2,
+    "middle_scalar_kernel": 3,
     "candidate_tensor_core_kernel": 2,
     "search_scalar_kernel": 3,
     "finish_kernel": 1,
@@ -69,6 +71,17 @@ def test_tensor_cores_and_asynchronous_copies_are_used(library: Path) -> None:
         assert instruction in code
     # Local memory would mean a register array indexed at run time.
     assert re.findall(r"\b(?:LDL|STL)\b", code) == []
+
+
+def test_two_16_bit_results_are_stored_at_once(library: Path) -> None:
+    """A store of less than 32 bits would mean that the compiler splits the pairs."""
+    functions = cuobjdump("--dump-sass", str(library)).split("Function : ")
+    kernels = [text for text in functions if "transport_tensor_core_kernel" in text.partition("\n")[0]]
+    assert len(kernels) == KERNELS["transport_tensor_core_kernel"]
+    for kernel in kernels:
+        stores = re.findall(r"\bSTG\.E(\S*)", kernel)
+        assert stores
+        assert set(stores) == {""}
 
 
 def test_no_kernel_spills(library: Path) -> None:

@@ -1,6 +1,7 @@
 """Compiles the test programs: once for each state of their sources, whichever worker needs them first."""
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 HARNESS = ROOT / "tests" / "plugins" / "harness"
 CONTRACT = ROOT / "tests" / "plugins" / "contract"
+LAUNCHES = ROOT / "tests" / "plugins" / "launches"
 BUILDS = Path(os.environ.get("SWS_TEST_BUILDS") or ROOT / "build" / "tests-plugins")
 """Everything compiled or fetched; keyed by content, so runs, workers and checkouts may share it."""
 SANITIZER_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -54,32 +57,69 @@ def source_key(files: Iterable[Path], command: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_program(
-    name: str,
-    compile_flags: Sequence[str],
-    link_flags: Sequence[str],
-    sources: Sequence[Path],
-    headers: Iterable[Path],
-) -> Path:
-    """The program `name` of C++ sources."""
-    command = [require_compiler(), *STRICT_FLAGS, *compile_flags]
-    program = BUILDS / f"{name}-{source_key([*sources, *headers], [*command, *link_flags])}"
-    with exclusive(program) as missing:
+@dataclasses.dataclass(frozen=True)
+class Objects:
+    """Compiled C++ sources, in a folder that is keyed by everything they depend on."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    flags: tuple[str, ...]
+
+    def link(self, name: str, *flags: str) -> Path:
+        """The program or shared library `name` of these objects."""
+        target = self.folder / name
+        with exclusive(target) as missing:
+            if missing:
+                partial = target.with_name(f"{name}.partial")
+                run([require_compiler(), *self.flags, *map(str, self.files), *flags, "-o", str(partial)])
+                partial.replace(target)
+        return target
+
+
+def compile_objects(
+    name: str, flags: Sequence[str], sources: Sequence[Path], headers: Iterable[Path]
+) -> Objects:
+    """Compiles each source, several at a time."""
+    command = [require_compiler(), *STRICT_FLAGS, *flags]
+    folder = BUILDS / f"{name}-{source_key([*sources, *headers], command)}"
+    files = tuple(folder / f"{source.stem}.o" for source in sources)
+
+    def compile_one(source: Path, target: Path) -> None:
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        run([*command, *language, "-c", str(source), "-o", str(target)])
+
+    with exclusive(folder) as missing:
         if missing:
-            partial = program.with_suffix(".partial")
-            run([*command, *map(str, sources), *link_flags, "-o", str(partial)])
-            partial.replace(program)
-    return program
+            partial = folder.with_name(f"{folder.name}.partial")
+            partial.mkdir(exist_ok=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, sources, [partial / file.name for file in files]))
+            partial.rename(folder)
+    return Objects(folder, files, tuple(flags))
 
 
 def build_harness(*, sanitized: bool) -> Path:
     """The program that runs kernel bodies on the CPU; see harness/main.cpp."""
+    return _harness_objects(sanitized=sanitized).link("harness")
+
+
+def build_emulated_kernels() -> Path:
+    """The C functions of benchmarks/gpu/kernels_api.cu on the CPU: kernel bodies on the emulated block."""
+    include = ["-isystem", str(cuda_headers())]
+    sources = [HARNESS / "library" / "emulated_launches.cpp", ROOT / "benchmarks" / "gpu" / "kernels_api.cu"]
+    flags = ["-O2", "-fPIC", *include, f"-I{HARNESS}", f"-I{PLUGINS}"]
+    own = compile_objects("emulated-kernels", flags, sources, [*PLUGINS.rglob("*.h"), *HARNESS.glob("*.h")])
+    harness = _harness_objects(sanitized=False)
+    objects = [str(file) for file in harness.files if file.stem != "main"]
+    return own.link("libkernels.so", "-shared", *objects)
+
+
+def _harness_objects(*, sanitized: bool) -> Objects:
     # nvcc contracts a * b + c too; without it the CPU would be slightly more exact than the device.
-    flags = [*(("-O1", *SANITIZER_FLAGS) if sanitized else ("-O2",)), "-ffp-contract=fast"]
-    return compile_program(
+    flags = [*(("-O0", *SANITIZER_FLAGS) if sanitized else ("-O2", "-fPIC")), "-ffp-contract=fast"]
+    return compile_objects(
         "harness-sanitized" if sanitized else "harness",
         [*flags, f"-I{HARNESS}", f"-I{PLUGINS}"],
-        [],
         sorted(HARNESS.glob("*.cpp")),
         [*PLUGINS.rglob("*.h"), *HARNESS.glob("*.h")],
     )
@@ -87,17 +127,18 @@ def build_harness(*, sanitized: bool) -> Path:
 
 def build_contract_program() -> Path:
     """The program that calls the plugin library as TensorRT does; see contract/main.cpp."""
-    flags = [
-        "-Wno-deprecated-declarations",
-        "-isystem",
-        str(tensorrt_headers()),
-        "-isystem",
-        str(cuda_headers()),
-    ]
+    include = ["-isystem", str(tensorrt_headers()), "-isystem", str(cuda_headers())]
+    flags = ["-Wno-deprecated-declarations", *include]
+    objects = compile_objects("contract", flags, sorted(CONTRACT.glob("*.cpp")), CONTRACT.glob("*.h"))
     # Exported symbols: the library looks up getInferLibVersion in the program.
-    return compile_program(
-        "contract", flags, ["-rdynamic", "-ldl"], sorted(CONTRACT.glob("*.cpp")), CONTRACT.glob("*.h")
-    )
+    return objects.link("contract", "-rdynamic", "-ldl")
+
+
+def build_launch_program() -> Path:
+    """The program that runs the host side of the launches; see launches/main.cpp."""
+    flags = ["-O1", "-pthread", f"-I{HARNESS}", f"-I{PLUGINS}", "-isystem", str(cuda_headers())]
+    headers = [*PLUGINS.rglob("*.h"), *HARNESS.glob("*.h")]
+    return compile_objects("launches", flags, sorted(LAUNCHES.glob("*.cpp")), headers).link("launches")
 
 
 def run(command: Sequence[str], **options: object) -> str:

@@ -1,4 +1,4 @@
-"""The emulated block must notice what a GPU would do wrong in silence."""
+"""The emulated block reports errors that a GPU would not."""
 
 import pytest
 
@@ -18,6 +18,7 @@ def test_a_correct_program_passes(harness: Harness) -> None:
         ("copy_in_flight", "a copy in flight is read"),
         ("copy_not_published", "read without a barrier after another thread's write"),
         ("beyond_the_array", "shared array of 32 elements: index 32"),
+        ("misaligned_pair", "store_pair to a misaligned address"),
         ("beyond_shared_memory", "shared array ends beyond the 128 bytes asked for"),
     ],
 )

@@ -81,9 +81,9 @@ void check_refusals(Library& library) {
     nvinfer1::IPluginV3* plugin = library.creator(refusal.creator, "sws")
                                       ->createPlugin("layer_name", refusal.fields.collection(), TensorRTPhase::kBUILD);
     require(plugin == nullptr, std::string("was not refused: ") + refusal.reason);
-    require(library.logger.errors.size() == 1 &&
-                library.logger.errors[0].find("layer 'layer_name'") != std::string::npos,
-            "the message does not name the layer");
+    require(
+        library.logger.errors.size() == 1 && library.logger.errors[0].find("layer 'layer_name'") != std::string::npos,
+        "the message does not name the layer");
     library.logger.require_error(refusal.reason);
   }
 }

@@ -56,8 +56,8 @@ void check_layout(Library& library, int32_t version) {
   library.set_logger_finder(&finder);
   request_invalid_radius(library);
   const std::vector<std::string>& messages = finder.logger.messages;
-  require(messages.size() == 1, "version " + std::to_string(version) + ": expected one message, found " +
-                                    std::to_string(messages.size()));
+  require(messages.size() == 1,
+          "version " + std::to_string(version) + ": expected one message, found " + std::to_string(messages.size()));
   require(messages[0].find("expected 1 to 8, found 9") != std::string::npos, messages[0]);
 }
 

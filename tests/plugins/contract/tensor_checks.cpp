@@ -138,7 +138,8 @@ void check_transport_shapes(Library& library) {
   require_refused(library, plugin, inputs, outputs, "x [0, 60, 320]: expected 2 at axis 0");
   inputs = transport_inputs(DataType::kHALF);
   inputs[0].dims[0] = 65536;
-  require_refused(library, plugin, inputs, outputs, "P [65536, 41, 6, 10]: a batch of at most 65535 samples is possible");
+  require_refused(library, plugin, inputs, outputs,
+                  "P [65536, 41, 6, 10]: a batch of at most 65535 samples is possible");
   inputs = transport_inputs(DataType::kHALF);
   inputs[0].dims[2] = int64_t{1} << 31;
   require_refused(library, plugin, inputs, outputs, "more than 2^31 - 1 at axis 2");

@@ -1,8 +1,13 @@
-"""As much of benchmarks/gpu as runs without a GPU: references, compilation, refusals, summaries."""
+"""What runs of benchmarks/gpu without a GPU: references, refusals, summaries, comparisons, a dry run."""
 
+import dataclasses
+import faulthandler
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,12 +15,13 @@ import torch
 
 from benchmarks.gpu import correctness, parts, sanitizer, site_timings, unet_step
 from benchmarks.gpu import run as gpu_run
-from benchmarks.gpu.correctness import check_guard, check_transport
+from benchmarks.gpu.correctness import GuardShape, check_fused_guard, check_guard, check_transport
 from benchmarks.gpu.example_engine import check_example_engine, compare_steps
 from benchmarks.gpu.kernels import KernelError, Kernels, compile_kernels
 from benchmarks.gpu.ptxas_report import as_table, parse_ptxas_log
 from benchmarks.gpu.references import (
     dense_transport,
+    gather_kernel,
     literal_guard,
     make_guard_inputs,
     make_weights,
@@ -24,12 +30,14 @@ from benchmarks.gpu.references import (
 )
 from benchmarks.gpu.sites import SITES
 from benchmarks.gpu.summary import as_markdown, summarize
+from benchmarks.gpu.timing import input_sets
 from sws_export import export
 from sws_export.options import ExportOptions, SizeOptions
 from sws_export.reference import band_from_dense, dense_from_band, rebalance
 from tests.plugins.banded_transport import reference as transport_reference
+from tests.plugins.gpu_benchmark.plain_kernels import PlainKernels
 from tests.plugins.key_guard.reference import GuardCase, bisection_step, value_mix
-from tests.plugins.toolchain import BUILDS, ROOT
+from tests.plugins.toolchain import BUILDS, ROOT, build_emulated_kernels
 
 
 def test_dense_transport_is_the_literal_one() -> None:
@@ -40,7 +48,9 @@ def test_dense_transport_is_the_literal_one() -> None:
 def test_a_band_is_rebalanced_like_its_dense_matrix() -> None:
     band = band_from_dense(dense_transport(make_weights(2, (5, 7), 8, "cpu"), 8).double(), 5, 7)
     expected = rebalance(dense_from_band(band), 2)
-    torch.testing.assert_close(rebalance_band(band, 2), band_from_dense(expected, 5, 7))
+    torch.testing.assert_close(
+        rebalance_band(band, gather_kernel(8, "cpu").double(), 2), band_from_dense(expected, 5, 7)
+    )
 
 
 def test_literal_guard_lands_on_the_step_of_the_other_reference() -> None:
@@ -64,7 +74,13 @@ def test_plain_attention_is_attention_by_heads() -> None:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Kernels:
+def emulated() -> Kernels:
+    """The kernels' own code on the CPU, called like the compiled ones."""
+    return Kernels(build_emulated_kernels())
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Kernels:
     try:
         return Kernels(compile_kernels("90", BUILDS / "benchmark"))
     except KernelError as error:
@@ -73,50 +89,55 @@ def kernels() -> Kernels:
         raise
 
 
+@pytest.mark.parametrize("check", [check_transport, check_guard])
+def test_the_kernels_pass_the_comparisons_on_the_cpu(check, emulated: Kernels, few_cases) -> None:
+    findings = list(check(emulated, "cpu"))
+    assert len(findings) >= 18
+    assert [finding for finding in findings if not finding.passed] == []
+
+
+def test_a_radius_out_of_range_is_refused(emulated: Kernels) -> None:
+    x = torch.zeros(1, 64, 16, dtype=torch.float16)
+    with pytest.raises(KernelError, match="cudaErrorInvalidValue"):
+        emulated.banded_transport(torch.zeros(1, 181, 8, 8), [x], 9)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU: nothing is refused")
-def test_launches_without_a_driver_are_refused_by_name(kernels: Kernels) -> None:
+def test_launches_without_a_driver_are_refused_by_name(compiled: Kernels) -> None:
     weights = make_weights(1, (8, 8), 2, "cpu")
     x = torch.zeros(1, 64, 16, dtype=torch.float16)
     with pytest.raises(KernelError, match="CUDA: cudaError"):
-        kernels.banded_transport(weights, [x], 2)
+        compiled.banded_transport(weights, [x], 2)
     q, k, k_perm, scalars = make_guard_inputs(1, 64, 16, torch.float16, "cpu")
     with pytest.raises(KernelError, match="CUDA: cudaError"):
-        kernels.key_guard(q, k, k_perm, scalars, 2)
+        compiled.key_guard(q, k, k_perm, scalars, 2)
 
 
-def test_a_radius_out_of_range_is_refused(kernels: Kernels) -> None:
-    x = torch.zeros(1, 64, 16, dtype=torch.float16)
-    with pytest.raises(KernelError, match="cudaErrorInvalidValue"):
-        kernels.banded_transport(torch.zeros(1, 181, 8, 8), [x], 9)
-
-
-def test_ptxas_report_lists_every_kernel(kernels: Kernels) -> None:
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+def test_ptxas_report_lists_every_kernel() -> None:
     usages = parse_ptxas_log((BUILDS / "benchmark" / "build.log").read_text())
     table = as_table(usages)
-    assert len(usages) == 18
+    assert len(usages) == 23
     assert "| transport_tensor_core_kernel<bfloat16, 8> | " in table
     assert "| finish_kernel | " in table
     assert "yes" not in table
 
 
 def timings(attention: float, transport: float, guard: float) -> list[dict[str, object]]:
-    names = (
-        "mix",
-        "transport_two_launches",
-        "dense_matmul",
-        "copy_same_bytes",
-        "guard_tight_budget",
-        "guard_idle",
-    )
+    names = [field.name for field in dataclasses.fields(site_timings.SiteTimings)]
     return [
         dict.fromkeys(names, 50.0)
         | {"site": site.name, "attention": attention, "transport": transport, "guard": guard}
-        | {"literal_guard": None, "mix": 10.0}
+        | {"literal_guard": None, "mix": 10.0, "fused_guard": 4 * attention}
         for site in SITES
     ]
 
 
 STATE_UPDATES = {site.name: 40.0 for site in SITES}
+SD15, SDXL = "SD1.5 step <= 1.15 plain", "SDXL step <= 1.18 plain"
+TRANSPORT, GUARD = "transport at 64x64 <= 40 us", "guard <= 1.3 attention at every site"
 
 
 def test_summary_adds_up_over_sites() -> None:
@@ -127,11 +148,22 @@ def test_summary_adds_up_over_sites() -> None:
     assert sd15["added_microseconds"] == 16 * 110 + 4 * 40
     assert sdxl["added_microseconds"] == 70 * 110 + 2 * 40
     assert sd15["overhead_of_step"] == pytest.approx(0.1)
+    assert sd15["fused_guard_of_step"] == pytest.approx(16 * 400 / 19_200)
     assert sdxl["overhead_of_step"] is None
     # Memory-bound at SD1.5 64 x 64: P once, keys and values in and out.
     moved = 2 * 4096 * (145 * 4 + 4 * 2 * 320)
     assert summary["sites"][0]["transport_fraction_of_bound"] == pytest.approx(moved / 3e12 * 1e6 / 20)
-    assert list(summary["goals"].values()) == [True, False, True, None]
+    assert summary["sites"][0]["fused_guard_over_attention"] == 4
+    assert summary["goals"] == {TRANSPORT: True, GUARD: True, SD15: True, SDXL: None}
+
+
+@pytest.mark.parametrize(
+    ("measured", "goal"),
+    [((100.0, 41.0, 80.0), TRANSPORT), ((100.0, 20.0, 131.0), GUARD), ((200.0, 40.0, 200.0), SD15)],
+)
+def test_a_goal_that_is_missed_is_false(measured: tuple[float, float, float], goal: str) -> None:
+    summary = summarize(timings(*measured), STATE_UPDATES, {"SD1.5": 19_200.0}, 3e12, 6e14)
+    assert summary["goals"][goal] is False
 
 
 def test_tables_show_every_site_and_model() -> None:
@@ -143,8 +175,8 @@ def test_tables_show_every_site_and_model() -> None:
     table = as_markdown(results)
 
     assert all(f"| {site.name} | 20.0 |" in table for site in SITES)
-    assert "| SD1.5 | 1920 | 1600 | 19200 | 10.0 |" in table
-    assert "| SDXL | 7780 | 7000 | no diffusers | - |" in table
+    assert "| SD1.5 | 1920 | 1600 | 19200 | 10.0 | 33.3 |" in table
+    assert "| SDXL | 7780 | 7000 | no diffusers | - | - |" in table
 
 
 def test_a_run_cut_short_still_has_a_summary() -> None:
@@ -153,8 +185,8 @@ def test_a_run_cut_short_still_has_a_summary() -> None:
     results = {"device": "X", "torch": "2", "cuda": "13", "timings": rows, "summary": summary}
 
     assert [model["model"] for model in summary["models"]] == ["SD1.5"]
-    assert list(summary["goals"].values()) == [True, False, None, None]
-    assert "| SD1.5 | 1920 | 1600 | not measured | - |" in as_markdown(results)
+    assert summary["goals"] == dict.fromkeys(summary["goals"])
+    assert "| SD1.5 | 1920 | 1600 | not measured | - | - |" in as_markdown(results)
     assert summarize([], {}, {}, 3e12, 6e14)["goals"] == dict.fromkeys(summary["goals"])
 
 
@@ -167,87 +199,174 @@ def test_the_command_says_that_there_is_no_gpu() -> None:
     assert "no GPU" in result.stderr
 
 
-class PlainKernels:
-    """The kernels' calls, answered by plain torch; `spoil` is what each result is multiplied by."""
-
-    def __init__(self, spoil: float = 1.0) -> None:
-        self.spoil = spoil
-
-    def guard_workspace(self, *_):
-        return None
-
-    def banded_transport(self, weights, tensors, radius, *_):
-        dense = dense_transport(weights, radius)
-        return [(dense @ x.float() * self.spoil).to(x.dtype) for x in tensors]
-
-    def key_guard(self, q, k, k_perm, scalars, heads, **_):
-        return [x * self.spoil for x in literal_guard(q, k, k_perm, scalars, heads, dtype=torch.float64)]
+@pytest.fixture
+def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "GRIDS", ((5, 7),))
+    monkeypatch.setattr(correctness, "GUARD_SHAPES", (GuardShape(40, 2, 24, 70),))
+    monkeypatch.setattr(correctness, "CHANNELS", (8, 33))
+    monkeypatch.setattr(correctness, "BUDGETS", (1e-3, 0.5))
+    monkeypatch.setattr(correctness, "SEARCH_LOGITS", (700.0,))
 
 
 @pytest.mark.parametrize("check", [check_transport, check_guard])
-@pytest.mark.parametrize("spoil", [1.0, 1.5, float("nan")])
-def test_the_comparisons_pass_what_is_right_and_nothing_else(check, spoil, monkeypatch) -> None:
-    monkeypatch.setattr(correctness, "GRIDS", ((5, 7), (8, 8)))
-    monkeypatch.setattr(correctness, "GUARD_SHAPES", ((64, 2, 40),))
-    monkeypatch.setattr(correctness, "CHANNELS", (8, 33))
-    findings = list(check(PlainKernels(spoil), "cpu"))
+@pytest.mark.parametrize(
+    ("kernels", "passes"),
+    [
+        (PlainKernels(), True),
+        (PlainKernels(1.5), False),
+        (PlainKernels(float("nan")), False),
+        (PlainKernels(repeats=False), False),
+    ],
+    ids=["right", "wrong", "nan", "not repeatable"],
+)
+def test_the_comparisons_pass_right_results_only(check, kernels, passes, few_cases) -> None:
+    findings = list(check(kernels, "cpu"))
 
     assert len(findings) >= 18
-    assert all(finding.passed for finding in findings) == (spoil == 1.0)
+    assert all(finding.passed for finding in findings) == passes
     json.dumps([finding.as_json() for finding in findings], allow_nan=False)
 
 
+def test_an_output_that_is_not_written_fails(few_cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = PlainKernels()
+    monkeypatch.setattr(kernels, "_write", lambda _, outputs: outputs)
+    for check in (check_transport, check_guard):
+        assert not all(finding.passed for finding in check(kernels, "cpu"))
+
+
+def test_the_sweep_has_the_cases_of_the_models() -> None:
+    shapes = correctness.GUARD_SHAPES
+    assert {4096} <= {shape.tokens for shape in shapes}
+    assert any(shape.query_tokens > shape.tokens for shape in shapes)
+    # The later rounds have 2 x 132 / batch blocks on an H100: some of these must process several row tiles.
+    assert any(shape.heads * -(-shape.query_tokens // 128) > 264 // shape.batch for shape in shapes)
+    assert (64, 64) in correctness.GRIDS
+
+
+def test_the_guard_of_four_attentions_finds_the_literal_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "FUSED_SHAPES", (GuardShape(300, 2, 40, 300),))
+    findings = list(check_fused_guard(PlainKernels(), "cpu"))
+    assert len(findings) == 2 * 2 * len(correctness.BUDGETS)
+    assert [finding for finding in findings if not finding.passed] == []
+
+
+def test_inputs_rotate_through_more_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = 50 * 2**20
+    properties = dataclasses.make_dataclass("Properties", [("L2_cache_size", int)])(cache)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for nbytes in (10**5, 3 * 10**6, 10**7, 10**9):
+        count = input_sets(nbytes)
+        assert count * nbytes >= 2 * cache or count == 64
+        assert (count - 1) * nbytes < 2 * cache
+
+
 def test_a_site_is_timed_in_every_respect(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_once(work):
-        work()
+    addresses: list[set[int]] = []
+
+    def run_once(works):
+        for work in works:
+            work()
+        addresses.append({id(work) for work in works})
         return 1.0
 
     monkeypatch.setattr(site_timings, "time_graph", run_once)
+    monkeypatch.setattr(site_timings, "input_sets", lambda _: 3)
     site = SITES[3]
     row = site_timings.time_site(PlainKernels(), site, "cpu").as_json()
 
     assert row.pop("site") == site.name
+    assert row.pop("sets") == 3
     assert set(row.values()) == {1.0}
+    assert sorted(map(len, addresses)) == [1, *[3] * 10]
     assert site_timings.time_state_update(site, "cpu") == 1.0
-    assert set(timings(1, 1, 1)[0]) == {"site", *row}
 
 
-PART = """
-import json, sys, time
-from pathlib import Path
-name, out = sys.argv[4], Path(sys.argv[6])
-out.write_text(json.dumps({"found_" + name: 1} | ({"not_run": "no package"} if name == "engine" else {})))
-if name == "guard":
-    sys.exit(-11)
-if name == "timings":
-    time.sleep(60)
-"""
+def test_sets_of_inputs_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_timings, "input_sets", lambda _: 3)
+    sets = site_timings.make_site_inputs(PlainKernels(), SITES[3], "cpu", torch.float16)
+    tensors = [
+        tensor
+        for inputs in sets
+        for value in vars(inputs).values()
+        for tensor in (value if isinstance(value, list) else [value])
+    ]
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors) == 33
+
+
+def succeed(record: parts.Record) -> bool:
+    record.values["found"] = 1
+    return True
+
+
+def fail(record: parts.Record) -> bool:
+    record.values["failed"] = 1
+    return False
+
+
+def crash(record: parts.Record) -> bool:
+    record.values["before_the_crash"] = 1
+    record.save()
+    faulthandler.disable()
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return True
+
+
+def raise_error(record: parts.Record) -> bool:
+    record.values["before_the_error"] = 1
+    raise RuntimeError("an error")
+
+
+def hang(record: parts.Record) -> bool:
+    helper = subprocess.Popen(["sleep", "100"])
+    record.values["helper"] = helper.pid
+    record.save()
+    time.sleep(100)
+    return True
+
+
+def skip(record: parts.Record) -> bool:
+    record.values["not_run"] = "no package"
+    return True
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/part.py -m "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    (tmp_path / "part.py").write_text(PART.replace("argv[4]", "argv[5]").replace("argv[6]", "argv[7]"))
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(
-        parts,
-        "PARTS",
-        tuple(parts.Part(part.name, 2 if part.name == "timings" else 30) for part in parts.PARTS),
-    )
-    names = ["transport", "guard", "timings", "engine", "sanitizer"]
+    work = {
+        "build": succeed,
+        "transport": crash,
+        "guard": hang,
+        "timings": raise_error,
+        "unet": skip,
+        "engine": fail,
+        "sanitizer": succeed,
+    }
+    limits = tuple(parts.Part(part.name, 1 if part.name == "guard" else 30) for part in parts.PARTS)
+    monkeypatch.setattr(parts, "PARTS", limits)
 
-    results = parts.run_parts(names, tmp_path / "gpu.json", 100)
+    results = parts.run_parts(list(work), tmp_path / "gpu.json", 100, work)
 
     how = results["parts"]
-    assert how["transport"].startswith("done in")
-    assert how["guard"].startswith("failed with status")
-    assert how["timings"].startswith("cut off after 2 s")
-    assert how["engine"] == "not run: no package"
+    assert how["build"].startswith("done in")
+    assert how["transport"].startswith(f"failed with status -{signal.SIGSEGV:d} ")
+    assert how["guard"].startswith("stopped after ")
+    assert how["timings"].startswith("failed with status 1 ")
+    assert how["unet"] == "not run: no package"
+    assert how["engine"].startswith("failed with status 1 ")
     assert how["sanitizer"].startswith("done in")
-    assert all(results[f"found_{name}"] == 1 for name in names)
+    for name in ("found", "failed", "before_the_crash", "before_the_error"):
+        assert results[name] == 1
+    # What a part has started ends with it.
+    assert not is_alive(results["helper"])
     assert json.loads((tmp_path / "gpu.json").read_text()) == results
-    late = parts.run_parts(["unet"], tmp_path / "late.json", 0)
-    assert late["parts"] == {"unet": "not run: the time is up"}
+    late = parts.run_parts(["unet"], tmp_path / "late.json", 0, work)
+    assert late["parts"] == {"unet": "not run: no time left"}
 
 
 def test_every_part_has_its_work_and_the_slowest_comes_last() -> None:
@@ -257,10 +376,11 @@ def test_every_part_has_its_work_and_the_slowest_comes_last() -> None:
 
 SANITIZER = """#!/bin/sh
 echo "========= COMPUTE-SANITIZER"
-echo "$PYTORCH_NO_CUDA_MEMORY_CACHING" > ALLOCATOR
+echo "$PYTORCH_NO_CUDA_MEMORY_CACHING" > FOLDER/allocator
 case "$2" in
 memcheck) echo "========= ERROR SUMMARY: 0 errors"; exit 0 ;;
 racecheck) echo "========= Race at kernel"; echo "========= RACECHECK SUMMARY: 1 hazard"; exit 9 ;;
+synccheck) sleep 100 & echo $! > FOLDER/helper; wait ;;
 *) exit 1 ;;
 esac
 """
@@ -268,17 +388,75 @@ esac
 
 def test_verdicts_of_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "compute-sanitizer"
-    program.write_text(SANITIZER.replace("ALLOCATOR", str(tmp_path / "allocator")))
+    program.write_text(SANITIZER.replace("FOLDER", str(tmp_path)))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(sanitizer, "_LEAST_SECONDS", 0.5)
+    started = time.monotonic()
 
-    verdicts = dict(sanitizer.sanitize())
+    verdicts = dict(sanitizer.sanitize(4))
 
+    assert time.monotonic() - started < 4
     assert verdicts["memcheck"] == "exit 0: ERROR SUMMARY: 0 errors"
     assert "Race at kernel" in verdicts["racecheck"]
-    assert [sanitizer.found_nothing(verdict) for verdict in verdicts.values()] == [True, False, False, False]
+    assert verdicts["synccheck"].startswith("not finished in ")
+    assert not is_alive(int((tmp_path / "helper").read_text()))
+    assert [sanitizer.found_nothing(verdict) for verdict in verdicts.values()] == [True, False, True, False]
     assert (tmp_path / "allocator").read_text() == "1\n"
-    assert sanitizer.found_nothing("not run: compute-sanitizer is not installed")
+    assert set(dict(sanitizer.sanitize(0.1)).values()) == {"not run: no time left"}
+
+
+DRY_SANITIZER = """#!/bin/sh
+tool=$2
+shift 4
+[ "$tool" = memcheck ] && { "$@" || exit 1; }
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
+    """The exact command of a run, with CUDA calls answered on the CPU; see simulated_cuda."""
+    out, tools = tmp_path / "out", tmp_path / "tools"
+    tools.mkdir()
+    (tools / "compute-sanitizer").write_text(DRY_SANITIZER)
+    (tools / "compute-sanitizer").chmod(0o755)
+    environment = os.environ | {
+        "OUT": str(out),
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{Path(__file__).parent / 'simulated_cuda'}:{ROOT}",
+        "SIMULATED_BUILD": str(tmp_path / "build"),
+        "PATH": f"{tools}:{os.environ['PATH']}",
+    }
+    result = subprocess.run(
+        [ROOT / "benchmarks" / "gpu" / "run.sh"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(file.name for file in out.iterdir()) == ["gpu.json", "log.txt", "machine.txt"]
+    results = json.loads((out / "gpu.json").read_text())
+    how = results["parts"]
+    assert list(how) == [part.name for part in parts.PARTS]
+    assert how.pop("engine") == "not run: tensorrt_rtx is not installed"
+    assert all(line.startswith("done in") for line in how.values()), how
+    assert results["device"] == "simulated GPU"
+    assert "| finish_kernel | 48 | none |" in results["ptxas"]
+    findings = results["transport_findings"] + results["guard_findings"]
+    assert {finding["kernel"].partition(",")[0] for finding in findings} == {
+        "banded_transport",
+        "key_guard alpha_k",
+        "key_guard a_v",
+        "key_guard",
+        "fused guard",
+    }
+    assert len(results["timings"]) == len(SITES)
+    assert {model["model"] for model in results["summary"]["models"]} == {"SD1.5", "SDXL"}
+    assert all(model["overhead_of_step"] is not None for model in results["summary"]["models"])
+    assert set(results["sanitizer"].values()) == {"exit 0: ERROR SUMMARY: 0 errors"}
+    assert "| model | added |" in (out / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("config", "size"), [(unet_step.SD15, 860), (unet_step.SDXL, 2567)])

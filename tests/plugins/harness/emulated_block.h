@@ -1,7 +1,7 @@
-// plugins/common/block.h on a CPU: the same names, all threads of a block one after the other.
+// plugins/common/block.h on a CPU: the same interface, with the threads of a block run sequentially.
 //
-// The warp-wide instructions are written from the register layouts in the PTX ISA manual (sections on
-// mma.m16n8k16, ldmatrix and shfl), not from the kernels, so a kernel with a wrong layout disagrees with them.
+// The warp-wide instructions follow the register layouts in the PTX ISA manual (sections on mma.m16n8k16, ldmatrix and
+// shfl), not those of the kernels, so a kernel with a wrong layout gives wrong results.
 #pragma once
 
 #include <cstdint>
@@ -139,11 +139,30 @@ class Block {
     }
   }
 
+  template <typename Element>
+  void store_pair(Element* to, uint32_t pair) {
+    static_assert(sizeof(Element) == 2, "a pair has 32 bits");
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(pair) != 0)
+      throw std::runtime_error("store_pair to a misaligned address");
+    std::memcpy(static_cast<void*>(to), &pair, sizeof(pair));
+  }
+
   template <typename Element, typename RegistersD, typename RegistersA, typename RegistersB>
   void multiply_add(RegistersD d_of, RegistersA a_of, RegistersB b_of) {
+    multiply_fragments<Element>(d_of, a_of, b_of, [&](int thread, int i) { return d_of(thread)[i]; });
+  }
+
+  template <typename Element, typename RegistersD, typename RegistersA, typename RegistersB>
+  void multiply(RegistersD d_of, RegistersA a_of, RegistersB b_of) {
+    multiply_fragments<Element>(d_of, a_of, b_of, [](int, int) { return 0.0f; });
+  }
+
+ private:
+  template <typename Element, typename RegistersD, typename RegistersA, typename RegistersB, typename Addend>
+  void multiply_fragments(RegistersD d_of, RegistersA a_of, RegistersB b_of, Addend addend) {
     for (int warp = 0; warp < kThreads; warp += 32) {
       float a[16][16];
-      float b[16][8];
+      float b[8][16];  // transposed
       for (int lane = 0; lane < 32; ++lane) {
         const int group = lane / 4;
         const int in_group = lane % 4;
@@ -154,7 +173,7 @@ class Block {
         }
         for (int i = 0; i < 4; ++i) {
           const int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
-          b[row][group] = half_of<Element>(b_of(warp + lane)[i / 2], i % 2);
+          b[group][row] = half_of<Element>(b_of(warp + lane)[i / 2], i % 2);
         }
       }
       for (int lane = 0; lane < 32; ++lane) {
@@ -162,14 +181,13 @@ class Block {
           const int row = lane / 4 + (i >= 2 ? 8 : 0);
           const int column = (lane % 4) * 2 + (i & 1);
           float sum = 0.0f;
-          for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-          d_of(warp + lane)[i] += sum;
+          for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
+          d_of(warp + lane)[i] = addend(warp + lane, i) + sum;
         }
       }
     }
   }
 
- private:
   void start_copy(size_t size, size_t offset, const void* from, bool valid, int thread) {
     const std::string what = std::to_string(size) + "-byte copy ";
     if (offset % size != 0) throw std::runtime_error(what + "to a misaligned shared address");

@@ -53,6 +53,9 @@ void run_fault(SmallBlock& block, const std::string& fault) {
     block.each_thread([&](int thread) { values.load(0, thread); });
   } else if (fault == "beyond the array") {
     block.each_thread([&](int thread) { values.store(thread + 1, 0.0f, thread); });
+  } else if (fault == "misaligned pair") {
+    alignas(4) Float16 target[4] = {};
+    block.store_pair(target + 1, 0);
   } else if (fault == "beyond shared memory") {
     block.shared<float>(0, kThreads + 1);
   } else {

@@ -1,93 +1,20 @@
-// Runs the key guard's kernel bodies: the same launches in the same order as plugins/key_guard/kernel.cu.
+// Test cases of the key guard.
 #include "guard_case.h"
 
 #include <cstdint>
-#include <stdexcept>
+#include <vector>
 
-#include "emulated_block.h"
-#include "key_guard/launches.h"
+#include "guard_rounds.h"
 #include "number_format_name.h"
 
 namespace sws {
 namespace {
 
-struct Run {
-  GuardProblem problem;
-  GuardWorkspace workspace;
-  RoundTiles tiles;
-  bool tensor_cores;
-  int stages;
-  bool reversed;
-  int blocks;  // grid size of the rounds whose blocks go round the tiles
-};
-
-template <typename Element>
-void run_survey(const Run& run) {
-  const int batch = run.problem.batch;
-  if constexpr (sizeof(Element) == 2) {
-    if (run.tensor_cores) {
-      const int bytes = tensor_core_guard_bytes(run.problem.head_size, run.stages);
-      run_grid<kGuardThreads>(run.tiles.survey, 1, batch, bytes, run.reversed, [&](auto& block) {
-        survey_tensor_core<Element>(block, run.problem, run.workspace, run.stages);
-      });
-      return;
-    }
-  }
-  run_grid<kScalarGuardThreads>(run.tiles.survey, 1, batch, kScalarGuardBytes, run.reversed,
-                                [&](auto& block) { survey_scalar<Element>(block, run.problem, run.workspace); });
-}
-
-template <typename Element>
-void run_search(const Run& run, int round) {
-  run_grid<kScalarGuardThreads>(run.blocks, 1, run.problem.batch, kScalarGuardBytes, run.reversed, [&](auto& block) {
-    search_scalar<Element>(block, run.problem, run.workspace, run.tiles, round);
-  });
-}
-
-template <typename Element>
-void run_candidate(const Run& run) {
-  if constexpr (sizeof(Element) == 2) {
-    if (run.tensor_cores) {
-      const int bytes = tensor_core_guard_bytes(run.problem.head_size, run.stages);
-      run_grid<kGuardThreads>(run.blocks, 1, run.problem.batch, bytes, run.reversed, [&](auto& block) {
-        candidate_tensor_core<Element>(block, run.problem, run.workspace, run.tiles, run.stages);
-      });
-      return;
-    }
-  }
-  run_search<Element>(run, kCandidateRound);
-}
-
-// Spoils the polynomial but not the KL measured at its nodes: KL = alpha * slope - growth stays as it is.
-void disturb_survey(const Run& run, double disturbance) {
-  for (int sample = 0; sample < run.problem.batch; ++sample) {
-    const AlphaNodes nodes = survey_nodes(limits_of(run.problem, sample));
-    const double change = disturbance * run.problem.heads * run.problem.query_tokens / run.tiles.survey;
-    for (int tile = 0; tile < run.tiles.survey; ++tile) {
-      double* record = record_of(run.workspace, kSurveyRound, sample, tile);
-      record[SurveyPass::kSlope0] += change;
-      record[SurveyPass::kGrowth0] += change * static_cast<double>(nodes.at(0));
-    }
-  }
-}
-
-template <typename Element>
-void run_all(const Case& test, const Run& run) {
-  run_survey<Element>(run);
-  if (const float disturbance = test.real("disturbance"); disturbance != 0.0f)
-    disturb_survey(run, static_cast<double>(disturbance));
-  run_candidate<Element>(run);
-  const int last = final_round(run.problem.bisection_steps);
-  for (int round = kCandidateRound + 1; round < last; ++round) run_search<Element>(run, round);
-  run_grid<kGuardThreads>(1, 1, run.problem.batch, kDigestBytes, run.reversed,
-                          [&](auto& block) { guard_finish(block, run.problem, run.workspace, run.tiles, last); });
-}
-
-void write_states(const Case& test, const Run& run) {
+void write_states(const Case& test, const GuardRun& run, GuardWorkspace const& workspace) {
   std::vector<int32_t> rows;
-  for (int round = kCandidateRound; round <= final_round(run.problem.bisection_steps); ++round) {
+  for (int round = kMiddleRound; round <= final_round(run.problem.bisection_steps); ++round) {
     for (int sample = 0; sample < run.problem.batch; ++sample) {
-      const SearchState& state = *state_of(run.problem, run.workspace, round, sample);
+      const SearchState& state = *state_of(run.problem, workspace, round, sample);
       rows.insert(rows.end(), {round, sample, static_cast<int32_t>(state.mode), state.below, state.above});
     }
   }
@@ -99,7 +26,7 @@ const float* floats(const std::vector<unsigned char>& bytes) { return reinterpre
 }  // namespace
 
 void run_guard_case(const Case& test) {
-  Run run = {};
+  GuardRun run = {};
   GuardProblem& problem = run.problem;
   problem.batch = test.integer("batch");
   problem.query_tokens = test.integer("query_tokens");
@@ -111,9 +38,9 @@ void run_guard_case(const Case& test) {
   problem.bisection_steps = test.integer("bisection_steps");
   problem.format = format_of_name(test.text("format"));
   run.stages = test.integer("stages");
-  run.tensor_cores = run.stages > 0;
   run.reversed = test.integer("reversed") != 0;
   run.blocks = test.integer("blocks");
+  run.disturbance = static_cast<double>(test.real("disturbance"));
 
   std::vector<std::vector<unsigned char>> tensors;
   for (const char* name : {"q", "k", "kp", "tau_q", "amplitude", "kappa", "key_gate", "value_gain"}) {
@@ -135,12 +62,10 @@ void run_guard_case(const Case& test) {
   std::vector<unsigned char> memory(
       guard_workspace_bytes(problem.batch, problem.query_tokens, problem.heads, problem.bisection_steps),
       static_cast<unsigned char>(0xFF));
-  run.workspace = lay_out_workspace(problem, memory.data(), run.tensor_cores ? kCandidateProbes : kSearchProbes);
-  run.tiles = round_tiles(problem, run.tensor_cores);
-  with_element(problem.format, [&](auto element) { run_all<decltype(element)>(test, run); });
+  run_guard(run, memory.data());
   test.write("alpha_k", key_mix.data(), key_mix.size() * sizeof(float));
   test.write("a_v", value_mix.data(), value_mix.size() * sizeof(float));
-  write_states(test, run);
+  write_states(test, run, workspace_of(run, memory.data()));
 }
 
 }  // namespace sws

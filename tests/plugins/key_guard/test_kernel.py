@@ -12,6 +12,8 @@ from tests.plugins.key_guard.reference import GuardCase, amplitude_of, bisection
 # (name, stages): stages > 0 is the tensor-core path with that many shared-memory stages.
 PATHS = {"scalar": 0, "tensor core, one stage": 1, "tensor core, two stages": 2}
 
+MIDDLE, CANDIDATE, SEARCH, DONE = range(4)  # SearchMode in plugins/key_guard/search.h
+
 # Error bound of a measured mean KL, see plugins/key_guard/README.md.
 KL_BOUND = 2e-6
 
@@ -20,14 +22,18 @@ KL_BOUND = 2e-6
 class Result:
     alpha_k: torch.Tensor
     a_v: torch.Tensor
-    states: torch.Tensor  # rows (round, sample, mode, below, above), mode 0 candidate, 1 search, 2 done
+    states: torch.Tensor  # rows (round, sample, mode, below, above)
 
     def final_step(self, sample: int) -> int:
         return int(self.states[self.states[:, 1] == sample][-1][3])
 
+    def modes(self, sample: int) -> list[int]:
+        """What each round after the survey measured."""
+        modes: list[int] = self.states[self.states[:, 1] == sample][:, 2].tolist()
+        return modes
+
     def rounds_measured(self, sample: int) -> int:
-        modes = self.states[self.states[:, 1] == sample][:, 2]
-        return int((modes != 2).sum())
+        return sum(mode != DONE for mode in self.modes(sample))
 
 
 def make_case(
@@ -191,12 +197,13 @@ def test_a_wide_budget_needs_the_survey_alone(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_tight_budget_is_settled_by_measuring_around_the_candidate(harness: Harness, path: str) -> None:
+def test_a_binding_budget_needs_the_middle_and_the_candidate_round(harness: Harness, path: str) -> None:
     case = make_case(kappa=1e-3, sharpness=2)
 
     result = run_guard(harness, case, stages=PATHS[path])
 
-    assert [result.rounds_measured(sample) for sample in range(2)] == [1, 1]
+    for sample in range(2):
+        assert result.modes(sample)[:3] == [MIDDLE, CANDIDATE, DONE]
     assert all(0 < result.final_step(sample) < 127 for sample in range(2))
     check_against_literal(case, result)
 
@@ -210,7 +217,7 @@ def test_a_wrong_polynomial_costs_rounds_but_not_the_answer(
 
     result = run_guard(harness, case, stages=PATHS[path], disturbance=disturbance)
 
-    assert max(result.rounds_measured(sample) for sample in range(2)) > 1
+    assert max(result.rounds_measured(sample) for sample in range(2)) > 2
     check_against_literal(case, result)
 
 
@@ -244,7 +251,7 @@ def test_logits_beyond_the_survey_are_searched(harness: Harness, path: str, size
 
     result = run_guard(harness, case, stages=PATHS[path])
 
-    assert result.states[0, 2] == 1
+    assert result.modes(0)[0] == SEARCH
     check_against_literal(case, result)
 
 
