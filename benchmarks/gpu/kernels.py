@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "benchmarks-gpu"
 SOURCES = (
     "plugins/banded_transport/kernel.cu",
     "plugins/key_guard/kernel.cu",
@@ -150,3 +151,9 @@ class Kernels:
     def _check(self, error: int) -> None:
         if error != 0:
             raise KernelError(f"CUDA: {self._library.sws_error_name(error).decode()}")
+
+
+def build_kernels() -> Kernels:
+    """The kernels for the current GPU."""
+    major, minor = torch.cuda.get_device_capability()
+    return Kernels(compile_kernels(f"{major}{minor}", BUILD))

@@ -36,16 +36,22 @@ def make_weights(batch: int, side: tuple[int, int], radius: int, device: str, se
     return (weights / weights.sum(1, keepdim=True)).to(device)
 
 
-def rebalance_band(band: torch.Tensor, rounds: int) -> torch.Tensor:
+def gather_kernel(radius: int, device: str) -> torch.Tensor:
+    """One-hot convolution kernels [K, 1, 2 R + 1, 2 R + 1] that move each entry of a band to its target."""
+    side = 2 * radius + 1
+    offsets = diamond(radius)
+    kernel = torch.zeros(len(offsets), 1, side, side)
+    for index, (dy, dx) in enumerate(offsets):
+        kernel[index, 0, radius + dy, radius + dx] = 1
+    return kernel.to(device)
+
+
+def rebalance_band(band: torch.Tensor, gather: torch.Tensor, rounds: int) -> torch.Tensor:
     """Rows, then columns, of a banded transport [B, K, H, W] divided by their sums, `rounds` times.
 
-    As in the exported graph, convolutions with one-hot kernels move the band to its targets and back.
+    As in the exported graph, convolutions with `gather_kernel(radius)` move the band to its targets and back.
     """
-    radius = int((math.sqrt(2 * band.shape[1] - 1) - 1) / 2)
-    side = 2 * radius + 1
-    gather = band.new_zeros(band.shape[1], 1, side, side)
-    for index, (dy, dx) in enumerate(diamond(radius)):
-        gather[index, 0, radius + dy, radius + dx] = 1
+    radius = gather.shape[-1] // 2
     for _ in range(rounds):
         band = band / band.sum(1, keepdim=True).clamp_min(1e-8)
         columns = torch.nn.functional.conv_transpose2d(band, gather, padding=radius)
@@ -86,7 +92,7 @@ def literal_guard(
     base = queries @ split_heads(k, heads).to(dtype).transpose(-1, -2) * scale
     delta = queries @ split_heads(k_perm, heads).to(dtype).transpose(-1, -2) * scale - base
     log_a0 = torch.log_softmax(base, -1)
-    entropy = -(log_a0.exp() * log_a0).sum(-1).flatten(1)
+    entropy = -(log_a0.exp() * log_a0).nan_to_num().sum(-1).flatten(1)
     low, high = entropy.amin(1), entropy.amax(1)
     hu = ((entropy.mean(1) - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
     a = (amplitude * hu).clamp(0, 1)
@@ -120,3 +126,20 @@ def make_guard_inputs(
     scalars = [1.2, 0.5, kappa, 1.0, 0.5]
     tensors = [x.to(device=device, dtype=dtype) for x in (q, k, k_perm)]
     return (*tensors, [torch.full((batch,), value, device=device) for value in scalars])  # type: ignore[return-value]
+
+
+def one_hot_guard_inputs(
+    size: float, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SearchInputs]:
+    """A site in which most queries attend to one key, by a logit of `size`; k_perm has the keys reordered.
+
+    The weights of such rows under k and under k_perm share no key, so sums relative to two peaks underflow.
+    """
+    tokens = 48
+    k = torch.eye(tokens).unsqueeze(0)
+    q = k * size * math.sqrt(tokens)
+    q[:, ::3] *= 2 / size  # flat rows, so that the entropies differ
+    k_perm = k.roll(7, 1)
+    scalars = [1.0, 1.0, 5.0, 1.0, 0.5]
+    tensors = [x.to(device=device, dtype=dtype) for x in (q, k, k_perm)]
+    return (*tensors, [torch.full((1,), value, device=device) for value in scalars])  # type: ignore[return-value]

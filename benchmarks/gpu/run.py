@@ -1,22 +1,24 @@
 """Check and time the plugin kernels on the GPU of this machine.
 
-Run `python -m benchmarks.gpu.run` in the root of the repository. It needs nvcc and a CUDA build of PyTorch,
-and no network. It writes benchmarks/results/gpu.json after each part and prints the tables.
+Run `benchmarks/gpu/run.sh`, or `python -m benchmarks.gpu.run` in the root of the repository. It needs nvcc
+and a CUDA build of PyTorch, and no network. It writes the results file after each part and prints the tables.
 """
 
 import argparse
 import json
+import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.correctness import Finding, check_guard, check_transport
+from benchmarks.gpu.correctness import Finding, check_fused_guard, check_guard, check_transport
 from benchmarks.gpu.example_engine import check_example_engine
-from benchmarks.gpu.kernels import ROOT, Kernels, compile_kernels
-from benchmarks.gpu.parts import PARTS, Record, run_parts, write_json
+from benchmarks.gpu.kernels import BUILD, ROOT, Kernels, build_kernels
+from benchmarks.gpu.parts import PARTS, Record, Work, in_child, run_parts, write_json
 from benchmarks.gpu.ptxas_report import as_table, parse_ptxas_log
 from benchmarks.gpu.sanitizer import found_nothing, run_small_case, sanitize
 from benchmarks.gpu.site_timings import time_site, time_state_update
@@ -26,13 +28,6 @@ from benchmarks.gpu.timing import copy_bandwidth, matmul_rate
 from benchmarks.gpu.unet_step import time_unet_steps
 
 DEVICE = "cuda"
-BUILD = ROOT / "build" / "benchmarks-gpu"
-
-
-def build_kernels() -> Kernels:
-    """The kernels for the current GPU."""
-    major, minor = torch.cuda.get_device_capability()
-    return Kernels(compile_kernels(f"{major}{minor}", BUILD))
 
 
 def build(record: Record) -> bool:
@@ -42,6 +37,7 @@ def build(record: Record) -> bool:
     record.values |= {
         "device": torch.cuda.get_device_name(),
         "capability": f"{driver.major}.{driver.minor}",
+        "l2_bytes": getattr(driver, "L2_cache_size", None),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "ptxas": as_table(parse_ptxas_log((BUILD / "build.log").read_text())),
@@ -49,7 +45,7 @@ def build(record: Record) -> bool:
     return True
 
 
-def compare(check: Callable[[Kernels, str], Iterable[Finding]], name: str) -> Callable[[Record], bool]:
+def compare(check: Callable[[Kernels, str], Iterable[Finding]], name: str) -> Work:
     """A part that records its findings, including those made before a failure."""
 
     def part(record: Record) -> bool:
@@ -71,7 +67,7 @@ def report_failures(findings: list[Finding]) -> None:
     """Print the failures, worst first."""
     failures = [finding for finding in findings if not finding.passed]
     print(f"{len(findings)} comparisons, {len(failures)} failed")
-    for failure in sorted(failures, key=lambda f: f.error / f.allowed, reverse=True)[:20]:
+    for failure in sorted(failures, key=lambda f: f.error / max(f.allowed, 1e-30), reverse=True)[:20]:
         print(f"  {failure.kernel}, {failure.case}: {failure.error:.3g} > {failure.allowed:.3g}")
 
 
@@ -113,17 +109,27 @@ def engine(record: Record) -> bool:
 def sanitizer(record: Record) -> bool:
     """Run each sanitizer tool; results are saved one by one."""
     record.values["sanitizer"] = {}
-    for tool, verdict in sanitize():
+    for tool, verdict in sanitize(record.seconds_left() - SANITIZER_RESERVE):
         print(f"{tool}: {verdict}", flush=True)
         record.values["sanitizer"][tool] = verdict
         record.save()
     return all(map(found_nothing, record.values["sanitizer"].values()))
 
 
-WORK: dict[str, Callable[[Record], bool]] = {
+SANITIZER_RESERVE = 3.0
+"""Seconds to end the last tool and to save."""
+
+
+def check_both_guards(kernels: Kernels, device: str) -> Iterable[Finding]:
+    """The plugin's guard and that of the GPU lowering."""
+    yield from check_guard(kernels, device)
+    yield from check_fused_guard(kernels, device)
+
+
+WORK: dict[str, Work] = {
     "build": build,
     "transport": compare(check_transport, "transport_findings"),
-    "guard": compare(check_guard, "guard_findings"),
+    "guard": compare(check_both_guards, "guard_findings"),
     "timings": timings,
     "unet": unet,
     "engine": engine,
@@ -131,14 +137,18 @@ WORK: dict[str, Callable[[Record], bool]] = {
 }
 
 
-def do_part(name: str, out: Path) -> int:
-    """Run one part in this process; returns 0 on success. Its findings are written in any case."""
-    record = Record(out)
-    try:
-        good = WORK[name](record)
-    finally:
-        record.save()
-    return 0 if good else 1
+def unpack_wheels(wheels: Path, target: Path) -> None:
+    """Make the packages in `wheels` importable, if there are any; packages of this Python take precedence."""
+    for wheel in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+    if target.exists():
+        sys.path.append(str(target))
+
+
+def default_out() -> Path:
+    """`gpu.json` in the folder that $OUT names, else in benchmarks/results/gpu."""
+    return Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu") / "gpu.json"
 
 
 def print_tables(results: dict[str, Any], out: Path) -> None:
@@ -161,21 +171,23 @@ def main() -> int:
     """Run all parts; returns 1 if one failed."""
     names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
-    parser.add_argument("--seconds", type=float, default=530, help="time limit of the whole run; default 530")
+    parser.add_argument("--out", type=Path, default=default_out(), help="results file; default $OUT/gpu.json")
+    parser.add_argument(
+        "--wheels", type=Path, default=ROOT / "build" / "gpu-wheels", help="packages to unpack"
+    )
+    parser.add_argument("--seconds", type=float, default=500, help="time limit of the whole run; default 500")
     parser.add_argument("--only", choices=names, nargs="+", default=names, help="parts to run")
-    parser.add_argument("--part", choices=names, help="run one part in this process")
     parser.add_argument("--small-case", action="store_true", help="run the case for compute-sanitizer")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)
-        return 1
     if options.small_case:
         run_small_case(build_kernels(), DEVICE)
         return 0
-    if options.part:
-        return do_part(options.part, options.out)
-    results = run_parts(options.only, options.out, options.seconds)
+    # In a child: a process that has used CUDA must not fork.
+    if not in_child(torch.cuda.is_available):
+        print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)
+        return 1
+    unpack_wheels(options.wheels, BUILD / "packages")
+    results = run_parts(options.only, options.out, options.seconds, WORK)
     print_tables(results, options.out)
     print(f"written to {options.out}")
     print(json.dumps(results["parts"], indent=2))

@@ -33,7 +33,7 @@ def time_unet_steps(device: str) -> Iterator[tuple[str, float | str]]:
         try:
             from diffusers import UNet2DConditionModel
 
-            yield model, time_graph(_step(UNet2DConditionModel, config, device))
+            yield model, time_graph([_step(UNet2DConditionModel, config, device)])
         except (ImportError, RuntimeError) as error:
             # Out of memory, or an operation that cannot be captured; the other model may still work.
             yield model, f"not measured: {str(error).splitlines()[0][:200]}"

@@ -1,0 +1,1 @@
+"""Benchmarks of the exported graphs, their runtimes and the TensorRT plugins."""

@@ -1,0 +1,1 @@
+"""Correctness and timing of the plugin kernels on a GPU."""
