@@ -1,4 +1,5 @@
-// What the shared library shows to the outside: its creators, the way in for a logger, and what it was built from.
+// The exported symbols of the shared library: its creators, the entry point for a logger, and a description of the
+// build.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
@@ -13,8 +14,8 @@
 
 extern "C" {
 
-// Each operator twice: ONNX parsers look a node up by its attribute `plugin_namespace`, which is empty unless somebody
-// sets it, while `sws` is what the operators are called in a graph.
+// Each operator is registered twice: ONNX parsers look up a node by its attribute `plugin_namespace`, which is empty by
+// default, and newer ones then by its domain, which is `sws`.
 SWS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static sws::PluginCreator<sws::BandedTransportPlugin> transport("sws");
   static sws::PluginCreator<sws::BandedTransportPlugin> plain_transport("");
@@ -27,7 +28,7 @@ SWS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count)
 
 SWS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { sws::set_logger_finder(finder); }
 
-// JSON, valid for as long as the library is loaded.
+// JSON text, valid while the library is loaded.
 SWS_EXPORT const char* sws_plugins_build_info() {
   return "{\"operators\": [\"BandedTransport\", \"KeyGuard\"], \"namespaces\": [\"sws\", \"\"], "
          "\"plugin_version\": \"1\", \"architectures\": \"" SWS_ARCHITECTURES "\", \"source_hash\": \"" SWS_SOURCE_HASH

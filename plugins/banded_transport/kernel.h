@@ -1,4 +1,4 @@
-// Launches the banded transport. No TensorRT here: the plugin and the GPU benchmark both call this.
+// Launches the banded transport. Does not use TensorRT: both the plugin and the GPU benchmark call it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,7 @@
 namespace sws {
 
 // Enqueues the transport on `stream`: no allocation, no synchronisation, so it can be captured in a CUDA graph.
-// Tensors that are not aligned to 16 bytes go through the scalar kernel. Returns the first CUDA error,
+// Tensors that are not aligned to 16 bytes use the scalar kernel. Returns the first CUDA error,
 // cudaErrorInvalidValue for a shape out of range.
 cudaError_t launch_banded_transport(TransportProblem const& problem, cudaStream_t stream);
 

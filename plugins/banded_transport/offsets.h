@@ -1,4 +1,4 @@
-// The L1 diamond of a banded transport: which offset (dy, dx) entry j stands for, ordered by dy, then dx.
+// The L1 diamond of a banded transport: the offset (dy, dx) of each entry, ordered by dy, then dx.
 #pragma once
 
 #include "common/platform.h"

@@ -1,4 +1,4 @@
-// The transport's problem, as the plugin, the kernels and the benchmark see it.
+// Arguments of a banded transport.
 #pragma once
 
 #include "banded_transport/offsets.h"

@@ -1,6 +1,8 @@
-// Banded transport in plain float arithmetic: float32, and 16-bit tensors whose channels are no multiple of 8.
+// Banded transport in scalar float arithmetic: float32, and 16-bit tensors whose number of channels is not a multiple
+// of 8.
 //
-// A block owns an 8 x 8 token tile; a thread one channel of one tile row, whose 8 sums slide along the halo row.
+// A block computes a tile of 8 x 8 tokens; a thread computes one channel of one tile row, for which a window of 8
+// inputs moves along the halo row.
 #pragma once
 
 #include "banded_transport/tile.h"

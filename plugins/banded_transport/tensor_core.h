@@ -25,7 +25,7 @@ struct BandGeometry {
   static constexpr int kStageElements = kHaloTokens * kTokenStride;
   static constexpr int kStageBytes = kStageElements * 2;
   static constexpr int kSharedBytes = 2 * kStageBytes;
-  // Rows -kReach and kReach + 1 around a pair of rows touch the middle granule alone, the others all three.
+  // Rows -kReach and kReach + 1 around a pair of rows touch the middle granule only, the others all three.
   static constexpr int kGranules = 2 + 3 * (2 * kReach);
   static constexpr int kSteps = kGranules / 2;
   static_assert(kGranules % 2 == 0, "granules are taken two at a time");

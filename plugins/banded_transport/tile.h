@@ -1,4 +1,4 @@
-// What both transport kernels share: the 8 x 8 token tile and its weights in shared memory.
+// Shared by both transport kernels: the 8 x 8 token tile and its weights in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@ namespace sws {
 constexpr int kTileSide = 8;
 constexpr int kTileTokens = kTileSide * kTileSide;
 // Words between the weights of one offset and the next: 4 modulo 32, so that the skewed reads of the tensor-core
-// kernel fall into 32 different banks.
+// kernel access 32 different banks.
 constexpr int kWeightStride = kTileTokens + 4;
-// The tile is surrounded by this many columns on either side whatever the radius.
+// Columns of the tile with its halo, for every radius.
 constexpr int kHaloColumns = kTileSide + 2 * kMaxTransportRadius;
 
 struct GridPosition {
@@ -47,8 +47,8 @@ SWS_HD constexpr int transport_weight_bytes(int radius) {
 }
 
 // Starts copying the weights of the tile as [offset][token of the tile]. A weight whose neighbour (or whose token) lies
-// outside the grid becomes zero, whatever the tensor holds there. A thread keeps to one token and takes every
-// kRowGroups-th row of the diamond, so that the loop computes little and waits for nothing.
+// outside the grid becomes zero, whatever its value in the tensor. A thread copies every kRowGroups-th row of the
+// diamond of one token, so the loop has little arithmetic and does not wait.
 template <typename BlockType>
 SWS_KERNEL_BODY void start_weights_copy(BlockType& block, TransportProblem const& problem, int sample,
                                         GridPosition origin, Shared<float> weights) {
@@ -81,7 +81,7 @@ SWS_HD int steps_along(int place) { return larger(larger(-place, place - kTileSi
 
 SWS_HD int steps_to_tile(GridPosition place) { return steps_along(place.y) + steps_along(place.x); }
 
-// A choice rather than an index: indexing kernel parameters at run time would copy them to local memory.
+// A conditional instead of an index: indexing kernel parameters at run time would copy them to local memory.
 SWS_HD const void* input_of(TransportProblem const& problem, int tensor) {
   return tensor == 0 ? problem.inputs[0] : problem.inputs[1];
 }
@@ -90,7 +90,7 @@ SWS_HD void* output_of(TransportProblem const& problem, int tensor) {
   return tensor == 0 ? problem.outputs[0] : problem.outputs[1];
 }
 
-// The channels of all tensors, cut into chunks of `size`; a chunk never spans two tensors.
+// The channels of all tensors, divided into chunks of `size`; a chunk never spans two tensors.
 struct ChannelChunks {
   int per_tensor;
   int total;
@@ -101,7 +101,7 @@ SWS_HD ChannelChunks channel_chunks(TransportProblem const& problem, int size) {
   return ChannelChunks{per_tensor, per_tensor * problem.tensors};
 }
 
-// Chunks [first, last) of one block when the chunks are dealt out to `blocks` blocks.
+// Chunks [first, last) of one block if `blocks` blocks share the chunks.
 struct ChunkRange {
   int first;
   int last;

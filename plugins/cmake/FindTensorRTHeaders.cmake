@@ -15,7 +15,7 @@ function(sws_fetch_tensorrt_headers result)
   set(wheel "${folder}/kernel_lens-${KERNEL_LENS_VERSION}-py3-none-any.whl")
   if(NOT EXISTS "${wheel}")
     message(STATUS "Fetching the TensorRT headers (kernel-lens ${KERNEL_LENS_VERSION}) from PyPI")
-    # -I: where pip itself runs this build, PYTHONPATH hides the environment in which pip is.
+    # -I: if pip runs this build, it sets PYTHONPATH, which would hide the installed pip.
     execute_process(
       COMMAND "${Python_EXECUTABLE}" -I -m pip download --quiet --no-deps --no-input --disable-pip-version-check
               "kernel-lens==${KERNEL_LENS_VERSION}" --dest "${folder}"

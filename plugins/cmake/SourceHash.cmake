@@ -1,4 +1,4 @@
-# SWS_SOURCE_HASH: SHA-256 over the names and contents of all sources, the same as sws_export.plugin_build computes.
+# SWS_SOURCE_HASH: SHA-256 over the names and contents of all sources, as sws_export.engines.plugin_library computes it.
 file(GLOB_RECURSE sources RELATIVE "${CMAKE_CURRENT_SOURCE_DIR}" CONFIGURE_DEPENDS
   "${CMAKE_CURRENT_SOURCE_DIR}/*.h" "${CMAKE_CURRENT_SOURCE_DIR}/*.cpp" "${CMAKE_CURRENT_SOURCE_DIR}/*.cu"
   "${CMAKE_CURRENT_SOURCE_DIR}/*.map" "${CMAKE_CURRENT_SOURCE_DIR}/*.cmake"

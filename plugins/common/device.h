@@ -40,8 +40,8 @@ inline cudaError_t shared_memory_limit(int* bytes) {
   return current_device_attribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-// Allows launches of `kernel` with up to the device's limit of dynamic shared memory; without it the limit is 48 KB. The
-// attribute is set once for each kernel and device, and always to the same value: with a value for each launch, one
+// Allows launches of `kernel` with up to the device's limit of dynamic shared memory; without it the limit is 48 KB.
+// The attribute is set once for each kernel and device, and always to the same value: with a value for each launch, one
 // thread could lower it between another thread's call and its launch.
 inline cudaError_t allow_shared_memory(const void* kernel) {
   int device = 0;
@@ -52,8 +52,7 @@ inline cudaError_t allow_shared_memory(const void* kernel) {
   if (allowed.count({kernel, device}) != 0) return cudaSuccess;
   int limit = 0;
   if (cudaError_t error = shared_memory_limit(&limit); error != cudaSuccess) return error;
-  const cudaError_t error =
-      reported(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+  const cudaError_t error = reported(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
   if (error == cudaSuccess) allowed.insert({kernel, device});
   return error;
 }
@@ -61,8 +60,8 @@ inline cudaError_t allow_shared_memory(const void* kernel) {
 // Blocks of `kernel` that fit on a multiprocessor at a time; 0 if a block exceeds the device's limits. Requires
 // allow_shared_memory(kernel).
 inline cudaError_t resident_blocks(int* blocks, const void* kernel, int threads, int shared_bytes) {
-  return reported(cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads,
-                                                                static_cast<size_t>(shared_bytes)));
+  return reported(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, static_cast<size_t>(shared_bytes)));
 }
 
 }  // namespace sws

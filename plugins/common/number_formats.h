@@ -84,7 +84,7 @@ SWS_HD Float16 from_float<Float16>(float value) {
   if (magnitude > 0x7F800000u) return Float16{static_cast<uint16_t>(sign | 0x7FFFu)};
   if (magnitude >= 0x477FF000u) return Float16{static_cast<uint16_t>(sign | 0x7C00u)};
   if (magnitude < 0x38800000u) {
-    // Below the smallest normal number: adding 2^-1 aligns the last fraction bit at 2^-24, rounding as it goes.
+    // Below the smallest normal number: adding 2^-1 aligns the last fraction bit at 2^-24, which rounds it.
     const float aligned = float_of_bits(magnitude) + 0.5f;
     return Float16{static_cast<uint16_t>(sign | (bits_of(aligned) - bits_of(0.5f)))};
   }
@@ -93,7 +93,7 @@ SWS_HD Float16 from_float<Float16>(float value) {
 #endif
 }
 
-// Two 16-bit numbers in one register, the first one in the low half, as tensor-core fragments want them.
+// Two 16-bit numbers in one register, the first one in the low half, as in tensor-core fragments.
 template <typename Element>
 SWS_HD uint32_t pack_pair(float low, float high) {
   return static_cast<uint32_t>(from_float<Element>(low).bits) |

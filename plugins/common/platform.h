@@ -1,8 +1,8 @@
-// What differs between a CUDA compiler and a C++ compiler.
+// Macros for code that both a CUDA compiler and a C++ compiler compile.
 //
-// Arithmetic is marked SWS_HD and exists for both. Kernel bodies are marked SWS_KERNEL_BODY: nvcc compiles
-// them for the device, a C++ compiler compiles the very same text against the emulated block of
-// tests/plugins/harness, which is how they are tested on a machine without a GPU.
+// Arithmetic is marked SWS_HD: host and device functions. Kernel bodies are marked SWS_KERNEL_BODY: nvcc compiles them
+// for the device; a C++ compiler compiles the same code with the emulated block of tests/plugins/harness, for tests on
+// a machine without a GPU.
 #pragma once
 
 #ifdef __CUDACC__

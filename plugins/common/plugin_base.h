@@ -1,7 +1,7 @@
-// What every operator of the library shares as an IPluginV3: one object with the core, build and runtime capabilities.
+// Base class of all operators: an IPluginV3 with the core, build and runtime capabilities in one object.
 //
-// An operator says which types and shapes it takes and how it is launched, in functions that may throw; this class
-// turns what they say into TensorRT's noexcept calls, and every refusal into a message of the logger.
+// An operator defines its types, shapes and launch in functions that may throw. This class implements TensorRT's
+// noexcept functions with them and logs every refusal.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -15,9 +15,9 @@
 
 namespace sws {
 
-// TensorRT tells shapes apart from types in four different structures; an operator sees one.
+// Shape and type of a tensor. TensorRT has four structures for them; operators use this one.
 struct TensorShape {
-  std::vector<int64_t> dims;  // -1: not known yet
+  std::vector<int64_t> dims;  // -1: unknown
   nvinfer1::DataType type;
 
   bool known() const;
@@ -68,13 +68,13 @@ class PluginBase : public nvinfer1::IPluginV3,
   virtual void write_fields(FieldWriter& fields) const = 0;
   virtual int input_count() const = 0;
   virtual int output_count() const noexcept = 0;
-  // Type of input `index`; `model_type` is that of the operator's model-precision tensors.
+  // Whether the input or output has the precision of the model; otherwise it is float32.
   virtual bool input_has_model_type(int index) const = 0;
   virtual bool output_has_model_type(int index) const = 0;
-  // An input of the model type, and the output's dimensions in terms of an input's: its first `rank` ones.
+  // The first input of the model's type; the input whose first `rank` dimensions are those of an output.
   virtual int first_model_input() const = 0;
   virtual int output_shape_source(int output, int* rank) const = 0;
-  // Throws std::invalid_argument that says what is wrong; dimensions of -1 are not known yet.
+  // Throws std::invalid_argument with the reason; dimensions of -1 are unknown.
   virtual void check_shapes(TensorShapes const& shapes) const = 0;
   virtual size_t workspace_bytes(TensorShapes const& largest) const = 0;
   virtual cudaError_t launch(TensorShapes const& shapes, void const* const* inputs, void* const* outputs,
@@ -96,12 +96,12 @@ void require_rank(TensorShape const& shape, size_t rank, const char* tensor);
 // Throws unless the dimension is unknown or as expected (expected -1: anything positive).
 void require_dimension(TensorShape const& shape, size_t axis, int64_t expected, const char* tensor);
 
-// Throws if there are more samples than a launch can have.
+// Throws if there are more samples than a launch allows.
 void require_batch(TensorShape const& shape, const char* tensor);
 
 std::string describe_shape(TensorShape const& shape);
 
-// Throws for a type no kernel exists for.
+// Throws for a type that no kernel supports.
 NumberFormat number_format(nvinfer1::DataType type);
 
 }  // namespace sws

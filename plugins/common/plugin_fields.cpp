@@ -14,7 +14,7 @@ using nvinfer1::PluginFieldType;
   throw std::invalid_argument("attribute '" + std::string(name) + "': expected " + expected + ", found " + found);
 }
 
-// Fields come without any promise of alignment.
+// The data of a field may be unaligned.
 template <typename T>
 T value_of(PluginField const& field) {
   T value;

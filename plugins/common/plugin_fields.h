@@ -28,7 +28,7 @@ class FieldReader {
   std::vector<nvinfer1::PluginField> fields_;
 };
 
-// Fields with their values, kept alive for TensorRT to read.
+// Fields and the storage of their values, which TensorRT reads.
 class FieldWriter {
  public:
   FieldWriter() = default;
@@ -40,7 +40,7 @@ class FieldWriter {
   nvinfer1::PluginFieldCollection const* collection();
 
  private:
-  // Deques: adding an element moves no other.
+  // Deques: adding an element does not move the others.
   std::deque<int32_t> integers_;
   std::deque<float> numbers_;
   std::vector<nvinfer1::PluginField> fields_;

@@ -18,8 +18,8 @@ constexpr const char* kBisectionSteps = "bisection_steps";
 constexpr int kMostHeads = 1024;
 constexpr float kLargestScale = 1e4f;
 
-// Inputs. The first three are [B, T, heads * D] of the model's type (q: T rows or some of them), the others [B]
-// float32.
+// Inputs. The first three are [B, T, heads * D] of the model's type (q may have another number of rows), the others are
+// [B] float32.
 enum Input : size_t {
   kQueries,
   kKeys,
@@ -86,7 +86,7 @@ void KeyGuardPlugin::check_shapes(TensorShapes const& shapes) const {
   }
   for (size_t input : {kKeys, kMovedKeys}) {
     require_rank(shapes.inputs[input], 3, kInputNames[input]);
-    // The queries may be some rows of the site, or of an image where keys are of a text; the permuted keys may not.
+    // Queries may be a subset of rows, or those of cross-attention; keys and permuted keys have the same tokens.
     const int64_t tokens = input == kKeys ? -1 : shapes.inputs[kKeys].dims[1];
     require_dimension(shapes.inputs[input], 0, queries.dims[0], kInputNames[input]);
     require_dimension(shapes.inputs[input], 1, tokens, kInputNames[input]);
