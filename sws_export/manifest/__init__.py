@@ -1,145 +1,70 @@
 """The manifest of an artefact: its schema, its reader and its only validator.
 
 A manifest is the JSON file `<artefact>.json`. The part that depends on the graph alone (`GraphDescription`)
-is also stored in the ONNX file, as the metadata property `METADATA_KEY`. Only the standard library is used
-here, so that a machine that runs an artefact needs nothing else to read its manifest.
+is also stored in the ONNX file, as the metadata property `METADATA_KEY`. Only msgspec is needed here, so that
+a machine that runs an artefact needs nothing else to read its manifest.
 """
 
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any
 
+from sws_export.documents import check_document, open_regular, parse_json, read_text, short
 from sws_export.errors import ManifestError
 from sws_export.manifest.onnx_metadata import metadata_property
-from sws_export.manifest.typed_json import check_type
-from sws_export.tensors import Precision, ProfileShapes, TensorSpec
+from sws_export.manifest.schema import (
+    DebugOutputsEntry,
+    EngineEntry,
+    FileEntry,
+    GraphDescription,
+    GuardEntry,
+    Manifest,
+    ProfileEntry,
+    SamplingEntry,
+    SkippedSiteEntry,
+    SourceEntry,
+    StageEntry,
+    StateEntry,
+    SwsEntry,
+    TensorEntry,
+    ValidationEntry,
+)
+from sws_export.tensors import ProfileShapes, TensorSpec
+
+__all__ = [
+    "FORMAT_VERSION",
+    "METADATA_KEY",
+    "PREDICTION",
+    "DebugOutputsEntry",
+    "EngineEntry",
+    "FileEntry",
+    "GraphDescription",
+    "GuardEntry",
+    "Manifest",
+    "ProfileEntry",
+    "SamplingEntry",
+    "SkippedSiteEntry",
+    "SourceEntry",
+    "StageEntry",
+    "StateEntry",
+    "SwsEntry",
+    "TensorEntry",
+    "ValidationEntry",
+    "manifest_path",
+    "parse_manifest",
+    "profile_of",
+    "read_embedded",
+    "read_manifest",
+    "tensor_specs",
+    "write_manifest",
+]
 
 METADATA_KEY = "sws_export.manifest"
 FORMAT_VERSION = 2
 PREDICTION = "out_sample"
 """Name of the output that holds the UNet's prediction."""
-
-
-class TensorEntry(TypedDict):
-    """An input or output; `shape` as in `TensorSpec`."""
-
-    name: str
-    dtype: str
-    shape: list[int | str]
-
-
-class StateEntry(TypedDict):
-    """A state: an input of the graph and the output that is fed back into it at the next step.
-
-    `downsampling` is the latent's size divided by that of the state's grid; None for the text. A `persistent`
-    state continues from image to image and is shared across the batch, the others are reset to zeros at the
-    first step of each image. `reset` describes the same in words.
-    """
-
-    input: str
-    output: str
-    grid: str
-    downsampling: int | None
-    initial: str
-    persistent: bool
-    reset: str
-
-
-class GuardEntry(TypedDict):
-    """Form of the key guard, and the fraction of the query rows that it evaluates, such as `1/8`."""
-
-    form: str
-    rows: str
-
-
-class DebugOutputsEntry(TypedDict):
-    """Output name of each site metric, and the site of each column of these outputs."""
-
-    outputs: dict[str, str]
-    sites: list[str]
-
-
-class SkippedSiteEntry(TypedDict):
-    """An attention site without SWS, and the reason."""
-
-    name: str
-    reason: str
-
-
-class SourceEntry(TypedDict):
-    """What was exported: a checkpoint or a plain ONNX graph. A graph has no `config`."""
-
-    kind: str
-    file: str
-    sha256: str
-    layout: NotRequired[str]
-    family: NotRequired[str | None]
-    parameters: NotRequired[int]
-    vae_scale: NotRequired[int | None]
-    prediction_type: NotRequired[str | None]
-    sampling: NotRequired[dict[str, Any]]
-    config: NotRequired[dict[str, Any] | None]
-    loras: NotRequired[list[Any]]
-
-
-class ProfileEntry(TypedDict):
-    """Smallest, optimal and largest shape of one input of an engine."""
-
-    min: list[int]
-    opt: list[int]
-    max: list[int]
-
-
-class FileEntry(TypedDict):
-    """A file of the artefact."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-class EngineEntry(TypedDict):
-    """How the engine was built; further fields as in `EngineReport`."""
-
-    backend: str
-
-
-class GraphDescription(TypedDict):
-    """The part of a manifest that depends on the graph alone, and is stored inside the ONNX file.
-
-    `preset`, `sws` and `guard` are None for a plain export. `shared_inputs` names the inputs [B] that must
-    have one value for the whole batch. `sites` lists the sites with SWS by the name of their state's grid.
-    """
-
-    format: int
-    precision: Precision
-    target: str
-    guard: GuardEntry | None
-    opset: int
-    inputs: list[TensorEntry]
-    outputs: list[TensorEntry]
-    states: list[StateEntry]
-    preset: str | None
-    sws: dict[str, Any] | None
-    shared_inputs: list[str]
-    sites: dict[str, list[str]]
-    skipped_sites: list[SkippedSiteEntry]
-    source: SourceEntry
-    versions: dict[str, str]
-    debug_outputs: DebugOutputsEntry | None
-
-
-class Manifest(GraphDescription, total=False):
-    """A manifest; one that was read from inside an ONNX file has the fields of `GraphDescription` only."""
-
-    artefact: str
-    files: list[FileEntry]
-    validation: dict[str, Any]
-    engine: EngineEntry | None
-    profile: dict[str, ProfileEntry] | None
-    stages: list[dict[str, Any]]
 
 
 def manifest_path(out: Path) -> Path:
@@ -154,11 +79,11 @@ def read_manifest(path: Path) -> Manifest:
         ManifestError: It cannot be read, or is not a manifest of a supported format.
     """
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path)
     except OSError as error:
         raise ManifestError(f"cannot read the manifest {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path} is not a manifest: it is not UTF-8 text; export again") from error
+    except ValueError as error:
+        raise ManifestError(f"{path} is not a manifest: {error}; export again") from error
     return parse_manifest(text, str(path))
 
 
@@ -171,7 +96,7 @@ def read_embedded(path: Path) -> Manifest | None:
         ManifestError: The file cannot be read, is not an ONNX model, or its description is malformed.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = metadata_property(file, METADATA_KEY)
     except OSError as error:
         raise ManifestError(f"cannot read {path}: {error.strerror}") from error
@@ -192,22 +117,21 @@ def parse_manifest(text: str, name: str) -> Manifest:
             fields contradict each other.
     """
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError as error:
         raise ManifestError(f"{name} is not a manifest: {error}; export again") from error
     if not isinstance(document, dict):
         raise ManifestError(f"{name} is not a manifest: expected a JSON object; export again")
     found = document.get("format")
-    if found not in (1, FORMAT_VERSION):
+    if type(found) is not int or found not in (1, FORMAT_VERSION):
         raise ManifestError(
-            f"the manifest of {name} has format {found}; this version reads formats 1 and {FORMAT_VERSION}: "
-            "export again, or use the version of sws-export that wrote it"
+            f"the manifest of {name} has format {short(found)}; this version reads formats 1 and "
+            f"{FORMAT_VERSION}: export again, or use the version of sws-export that wrote it"
         )
     try:
         if found == 1:
             document = _from_format_1(document)
-        check_type(document, Manifest)
-        manifest = cast(Manifest, document)
+        manifest = check_document(document, Manifest)
         _check_names(manifest)
     except ValueError as error:
         raise ManifestError(f"the manifest of {name} is malformed: {error}; export again") from error
@@ -217,7 +141,7 @@ def parse_manifest(text: str, name: str) -> Manifest:
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a manifest and flush it to the disk. Raises OSError; the caller stages the file."""
     with path.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
+        json.dump(manifest, file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

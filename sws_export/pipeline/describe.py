@@ -25,9 +25,13 @@ from sws_export.manifest import (
     GraphDescription,
     Manifest,
     SourceEntry,
+    StageEntry,
     StateEntry,
+    SwsEntry,
     TensorEntry,
+    ValidationEntry,
 )
+from sws_export.manifest.schema import Dtype
 from sws_export.pipeline.rewrite import RewriteReport
 from sws_export.presets import Preset
 from sws_export.stage_timings import StageTiming
@@ -73,7 +77,7 @@ def describe_graph(
         "outputs": [_tensor_entry(spec) for spec in outputs],
         "states": [_state_entry(pair, rewrite.preset) for pair in rewrite.states] if rewrite else [],
         "preset": preset.name if preset else None,
-        "sws": preset.used_parameters(parameters) if preset and parameters else None,
+        "sws": cast(SwsEntry, preset.used_parameters(parameters)) if preset and parameters else None,
         "shared_inputs": list(preset.shared_inputs) if preset else [],
         "sites": {grid.name: list(names) for grid, names in rewrite.sites.items()} if rewrite else {},
         "skipped_sites": [
@@ -91,7 +95,7 @@ def _debug_outputs(sites: Sequence[str]) -> DebugOutputsEntry:
 
 
 def _tensor_entry(spec: TensorSpec) -> TensorEntry:
-    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+    return {"name": spec.name, "dtype": cast(Dtype, spec.dtype), "shape": list(spec.shape)}
 
 
 def _state_entry(pair: StatePair, preset: Preset) -> StateEntry:
@@ -154,10 +158,10 @@ def complete(
             {"name": file.name, "bytes": digest.bytes, "sha256": digest.sha256}
             for file, digest in files.items()
         ],
-        "validation": validation.as_dict() if validation else skipped,
+        "validation": cast(ValidationEntry, validation.as_dict() if validation else skipped),
         "engine": cast(EngineEntry, dataclasses.asdict(engine)) if engine else None,
         "profile": profile,
-        "stages": [dataclasses.asdict(timing) for timing in stages],
+        "stages": [cast(StageEntry, dataclasses.asdict(timing)) for timing in stages],
     }
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 
@@ -11,7 +11,7 @@ from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, ve
 from sws_export.checkpoint.unet_io import size_multiple, unet_inputs
 from sws_export.errors import CheckpointError
 from sws_export.lora.fuse import Lora, fuse, open_lora, parse_lora
-from sws_export.manifest import SourceEntry
+from sws_export.manifest import SamplingEntry, SourceEntry
 from sws_export.options import SourceOptions
 from sws_export.progress import Progress
 from sws_export.tensors import PRECISIONS, Precision, TensorSpec
@@ -123,7 +123,7 @@ class CheckpointSource:
             "family": found.family,
             "parameters": found.parameter_count,
             "prediction_type": found.prediction.type,
-            "sampling": found.prediction.sampling(),
+            "sampling": cast(SamplingEntry, found.prediction.sampling()),
             "vae_scale": found.vae_scale,
             "config": found.config,
             "loras": [lora.record() for lora in self.loras],

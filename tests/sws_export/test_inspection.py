@@ -45,7 +45,7 @@ def test_a_manifest(tmp_path: Path) -> None:
     recorded = Path(__file__).parent / "manifest" / "recorded" / "format_1_sws.json"
     assert inspect_file(recorded) == {"kind": "manifest", **read_manifest(recorded)}
     (tmp_path / "e.plan.json").write_text(json.dumps({"artefact": "e.plan", "precision": "fp16"}))
-    with pytest.raises(SwsExportError, match=r"e\.plan\.json has format None"):
+    with pytest.raises(SwsExportError, match=r"e\.plan\.json has format null"):
         inspect_file(tmp_path / "e.plan.json")
 
 

@@ -34,6 +34,14 @@ def current(name: str = "sws") -> dict[str, Any]:
     return dict(parse_manifest(json.dumps(recorded(name)), name))
 
 
+def tensor(**changes: Any) -> dict[str, Any]:
+    return {"name": "x", "dtype": "float32", "shape": [1]} | changes
+
+
+def file_entry(**changes: Any) -> dict[str, Any]:
+    return {"name": "sws.onnx", "bytes": 1, "sha256": "0" * 64} | changes
+
+
 def test_format_1_is_converted() -> None:
     found = read_manifest(RECORDED / "format_1_sws.json")
     assert found["format"] == FORMAT_VERSION == 2
@@ -110,6 +118,28 @@ def test_typed_parts() -> None:
         ({"profile": {}}, r"inputs: '\w+' is not among"),
         ({"profile": {"x": {"min": [1], "opt": [1], "max": [1]}}}, "profile: 'x' is not among"),
         ({"files": [{"name": "sws.onnx", "bytes": 1}]}, r"files\[0\] has no field 'sha256'"),
+        ({"files": [file_entry(name="../x")]}, r"files\[0\]\.name: expected a string matching .* \"\.\./x\""),
+        ({"files": [file_entry(name="..")]}, r"files\[0\]\.name: expected a string matching"),
+        ({"files": [file_entry(sha256="ABC")]}, r"files\[0\]\.sha256: expected a string matching .* \"ABC\""),
+        ({"files": [file_entry(bytes=-1)]}, r"files\[0\]\.bytes: expected an integer >= 0, found -1"),
+        ({"artefact": "a/b"}, "artefact: expected a string matching"),
+        ({"guard": {"form": "fused", "rows": "1/0"}}, r"guard\.rows: expected a string matching .* \"1/0\""),
+        ({"opset": 10**30}, r"opset: expected an integer <= 1000, found 1000"),
+        ({"outputs": [tensor(shape=["batch"] * 9)]}, r"outputs\[0\]\.shape: expected a list of length <= 8"),
+        ({"outputs": [tensor(shape=["__class__"])]}, r"outputs\[0\]\.shape\[0\]: expected a string matching"),
+        (
+            {"outputs": [tensor(dtype="object")]},
+            r"outputs\[0\]\.dtype: expected one of bfloat16, .*\"object\"",
+        ),
+        ({"sws": {"scales": [1]}}, r"sws\.scales: expected a list of length >= 3, found \[1\]"),
+        (
+            {"engine": {"backend": "x"}},
+            r"engine\.backend: expected one of tensorrt, tensorrt-rtx, found \"x\"",
+        ),
+        (
+            {"profile": {"sample": {"min": [1], "opt": [1], "max": 1}}},
+            r"profile\[sample\]\.max: expected a list",
+        ),
     ],
 )
 def test_malformed_manifests(change: dict[str, Any], message: str) -> None:

@@ -76,7 +76,7 @@ def test_another_file_than_the_manifest_is_of(graph_copy: Path) -> None:
 
 def test_missing_weights_file(edit_manifest: Edit, sws_graph: Path) -> None:
     files = json.loads(manifest_of(sws_graph).read_text())["files"]
-    graph = edit_manifest(files=[*files, {"name": "sws.onnx.data", "bytes": 1, "sha256": "0"}])
+    graph = edit_manifest(files=[*files, {"name": "sws.onnx.data", "bytes": 1, "sha256": "0" * 64}])
     with pytest.raises(EngineError, match=r"sws\.onnx\.data is missing: sws\.onnx needs it"):
         Session.load(graph)
 
