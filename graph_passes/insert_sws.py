@@ -23,11 +23,18 @@ BAND = len(diamond_offsets(STATE_RADIUS))
 
 @dataclasses.dataclass(frozen=True)
 class StatePair:
-    """A state input, the output that is fed back to it, and the grid of the transport that it holds."""
+    """A state input, the output that is fed back to it, and the grid of the transport that it holds.
+
+    `grid` is None for the state `CALLS`, which holds no transport.
+    """
 
     input: str
     output: str
-    grid: Grid
+    grid: Grid | None
+
+
+CALLS = StatePair("calls", "calls_out", None)
+"""Calls of the published ComfyUI node before the step, modulo 64, [1]."""
 
 
 def state_pair(grid: Grid) -> StatePair:

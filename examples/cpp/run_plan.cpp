@@ -73,7 +73,7 @@ struct Tensor {
 
 using Tensors = std::map<std::string, Tensor>;
 
-bool is_state(const std::string& name) { return name.rfind("sws_state_", 0) == 0; }
+bool is_state(const std::string& name) { return name.rfind("sws_state_", 0) == 0 || name.rfind("calls", 0) == 0; }
 
 // The step of Stable Diffusion's training schedule whose noise level is the first at or above sigma.
 int timestep_of(double sigma) {
@@ -120,7 +120,7 @@ void* address(Tensors& tensors, const std::string& name, int read) {
 }
 
 Floats sample(IExecutionContext& context, Tensors& tensors, int steps) {
-  const size_t batch = tensors.at("sigma").count;
+  const size_t batch = tensors.at("intensity").count;
   std::mt19937 random(0);
   std::normal_distribution<float> normal(0, 14);
   Floats latent(tensors.at("sample").count);
@@ -131,7 +131,7 @@ Floats sample(IExecutionContext& context, Tensors& tensors, int steps) {
     Floats scaled(latent);
     for (float& value : scaled) value /= static_cast<float>(std::sqrt(sigma * sigma + 1));
     tensors.at("sample").upload(scaled);
-    tensors.at("sigma").upload(Floats(batch, static_cast<float>(sigma)));
+    if (tensors.count("sigma") != 0) tensors.at("sigma").upload(Floats(batch, static_cast<float>(sigma)));
     tensors.at("timestep").upload(Floats(batch, static_cast<float>(timestep_of(sigma))));
     for (const auto& [name, tensor] : tensors) {
       require(context.setTensorAddress(name.c_str(), address(tensors, name, step % 2)), "no address for " + name);

@@ -11,7 +11,10 @@ from graph_passes.functions.attention import build_attention
 from graph_passes.functions.banded_transport import build_banded_transport
 from graph_passes.functions.comfyui_node_attention import build_comfyui_node_attention
 from graph_passes.functions.comfyui_node_guard import build_comfyui_node_guard, build_comfyui_node_keys
-from graph_passes.functions.comfyui_node_schedule import build_comfyui_node_schedule
+from graph_passes.functions.comfyui_node_schedule import (
+    build_comfyui_node_call_schedule,
+    build_comfyui_node_schedule,
+)
 from graph_passes.functions.comfyui_node_transport import (
     build_comfyui_node_momentum,
     build_comfyui_node_transport,
@@ -70,7 +73,11 @@ def build_functions(
 
 
 def build_comfyui_node_functions(
-    parameters: SwsParameters, dtype: ir.DataType, *, site_metrics: bool = False
+    parameters: SwsParameters,
+    dtype: ir.DataType,
+    *,
+    site_metrics: bool = False,
+    counted_sites: int | None = None,
 ) -> dict[str, ir.Function]:
     """All functions of the preset `comfyui-node` by name, for a model whose activations have `dtype`.
 
@@ -78,9 +85,12 @@ def build_comfyui_node_functions(
         parameters: Constants of the method.
         dtype: Of the model's activations.
         site_metrics: Give `ComfyUINodeGuard` and `ComfyUINodeAttention` an output with the metrics of a site.
+        counted_sites: Number of sites, where u is the counter of calls; None where u is computed from sigma.
     """
     functions = [
-        build_comfyui_node_schedule(parameters),
+        build_comfyui_node_schedule(parameters)
+        if counted_sites is None
+        else build_comfyui_node_call_schedule(parameters, counted_sites),
         build_comfyui_node_transport(parameters, dtype),
         build_comfyui_node_momentum(parameters),
         build_comfyui_node_keys(dtype),

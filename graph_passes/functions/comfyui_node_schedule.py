@@ -1,4 +1,4 @@
-"""`sws.ComfyUINodeSchedule`: all values that depend on the noise level and the intensity only."""
+"""`sws.ComfyUINodeSchedule`, `sws.ComfyUINodeCallSchedule`: what depends on u and the intensity only."""
 
 import math
 from typing import Any
@@ -9,6 +9,10 @@ from graph_passes.functions.building import Op, define_function
 from graph_passes.parameters import SwsParameters
 
 FLOAT = ir.DataType.FLOAT
+CALL_CYCLE = 64
+"""Calls after which the published node's u starts over."""
+
+_OUTPUTS = ["u", "tau", "amplitude", "kappa", "key_gate", "value_gain"]
 
 
 def build_comfyui_node_schedule(parameters: SwsParameters) -> ir.Function:
@@ -27,17 +31,37 @@ def build_comfyui_node_schedule(parameters: SwsParameters) -> ir.Function:
         # Exactly 0 and 1 at the ends: with a rounded u, w would not be 0 there, and the state would change.
         u = op.Where(op.LessOrEqual(noise, parameters.sigma_min), 0.0, u)
         u = op.Where(op.GreaterOrEqual(noise, parameters.sigma_max), 1.0, u)
-        rest = op.Sub(1.0, u)
-        tau = op.Add(op.Mul(rest, parameters.theta), 1.0)
-        amplitude = op.Mul(strength, op.Mul(op.Mul(u, rest), 4.0))
-        kappa = op.Add(op.Mul(rest, parameters.kl_slope), parameters.kl_floor)
-        key_gate = op.Cast(op.Less(u, parameters.u_stop), to=int(FLOAT))
-        value_gain = op.Mul(op.Add(op.Mul(rest, 0.5), 0.5), parameters.value_cap)
-        return u, tau, amplitude, kappa, key_gate, value_gain
+        return u, *_values(op, u, strength, parameters)
+
+    return define_function("ComfyUINodeSchedule", body, {"sigma": FLOAT, "intensity": FLOAT}, _OUTPUTS)
+
+
+def build_comfyui_node_call_schedule(parameters: SwsParameters, sites: int) -> ir.Function:
+    """`ComfyUINodeCallSchedule(calls [1], intensity [B]) -> u, tau, …, value_gain [sites], calls_out [1]`.
+
+    All float32. The outputs of `ComfyUINodeSchedule` for each site of the step, with u = (n mod 64) / 64 for
+    the n-th call since the node was created, the first being 1: n = `calls` + site + 1. `calls_out` is the
+    number of calls after the step, modulo 64. Exact for counts below 2^24.
+    """
+
+    def body(op: Op, calls: Any, intensity: Any) -> tuple[Any, ...]:
+        strength = op.Slice(intensity, [0], [1], [0])
+        count = op.Add(calls, [float(site + 1) for site in range(sites)])
+        count = op.Sub(count, op.Mul(op.Floor(op.Div(count, float(CALL_CYCLE))), float(CALL_CYCLE)))
+        u = op.Div(count, float(CALL_CYCLE))
+        return u, *_values(op, u, strength, parameters), op.Slice(count, [sites - 1], [sites], [0])
 
     return define_function(
-        "ComfyUINodeSchedule",
-        body,
-        {"sigma": FLOAT, "intensity": FLOAT},
-        ["u", "tau", "amplitude", "kappa", "key_gate", "value_gain"],
+        "ComfyUINodeCallSchedule", body, {"calls": FLOAT, "intensity": FLOAT}, [*_OUTPUTS, "calls_out"]
     )
+
+
+def _values(op: Op, u: Any, strength: Any, parameters: SwsParameters) -> tuple[Any, ...]:
+    """All outputs but u, each with the shape of `u`."""
+    rest = op.Sub(1.0, u)
+    tau = op.Add(op.Mul(rest, parameters.theta), 1.0)
+    amplitude = op.Mul(strength, op.Mul(op.Mul(u, rest), 4.0))
+    kappa = op.Add(op.Mul(rest, parameters.kl_slope), parameters.kl_floor)
+    key_gate = op.Cast(op.Less(u, parameters.u_stop), to=int(FLOAT))
+    value_gain = op.Mul(op.Add(op.Mul(rest, 0.5), 0.5), parameters.value_cap)
+    return tau, amplitude, kappa, key_gate, value_gain

@@ -29,9 +29,10 @@ class TensorEntry(TypedDict):
 class StateEntry(TypedDict):
     """A state: an input of the graph and the output that is fed back into it at the next step.
 
-    `downsampling` is the latent's size divided by that of the state's grid; None for the text. A `persistent`
-    state continues from image to image and is shared across the batch, the others are reset to zeros at the
-    first step of each image. `reset` describes the same in words.
+    `downsampling` is the latent's size divided by that of the state's grid; None for the text, and for a
+    state that is no transport, whose `grid` is `none`. A `persistent` state continues from image to image and
+    is shared across the batch, the others are reset to zeros at the first step of each image. `reset`
+    describes the same in words.
     """
 
     input: TensorName

@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 from graph_passes.guard import GuardForm, GuardOptions, fused_guard_limit
 from sws_export.errors import OptionError
 from sws_export.parameters import SwsParameters, parse_parameters
-from sws_export.presets import DEFAULT_PRESET, PRESETS, preset_named
+from sws_export.presets import DEFAULT_PRESET, PRESETS, Preset, preset_named
+from sws_export.presets.preset import USource
 
 GUARDS: tuple[GuardForm, ...] = ("fused", "literal")
 
@@ -20,6 +21,7 @@ class SwsOptions:
 
     Attributes:
         preset: Name or alias of a preset; an alias is replaced by the name.
+        u: `calls` or `sigma`: where the u of the preset `comfyui-node` comes from; None for `calls`.
         parameters: Constants of SWS.
         sites: Shell patterns of attention sites, self- and cross-attention; empty for all self-attention.
             With the preset `comfyui-node` of cross-attention only, and empty for all of it.
@@ -31,6 +33,7 @@ class SwsOptions:
     """
 
     preset: str = DEFAULT_PRESET.name
+    u: str | None = None
     parameters: SwsParameters = field(default_factory=SwsParameters)
     sites: tuple[str, ...] = ()
     guard: GuardForm | None = None
@@ -39,7 +42,7 @@ class SwsOptions:
     plain: bool = False
 
     def __post_init__(self) -> None:
-        preset = preset_named(self.preset)
+        preset = preset_named(self.preset, self.u)
         object.__setattr__(self, "preset", preset.name)
         preset.check_parameters(self.parameters)
         self._check_combination()
@@ -59,6 +62,12 @@ class SwsOptions:
             default=DEFAULT_PRESET.name,
             help="; ".join(f"{preset.name}: {preset.summary}" for preset in PRESETS.values())
             + f"; default: {DEFAULT_PRESET.name}",
+        )
+        group.add_argument(
+            "--u",
+            choices=get_args(USource),
+            help="where the u of --preset comfyui-node comes from: its counter of calls (calls), as the node "
+            "runs in ComfyUI, or the noise level (sigma); default: calls",
         )
         group.add_argument(
             "--sws",
@@ -96,6 +105,7 @@ class SwsOptions:
         """The options that were parsed by the arguments of `add_arguments`."""
         return cls(
             preset=parsed.preset,
+            u=parsed.u,
             parameters=parse_parameters(parsed.parameters),
             sites=tuple(parsed.sites),
             guard=parsed.guard,
@@ -105,13 +115,18 @@ class SwsOptions:
         )
 
     @property
+    def chosen_preset(self) -> Preset:
+        """The preset, with its source of u."""
+        return preset_named(self.preset, self.u)
+
+    @property
     def method(self) -> str:
         """`plain`, or the name of the preset."""
         return "plain" if self.plain else self.preset
 
     def _check_combination(self) -> None:
         """Raise an error for options that have no meaning with the preset."""
-        preset = preset_named(self.preset)
+        preset = self.chosen_preset
         reasons = {}
         if self.plain and preset is not DEFAULT_PRESET:
             reasons["--plain"] = "it exports the UNet without SWS"
@@ -148,4 +163,5 @@ class SwsOptions:
     def cache_key(self) -> dict[str, Any]:
         """The options that the graph depends on, as JSON values."""
         guard = self.guard_options()
-        return dataclasses.asdict(self) | {"guard": guard.form, "guard_rows": str(guard.rows)}
+        chosen = {"u": self.chosen_preset.u, "guard": guard.form, "guard_rows": str(guard.rows)}
+        return dataclasses.asdict(self) | chosen

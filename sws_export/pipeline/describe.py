@@ -105,8 +105,8 @@ def _state_entry(pair: StatePair, preset: Preset) -> StateEntry:
     return {
         "input": pair.input,
         "output": pair.output,
-        "grid": pair.grid.name,
-        "downsampling": pair.grid.factor,
+        "grid": pair.grid.name if pair.grid else "none",
+        "downsampling": pair.grid.factor if pair.grid else None,
         "initial": "zeros",
         "persistent": preset.persistent_state,
         "reset": reset,

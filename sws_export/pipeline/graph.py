@@ -19,7 +19,7 @@ from sws_export.pipeline.describe import describe_graph, embed, library_versions
 from sws_export.pipeline.plan import ExportPlan
 from sws_export.pipeline.rewrite import pass_errors, rewrite
 from sws_export.pipeline.run_log import Recorded, RunLog
-from sws_export.presets import preset_named
+from sws_export.presets import recorded_preset
 from sws_export.progress import Progress, SilentProgress
 from sws_export.tracing.export_unet import OPSET
 from sws_export.validation import OutputDifference, SwsSpec, ValidationReport
@@ -193,7 +193,7 @@ class GraphExporter:
                     sws.guard_options(),
                     plan.target,
                     progress,
-                    preset=preset_named(sws.preset),
+                    preset=sws.chosen_preset,
                     debug_outputs=sws.debug_outputs,
                     sizes=sizes,
                 )
@@ -266,7 +266,8 @@ def validate_graph(plan: ExportPlan, graph: Graph, log: RunLog) -> ValidationRep
 
 def sws_spec(description: GraphDescription) -> SwsSpec:
     """The SWS in a graph, from its manifest."""
-    if description["sws"] is None or description["preset"] is None:
+    preset = recorded_preset(description)
+    if description["sws"] is None or preset is None:
         return SwsSpec(SwsParameters(), ())
     guard, debug = description["guard"], description["debug_outputs"]
     return SwsSpec(
@@ -274,7 +275,7 @@ def sws_spec(description: GraphDescription) -> SwsSpec:
         tuple(name for names in description["sites"].values() for name in names),
         Fraction(guard["rows"]) if guard else Fraction(1),
         tuple(debug["sites"]) if debug else (),
-        preset_named(description["preset"]),
+        preset,
     )
 
 

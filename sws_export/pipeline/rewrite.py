@@ -31,7 +31,7 @@ class RewriteReport:
     Attributes:
         sites: Names of the sites with SWS by the grid of their keys.
         skipped: Attention nodes that were left unchanged, with the reason.
-        states: State pairs, finest grid first, that of the text last.
+        states: State pairs, finest grid first, then that of the text, then those without a grid.
         nodes: Number of nodes of the result, those in branches included.
         debug_sites: Sites in the order of the columns of the debug outputs; empty without debug outputs.
         preset: Preset that was inserted.
@@ -164,7 +164,7 @@ def _report(
     return RewriteReport(
         sites={grid: tuple(by_grid[grid]) for grid in grids},
         skipped=tuple(skipped),
-        states=tuple(map(state_pair, grids)),
+        states=(*map(state_pair, grids), *preset.extra_states()),
         nodes=sum(1 for _ in model.graph.all_nodes()),
         debug_sites=tuple(site.name for site in debug_order(sites)) if debug_outputs else (),
         preset=preset,

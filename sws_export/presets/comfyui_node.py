@@ -2,12 +2,12 @@
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, cast, get_args
 
 from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
-from sws_export.errors import ExportError
-from sws_export.presets.preset import Preset, ReferenceModel
+from sws_export.errors import ExportError, OptionError
+from sws_export.presets.preset import Preset, ReferenceModel, USource
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -15,29 +15,58 @@ if TYPE_CHECKING:
 
     from graph_passes.find_sites import Site, SkippedSite
     from graph_passes.insert_comfyui_node import InsertComfyUINode
+    from graph_passes.insert_sws import StatePair
     from graph_passes.target import Target
     from sws_export.presets.preset import Floats
 
 _PATCHED = ".attn2"
 _NOT_PATCHED = ".attn1"
+_UNUSED = {
+    "scales": "the node has one radius",
+    "schedule": "the node's u is the remaining noise, always",
+}
 
 
 class ComfyUINodePreset(Preset):
-    """Cross-attention to the text; one persistent state and one noise level for the whole batch."""
+    """Cross-attention to the text; one persistent state and one schedule for the whole batch.
+
+    Attributes:
+        u: `calls`, as the node runs in ComfyUI, which gives it no noise level that it can use; or `sigma`,
+            what it would compute if it got one.
+    """
 
     name = "comfyui-node"
     aliases = ("node",)
     summary = "what the published ComfyUI node computes"
-    unused_parameters: ClassVar[Mapping[str, str]] = {
-        "scales": "the node has one radius",
-        "schedule": "the node's u is the remaining noise, always",
-    }
     fixed_guard = "its guard has one form, which stores the few logits of the text and looks at all rows"
+    plain_at_zero = False
     persistent_state = True
     reset_rule = (
         "never; all sites share it, across the batch and from image to image; feed zeros to start over"
     )
-    shared_inputs = ("sigma", "intensity")
+
+    def __init__(self, u: USource = "calls") -> None:
+        """The preset with a source of u."""
+        self.u = u
+        self.unused_parameters = dict(_UNUSED)
+        self.shared_inputs = ("intensity",)
+        if u == "sigma":
+            self.shared_inputs = ("sigma", "intensity")
+        else:
+            reason = "with --u calls the node's u is a counter of its calls"
+            self.unused_parameters |= {"sigma_min": reason, "sigma_max": reason}
+
+    def with_u(self, u: str) -> "ComfyUINodePreset":
+        """See `Preset.with_u`."""
+        if u not in get_args(USource):
+            raise OptionError(f"--u {u} is unknown; choose {' or '.join(get_args(USource))}")
+        return ComfyUINodePreset(cast(USource, u))
+
+    def extra_states(self) -> "Sequence[StatePair]":
+        """The counter of calls."""
+        from graph_passes.insert_sws import CALLS
+
+        return (CALLS,) if self.u == "calls" else ()
 
     def candidate_sites(
         self, model: "ir.Model", patterns: Sequence[str]
@@ -79,7 +108,9 @@ class ComfyUINodePreset(Preset):
 
         del guard, target
         bases = {widths: orthonormal_basis(*widths).numpy() for widths in sorted(basis_widths(sites))}
-        return InsertComfyUINode(sites, parameters, bases, debug_outputs)
+        return InsertComfyUINode(
+            sites, parameters, bases, count_calls=self.u == "calls", debug_outputs=debug_outputs
+        )
 
     def reference_unet(
         self, unet: "UNet2DConditionModel", parameters: SwsParameters, sites: Sequence[str]
@@ -87,20 +118,34 @@ class ComfyUINodePreset(Preset):
         """See `ComfyUINodeReferenceUNet`."""
         from sws_export.reference import ComfyUINodeReferenceUNet
 
-        return ComfyUINodeReferenceUNet(unet, parameters, sites)
+        return ComfyUINodeReferenceUNet(unet, parameters, sites, u=self.u)
 
     def bypass_sigma(self, parameters: SwsParameters) -> float | None:
-        """sigma_max: the temperature does not depend on the intensity, and is 1 there and above."""
-        return parameters.sigma_max
+        """sigma_max: the temperature does not depend on the intensity, and is 1 there and above.
 
-    def schedule(self, sigma: "Floats", intensity: float, parameters: SwsParameters) -> tuple[float, float]:
-        """The remaining noise u and the KL budget."""
+        None with `calls`: u never reaches 1.
+        """
+        return parameters.sigma_max if self.u == "sigma" else None
+
+    def schedule(
+        self,
+        sigma: "Floats",
+        intensity: float,
+        parameters: SwsParameters,
+        states: "Mapping[str, Floats]",
+    ) -> tuple[float, float]:
+        """The node's u, and the KL budget; with `calls` those of the first site, whose count is 1 more."""
         import torch
 
-        from sws_export.reference import comfyui_node_schedule
+        from sws_export.reference import comfyui_node_call_schedule, comfyui_node_schedule
 
         del intensity
-        step = comfyui_node_schedule(torch.from_numpy(sigma), parameters)
+        if self.u == "calls":
+            calls = states.get("calls")
+            count = 0.0 if calls is None else float(calls[0])
+            step = comfyui_node_call_schedule(torch.tensor([count + 1.0]), parameters)
+        else:
+            step = comfyui_node_schedule(torch.from_numpy(sigma), parameters)
         return float(step.u[0]), float(step.kappa[0])
 
     def banded_state(self, state: "Floats") -> "Floats":

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graph_passes.find_sites import Site, SkippedSite
+    from graph_passes.insert_sws import StatePair
     from graph_passes.target import Target
 
     Floats = npt.NDArray[np.floating[Any]]
+
+USource = Literal["sigma", "calls"]
 
 
 class ReferenceModel(Protocol):
@@ -56,6 +59,8 @@ class Preset(abc.ABC):
         summary: One line for the help text.
         unused_parameters: Names of parameters without an effect, and why.
         fixed_guard: Why `--guard` and `--guard-rows` have no meaning; None if they have one.
+        u: Where the schedule's u comes from: `sigma` (the input), or `calls` (a counter that is a state).
+        plain_at_zero: A graph with intensity 0 is the plain UNet, exactly, at every noise level.
         persistent_state: The state persists from image to image; else zeros start each image.
         reset_rule: The same in words, for manifests.
         shared_inputs: Inputs [B] whose first value is used for the whole batch.
@@ -64,11 +69,23 @@ class Preset(abc.ABC):
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str]
-    unused_parameters: ClassVar[Mapping[str, str]] = {}
+    unused_parameters: Mapping[str, str] = {}
     fixed_guard: ClassVar[str | None] = None
+    u: USource = "sigma"
+    plain_at_zero: ClassVar[bool] = True
     persistent_state: ClassVar[bool] = False
     reset_rule: ClassVar[str] = "feed zeros at the first step of every image"
-    shared_inputs: ClassVar[tuple[str, ...]] = ()
+    shared_inputs: tuple[str, ...] = ()
+
+    def with_u(self, u: str) -> "Preset":
+        """The preset with another source of u.
+
+        Raises:
+            OptionError: The preset does not have this source.
+        """
+        raise OptionError(
+            f"--u {u} has no meaning with --preset {self.name}: its u is that of sigma; leave it out"
+        )
 
     def check_parameters(self, parameters: SwsParameters) -> None:
         """Raise an error for a parameter that is set and has no effect.
@@ -139,18 +156,32 @@ class Preset(abc.ABC):
         """
 
     def bypass_sigma(self, parameters: SwsParameters) -> float | None:
-        """The sigma at which a graph with intensity 0 is the plain UNet, exactly; None if it is at any."""
+        """The only sigma at which a graph with intensity 0 is the plain UNet, exactly.
+
+        None if it is at every sigma (`plain_at_zero`), or at none.
+        """
         del parameters
         return None
 
+    def extra_states(self) -> "Sequence[StatePair]":
+        """States besides those of the grids."""
+        return ()
+
     @abc.abstractmethod
-    def schedule(self, sigma: "Floats", intensity: float, parameters: SwsParameters) -> tuple[float, float]:
-        """u and the KL budget (nats) of the first sample.
+    def schedule(
+        self,
+        sigma: "Floats",
+        intensity: float,
+        parameters: SwsParameters,
+        states: "Mapping[str, Floats]",
+    ) -> tuple[float, float]:
+        """u and the KL budget (nats) of the first sample and site.
 
         Args:
             sigma: Noise levels, [B].
             intensity: Strength in [0, 1].
             parameters: Constants of the method.
+            states: States before the step by the names of their inputs; empty before the first step.
         """
 
     @abc.abstractmethod

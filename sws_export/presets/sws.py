@@ -1,6 +1,6 @@
 """The preset `sws`: Sigma-Weighted Shuffle as docs/method.md describes it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from graph_passes.guard import GuardOptions
@@ -53,12 +53,19 @@ class SwsPreset(Preset):
 
         return ReferenceUNet(unet, parameters, sites)
 
-    def schedule(self, sigma: "Floats", intensity: float, parameters: SwsParameters) -> tuple[float, float]:
+    def schedule(
+        self,
+        sigma: "Floats",
+        intensity: float,
+        parameters: SwsParameters,
+        states: "Mapping[str, Floats]",
+    ) -> tuple[float, float]:
         """Progress u and the KL budget."""
         import torch
 
         from sws_export.reference import schedule
 
+        del states
         noise = torch.from_numpy(sigma)
         step = schedule(noise, torch.full_like(noise, intensity), parameters)
         return float(step.u[0]), float(step.kappa[0])

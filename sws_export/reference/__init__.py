@@ -10,6 +10,7 @@ from sws_export.reference.attention import SiteResult, attention_site, kl_diverg
 from sws_export.reference.comfyui_node_guard import (
     ComfyUINodeResult,
     ComfyUINodeSchedule,
+    comfyui_node_call_schedule,
     comfyui_node_patch,
     comfyui_node_schedule,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "band_from_dense",
     "blend_weights",
     "blended_transport",
+    "comfyui_node_call_schedule",
     "comfyui_node_patch",
     "comfyui_node_schedule",
     "comfyui_node_sites",

@@ -14,6 +14,7 @@ from graph_passes.parameters import SwsParameters
 from sws_export.reference.comfyui_node_transport import moving_average
 from sws_export.reference.orthonormal_basis import orthonormal_basis
 
+CALL_CYCLE = 64
 _LOG_FLOOR = 1e-8
 _MIN_RANGE = 1e-6
 
@@ -23,7 +24,7 @@ class ComfyUINodeSchedule:
     """Quantities of one step, each [1], float32 or float64.
 
     Attributes:
-        u: Remaining noise: 1 at sigma_max, 0 at sigma_min.
+        u: Remaining noise: 1 at sigma_max, 0 at sigma_min; or a counter of calls, in [0, 1).
         tau: Temperature of the logits; queries and keys are each divided by its square root.
         w: Bell-shaped weight of the mixing amplitude.
         kappa: KL budget of the key mixing in nats.
@@ -49,6 +50,20 @@ def comfyui_node_schedule(sigma: Tensor, parameters: SwsParameters) -> ComfyUINo
     u = ((noise.log() - log_min) / (log_max - log_min)).clamp(0, 1)
     # Exactly 0 or 1 at the bounds: otherwise rounding could leave w > 0 there, which would count as mixing.
     u = torch.where(noise >= parameters.sigma_max, 1.0, torch.where(noise <= parameters.sigma_min, 0.0, u))
+    return _schedule_of(u, parameters)
+
+
+def comfyui_node_call_schedule(count: Tensor, parameters: SwsParameters) -> ComfyUINodeSchedule:
+    """The schedule of one call of the node without a noise level: u is (count mod 64) / 64.
+
+    Args:
+        count: Number of calls since the node was created, this one included, [1], float32 or float64.
+        parameters: Parameters of the method.
+    """
+    return _schedule_of(count.remainder(CALL_CYCLE) / CALL_CYCLE, parameters)
+
+
+def _schedule_of(u: Tensor, parameters: SwsParameters) -> ComfyUINodeSchedule:
     return ComfyUINodeSchedule(
         u=u,
         tau=1 + parameters.theta * (1 - u),

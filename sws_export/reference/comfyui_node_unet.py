@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from graph_passes.parameters import SwsParameters
 from sws_export.errors import ExportError
 from sws_export.reference.attention import SiteResult
 from sws_export.reference.comfyui_node_guard import (
+    CALL_CYCLE,
     ComfyUINodeSchedule,
+    comfyui_node_call_schedule,
     comfyui_node_patch,
     comfyui_node_schedule,
 )
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
 COMFYUI_NODE_STATE = "sws_state_text"
+CALLS_STATE = "calls"
 
 
 def comfyui_node_sites(unet: "UNet2DConditionModel") -> list[str]:
@@ -46,7 +49,7 @@ class ComfyUINodeReferenceUNet:
         sites: Paths of the attention modules that are patched.
         records: Results of the sites in the last step, by path, in order of execution. Scalars are shared
             across the batch and have the same value for each sample.
-        schedule: Schedule of the last step.
+        schedule: Schedule of the last step, of its first site.
     """
 
     sites: list[str]
@@ -58,6 +61,8 @@ class ComfyUINodeReferenceUNet:
         unet: "UNet2DConditionModel",
         parameters: SwsParameters,
         sites: Callable[[str], bool] | Collection[str] | None = None,
+        *,
+        u: Literal["sigma", "calls"] = "sigma",
     ) -> None:
         """Choose the sites of a UNet.
 
@@ -65,6 +70,7 @@ class ComfyUINodeReferenceUNet:
             unet: The UNet in evaluation mode, in any float dtype.
             parameters: Parameters of the method; `schedule` and `scales` are not used.
             sites: Paths of attention modules, or a predicate of a path; None selects all cross-attention.
+            u: Compute the schedule from sigma, or count the calls of the sites, as the node does in ComfyUI.
 
         Raises:
             ExportError: A path is not a cross-attention module of the UNet, or no site is selected.
@@ -73,6 +79,7 @@ class ComfyUINodeReferenceUNet:
         self.records = {}
         self._unet = unet
         self._parameters = parameters
+        self._state_names = {COMFYUI_NODE_STATE} | ({CALLS_STATE} if u == "calls" else set())
 
     @torch.no_grad()
     def step(
@@ -91,57 +98,70 @@ class ComfyUINodeReferenceUNet:
             sample: Latents, [B, C, Hl, Wl], in the dtype of the UNet.
             timestep: Timesteps, [B].
             encoder_hidden_states: Text embeddings, [B, n, X], in the dtype of the UNet.
-            sigma: Noise levels, [B]; the first one is used for the whole batch.
+            sigma: Noise levels, [B]; the first one is used for the whole batch, or none if calls are counted.
             intensity: Strengths in [0, 1], [B]; the first one is used for the whole batch.
             state: State returned by the previous step; None or zeros for the first step.
             unet_inputs: Further arguments of `UNet2DConditionModel.forward`.
 
         Returns:
-            The output of the UNet, [B, C', Hl, Wl], and the new state `sws_state_text`, [1, n, n], in float32
-            (in float64 for a float64 UNet).
+            The output of the UNet, [B, C', Hl, Wl], and the new states `sws_state_text`, [1, n, n], and, if
+            calls are counted, `calls`, [1], modulo 64; in float32 (in float64 for a float64 UNet).
 
         Raises:
             ExportError: The state has another name or shape.
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
         tokens = encoder_hidden_states.shape[1]
-        self.schedule = now = comfyui_node_schedule(sigma.to(dtype), self._parameters)
+        state = self._checked(state, tokens)
         run = _Run(
-            transport=_transport(state, tokens).to(dtype),
-            fresh=fresh_transport(tokens, now.u, self._parameters),
-            schedule=now,
+            transport=state[COMFYUI_NODE_STATE][0].to(dtype),
+            calls=state[CALLS_STATE].to(dtype) if CALLS_STATE in state else None,
+            sigma=sigma.to(dtype),
             intensity=intensity[:1].to(dtype),
             parameters=self._parameters,
         )
         self.records = run.records
+        self.schedule = run.schedule(after=1)
         with installed(self._unet, {path: _SiteProcessor(path, run) for path in self.sites}):
             (out,) = self._unet(sample, timestep, encoder_hidden_states, return_dict=False, **unet_inputs)
-        return out, {COMFYUI_NODE_STATE: run.transport[None]}
+        calls = {} if run.calls is None else {CALLS_STATE: run.calls.remainder(CALL_CYCLE)}
+        return out, {COMFYUI_NODE_STATE: run.transport[None], **calls}
 
-
-def _transport(state: dict[str, Tensor] | None, tokens: int) -> Tensor:
-    if state is None:
-        return torch.zeros(tokens, tokens)
-    if state.keys() != {COMFYUI_NODE_STATE}:
-        raise ExportError(f"state: expected {COMFYUI_NODE_STATE}, found {', '.join(state) or 'nothing'}")
-    found = state[COMFYUI_NODE_STATE]
-    if found.shape != (1, tokens, tokens):
-        raise ExportError(
-            f"state {COMFYUI_NODE_STATE}: expected shape {[1, tokens, tokens]}, found {list(found.shape)}"
-        )
-    return found[0]
+    def _checked(self, state: dict[str, Tensor] | None, tokens: int) -> dict[str, Tensor]:
+        """The state of the step before; zeros for the first step."""
+        shapes = {COMFYUI_NODE_STATE: (1, tokens, tokens), CALLS_STATE: (1,)}
+        if state is None:
+            return {name: torch.zeros(shapes[name]) for name in self._state_names}
+        if state.keys() != self._state_names:
+            expected = ", ".join(sorted(self._state_names))
+            raise ExportError(f"state: expected {expected}, found {', '.join(state) or 'nothing'}")
+        for name, found in state.items():
+            if found.shape != shapes[name]:
+                raise ExportError(
+                    f"state {name}: expected shape {list(shapes[name])}, found {list(found.shape)}"
+                )
+        return state
 
 
 @dataclasses.dataclass
 class _Run:
-    """One step. Each site reads `transport` and replaces it for the next site."""
+    """One step. Each site reads `transport` and replaces it for the next site.
+
+    `calls` is the number of calls so far, [1], or None if the schedule is that of `sigma`.
+    """
 
     transport: Tensor
-    fresh: Tensor
-    schedule: ComfyUINodeSchedule
+    calls: Tensor | None
+    sigma: Tensor
     intensity: Tensor
     parameters: SwsParameters
     records: dict[str, SiteResult] = dataclasses.field(default_factory=dict)
+
+    def schedule(self, after: int) -> ComfyUINodeSchedule:
+        """The schedule after as many more calls."""
+        if self.calls is None:
+            return comfyui_node_schedule(self.sigma, self.parameters)
+        return comfyui_node_call_schedule(self.calls + after, self.parameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +184,16 @@ class _SiteProcessor:
                 f"{self.path}: the ComfyUI node supports cross-attention without a mask and norm_cross only"
             )
         run = self.run
+        if run.calls is not None:
+            run.calls = run.calls + 1
+        now = run.schedule(after=0)
         found = comfyui_node_patch(
             hidden_states,
             encoder_hidden_states,
             encoder_hidden_states,
             run.transport,
-            run.fresh,
-            run.schedule,
+            fresh_transport(encoder_hidden_states.shape[1], now.u, run.parameters),
+            now,
             run.intensity,
             run.parameters,
         )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sws_export.errors import OptionError, ValidationError
 from sws_export.manifest import SourceEntry
 from sws_export.parameters import SwsParameters, recorded_parameters
-from sws_export.presets import Preset, preset_named
+from sws_export.presets import Preset, recorded_preset
 from sws_export.progress import Progress
 from sws_export.report.explanation import Floats, SiteMetrics, StepMetrics
 from sws_export.runtime.contract import Contract
@@ -26,6 +26,7 @@ class Probe:
         self._stream, self._plain = session.stream(), session.stream()
         self._contract = session.contract
         self._preset, self._parameters = method_of(session.contract)
+        self._without_grid = [pair.input for pair in self._preset.extra_states()]
         self._bypass_sigma = self._preset.bypass_sigma(self._parameters)
         self._reference = reference
         self._intensity = intensity
@@ -34,6 +35,7 @@ class Probe:
         self, step: TrajectoryStep, inputs: Mapping[str, Any]
     ) -> tuple[StepMetrics, npt.NDArray[np.float64]]:
         """Metrics of one step, and the artefact's prediction in float64."""
+        before = self._stream.state()
         begin = time.perf_counter()
         found = self._stream.step(**inputs, sigma=step.sigma, intensity=self._intensity).astype(np.float64)
         seconds = time.perf_counter() - begin
@@ -44,7 +46,7 @@ class Probe:
         if self._reference is not None:
             expected, sites = self._reference.step(step, inputs)
             error = float(np.abs(found - expected).max() / np.abs(expected).max())
-        u, kappa = self._preset.schedule(step.sigma, self._intensity, self._parameters)
+        u, kappa = self._preset.schedule(step.sigma, self._intensity, self._parameters, before)
         metrics = StepMetrics(
             sigma=float(step.sigma[0]),
             progress=u,
@@ -53,7 +55,11 @@ class Probe:
             effect=float(np.sqrt(np.square(found - plain).mean() / np.square(plain).mean())),
             error=error,
             sites=self._site_metrics() if self._contract.metrics else sites,
-            states={name: self._preset.banded_state(values) for name, values in self._stream.state().items()},
+            states={
+                name: self._preset.banded_state(values)
+                for name, values in self._stream.state().items()
+                if name not in self._without_grid
+            },
         )
         return metrics, found
 
@@ -73,10 +79,10 @@ def method_of(contract: Contract) -> tuple[Preset, SwsParameters]:
     Raises:
         OptionError: It was exported with --plain.
     """
-    preset, sws = contract.manifest["preset"], contract.manifest["sws"]
+    preset, sws = recorded_preset(contract.manifest), contract.manifest["sws"]
     if preset is None or sws is None:
         raise OptionError(f"{contract.path} was exported with --plain: it contains no SWS to report on")
-    return preset_named(preset), recorded_parameters(sws)
+    return preset, recorded_parameters(sws)
 
 
 class Reference:

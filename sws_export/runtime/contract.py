@@ -77,6 +77,11 @@ class Contract:
         return any(spec.name == "intensity" for spec in self.inputs)
 
     @property
+    def takes_sigma(self) -> bool:
+        """Whether the noise level is an input; not with `--preset comfyui-node --u calls`."""
+        return any(spec.name == "sigma" for spec in self.inputs)
+
+    @property
     def preset(self) -> str | None:
         """Name of the preset; None for a plain export."""
         return self.manifest["preset"]

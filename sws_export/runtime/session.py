@@ -56,7 +56,8 @@ class Stream:
             sample: Latent, scaled for the model, [B, C, H, W], numpy or torch.
             timestep: [B] or one number, in the units of the scheduler.
             encoder_hidden_states: Text embeddings, [B, L, X].
-            sigma: Noise level, > 0, [B] or one number; None for a plain graph.
+            sigma: Noise level, > 0, [B] or one number; not used by a graph without this input: a plain one,
+                or one with `--preset comfyui-node --u calls`, which counts its calls in the state `calls`.
             intensity: Strength of SWS in [0, 1], [B] or one number. At 0 the UNet computes what it computes
                 without SWS, except with `--preset comfyui-node`, whose temperature does not depend on it.
             conditions: Other inputs of the manifest, such as `text_embeds` and `time_ids`.
@@ -71,7 +72,9 @@ class Stream:
         """
         given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         if self._contract.takes_intensity:
-            given |= {"sigma": sigma, "intensity": intensity}
+            given["intensity"] = intensity
+        if self._contract.takes_sigma:
+            given["sigma"] = sigma
         arrays, sizes = prepare_inputs(self._contract, given | conditions)
         shapes = state_shapes(self._contract, sizes)
         spec = self._contract.prediction

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sws_export.errors import CheckpointError, OptionError
-from sws_export.parameters import recorded_parameters
-from sws_export.presets import preset_named
+from sws_export.presets import recorded_preset
 from sws_export.progress import Progress, SilentProgress
 from sws_export.runtime.contract import Contract
 from sws_export.sampling.effects import Effect, Floats, Sampled, measure
@@ -108,10 +107,8 @@ def sample_pipeline(
 
 def _is_plain_at_zero(contract: Contract) -> bool:
     """Whether a graph at intensity 0 is the plain UNet at every noise level."""
-    sws = contract.manifest["sws"]
-    if contract.preset is None or sws is None:
-        return True
-    return preset_named(contract.preset).bypass_sigma(recorded_parameters(sws)) is None
+    preset = recorded_preset(contract.manifest)
+    return preset is None or preset.plain_at_zero
 
 
 def comparison_sheet(

@@ -202,7 +202,7 @@ def _check_weight_files(path: Path, model: ir.Model) -> None:
 def _name_dimensions(path: Path, model: ir.Model) -> None:
     """Give the dynamic dimensions the symbols of `SIZE_AXES`, whatever the exporter called them."""
     inputs = [value.name for value in model.graph.inputs]
-    if "sigma" in inputs:
+    if "intensity" in inputs:
         raise ExportError(f"{path} has SWS already; give the checkpoint or a graph exported with --plain")
     outputs = [value.name for value in model.graph.outputs]
     if inputs[: len(_INPUTS)] != list(_INPUTS) or outputs != [_OUTPUT]:

@@ -14,7 +14,8 @@ from sws_export.progress import Stage
 from sws_export.validation.partition import SUBGRAPH_BYTES, partition_graph
 from sws_export.validation.trajectory import Array
 
-STATE_PREFIX = "sws_state_"
+_STATE_PREFIX = "sws_state_"
+_CALLS = ("calls", "calls_out")
 _LOG_ERRORS = 3
 
 
@@ -128,8 +129,13 @@ class OnnxRunner:
         return {
             str(value.name): np.zeros([_dimension(dim, sizes) for dim in value.shape or ()], np.float32)
             for value in self._inputs
-            if str(value.name).startswith(STATE_PREFIX)
+            if is_state(str(value.name))
         }
+
+
+def is_state(name: str) -> bool:
+    """Whether an input or output of a graph is a state."""
+    return name.startswith(_STATE_PREFIX) or name in _CALLS
 
 
 def _serialized(model: ir.Model) -> bytes:

@@ -8,7 +8,7 @@ import numpy as np
 from graph_passes.debug_outputs import PREFIX
 from graph_passes.parameters import SwsParameters
 from sws_export.tensors import Precision
-from sws_export.validation.onnx_runner import STATE_PREFIX
+from sws_export.validation.onnx_runner import is_state
 from sws_export.validation.trajectory import Array
 
 # Tolerance of the prediction, relative to its largest absolute value.
@@ -50,7 +50,7 @@ def output_tolerances(
             budget = parameters.kl_floor + parameters.kl_slope
             at_budget = precision == "fp32" and budget < 1e-3
             tolerances[name] = max(sampled, _PREDICTION_AT_BUDGET if at_budget else _PREDICTION[precision])
-        elif name.startswith(STATE_PREFIX):
+        elif is_state(name):
             tolerances[name] = _STATE
         elif not sampled or name.removeprefix(PREFIX) not in _SET_BY_GUARD:
             tolerances[name] = max(sampled, _SITE_METRIC[precision])

@@ -192,8 +192,17 @@ def validate_against_plain(
         sws_spec: The SWS configuration of the graph.
         precision: Precision of the export.
         progress: Receives the stage.
+
+    Raises:
+        ValidationError: With this preset, the SWS graph equals the plain one at no intensity and noise level.
     """
     bypass_sigma = sws_spec.preset.bypass_sigma(sws_spec.parameters)
+    if sws_spec.sites and bypass_sigma is None and not sws_spec.preset.plain_at_zero:
+        raise ValidationError(
+            f"with --preset {sws_spec.preset.name} --u {sws_spec.preset.u} a graph never equals the plain "
+            "one, so one made from another graph cannot be validated; nothing was written. Export the "
+            "checkpoint, or use --u sigma or --no-validate"
+        )
     start = time.monotonic()
     trajectory = Trajectory(inputs, sizes, STEPS)
     intensity = np.zeros(sizes["batch"])

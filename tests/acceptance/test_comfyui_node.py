@@ -96,7 +96,9 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Path,
     def make(model: Path, plain: Path, channels: int, text_width: int) -> Case:
         graphs = {}
         for name, parameters in PARAMETERS.items():
-            options = ExportOptions(sws=SwsOptions(preset="node", parameters=parameters), validate=False)
+            options = ExportOptions(
+                sws=SwsOptions(preset="node", u="sigma", parameters=parameters), validate=False
+            )
             graphs[name] = export_once(tmp_path_factory, plain, options)
         return Case(load_unet(open_checkpoint(model), torch.float64), graphs, channels, text_width, {})
 

@@ -37,9 +37,17 @@ def text_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def node_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
-    """The same UNet with the preset `comfyui-node` and debug outputs."""
-    options = ExportOptions(sws=SwsOptions(preset="comfyui-node", debug_outputs=True), validate=False)
+    """The same UNet with the preset `comfyui-node`, sigma as input, and debug outputs."""
+    sws = SwsOptions(preset="comfyui-node", u="sigma", debug_outputs=True)
+    options = ExportOptions(sws=sws, validate=False)
     return export_runs.shared(tmp_path_factory, "node.onnx", lambda path: export(traced, path, options))
+
+
+@pytest.fixture(scope="session")
+def calls_graph(tmp_path_factory: pytest.TempPathFactory, traced: Path) -> Path:
+    """The same UNet with the preset `comfyui-node`, which counts its calls, and debug outputs."""
+    options = ExportOptions(sws=SwsOptions(preset="comfyui-node", debug_outputs=True), validate=False)
+    return export_runs.shared(tmp_path_factory, "calls.onnx", lambda path: export(traced, path, options))
 
 
 @pytest.fixture(scope="session")

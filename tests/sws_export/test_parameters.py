@@ -105,4 +105,4 @@ def test_what_is_described_can_be_read_again(preset: Preset) -> None:
 
 def test_the_node_is_bypassed_where_all_is_noise() -> None:
     assert preset_named("sws").bypass_sigma(SwsParameters()) is None
-    assert preset_named("node").bypass_sigma(SwsParameters(sigma_max=80.0)) == 80.0
+    assert preset_named("node", "sigma").bypass_sigma(SwsParameters(sigma_max=80.0)) == 80.0

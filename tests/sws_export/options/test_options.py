@@ -54,6 +54,17 @@ def test_what_has_no_meaning_with_the_node(options: dict[str, Any], message: str
         SwsOptions(preset="comfyui-node", **options)
 
 
+def test_the_source_of_u() -> None:
+    keys = [SwsOptions(preset="node", u=u).cache_key() for u in (None, "calls", "sigma")]
+    assert [key["u"] for key in keys] == ["calls", "calls", "sigma"]
+    with pytest.raises(OptionError, match="--u calls has no meaning with --preset sws"):
+        SwsOptions(u="calls")
+    with pytest.raises(OptionError, match="--u steps is unknown; choose sigma or calls"):
+        SwsOptions(preset="node", u="steps")
+    with pytest.raises(OptionError, match=r"--sws sigma_max has no meaning .* counter of its calls"):
+        SwsOptions(preset="node", parameters=SwsParameters(sigma_max=80.0))
+
+
 def test_the_nodes_guard_has_one_form() -> None:
     assert SwsOptions(preset="comfyui-node").guard_options() == GuardOptions("literal", Fraction(1))
 

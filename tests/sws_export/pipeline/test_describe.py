@@ -92,7 +92,7 @@ def test_what_the_graph_decides() -> None:
 
 def test_what_is_other_with_the_node() -> None:
     rewrite = RewriteReport(
-        {TEXT: ("b.attn2",)}, (), (state_pair(TEXT),), 10, preset=preset_named("comfyui-node")
+        {TEXT: ("b.attn2",)}, (), (state_pair(TEXT),), 10, preset=preset_named("comfyui-node", "sigma")
     )
     found = described(rewrite=rewrite)
     assert (found["preset"], found["shared_inputs"]) == ("comfyui-node", ["sigma", "intensity"])

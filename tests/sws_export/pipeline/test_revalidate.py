@@ -51,7 +51,9 @@ def test_parameters_and_sites_are_read_from_the_graph(exported: Path, random_une
 def test_the_preset_is_read_from_the_graph(random_unet: Path, tmp_path: Path) -> None:
     parameters = SwsParameters(beta=0.5, kl_floor=1e-5, kl_slope=0.0)
     options = ExportOptions(
-        sws=SwsOptions(preset="node", parameters=parameters, sites=("up_blocks.*",), debug_outputs=True),
+        sws=SwsOptions(
+            preset="node", u="sigma", parameters=parameters, sites=("up_blocks.*",), debug_outputs=True
+        ),
         validate=False,
     )
     export(random_unet, tmp_path / "node.onnx", options)

@@ -11,7 +11,7 @@ from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
 from graph_passes.target import TARGETS
 from sws_export import ExportOptions, SwsOptions, export
-from sws_export.errors import ExportError, OptionError
+from sws_export.errors import ExportError, OptionError, ValidationError
 from sws_export.onnx_files import graph_specs
 from sws_export.pipeline.rewrite import RewriteReport, rewrite
 from sws_export.presets import preset_named
@@ -44,7 +44,10 @@ def test_all_cross_attention_by_default(traced: Path) -> None:
     report = rewritten(model)
     assert report.preset.name == "comfyui-node"
     assert report.sites == {TEXT: (DOWN, MID, UP, SECOND_UP)}
-    assert [(pair.input, pair.output) for pair in report.states] == [("sws_state_text", "sws_state_text_out")]
+    assert [(pair.input, pair.output) for pair in report.states] == [
+        ("sws_state_text", "sws_state_text_out"),
+        ("calls", "calls_out"),
+    ]
     assert {site.reason for site in report.skipped} == {"the node leaves self-attention alone"}
     assert graph_specs(model.graph.inputs)[-3:] == (
         TensorSpec("sigma", "float32", ("batch",)),
@@ -118,8 +121,16 @@ def test_a_projection_with_a_bias_is_named(traced: Path) -> None:
 
 def test_a_plain_graph_becomes_the_node_too(traced: Path, tmp_path: Path) -> None:
     """Without the checkpoint, what is compared is the plain UNet, which the node is at sigma_max only."""
-    report = export(traced, tmp_path / "node.onnx", ExportOptions(sws=SwsOptions(preset="comfyui-node")))
+    sws = SwsOptions(preset="comfyui-node", u="sigma")
+    report = export(traced, tmp_path / "node.onnx", ExportOptions(sws=sws))
     assert report.validation is not None
     assert report.validation.reference == "the plain graph, at intensity 0 and sigma 25"
     assert report.validation.passed
     assert report.manifest["preset"] == "comfyui-node"
+
+
+def test_counting_calls_it_never_is_the_plain_graph(traced: Path, tmp_path: Path) -> None:
+    options = ExportOptions(sws=SwsOptions(preset="comfyui-node"))
+    with pytest.raises(ValidationError, match=r"--u calls a graph never equals the plain one, .* --u sigma"):
+        export(traced, tmp_path / "node.onnx", options)
+    assert not list(tmp_path.iterdir())
