@@ -41,7 +41,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, P
         progress.log("a remark")
         progress.warn("a warning")
         out.write_bytes(b"x")
-        return ExportReport((out,), {"artefact": out.name, "states": []}, PREFLIGHT, None, None, ())
+        return ExportReport(
+            (out,), {"artefact": out.name, "states": []}, "fp16, as given", PREFLIGHT, None, None, ()
+        )
 
     monkeypatch.setattr("sws_export.pipeline.run.export", export)
     return calls

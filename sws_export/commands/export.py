@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _EPILOG = """\
 examples:
   sws-export unet.safetensors --out engine.plan
-  sws-export stable-diffusion-v1-5/ --out sd15.plan --precision fp16 --batch 1:2:4 --height 512:512:768
+  sws-export stable-diffusion-v1-5/ --out sd15.plan --batch 1:2:4 --height 512:512:768
   sws-export unet/ --out unet.onnx --sws beta=0.7 key_cap=0.2
   sws-export unet.onnx --out engine.plan --sites 'up_blocks.*.attn1' --compute-capability 8.9,12.0
 

@@ -103,6 +103,7 @@ def print_export(console: Console, report: ExportReport) -> None:
         )
     if report.stages:
         console.print(table)
+    console.print(f"precision: {report.precision}", markup=False)
     for file in report.files:
         console.print(f"wrote {file}  {_size(file)}", markup=False)
     if report.manifest is None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,7 @@ import psutil
 from sws_export import errors
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.events import EventReader
+from sws_export.engines.gpu_memory import GpuMemory
 from sws_export.engines.header import plan_header
 from sws_export.engines.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from sws_export.errors import EngineError
@@ -58,6 +59,20 @@ class EngineReport:
     """Attention layers without a fused kernel, which TensorRT may decompose."""
     warnings: dict[str, int]
     """Warnings of the library, and errors that did not stop it, with their number of occurrences."""
+    gpu_memory: GpuMemory | None = None
+    """Device memory of the engine, without its states; None if the builder's log has no such figures."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "EngineReport":
+        """From the result of `dataclasses.asdict`."""
+        memory = values["gpu_memory"]
+        return cls(
+            **dict(values)
+            | {
+                "compute_capabilities": tuple(values["compute_capabilities"]),
+                "gpu_memory": GpuMemory.from_json(memory) if memory else None,
+            }
+        )
 
 
 @dataclass
@@ -218,7 +233,9 @@ def _death(cause: str, outcome: Outcome, printed: str, options: BuildOptions) ->
 def _report(outcome: Outcome, out_path: Path, options: BuildOptions, seconds: float) -> EngineReport:
     built = outcome.built
     assert built is not None
-    warnings = dict(outcome.warnings)
+    warnings, memory = dict(outcome.warnings), built["gpu_memory"]
+    if memory is None:
+        warnings["its log has no figures of the GPU memory that the engine needs"] = 1
     try:
         capabilities = plan_header(out_path).compute_capabilities
     except EngineError as error:
@@ -237,6 +254,7 @@ def _report(outcome: Outcome, out_path: Path, options: BuildOptions, seconds: fl
         layers=built["layers"],
         decomposed_attentions=built["decomposed_attentions"],
         warnings=warnings,
+        gpu_memory=GpuMemory.from_json(memory) if memory else None,
     )
 
 

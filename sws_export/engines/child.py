@@ -5,6 +5,7 @@ TensorRT can exhaust the memory or abort, which cannot be caught, so the build r
 """
 
 import ctypes
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from sws_export.engines import network as steps
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import get_backend
 from sws_export.engines.events import EventWriter
+from sws_export.engines.gpu_memory import read_builder_memory
 from sws_export.engines.graph_check import check_graph
 from sws_export.engines.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from sws_export.engines.monitor import make_logger, make_monitor
@@ -109,6 +111,7 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
         )
     if options.timing_cache:
         steps.save_timing_cache(config, options.timing_cache)
+    memory = read_builder_memory(logger.memory_messages)
     events.send(
         "built",
         library_version=trt.__version__,
@@ -117,6 +120,7 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
         parse_seconds=parsed - started,
         build_seconds=time.monotonic() - parsed,
         peak_memory=peak_memory(),
+        gpu_memory=dataclasses.asdict(memory) if memory else None,
     )
 
 

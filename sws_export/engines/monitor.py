@@ -7,22 +7,29 @@ import time
 from typing import Any
 
 from sws_export.engines.events import EventWriter
+from sws_export.engines.gpu_memory import is_memory_figure
 
 _STEP_INTERVAL = 0.1
 """Least seconds between two events about steps, because small graphs have thousands of short steps."""
 
 
 def make_logger(trt: Any, events: EventWriter) -> Any:
-    """An `ILogger` that forwards warnings and errors and keeps the first error in `first_error`."""
+    """An `ILogger` that forwards warnings and errors.
+
+    It keeps the first error in `first_error`, and the messages about GPU memory in `memory_messages`.
+    """
     severities = trt.ILogger.Severity
 
     class EventLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.first_error: str | None = None
+            self.memory_messages: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity > severities.WARNING:
+                if is_memory_figure(message):
+                    self.memory_messages.append(message)
                 return
             text = " ".join(message.split())
             is_error = severity < severities.WARNING

@@ -13,7 +13,8 @@ class SourceOptions:
     """How the checkpoint is read and what is fused into it.
 
     Attributes:
-        precision: Precision of the exported UNet; None for that of the checkpoint.
+        precision: Precision of the exported UNet. None: a graph has that of the checkpoint; an engine has
+            fp16, or bf16 if the checkpoint has.
         config: A diffusers config.json, if there is none beside the checkpoint.
         ema: Use the EMA weights of a checkpoint that has both.
         variant: Variant of the files in a directory, such as `fp16`.
@@ -59,7 +60,11 @@ class SourceOptions:
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add all arguments of the group."""
         group = cls.add_reading_arguments(parser)
-        group.add_argument("--precision", choices=tuple(PRECISIONS), help="default: that of the checkpoint")
+        group.add_argument(
+            "--precision",
+            choices=tuple(PRECISIONS),
+            help="default of a graph: that of the checkpoint; of an engine: fp16, or bf16 if that is stored",
+        )
         group.add_argument(
             "--prediction-type",
             metavar="TYPE",

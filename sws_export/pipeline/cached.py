@@ -259,11 +259,7 @@ class StageCache:
                 return None
         self._log.log(f"engine: from the cache ({entry.key[:12]})")
         self._replay(entry)
-        report: dict[str, Any] = entry.metadata["engine"]
-        capabilities = tuple(report["compute_capabilities"])
-        return Engine(
-            path, EngineReport(**report | {"compute_capabilities": capabilities}), entry.files[name]
-        )
+        return Engine(path, EngineReport.from_json(entry.metadata["engine"]), entry.files[name])
 
 
 class _CachedGraph(Graph):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sws_export.cache.store import FileDigest, file_digest
 from sws_export.engines.build import EngineReport, build_engine
+from sws_export.engines.gpu_memory import add_states
 from sws_export.manifest import GraphDescription, tensor_specs
 from sws_export.pipeline.graph import Graph
 from sws_export.pipeline.plan import EngineConfig
@@ -39,6 +40,10 @@ def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> 
     with log.measure("build") as timing:
         report = build_engine(file, path, shapes, config.build, log)
         timing.peak_memory = report.peak_memory
+    if report.gpu_memory is not None:
+        states = [state["input"] for state in graph.description["states"]]
+        memory = add_states(report.gpu_memory, [shapes], states)
+        report = dataclasses.replace(report, gpu_memory=memory)
     with log.stage("hash"):
         return Engine(path, report, file_digest(path))
 

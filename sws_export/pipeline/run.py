@@ -30,6 +30,7 @@ class ExportReport:
     Attributes:
         files: Artefacts written, the requested one first; empty after a dry run.
         manifest: What was written to `<out>.json`; None after a dry run.
+        precision: Precision of the UNet, and why it has it.
         preflight: The expected needs.
         validation: None if it was skipped.
         engine: None for an ONNX graph.
@@ -38,6 +39,7 @@ class ExportReport:
 
     files: tuple[Path, ...]
     manifest: Manifest | None
+    precision: str
     preflight: Preflight
     validation: ValidationReport | None
     engine: EngineReport | None
@@ -70,7 +72,7 @@ def export(
     # 1. Open: read headers, refuse what cannot be exported or written.
     options.sws.guard_options()
     _check_destination(model, out, options)
-    source = open_source(model, options, log)
+    source = open_source(model, options, log, engine=artefact_kind(out) == "engine")
     for line in source.describe():
         log.log(line)
 
@@ -82,8 +84,9 @@ def export(
         log.log(line)
     for shortage in needs.shortages():
         log.warn(shortage)
+    precision = f"{source.precision}, {source.precision_reason}"
     if options.dry_run:
-        return ExportReport((), None, needs, None, None, ())
+        return ExportReport((), None, precision, needs, None, None, ())
 
     with staged_directory(out) as scratch:
         path = scratch / out.with_suffix(".onnx").name
@@ -114,7 +117,7 @@ def export(
         # 6. Publish: the complete files move to their place together, the manifest last.
         document, files = _publish(plan, graph, validation, engine, scratch, log)
     report = engine.report if engine else None
-    return ExportReport(files, document, needs, validation, report, tuple(log.timings))
+    return ExportReport(files, document, precision, needs, validation, report, tuple(log.timings))
 
 
 def _check_destination(model: Path, out: Path, options: ExportOptions) -> None:

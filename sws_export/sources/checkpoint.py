@@ -29,6 +29,7 @@ class CheckpointSource:
 
     checkpoint: Checkpoint
     precision: Precision
+    precision_reason: str
     loras: tuple[Lora, ...] = ()
     controlnet: bool = False
 
@@ -94,6 +95,7 @@ class CheckpointSource:
         return [
             f"{found.family or 'UNet2DConditionModel'}, {found.layout} layout, "
             f"{found.parameter_count / 1e6:.1f} M parameters, {'/'.join(found.dtypes)} -> {self.precision}",
+            f"precision: {self.precision}, {self.precision_reason}",
             f"configuration: {found.config_source}",
             *(line for lora in self.loras for line in lora.describe()),
             *ignored,
@@ -152,8 +154,16 @@ class CheckpointSource:
         )
 
 
-def open_checkpoint_source(model: Path, options: SourceOptions, progress: Progress) -> CheckpointSource:
+def open_checkpoint_source(
+    model: Path, options: SourceOptions, progress: Progress, *, engine: bool
+) -> CheckpointSource:
     """Read the headers of a checkpoint and of the LoRAs to be fused.
+
+    Args:
+        model: The checkpoint.
+        options: How it is read.
+        progress: Receives the stage and warnings.
+        engine: Whether an engine is built; the default precision depends on it.
 
     Raises:
         CheckpointError: There is no UNet at `model`, or a LoRA belongs to another.
@@ -173,9 +183,20 @@ def open_checkpoint_source(model: Path, options: SourceOptions, progress: Progre
     for lora in loras:
         for warning in lora.warnings():
             progress.warn(warning)
-    return CheckpointSource(
-        checkpoint, options.precision or _stored_precision(checkpoint), loras, options.controlnet
-    )
+    precision, reason = _choose_precision(checkpoint, options.precision, engine=engine)
+    return CheckpointSource(checkpoint, precision, reason, loras, options.controlnet)
+
+
+def _choose_precision(
+    checkpoint: Checkpoint, given: Precision | None, *, engine: bool
+) -> tuple[Precision, str]:
+    """The precision of the export, and the reason in words."""
+    if given is not None:
+        return given, "as given by --precision"
+    stored = _stored_precision(checkpoint)
+    if engine and stored == "fp32":
+        return "fp16", "the default of an engine; --precision fp32 keeps that of the checkpoint"
+    return stored, "that of the checkpoint"
 
 
 def _stored_precision(checkpoint: Checkpoint) -> Precision:

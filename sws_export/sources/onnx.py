@@ -49,6 +49,11 @@ class OnnxSource:
     original_weights: Mapping[str, ir.TensorProtocol]
 
     @property
+    def precision_reason(self) -> str:
+        """It is final."""
+        return "that of the graph"
+
+    @property
     def config(self) -> None:
         """Unknown."""
 
@@ -79,7 +84,10 @@ class OnnxSource:
 
     def describe(self) -> list[str]:
         """Size and precision."""
-        return [f"plain ONNX graph, {self.parameter_count / 1e6:.1f} M parameters, {self.precision}"]
+        return [
+            f"plain ONNX graph, {self.parameter_count / 1e6:.1f} M parameters",
+            f"precision: {self.precision}, {self.precision_reason}",
+        ]
 
     def verify(self, progress: Progress) -> SourceEntry:
         """Look at all weights and hash the files: the ONNX file, then its external weights by name.

@@ -28,6 +28,10 @@ class Source(Protocol):
         """Precision of the exported UNet."""
 
     @property
+    def precision_reason(self) -> str:
+        """Why it has this precision, for the log."""
+
+    @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The UNet's inputs, without those of SWS."""
 
@@ -74,15 +78,21 @@ class Source(Protocol):
         """Compare the exported graph with what it should compute."""
 
 
-def open_source(model: Path, options: ExportOptions, progress: Progress) -> Source:
+def open_source(model: Path, options: ExportOptions, progress: Progress, *, engine: bool = False) -> Source:
     """Determine what `model` is, from headers only.
+
+    Args:
+        model: A checkpoint or a plain ONNX graph.
+        options: Of the export.
+        progress: Receives the stage and warnings.
+        engine: Whether an engine is built, whose default precision is another one than that of a graph.
 
     Raises:
         CheckpointError: There is no UNet at `model`.
         OptionError: An option does not fit this kind of source.
     """
     if model.suffix != ".onnx":
-        return open_checkpoint_source(model, options.source, progress)
+        return open_checkpoint_source(model, options.source, progress, engine=engine)
     given = options.source
     if given.precision is not None or given.config is not None or given.loras or options.sws.plain:
         raise OptionError(

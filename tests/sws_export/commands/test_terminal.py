@@ -99,19 +99,23 @@ def test_the_summary_of_an_export(tmp_path: Path) -> None:
     stages = (StageTiming("export", 22.61, 630_000_000),)
     state = {"input": "sws_state_d2", "output": "sws_state_d2_out"}
     shown = console()
-    print_export(shown, ExportReport((file,), {"states": [state]}, PREFLIGHT, VALIDATION, None, stages))
+    print_export(
+        shown,
+        ExportReport((file,), {"states": [state]}, "fp16, as given", PREFLIGHT, VALIDATION, None, stages),
+    )
     output = text(shown)
     assert "out_sample" in output
     assert "22.6" in output
     assert "0.63 GB" in output
+    assert "precision: fp16, as given" in output
     assert f"wrote {file}  1.50 MB" in output
     assert "after each step feed back sws_state_d2_out -> sws_state_d2" in output
 
 
 def test_the_summary_of_a_dry_run() -> None:
     shown = console()
-    print_export(shown, ExportReport((), None, PREFLIGHT, None, None, ()))
-    assert text(shown) == "dry run: nothing was written\n"
+    print_export(shown, ExportReport((), None, "fp16", PREFLIGHT, None, None, ()))
+    assert text(shown) == "precision: fp16\ndry run: nothing was written\n"
 
 
 def test_nested_values(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Builds with TensorRT for RTX in the child process, and every way in which a build can end."""
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 
 from sws_export.engines import build, header
 from sws_export.engines.backend import BuildOptions
-from sws_export.engines.build import build_engine
+from sws_export.engines.build import EngineReport, build_engine
 from sws_export.engines.choice import get_backend
 from sws_export.engines.header import plan_header
 from sws_export.errors import EngineError, OptionError
@@ -54,6 +56,9 @@ def test_an_engine_is_built_and_measured(tmp_path, plan, small, shapes, dtype, h
     assert report.layers > 10
     assert 100e6 < report.peak_memory < 2e9
     assert 0 < report.build_seconds < report.seconds
+    assert report.gpu_memory.weights > 4096
+    assert report.gpu_memory.profiles[0].activations > 0
+    assert EngineReport.from_json(json.loads(json.dumps(dataclasses.asdict(report)))) == report
 
 
 def test_a_complete_engine_with_an_unknown_header_is_kept(graph, plan, shapes, recorder, monkeypatch):
@@ -179,7 +184,7 @@ PROGRAM = """
     import contextlib, sys
     from pathlib import Path
     from sws_export.engines.backend import BuildOptions
-    from sws_export.engines.build import build_engine
+    from sws_export.engines.build import EngineReport, build_engine
     from sws_export.engines.choice import get_backend
 
     class Printer:

@@ -31,8 +31,11 @@ class Listener(SilentProgress):
         self.warnings.append(message)
 
 
-def opened(model: Path, progress: SilentProgress | None = None, **options: Any) -> Any:
-    return open_source(model, with_options(ExportOptions(), **options), progress or SilentProgress())
+def opened(
+    model: Path, progress: SilentProgress | None = None, *, engine: bool = False, **options: Any
+) -> Any:
+    chosen = with_options(ExportOptions(), **options)
+    return open_source(model, chosen, progress or SilentProgress(), engine=engine)
 
 
 def copy_with(random_unet: Path, directory: Path, change: Any) -> Path:
@@ -48,9 +51,10 @@ def test_a_checkpoint(random_unet: Path) -> None:
     assert (source.path, source.precision, source.size_multiple) == (random_unet, "fp32", 2)
     assert [spec.name for spec in source.inputs] == ["sample", "timestep", "encoder_hidden_states"]
     assert 500_000 < source.parameter_count < 2_000_000
-    first, second, third = source.describe()
+    first, precision, second, third = source.describe()
     assert first.startswith("UNet2DConditionModel, diffusers layout, ")
     assert first.endswith("F32 -> fp32")
+    assert precision == "precision: fp32, that of the checkpoint"
     assert second == "configuration: config.json beside the weights"
     assert third == source.checkpoint.prediction.remark()
 
@@ -63,18 +67,34 @@ def test_precision_is_that_asked_for(random_unet: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [("float16", "fp16"), ("bfloat16", "bf16"), ("float64", "fp32"), ("float8_e4m3fn", "fp16")],
+    ("dtype", "graph", "engine"),
+    [
+        ("float16", "fp16", "fp16"),
+        ("bfloat16", "bf16", "bf16"),
+        ("float64", "fp32", "fp16"),
+        ("float8_e4m3fn", "fp16", "fp16"),
+    ],
 )
 def test_precision_defaults_to_what_is_stored(
-    random_unet: Path, tmp_path: Path, dtype: str, precision: str
+    random_unet: Path, tmp_path: Path, dtype: str, graph: str, engine: str
 ) -> None:
     import torch
 
     def cast(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
 
-    assert opened(copy_with(random_unet, tmp_path / "cast", cast)).precision == precision
+    directory = copy_with(random_unet, tmp_path / "cast", cast)
+    assert opened(directory).precision == graph
+    assert opened(directory, engine=True).precision == engine
+
+
+def test_an_engine_has_float16_unless_asked_otherwise(random_unet: Path) -> None:
+    source = opened(random_unet, engine=True)
+    assert source.describe()[1] == (
+        "precision: fp16, the default of an engine; --precision fp32 keeps that of the checkpoint"
+    )
+    kept = opened(random_unet, engine=True, precision="fp32")
+    assert kept.describe()[1] == "precision: fp32, as given by --precision"
 
 
 def test_float8_beside_bfloat16_is_exported_in_bfloat16(random_unet: Path, tmp_path: Path) -> None:
