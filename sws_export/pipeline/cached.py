@@ -192,7 +192,7 @@ class StageCache:
         weights = self._plan.source.weights()
         for name, value in model.graph.initializers.items():
             tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) == _PLACEHOLDER:
+            if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name == _PLACEHOLDER:
                 value.const_value = weights.get(name)
         complete = all(value.const_value is not None for value in model.graph.initializers.values())
         if complete:
