@@ -23,6 +23,8 @@ Outputs = dict[str, Array]
 ROOT = Path(__file__).parents[1]
 TRAINED = ROOT / "examples" / "shapes" / "unet"
 COMMAND = Path(sys.executable).parent / "sws-export"
+# One site with the literal guard: exported in a fifth of the time of the default, loaded in a tenth.
+ONE_SITE = SwsOptions(sites=("mid_block.*.attn1",), guard="literal")
 
 
 def make_unet(directory: Path, **changes: Any) -> Path:

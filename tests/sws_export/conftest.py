@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Pat
     return export_runs.shared(tmp_path_factory, "pipeline", make)
 
 
-@pytest.fixture
-def quick_trace(monkeypatch: pytest.MonkeyPatch, traced: Path) -> None:
-    """Exports of `random_unet` in float32 load its traced graph from disk."""
+@pytest.fixture(scope="module")
+def quick_trace(traced: Path) -> Iterator[None]:
+    """To the end of the module, float32 exports of `random_unet` load its traced graph from disk."""
     from sws_export.tracing.export_unet import export_plain
 
     def load(checkpoint: Checkpoint, precision: Precision, *rest: Any, **named: Any) -> ir.Model:
@@ -191,7 +191,9 @@ def quick_trace(monkeypatch: pytest.MonkeyPatch, traced: Path) -> None:
         model.metadata_props.clear()
         return model
 
-    monkeypatch.setattr("sws_export.sources.checkpoint.export_plain", load)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sws_export.sources.checkpoint.export_plain", load)
+        yield
 
 
 @pytest.fixture
