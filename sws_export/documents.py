@@ -9,9 +9,10 @@ import json
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -47,7 +48,7 @@ _PATH = re.compile(r" - at `(?:key in )?`?\$([^`]*)`")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading; a FIFO or device is refused instead of waited for.
 
     Raises:

@@ -1,12 +1,12 @@
 """Describing a file, a checkpoint, ONNX graph, manifest or engine, without loading its weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from sws_export.errors import CheckpointError
+from sws_export.documents import parse_json, read_text
+from sws_export.errors import CheckpointError, EngineError
 from sws_export.files import ENGINE_SUFFIXES
-from sws_export.manifest import Manifest, manifest_path, read_embedded, read_manifest
+from sws_export.manifest import Manifest, manifest_path, read_embedded, read_embedded_text, read_manifest
 
 _SHOWN = (
     "precision",
@@ -34,14 +34,15 @@ def inspect_file(path: Path) -> dict[str, Any]:
     if path.suffix in ENGINE_SUFFIXES:
         return _inspect_engine(path)
     if path.suffix == ".json" and _is_manifest(path):
-        return {"kind": "manifest", **read_manifest(path)}
+        manifest = read_manifest(path)
+        return {"kind": "manifest", **manifest} | _warnings(path.with_suffix(""), manifest)
     return _inspect_checkpoint(path)
 
 
 def _is_manifest(path: Path) -> bool:
     """Whether this JSON file is a manifest rather than the configuration of a model."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_json(read_text(path))
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and "artefact" in found
@@ -49,6 +50,20 @@ def _is_manifest(path: Path) -> bool:
 
 def _shown(manifest: Manifest) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name in _SHOWN}
+
+
+def _warnings(artefact: Path, manifest: Manifest) -> dict[str, list[str]]:
+    """A warning if the manifest was written for another artefact than the one beside it."""
+    from sws_export.runtime.contract import read_contract
+    from sws_export.runtime.integrity import check_embedded
+
+    try:
+        read_contract(artefact)
+        if artefact.suffix == ".onnx":
+            check_embedded(artefact, manifest, read_embedded_text(artefact))
+    except EngineError as error:
+        return {"warnings": [str(error)]}
+    return {}
 
 
 def _inspect_graph(path: Path) -> dict[str, Any]:
@@ -72,7 +87,11 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
         ],
     }
     if manifest is not None:
-        return facts | _shown(manifest)
+        beside = manifest_path(path)
+        if not beside.is_file():
+            warning = f"{beside.name} is missing: the graph cannot be loaded for running without it"
+            return facts | _shown(manifest) | {"warnings": [warning]}
+        return facts | _shown(manifest) | _warnings(path, read_manifest(beside))
     sites, skipped = find_sites(model, cross_attention=True)
     return facts | {
         "sites": {
@@ -94,7 +113,8 @@ def _inspect_engine(path: Path) -> dict[str, Any]:
         return facts | {
             "manifest": f"{beside.name} is missing: the inputs and states of this engine are not known"
         }
-    return facts | _shown(read_manifest(beside))
+    manifest = read_manifest(beside)
+    return facts | _shown(manifest) | _warnings(path, manifest)
 
 
 def _inspect_checkpoint(path: Path) -> dict[str, Any]:

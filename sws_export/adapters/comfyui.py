@@ -47,9 +47,9 @@ class SwsDiffusionModel:
         self._last_sigma = float("inf")
 
     @classmethod
-    def load(cls, path: Path | str, intensity: float = RECOMMENDED_INTENSITY) -> Self:
-        """Load an artefact; raises the errors of `Session.load`."""
-        return cls(Session.load(path), intensity)
+    def load(cls, path: Path | str, intensity: float = RECOMMENDED_INTENSITY, **session_options: Any) -> Self:
+        """Load an artefact; options and errors as in `Session.load`."""
+        return cls(Session.load(path, **session_options), intensity)
 
     @property
     def dtype(self) -> "torch.dtype":

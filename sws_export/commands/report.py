@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sws_export.commands.shared import add_output_options, make_progress, print_json
+from sws_export.commands.shared import add_host_code_option, add_output_options, make_progress, print_json
 
 
 def run(arguments: list[str]) -> int:
@@ -32,13 +32,15 @@ def run(arguments: list[str]) -> int:
         help="relative position of a token whose transport is drawn, such as 0.5,0.25; repeatable; "
         "default: center, edge and corner",
     )
+    add_host_code_option(parser)
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
     from sws_export.report.report import TOKENS, write_report
+    from sws_export.runtime import Session
 
     progress, _ = make_progress(parsed)
     write_report(
-        parsed.artefact,
+        Session.load(parsed.artefact, engine_host_code_allowed=parsed.engine_host_code_allowed),
         parsed.model,
         parsed.out,
         steps=parsed.steps,

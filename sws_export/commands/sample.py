@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from sws_export.commands.shared import add_output_options, make_progress, print_json
+from sws_export.commands.shared import add_host_code_option, add_output_options, make_progress, print_json
 
 
 def run(arguments: list[str]) -> int:
@@ -35,6 +35,7 @@ def run(arguments: list[str]) -> int:
         action="store_true",
         help="allow the pipeline.py of the directory, if any, to be executed",
     )
+    add_host_code_option(parser)
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
     from sws_export.commands.terminal import print_effects
@@ -50,6 +51,7 @@ def run(arguments: list[str]) -> int:
         height=parsed.height,
         width=parsed.width,
         trust_code=parsed.trust_code,
+        engine_host_code_allowed=parsed.engine_host_code_allowed,
     )
     effects = sample_pipeline(parsed.artefact, parsed.pipeline, parsed.out, options, progress)
     if parsed.json:

@@ -17,6 +17,15 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
+def add_host_code_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--engine-host-code-allowed`."""
+    parser.add_argument(
+        "--engine-host-code-allowed",
+        action="store_true",
+        help="run the native code that a TensorRT engine contains if it has plugins or is version-compatible",
+    )
+
+
 def make_progress(parsed: argparse.Namespace) -> tuple["Progress", "Console"]:
     """The progress of the terminal, and the console for a summary; both write to stderr."""
     from sws_export.commands.terminal import QuietProgress, TerminalProgress

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sws_export.commands.shared import add_output_options, print_json
+from sws_export.commands.shared import add_host_code_option, add_output_options, print_json
 
 
 def run(arguments: list[str]) -> int:
@@ -27,6 +27,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--width", type=int, help="width of the latent; default: opt of the profile")
     parser.add_argument("--tokens", type=int, help="text tokens; default: opt of the profile, or dynamic")
     parser.add_argument("--max-batch", type=int, help="largest number of sequences in one batch")
+    add_host_code_option(parser)
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
     from sws_export.adapters.triton.repository import TritonOptions, write_repository
@@ -38,6 +39,7 @@ def run(arguments: list[str]) -> int:
         width=parsed.width,
         tokens=parsed.tokens,
         max_batch=parsed.max_batch,
+        engine_host_code_allowed=parsed.engine_host_code_allowed,
     )
     files = write_repository(parsed.artefact, parsed.repository, options)
     if parsed.json:

@@ -56,6 +56,7 @@ __all__ = [
     "parse_manifest",
     "profile_of",
     "read_embedded",
+    "read_embedded_text",
     "read_manifest",
     "tensor_specs",
     "write_manifest",
@@ -95,14 +96,19 @@ def read_embedded(path: Path) -> Manifest | None:
     Raises:
         ManifestError: The file cannot be read, is not an ONNX model, or its description is malformed.
     """
+    text = read_embedded_text(path)
+    return None if text is None else parse_manifest(text, str(path))
+
+
+def read_embedded_text(path: Path) -> str | None:
+    """As `read_embedded`, as JSON text that is not parsed."""
     try:
         with open_regular(path) as file:
-            text = metadata_property(file, METADATA_KEY)
+            return metadata_property(file, METADATA_KEY)
     except OSError as error:
         raise ManifestError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ManifestError(f"{path} is not an ONNX model or is damaged: {error}") from error
-    return None if text is None else parse_manifest(text, str(path))
 
 
 def parse_manifest(text: str, name: str) -> Manifest:
@@ -165,11 +171,11 @@ def profile_of(manifest: Manifest) -> ProfileShapes | None:
 
 def _from_format_1(document: dict[str, Any]) -> dict[str, Any]:
     """A document of format 1 with the fields of format 2; the first ones had no preset, guard and target."""
-    with_sws = document.get("sws") is not None
+    with_sws, engine = document.get("sws") is not None, document.get("engine")
     defaults = {
         "preset": "sws" if with_sws else None,
         "guard": {"form": "literal", "rows": "1"} if with_sws else None,
-        "target": "onnxruntime",
+        "target": engine.get("backend", "onnxruntime") if isinstance(engine, dict) else "onnxruntime",
         "debug_outputs": None,
     }
     document = defaults | document
@@ -206,3 +212,20 @@ def _check_names(manifest: Manifest) -> None:
         for name in names:
             if name not in known:
                 raise ValueError(f"{field}: '{name}' is not among {', '.join(sorted(known))}")
+    _check_states(manifest)
+
+
+def _check_states(manifest: Manifest) -> None:
+    """Raises ValueError where a name occurs twice, or an output does not fit the state that it becomes."""
+    specs: dict[str, TensorSpec] = {}
+    for spec in tensor_specs([*manifest["inputs"], *manifest["outputs"]]):
+        if spec.name in specs:
+            raise ValueError(f"inputs and outputs: '{spec.name}' occurs twice")
+        specs[spec.name] = spec
+    for number, state in enumerate(manifest["states"]):
+        read, written = specs[state["input"]], specs[state["output"]]
+        if (read.dtype, read.shape) != (written.dtype, written.shape):
+            raise ValueError(
+                f"states[{number}]: {read.name} is {read.dtype} {list(read.shape)}, {written.name} is "
+                f"{written.dtype} {list(written.shape)}; expected the same"
+            )

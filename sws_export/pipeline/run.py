@@ -1,6 +1,7 @@
 """The export pipeline: a checkpoint or plain ONNX graph in; an SWS graph, its validation, an engine out."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from sws_export.cache import FileDigest, open_cache
@@ -124,7 +125,9 @@ def _check_destination(model: Path, out: Path, options: ExportOptions) -> None:
     """Refuse a destination that cannot be written before any long work is done."""
     keeps_graph = artefact_kind(out) == "onnx" or options.keep_onnx
     graph = out.with_suffix(".onnx")
-    files = {out, manifest_path(out)} | ({graph, external_data_path(graph)} if keeps_graph else set())
+    files = {out, manifest_path(out)}
+    if keeps_graph:
+        files |= {graph, external_data_path(graph), manifest_path(graph)}
     for file in sorted(files):
         if file.is_dir():
             raise OutputError(f"cannot write {file}: it is a directory; choose another --out")
@@ -149,22 +152,22 @@ def _publish(
     digests: dict[Path, FileDigest] = {}
     with log.measure("hash"), log.stage("hash"):
         digests = {file: file_digest(file) for file in staged}
-    shapes = None
-    if engine is not None and plan.engine is not None:
+    describe = functools.partial(complete, graph.description)
+    manifests = {}
+    if engine is None or plan.engine is None:
+        document = describe(plan.out, digests, validation, None, None, log.timings)
+    else:
+        if plan.keeps_graph:
+            # Each artefact is loaded with a manifest of its own.
+            manifests[graph.path] = describe(graph.path, digests, validation, None, None, log.timings)
         digests[engine.path] = engine.digest
         shapes = profile_shapes(graph.description, plan.engine)
-    document = complete(
-        graph.description,
-        plan.out,
-        digests,
-        validation,
-        engine.report if engine else None,
-        shapes,
-        log.timings,
-    )
-    manifest = scratch / manifest_path(plan.out).name
-    write_manifest(document, manifest)
-    places = {file: plan.out.parent / file.name for file in (*digests, manifest)}
+        document = describe(plan.out, digests, validation, engine.report, shapes, log.timings)
+    manifests[plan.out] = document
+    written = [scratch / manifest_path(artefact).name for artefact in manifests]
+    for file, content in zip(written, manifests.values(), strict=True):
+        write_manifest(content, file)
+    places = {file: plan.out.parent / file.name for file in (*digests, *written)}
     # A large graph that this one replaces had its weights in a file beside it.
     graphs = [place for place in places.values() if place.suffix == ".onnx" and place.exists()]
     obsolete = [

@@ -27,7 +27,7 @@ _MULTIPLE = 8
 
 
 def write_report(
-    artefact: Path,
+    artefact: Path | Session,
     model: Path | None,
     out: Path,
     *,
@@ -45,7 +45,7 @@ def write_report(
     of the eager reference for the same inputs.
 
     Args:
-        artefact: `.onnx`, `.plan` or `.engine`.
+        artefact: `.onnx`, `.plan` or `.engine`, or a session that loaded it.
         model: The checkpoint that it was exported from, for the comparison with the reference; may be None if
             the artefact has debug outputs.
         out: The HTML file, which is self-contained.
@@ -69,20 +69,20 @@ def write_report(
         if not (0 <= down <= 1 and 0 <= right <= 1):
             raise OptionError(f"token {down:g},{right:g} is out of range; both are 0 to 1")
     progress = progress or SilentProgress()
-    session = Session.load(artefact)
+    session = artefact if isinstance(artefact, Session) else Session.load(artefact)
     contract = session.contract
     method_of(contract)
     if model is None and not contract.metrics:
         raise OptionError(
-            f"{artefact} has no site metrics among its outputs: give the checkpoint that it was exported "
-            "from, or export it again with --debug-outputs"
+            f"{contract.path} has no site metrics among its outputs: give the checkpoint that it was "
+            "exported from, or export it again with --debug-outputs"
         )
     reference = Reference(model, contract, intensity, progress) if model is not None else None
     sizes = _sizes(contract, height, width, encoder_hidden_states)
     measured = _sample(session, reference, sizes, steps, intensity, encoder_hidden_states, progress)
     explanation = Explanation(
         manifest=contract.manifest,
-        artefact=artefact.name,
+        artefact=contract.path.name,
         intensity=intensity,
         sizes=sizes,
         text="random text embeddings" if encoder_hidden_states is None else "given text embeddings",

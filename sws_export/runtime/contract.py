@@ -1,7 +1,6 @@
 """The inputs and outputs of an artefact, read from its manifest and checked against the file."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,15 +11,16 @@ from sws_export.manifest import (
     PREDICTION,
     Manifest,
     manifest_path,
-    parse_manifest,
     profile_of,
     read_embedded,
     read_manifest,
     tensor_specs,
 )
+from sws_export.runtime.integrity import check_files
 from sws_export.tensors import SIZE_AXES, ProfileShapes, TensorSpec
 
-_COMPARED = ("inputs", "outputs", "states", "preset", "sws", "precision", "debug_outputs")
+# TensorRT also builds graphs without plugins, which have the target tensorrt-rtx.
+_TARGETS = {"tensorrt": ("tensorrt", "tensorrt-rtx"), "tensorrt-rtx": ("tensorrt-rtx",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +111,11 @@ class Contract:
 def read_contract(path: Path, *, verify: bool = True) -> Contract:
     """The contract of the artefact at `path`.
 
-    An engine needs its manifest `<path>.json` beside it; an ONNX graph contains a copy.
+    The manifest `<path>.json` beside the artefact must list it with its size and sha256.
 
     Args:
         path: `.onnx`, `.plan` or `.engine`.
-        verify: Compare the sha256 of the artefact with the one in the manifest, if there is one.
+        verify: Compare the sha256 of the files with those in the manifest; their sizes are always compared.
 
     Raises:
         EngineError: A file is missing, is not what its name says, or does not belong to its manifest.
@@ -125,68 +125,23 @@ def read_contract(path: Path, *, verify: bool = True) -> Contract:
     if not path.is_file():
         raise EngineError(f"{path}: no such file; make it with: sws-export MODEL --out {path}")
     manifest = _manifest_of(path)
-    if verify:
-        _check_files(path, manifest)
+    check_files(path, manifest, hashes=verify)
     return _contract(path, _backend(path, manifest), manifest)
-
-
-def check_embedded(contract: Contract, embedded: str | None) -> None:
-    """Check that the manifest beside a graph and the description inside it are of the same graph.
-
-    Args:
-        contract: Made from the manifest beside the graph.
-        embedded: The metadata property of the graph, as JSON.
-
-    Raises:
-        EngineError: They differ.
-    """
-    inside: Mapping[str, object] = parse_manifest(embedded, str(contract.path)) if embedded else {}
-    for name in _COMPARED:
-        if inside.get(name) != contract.manifest.get(name):
-            raise EngineError(
-                f"{manifest_path(contract.path)} is not the manifest of {contract.path.name}: they differ in "
-                f"'{name}'; delete the manifest (the graph contains its own), or export again"
-            )
 
 
 def _manifest_of(path: Path) -> Manifest:
     beside = manifest_path(path)
     if beside.is_file():
         return read_manifest(beside)
-    if path.suffix != ".onnx":
-        raise ManifestError(
-            f"the manifest {beside} is missing: without it the states of {path.name} and their "
-            "shapes are not known; copy it from where the engine was built, or export again"
-        )
-    inside = read_embedded(path)
-    if inside is None:
+    if path.suffix == ".onnx" and read_embedded(path) is None:
         raise ManifestError(
             f"{path} was not written by sws-export: it has no description of its inputs and states; "
             f"put SWS into it with: sws-export {path} --out sws.onnx"
         )
-    return inside
-
-
-def _check_files(path: Path, manifest: Manifest) -> None:
-    """Compare the sha256 of the artefact, and of the weights of a graph, with those in the manifest."""
-    for entry in manifest.get("files", ()):
-        name, expected = entry["name"], entry["sha256"]
-        if name == manifest.get("artefact"):
-            # The artefact may have been renamed; the file of its weights may not.
-            file = path
-        elif path.suffix == ".onnx" and name.endswith(".data"):
-            file = path.with_name(name)
-        else:
-            continue
-        if not file.is_file():
-            raise EngineError(f"{file} is missing: {path.name} needs it; copy it from where it was made")
-        with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != expected:
-            raise EngineError(
-                f"{file} is not the file that {manifest_path(path).name} was written for: its sha256 is "
-                f"{found[:12]}…, expected {expected[:12]}…; copy both files again, or export again"
-            )
+    raise ManifestError(
+        f"the manifest {beside} is missing: without it the states of {path.name}, their shapes and the "
+        "sha256 of the file are not known; copy it from where the artefact was made, or export again"
+    )
 
 
 def _backend(path: Path, manifest: Manifest) -> str:
@@ -195,11 +150,15 @@ def _backend(path: Path, manifest: Manifest) -> str:
     header = plan_header(path)
     engine = manifest.get("engine")
     recorded = engine["backend"] if engine else "onnxruntime"
-    if header.backend != recorded:
-        raise EngineError(
-            f"{path} is an engine of {header.backend}, its manifest is of {recorded}: they do not belong "
-            "together; copy both files again, or export again"
-        )
+    for what, found, expected in (
+        ("is of", recorded, (header.backend,)),
+        ("has the target", manifest["target"], _TARGETS[header.backend]),
+    ):
+        if found not in expected:
+            raise EngineError(
+                f"{path} is an engine of {header.backend}, its manifest {what} {found}: they do not belong "
+                "together; copy both files again from the same export, or export again"
+            )
     return header.backend
 
 

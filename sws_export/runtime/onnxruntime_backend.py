@@ -8,8 +8,9 @@ import numpy as np
 from sws_export.errors import EngineError
 from sws_export.manifest import METADATA_KEY
 from sws_export.runtime.backend import StateShapes
-from sws_export.runtime.contract import Contract, check_embedded
+from sws_export.runtime.contract import Contract
 from sws_export.runtime.inputs import Array
+from sws_export.runtime.integrity import FoundTensor, check_embedded, check_tensors
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
@@ -53,7 +54,14 @@ class OnnxRuntimeBackend:
                     "driver with nvidia-smi, or load with device='cpu'"
                 )
             self.device = "cpu"
-        check_embedded(contract, self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
+        embedded = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        check_embedded(contract.path, contract.manifest, embedded)
+        check_tensors(
+            contract.path,
+            contract.manifest,
+            [_found(node) for node in self._session.get_inputs()],
+            [_found(node) for node in self._session.get_outputs()],
+        )
         self._contract = contract
 
     def loop(self, states: StateShapes) -> "OnnxRuntimeLoop":
@@ -107,6 +115,11 @@ class OnnxRuntimeLoop:
     def write(self, name: str, values: Array) -> None:
         """Replace a state; see `Loop`."""
         self._sets[self._current][name].update_inplace(np.ascontiguousarray(values, np.float32))
+
+
+def _found(node: Any) -> FoundTensor:
+    kind = node.type.removeprefix("tensor(").removesuffix(")")
+    return FoundTensor(node.name, {"float": "float32", "double": "float64"}.get(kind, kind), node.shape)
 
 
 def _import_onnxruntime() -> Any:

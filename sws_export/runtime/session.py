@@ -221,6 +221,7 @@ class Session(Stream):
         device: str | None = None,
         threads: int | None = None,
         cuda_graphs: bool = False,
+        engine_host_code_allowed: bool = False,
         verify: bool = True,
     ) -> Self:
         """Load an artefact.
@@ -230,7 +231,11 @@ class Session(Stream):
             device: `cpu` or `cuda`; None uses a GPU if the library finds one. Engines need `cuda`.
             threads: Threads of one operator in ONNX Runtime; None is ONNX Runtime's default.
             cuda_graphs: Engines only: capture the step as two CUDA graphs, one for each buffer of the state.
-            verify: Check the sha256 of the files, which takes about one second per gigabyte.
+            engine_host_code_allowed: TensorRT engines only: run the host code that an engine contains if
+                plugins are serialized into it or it is version-compatible. It is native code with the rights
+                of this process: allow it only for engines whose origin you trust.
+            verify: Compare the sha256 of the files with the manifest, which takes about one second per
+                gigabyte. That the manifest lists them, and their sizes, are always checked.
 
         Raises:
             OptionError: The device is unknown, or the artefact cannot run on it.
@@ -240,7 +245,7 @@ class Session(Stream):
         if device not in (None, "cpu", "cuda"):
             raise OptionError(f"device '{device}' is unknown; use 'cpu' or 'cuda'")
         contract = read_contract(Path(path), verify=verify)
-        return cls(contract, _open_backend(contract, device, threads, cuda_graphs))
+        return cls(contract, _open_backend(contract, device, threads, cuda_graphs, engine_host_code_allowed))
 
     @property
     def contract(self) -> Contract:
@@ -258,7 +263,11 @@ class Session(Stream):
 
 
 def _open_backend(
-    contract: Contract, device: str | None, threads: int | None, cuda_graphs: bool
+    contract: Contract,
+    device: str | None,
+    threads: int | None,
+    cuda_graphs: bool,
+    engine_host_code_allowed: bool,
 ) -> RuntimeBackend:
     if contract.backend == "onnxruntime":
         from sws_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -271,4 +280,4 @@ def _open_backend(
         )
     from sws_export.runtime.tensorrt_backend import open_tensorrt
 
-    return open_tensorrt(contract, cuda_graphs=cuda_graphs)
+    return open_tensorrt(contract, cuda_graphs=cuda_graphs, engine_host_code_allowed=engine_host_code_allowed)

@@ -16,8 +16,19 @@ from sws_export.runtime.backend import StateShapes
 from sws_export.runtime.contract import Contract
 from sws_export.runtime.cuda_device import CudaDevice, Memory
 from sws_export.runtime.inputs import Array
+from sws_export.runtime.integrity import FoundTensor, check_profile, check_tensors
+from sws_export.tensors import Shape
 
 _FLOAT32_BYTES = 4
+# Members of TensorRT's DataType.
+_DTYPES = {
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT32": "int32",
+    "INT64": "int64",
+}
 
 
 class Device(Protocol):
@@ -36,30 +47,48 @@ class Device(Protocol):
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Callable[[], None]: ...  # noqa: D102
 
 
-def open_tensorrt(contract: Contract, *, cuda_graphs: bool) -> "TensorRtBackend":
+def open_tensorrt(
+    contract: Contract, *, cuda_graphs: bool, engine_host_code_allowed: bool
+) -> "TensorRtBackend":
     """Load the plan on the GPU of this machine.
 
     Raises:
         EngineError: The library is not installed, there is no GPU, or the plan is for another one.
     """
     library = get_backend(contract.backend).load()
-    return TensorRtBackend(contract, library, CudaDevice(), cuda_graphs=cuda_graphs)
+    return TensorRtBackend(
+        contract,
+        library,
+        CudaDevice(),
+        cuda_graphs=cuda_graphs,
+        engine_host_code_allowed=engine_host_code_allowed,
+    )
 
 
 class TensorRtBackend:
     """A plan loaded in TensorRT."""
 
-    def __init__(self, contract: Contract, library: Any, device: Device, *, cuda_graphs: bool) -> None:
-        """Deserialize the plan.
+    def __init__(
+        self,
+        contract: Contract,
+        library: Any,
+        device: Device,
+        *,
+        cuda_graphs: bool,
+        engine_host_code_allowed: bool = False,
+    ) -> None:
+        """Deserialize the plan and compare its tensors and its profile with the manifest.
 
         Args:
             contract: Of the engine.
             library: The module `tensorrt` or `tensorrt_rtx`.
             device: The GPU.
             cuda_graphs: Capture the step as CUDA graphs.
+            engine_host_code_allowed: See `Session.load`.
 
         Raises:
-            EngineError: The plan is for another GPU or library version.
+            EngineError: The plan is for another GPU or library version, contains host code that is not
+                allowed, or has other tensors than its manifest.
         """
         self.device = "cuda"
         self._contract = contract
@@ -84,8 +113,7 @@ class TensorRtBackend:
                 f"{self._errors[0] if self._errors else error}; "
                 "check that the NVIDIA driver supports this version (nvidia-smi shows the driver)"
             ) from error
-        # A graph lowered for TensorRT may carry the SWS plugins in its plan.
-        runtime.engine_host_code_allowed = contract.manifest.get("target") == "tensorrt"
+        runtime.engine_host_code_allowed = engine_host_code_allowed
         self._engine = runtime.deserialize_cuda_engine(contract.path.read_bytes())
         # The engine does not keep them alive.
         self._kept = (logger, runtime)
@@ -93,8 +121,9 @@ class TensorRtBackend:
             raise EngineError(
                 f"{library.__name__} {library.__version__} on {device.name} cannot load {contract.path}, "
                 f"which was built by version {header.version}: {self._first_error()}; "
-                "build the engine again on this machine"
+                f"build the engine again on this machine{_host_code_hint(contract, engine_host_code_allowed)}"
             )
+        _check_engine(contract, self._engine, library)
 
     def loop(self, states: StateShapes) -> "TensorRtLoop":
         """Buffers and an execution context for one stream."""
@@ -112,6 +141,36 @@ class TensorRtBackend:
         first = self._errors[0] if self._errors else "TensorRT logged no reason"
         self._errors.clear()
         return first
+
+
+def _check_engine(contract: Contract, engine: Any, library: Any) -> None:
+    """Compare the engine's tensors and its profile with the manifest."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = [name for name in names if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT]
+    found = {
+        name: FoundTensor(
+            name,
+            _DTYPES.get(engine.get_tensor_dtype(name).name, "another dtype"),
+            [None if size < 0 else size for size in engine.get_tensor_shape(name)],
+        )
+        for name in names
+    }
+    outputs = [found[name] for name in names if name not in inputs]
+    check_tensors(contract.path, contract.manifest, [found[name] for name in inputs], outputs)
+    profile: dict[str, tuple[Shape, Shape, Shape]] = {}
+    for name in inputs:
+        smallest, best, largest = engine.get_tensor_profile_shape(name, 0)
+        profile[name] = (tuple(smallest), tuple(best), tuple(largest))
+    check_profile(contract.path, contract.profile or {}, profile)
+
+
+def _host_code_hint(contract: Contract, allowed: bool) -> str:
+    if allowed or contract.backend != "tensorrt":
+        return ""
+    return (
+        "; if it contains plugins or is version-compatible, it has host code, which is run only for "
+        "engine_host_code_allowed=True: pass that for engines whose origin you trust"
+    )
 
 
 class TensorRtLoop:

@@ -36,6 +36,7 @@ class SampleOptions:
         height: Pixels; None is the size that the UNet was trained on.
         width: Pixels; None as for `height`.
         trust_code: Import `pipeline.py` of the pipeline directory if diffusers does not have its class.
+        engine_host_code_allowed: See `Session.load`.
     """
 
     prompts: tuple[str, ...]
@@ -46,6 +47,7 @@ class SampleOptions:
     height: int | None = None
     width: int | None = None
     trust_code: bool = False
+    engine_host_code_allowed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompts", "seeds", "intensities"):
@@ -83,7 +85,11 @@ def sample_pipeline(
     from sws_export.adapters.diffusers import SWSUNet
 
     pipe = _load_pipeline(pipeline, trust_code=options.trust_code)
-    unet = SWSUNet.load(artefact, config=_unet_config(pipeline))
+    unet = SWSUNet.load(
+        artefact,
+        config=_unet_config(pipeline),
+        engine_host_code_allowed=options.engine_host_code_allowed,
+    )
     unet.attach(pipe)
     total = len(options.prompts) * len(options.seeds) * len(options.intensities)
     runs = []

@@ -54,7 +54,12 @@ def sha256(file: Path) -> str:
 
 def test_the_main_job_writes_engine_graph_and_manifest(made: tuple[Path, dict[str, Any]]) -> None:
     directory, printed = made
-    assert sorted(listing(directory)) == ["shapes.onnx", "shapes.plan", "shapes.plan.json"]
+    assert sorted(listing(directory)) == [
+        "shapes.onnx",
+        "shapes.onnx.json",
+        "shapes.plan",
+        "shapes.plan.json",
+    ]
     assert printed["files"][0] == str(directory / "shapes.plan")
     assert sorted(printed["files"]) == sorted(str(directory / name) for name in listing(directory))
     assert printed["manifest"] == json.loads((directory / "shapes.plan.json").read_text())

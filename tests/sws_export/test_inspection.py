@@ -1,6 +1,7 @@
 """What `inspect` says of each kind of file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx_ir as ir
@@ -28,6 +29,7 @@ def test_a_graph_of_ours(traced: Path) -> None:
     assert facts["inputs"][0] == "sample float32 ['batch', 4, 'height', 'width']"
     assert facts["precision"] == "fp32"
     assert facts["sws"] is None
+    assert "warnings" not in facts
 
 
 def test_a_graph_from_elsewhere(traced: Path, tmp_path: Path) -> None:
@@ -41,9 +43,28 @@ def test_a_graph_from_elsewhere(traced: Path, tmp_path: Path) -> None:
     assert facts["skipped_sites"] == []
 
 
+def test_a_manifest_of_another_artefact(sws_graph: Path, traced: Path, tmp_path: Path) -> None:
+    """Also where the other artefact has the same name and files."""
+    graph, manifest = tmp_path / "sws.onnx", tmp_path / "sws.onnx.json"
+    shutil.copy(sws_graph, graph)
+    assert inspect_file(graph)["warnings"] == [
+        "sws.onnx.json is missing: the graph cannot be loaded for running without it"
+    ]
+    shutil.copy(f"{traced}.json", manifest)
+    for file in (graph, manifest):
+        (warning,) = inspect_file(file)["warnings"]
+        assert "sws.onnx is not the file that sws.onnx.json was written for" in warning
+    document = json.loads(Path(f"{sws_graph}.json").read_text())
+    manifest.write_text(json.dumps(document | {"sws": {"beta": 0.5}}))
+    for file in (graph, manifest):
+        (warning,) = inspect_file(file)["warnings"]
+        assert "is not the manifest of sws.onnx: they differ in 'sws'" in warning
+
+
 def test_a_manifest(tmp_path: Path) -> None:
     recorded = Path(__file__).parent / "manifest" / "recorded" / "format_1_sws.json"
-    assert inspect_file(recorded) == {"kind": "manifest", **read_manifest(recorded)}
+    warning = [f"{recorded.with_suffix('')}: expected .onnx, .plan or .engine, found ''"]
+    assert inspect_file(recorded) == {"kind": "manifest", **read_manifest(recorded), "warnings": warning}
     (tmp_path / "e.plan.json").write_text(json.dumps({"artefact": "e.plan", "precision": "fp16"}))
     with pytest.raises(SwsExportError, match=r"e\.plan\.json has format null"):
         inspect_file(tmp_path / "e.plan.json")

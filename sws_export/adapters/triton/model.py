@@ -24,7 +24,11 @@ class TritonPythonModel:
         """
         parameters = json.loads(arguments["model_config"])["parameters"]
         folder = Path(arguments["model_repository"]) / arguments["model_version"]
-        self._session = Session.load(folder / parameters["file"]["string_value"])
+        # Repositories of earlier versions do not have this parameter.
+        allowed = parameters.get("engine_host_code_allowed", {}).get("string_value") == "True"
+        self._session = Session.load(
+            folder / parameters["file"]["string_value"], engine_host_code_allowed=allowed
+        )
         # Triton opens at most this many sequences: further streams belong to sequences that were dropped.
         self._limit = int(parameters["max_sequences"]["string_value"])
         self._streams: OrderedDict[int, Stream] = OrderedDict()

@@ -49,6 +49,7 @@ class TritonOptions:
         max_sequences: Sequences that may be open at the same time.
         idle_seconds: Seconds without a request after which a sequence is dropped.
         queue_microseconds: Time that a request waits for others to be batched with, `native` only.
+        engine_host_code_allowed: See `Session.load`; `python` only.
     """
 
     name: str | None = None
@@ -60,6 +61,7 @@ class TritonOptions:
     max_sequences: int = 64
     idle_seconds: int = 60
     queue_microseconds: int = 1000
+    engine_host_code_allowed: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in ("native", "python"):
@@ -279,5 +281,9 @@ def _python_config(contract: Contract, name: str, options: TritonOptions) -> dic
         "parameters": [
             {"key": "file", "value": {"string_value": model_file(contract)}},
             {"key": "max_sequences", "value": {"string_value": str(options.max_sequences)}},
+            {
+                "key": "engine_host_code_allowed",
+                "value": {"string_value": str(options.engine_host_code_allowed)},
+            },
         ],
     }

@@ -1,5 +1,6 @@
 """Model repositories for Triton: the configuration by Triton's own protobuf, the model by Triton itself."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,7 +40,13 @@ def engine(sws_graph: Path, tmp_path: Path) -> Callable[[str], Path]:
         magic = b"vtrt" if backend == "tensorrt-rtx" else b"ftrt"
         plan.write_bytes(magic + bytes(12) + (64).to_bytes(8, "little") + bytes(40))
         document = json.loads(sws_graph.with_name("sws.onnx.json").read_text())
-        document |= {"artefact": plan.name, "files": [], "engine": {"backend": backend}}
+        entry = {
+            "name": plan.name,
+            "bytes": plan.stat().st_size,
+            "sha256": hashlib.sha256(plan.read_bytes()).hexdigest(),
+        }
+        document |= {"artefact": plan.name, "files": [entry], "engine": {"backend": backend}}
+        document["target"] = "tensorrt-rtx"
         sizes = SizeRanges(Range(1, 2, 4), Range(8, 16, 32), Range(8, 24, 32), Range(7, 9, 99))
         document["profile"] = {
             name: dict(zip(("min", "opt", "max"), shapes, strict=True))
@@ -164,6 +171,11 @@ def test_weights_beside_the_graph_keep_their_name(sws_graph: Path, tmp_path: Pat
     for file in (sws_graph, sws_graph.with_name("sws.onnx.json")):
         shutil.copy(file, tmp_path / file.name.replace("sws", "large"))
     (tmp_path / "large.onnx.data").write_bytes(b"weights")
+    manifest = tmp_path / "large.onnx.json"
+    document = json.loads(manifest.read_text().replace('"sws.onnx"', '"large.onnx"'))
+    digest = hashlib.sha256(b"weights").hexdigest()
+    document["files"].append({"name": "large.onnx.data", "bytes": 7, "sha256": digest})
+    manifest.write_text(json.dumps(document))
     write_repository(tmp_path / "large.onnx", tmp_path / "models", TritonOptions(height=8, width=8))
     assert "1/large.onnx.data" in names(tmp_path / "models" / "large")
 

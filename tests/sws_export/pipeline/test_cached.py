@@ -230,7 +230,7 @@ def test_the_graph_beside_a_known_engine(model: Path, out: Path, built: list[Any
     export(model, out / "e.plan", PLAN)
     export(model, out / "e.plan", with_options(PLAN, keep_onnx=True))
     assert len(built) == 1
-    assert sorted(listing(out)) == ["e.onnx", "e.plan", "e.plan.json"]
+    assert sorted(listing(out)) == ["e.onnx", "e.onnx.json", "e.plan", "e.plan.json"]
 
 
 def test_the_log_the_summary_and_json_say_so(

@@ -27,6 +27,7 @@ from sws_export.errors import ValidationError
 from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline import graph as graph_making
 from sws_export.progress import SilentProgress
+from sws_export.runtime.contract import read_contract
 from tests.export_runs import Session, difference, error_line, listing, with_options
 
 ENGINE = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 4, 1.0, 0.5, 0.5, 10**6, 3, 0, {})
@@ -98,7 +99,8 @@ class TestWhatIsWritten:
         options = with_options(FAST, keep_onnx=True, vae_scale=1)
         report = export(random_unet, out / "e.plan", options)
         assert report.files[0] == out / "e.plan"
-        assert sorted(listing(out)) == ["e.onnx", "e.plan", "e.plan.json"]
+        assert read_contract(out / "e.onnx").backend == "onnxruntime"
+        assert sorted(listing(out)) == ["e.onnx", "e.onnx.json", "e.plan", "e.plan.json"]
 
     def test_large_weights_in_a_file_of_their_own(
         self, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
@@ -293,7 +295,7 @@ def test_an_interrupt_while_files_move_comes_too_late(
 
     monkeypatch.setattr(Path, "replace", interrupted)
     export(random_unet, out / "e.plan", with_options(FAST, keep_onnx=True, vae_scale=1))
-    assert sorted(listing(out)) == ["e.onnx", "e.plan", "e.plan.json"]
+    assert sorted(listing(out)) == ["e.onnx", "e.onnx.json", "e.plan", "e.plan.json"]
     assert signal.getsignal(number) is handler
 
 

@@ -1,5 +1,6 @@
 """Reading manifests, and files that do not belong to them."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from sws_export.engines.gpu import gpu_count
 from sws_export.errors import EngineError, OptionError
+from sws_export.manifest import METADATA_KEY
 from sws_export.runtime import Session
 from sws_export.runtime.contract import read_contract
 
@@ -44,12 +46,10 @@ def test_what_it_tells(sws_graph: Path) -> None:
     assert contract.profile is None
 
 
-def test_a_graph_has_its_manifest_inside(graph_copy: Path) -> None:
-    beside = read_contract(graph_copy)
+def test_a_graph_needs_its_manifest(graph_copy: Path) -> None:
     manifest_of(graph_copy).unlink()
-    inside = read_contract(graph_copy)
-    assert (inside.inputs, inside.states) == (beside.inputs, beside.states)
-    Session.load(graph_copy)
+    with pytest.raises(EngineError, match=r"manifest .*sws\.onnx\.json is missing.*copy it from where"):
+        Session.load(graph_copy, verify=False)
 
 
 def test_a_renamed_graph_is_the_same(graph_copy: Path) -> None:
@@ -69,9 +69,26 @@ def test_another_file_than_the_manifest_is_of(graph_copy: Path) -> None:
     model = onnx.load(graph_copy)
     model.doc_string = "changed"
     onnx.save(model, graph_copy)
+    with pytest.raises(EngineError, match=r"sws\.onnx is not the file that .* was written for: its size"):
+        Session.load(graph_copy, verify=False)
+    document = json.loads(manifest_of(graph_copy).read_text())
+    document["files"][0]["bytes"] = graph_copy.stat().st_size
+    manifest_of(graph_copy).write_text(json.dumps(document))
     with pytest.raises(EngineError, match=r"sws\.onnx is not the file that .* was written for: its sha256"):
         Session.load(graph_copy)
     Session.load(graph_copy, verify=False)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_manifest_that_does_not_list_the_artefact(edit_manifest: Edit, verify: bool) -> None:
+    with pytest.raises(EngineError, match=r"json does not list sws\.onnx with its size and sha256"):
+        Session.load(edit_manifest(files=[]), verify=verify)
+
+
+def test_a_manifest_that_does_not_list_the_weights(graph_copy: Path) -> None:
+    graph_copy.with_name("sws.onnx.data").write_bytes(b"")
+    with pytest.raises(EngineError, match=r"json does not list sws\.onnx\.data with its size and sha256"):
+        Session.load(graph_copy)
 
 
 def test_missing_weights_file(edit_manifest: Edit, sws_graph: Path) -> None:
@@ -83,8 +100,28 @@ def test_missing_weights_file(edit_manifest: Edit, sws_graph: Path) -> None:
 
 def test_a_manifest_of_another_graph(edit_manifest: Edit) -> None:
     graph = edit_manifest(sws={"beta": 0.5})
-    with pytest.raises(EngineError, match=r"is not the manifest of sws\.onnx: they differ in 'sws'"):
+    with pytest.raises(
+        EngineError, match=r"is not the manifest of sws\.onnx: they differ in 'sws'; copy both"
+    ):
         Session.load(graph)
+
+
+def test_a_manifest_and_a_description_of_another_graph(graph_copy: Path) -> None:
+    """Both are changed alike, and the sha256 is that of the changed graph."""
+    model = onnx.load(graph_copy)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    inside = json.loads(properties[METADATA_KEY])
+    inside["inputs"][0]["shape"][1] = inside["outputs"][0]["shape"][1] = 9
+    onnx.helper.set_model_props(model, properties | {METADATA_KEY: json.dumps(inside)})
+    onnx.save(model, graph_copy)
+    content = graph_copy.read_bytes()
+    entry = {"name": "sws.onnx", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    document = json.loads(manifest_of(graph_copy).read_text()) | inside | {"files": [entry]}
+    manifest_of(graph_copy).write_text(json.dumps(document))
+    with pytest.raises(
+        EngineError, match=r"does not describe sws\.onnx: input sample: .*\[batch, 4, height, width\]"
+    ):
+        Session.load(graph_copy)
 
 
 def test_a_manifest_of_a_later_format(edit_manifest: Edit) -> None:
@@ -109,7 +146,7 @@ def test_a_graph_of_somebody_else(graph_copy: Path) -> None:
 
 
 def test_a_damaged_graph(graph_copy: Path) -> None:
-    graph_copy.write_bytes(b"\xff" * 100)
+    graph_copy.write_bytes(b"\xff" * graph_copy.stat().st_size)
     with pytest.raises(EngineError, match=r"ONNX Runtime cannot load .*sws\.onnx"):
         Session.load(graph_copy, verify=False)
     manifest_of(graph_copy).unlink()
@@ -131,7 +168,13 @@ def plan_of(sws_graph: Path, tmp_path: Path) -> Callable[[str], Path]:
     def make(backend: str) -> Path:
         plan = make_plan(tmp_path / "engine.plan")
         document = json.loads(manifest_of(sws_graph).read_text())
-        document |= {"artefact": plan.name, "files": [], "engine": {"backend": backend}}
+        entry = {"name": plan.name, "bytes": 64, "sha256": hashlib.sha256(plan.read_bytes()).hexdigest()}
+        document |= {
+            "artefact": plan.name,
+            "files": [entry],
+            "engine": {"backend": backend},
+            "target": "tensorrt-rtx",
+        }
         manifest_of(plan).write_text(json.dumps(document))
         return plan
 
@@ -141,6 +184,14 @@ def plan_of(sws_graph: Path, tmp_path: Path) -> Callable[[str], Path]:
 def test_an_engine_of_another_library(plan_of: Callable[[str], Path]) -> None:
     with pytest.raises(EngineError, match="is an engine of tensorrt-rtx, its manifest is of tensorrt"):
         Session.load(plan_of("tensorrt"))
+
+
+def test_an_engine_of_another_target(plan_of: Callable[[str], Path]) -> None:
+    plan = plan_of("tensorrt-rtx")
+    document = json.loads(manifest_of(plan).read_text()) | {"target": "tensorrt"}
+    manifest_of(plan).write_text(json.dumps(document))
+    with pytest.raises(EngineError, match="engine of tensorrt-rtx, its manifest has the target tensorrt:"):
+        Session.load(plan)
 
 
 def test_engines_do_not_run_on_the_cpu(plan_of: Callable[[str], Path]) -> None:
@@ -161,5 +212,5 @@ def test_engines_need_a_driver(plan_of: Callable[[str], Path]) -> None:
 def test_a_plan_cut_short(plan_of: Callable[[str], Path]) -> None:
     plan = plan_of("tensorrt-rtx")
     plan.write_bytes(plan.read_bytes()[:-1])
-    with pytest.raises(EngineError, match="its header gives 64 bytes, the file has 63"):
+    with pytest.raises(EngineError, match="its size is 63 bytes, expected 64 bytes"):
         Session.load(plan)

@@ -63,11 +63,8 @@ def test_what_an_import_loads(program: str) -> None:
     check_loaded(run(sys.executable, program + LOADED))
 
 
-@pytest.mark.parametrize("manifest", ["beside", "inside"])
-def test_what_a_step_loads(manifest: str, graph_copy: Path) -> None:
-    if manifest == "inside":
-        graph_copy.with_name("sws.onnx.json").unlink()
-    check_loaded(run(sys.executable, STEP + LOADED, graph_copy))
+def test_what_a_step_loads(sws_graph: Path) -> None:
+    check_loaded(run(sys.executable, STEP + LOADED, sws_graph))
 
 
 def check_loaded(printed: str) -> None:

@@ -1,6 +1,5 @@
 """What an artefact tells of its sites: through a session, a stand-in for TensorRT, Triton and validation."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,9 @@ from sws_export.parameters import SwsParameters
 from sws_export.pipeline.revalidate import validate
 from sws_export.reference import ReferenceUNet, schedule
 from sws_export.runtime import Session, StepError
-from sws_export.runtime.contract import read_contract
 from sws_export.runtime.session import Stream
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
-from tests.sws_export.runtime.test_contract import make_plan
-from tests.sws_export.runtime.test_tensorrt_backend import FakeLibrary, HostDevice
+from tests.sws_export.runtime.test_tensorrt_backend import FakeLibrary, HostDevice, engine_contract
 
 MakeInputs = Callable[..., dict[str, Any]]
 
@@ -102,7 +99,7 @@ def test_the_prediction_is_that_of_a_graph_without(
 def test_the_tensorrt_backend_has_them_too(
     metrics_graph: Path, tmp_path: Path, inputs: MakeInputs, cuda_graphs: bool
 ) -> None:
-    contract = dataclasses.replace(read_contract(metrics_graph), path=make_plan(tmp_path / "engine.plan"))
+    contract = engine_contract(metrics_graph, tmp_path)
     device = HostDevice()
     library = FakeLibrary(metrics_graph, device)
     stream = Stream(contract, TensorRtBackend(contract, library, device, cuda_graphs=cuda_graphs))

@@ -5,7 +5,7 @@ Nothing here shows that a GPU is driven rightly: only that addresses, shapes, tu
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,11 +131,31 @@ class FakeContext:
         return np.frombuffer((ctypes.c_float * count).from_address(address), np.float32).reshape(shape)
 
 
+def profile_of_shape(shape: Sequence[int | str]) -> tuple[tuple[int, ...], ...]:
+    """Smallest, optimal and largest shape of an input of a fake engine: each open size is 1, 2 or 64."""
+    return tuple(tuple(size if isinstance(size, int) else open_ for size in shape) for open_ in (1, 2, 64))
+
+
+def fake_engine(session: onnxruntime.InferenceSession) -> SimpleNamespace:
+    """An engine with the tensors of a graph."""
+    nodes = {node.name: node for node in (*session.get_inputs(), *session.get_outputs())}
+    inputs = [node.name for node in session.get_inputs()]
+    return SimpleNamespace(
+        num_io_tensors=len(nodes),
+        get_tensor_name=list(nodes).__getitem__,
+        get_tensor_mode=lambda name: "input" if name in inputs else "output",
+        get_tensor_dtype=lambda _: SimpleNamespace(name="FLOAT"),
+        get_tensor_shape=lambda name: [size if isinstance(size, int) else -1 for size in nodes[name].shape],
+        get_tensor_profile_shape=lambda name, _: profile_of_shape(nodes[name].shape),
+    )
+
+
 class FakeLibrary:
     """As much of the TensorRT module as the backend uses."""
 
     __name__ = "tensorrt_rtx"
     __version__ = "1.7.1"
+    TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
 
     class ILogger:
         Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, INFO=3)
@@ -148,7 +168,9 @@ class FakeLibrary:
             self.contexts.append(FakeContext(graph, device))
             return self.contexts[-1]
 
-        self.engine = SimpleNamespace(create_execution_context=create_execution_context)
+        self.engine = fake_engine(onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]))
+        self.engine.create_execution_context = create_execution_context
+        self.runtimes: list[Any] = []
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802  (TensorRT's name)
         def deserialize_cuda_engine(plan: bytes) -> Any:
@@ -159,7 +181,15 @@ class FakeLibrary:
                 return None
             return self.engine
 
-        return SimpleNamespace(deserialize_cuda_engine=deserialize_cuda_engine)
+        self.runtimes.append(SimpleNamespace(deserialize_cuda_engine=deserialize_cuda_engine))
+        return self.runtimes[-1]
+
+
+def engine_contract(graph: Path, folder: Path) -> Contract:
+    """The contract of a fake engine of `graph`."""
+    contract = read_contract(graph)
+    profile = {entry["name"]: profile_of_shape(entry["shape"]) for entry in contract.manifest["inputs"]}
+    return dataclasses.replace(contract, path=make_plan(folder / "engine.plan"), profile=profile)
 
 
 @pytest.fixture
@@ -174,7 +204,7 @@ def library(sws_graph: Path, device: HostDevice) -> FakeLibrary:
 
 @pytest.fixture
 def contract(sws_graph: Path, tmp_path: Path) -> Contract:
-    return dataclasses.replace(read_contract(sws_graph), path=make_plan(tmp_path / "engine.plan"))
+    return engine_contract(sws_graph, tmp_path)
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -278,4 +308,53 @@ def test_a_plan_that_the_library_refuses(contract: Contract, sws_graph: Path, de
     with pytest.raises(
         EngineError, match=r"1\.7\.1 on host cannot load .* built by version 1\.7\.1\.116: the version tag"
     ):
+        TensorRtBackend(contract, library, device, cuda_graphs=False)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_host_code_is_the_callers_decision(
+    contract: Contract, library: FakeLibrary, device: HostDevice, allowed: bool
+) -> None:
+    contract.manifest["target"] = "tensorrt"
+    TensorRtBackend(contract, library, device, cuda_graphs=False, engine_host_code_allowed=allowed)
+    assert library.runtimes[0].engine_host_code_allowed is allowed
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "value", "message"),
+    [
+        (
+            "sigma",
+            "get_tensor_dtype",
+            SimpleNamespace(name="HALF"),
+            r"input sigma: .* has float16 \[\?\], the",
+        ),
+        (
+            "sws_state_d2",
+            "get_tensor_shape",
+            [-1, 99, -1, -1],
+            r"sws_state_d2: .* has float32 \[\?, 99, \?, \?\]",
+        ),
+        ("out_sample", "get_tensor_shape", [-1, 4, -1], r"output out_sample: .* has float32 \[\?, 4, \?\]"),
+        ("sigma", "get_tensor_mode", "output", "input sigma: the artefact does not have it"),
+        (
+            "sample",
+            "get_tensor_profile_shape",
+            ((1, 4, 1, 1), (2, 4, 2, 2), (99, 4, 64, 64)),
+            r"profile of sample: .* to \[99, 4, 64, 64\], the manifest .* to \[64, 4, 64, 64\]",
+        ),
+    ],
+)
+def test_an_engine_that_its_manifest_does_not_describe(
+    contract: Contract,
+    library: FakeLibrary,
+    device: HostDevice,
+    name: str,
+    method: str,
+    value: Any,
+    message: str,
+) -> None:
+    real = getattr(library.engine, method)
+    setattr(library.engine, method, lambda tensor, *rest: value if tensor == name else real(tensor, *rest))
+    with pytest.raises(EngineError, match=rf"does not describe engine\.plan: .*{message}"):
         TensorRtBackend(contract, library, device, cuda_graphs=False)

@@ -1,6 +1,5 @@
 """Everything that drives an artefact, with one whose cross-attention is shuffled too: states of two kinds."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from sws_export.tensors import Range, SizeRanges, shapes_for
 from tests import export_runs
 from tests.sws_export.adapters.test_comfyui import Sampler, by_hand
 from tests.sws_export.adapters.test_diffusers import build, call, draw, vae
-from tests.sws_export.runtime.test_contract import make_plan
-from tests.sws_export.runtime.test_tensorrt_backend import FakeLibrary, HostDevice
+from tests.sws_export.runtime.test_tensorrt_backend import FakeLibrary, HostDevice, engine_contract
 
 MakeInputs = Callable[..., dict[str, Any]]
 TEXT = "sws_state_text"
@@ -107,7 +105,7 @@ class TestTensorRt:
         self, text_graph: Path, tmp_path: Path, inputs: MakeInputs, session: Session, cuda_graphs: bool
     ) -> None:
         device = HostDevice()
-        contract = dataclasses.replace(read_contract(text_graph), path=make_plan(tmp_path / "engine.plan"))
+        contract = engine_contract(text_graph, tmp_path)
         backend = TensorRtBackend(contract, FakeLibrary(text_graph, device), device, cuda_graphs=cuda_graphs)
         stream, other = Stream(contract, backend), session.stream()
         for number, tokens in enumerate((5, 5, 5, 9, 9, 9, 5, 5)):
