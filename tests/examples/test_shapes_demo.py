@@ -98,7 +98,11 @@ def test_the_pipeline_is_the_plain_sampler(pipe: ShapesPipeline) -> None:
 @pytest.mark.parametrize(
     ("prompt", "trust", "message"),
     [
-        ("red circle left", False, "is a ShapesPipeline, which is code in its pipeline.py; add --trust-code"),
+        (
+            "red circle left",
+            False,
+            "is a ShapesPipeline, which is defined in its pipeline.py; add --trust-code",
+        ),
         (
             "purple circle left",
             True,
