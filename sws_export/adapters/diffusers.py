@@ -10,9 +10,11 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from sws_export.errors import EngineError, StepError
+from sws_export.adapters.fit_pipeline import EDM_TYPES, fit_pipeline, missing_settings
+from sws_export.errors import EngineError, OptionError, StepError
+from sws_export.manifest import SourceEntry
 from sws_export.runtime.inputs import to_numpy
-from sws_export.runtime.noise_levels import noise_levels
+from sws_export.runtime.noise_levels import edm_noise_levels, noise_levels
 from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session
 from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, PRECISIONS
 
@@ -31,9 +33,12 @@ class SWSUNet:
         unet = SWSUNet.load("unet.onnx").attach(pipe)
         pipe(prompt, cross_attention_kwargs={"intensity": 0.7})
 
-    The noise level comes from the pipeline's scheduler. The state is reset for every trajectory: when the
-    scheduler gets new timesteps, when the noise level rises, and when the batch or size changes. A persistent
-    state (`--preset comfyui-node`) is reset by `reset` only.
+    The noise level comes from the pipeline's scheduler, or for an EDM model from the timestep. The state is
+    reset for every trajectory: when the scheduler gets new timesteps, when the noise level rises, and when
+    the batch or size changes. A persistent state (`--preset comfyui-node`) is reset by `reset` only.
+
+    `eval`, `to`, `requires_grad_`, `train` and `num_parameters` are those of a model whose weights are final
+    and whose device and precision were chosen when it was loaded and exported.
 
     Attributes:
         intensity: Default strength of SWS, in [0, 1].
@@ -47,8 +52,24 @@ class SWSUNet:
         self.intensity = intensity
         self._pipe: Any = None
         self._scheduler: Any = None
+        # The scheduler whose settings were compared with those that the UNet needs.
+        self._checked: Any = None
         self._trajectory: Any = None
         self._last_sigma = float("inf")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.session.contract.path.name})"
+
+    def __getattr__(self, name: str) -> Any:
+        """Name the reason in the error for what a torch UNet has and an exported one has not.
+
+        Raises:
+            AttributeError: Always, so that `hasattr` is False.
+        """
+        raise AttributeError(
+            f"SWSUNet has no attribute '{name}': the UNet is an exported graph, whose weights and layers "
+            "cannot be read or changed; use the torch UNet for this, and export it again"
+        )
 
     @classmethod
     def load(
@@ -84,7 +105,13 @@ class SWSUNet:
         return unet
 
     def attach(self, pipe: Any) -> Self:
-        """Replace `pipe.unet`, and use `pipe.scheduler`, also if it is replaced later."""
+        """Replace `pipe.unet`, and use `pipe.scheduler`, also if it is replaced later.
+
+        A scheduler or VAE that does not fit what the UNet predicts is changed, with a warning, see
+        `fit_pipeline`.
+        """
+        for change in fit_pipeline(pipe, self._source):
+            warnings.warn(change, stacklevel=2)
         pipe.unet = self
         self._pipe = pipe
         # Pipelines derive these from their UNet when they are created, possibly without one.
@@ -99,6 +126,10 @@ class SWSUNet:
     def scheduler(self) -> Any:
         """The scheduler of the timesteps; None if it is unknown."""
         return self._pipe.scheduler if self._pipe is not None else self._scheduler
+
+    @property
+    def _source(self) -> SourceEntry:
+        return self.session.contract.manifest["source"]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,6 +147,70 @@ class SWSUNet:
         """The layer from which SDXL's pipelines read the number of input features."""
         features = self.config.projection_class_embeddings_input_dim
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=features))
+
+    def eval(self) -> Self:
+        """Return self: an exported UNet is in evaluation mode."""
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Return self if `mode` is False.
+
+        Raises:
+            OptionError: `mode` is True.
+        """
+        if mode:
+            raise OptionError(f"{self}: an exported graph cannot be trained; train the torch UNet")
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Return self if `requires_grad` is False, as there are no gradients.
+
+        Raises:
+            OptionError: `requires_grad` is True.
+        """
+        if requires_grad:
+            raise OptionError(f"{self}: an exported graph has no gradients; use the torch UNet")
+        return self
+
+    def to(self, *arguments: Any, **named: Any) -> Self:
+        """Return self for its own device and precision; arguments as in torch.
+
+        Raises:
+            OptionError: Another device or precision.
+        """
+        if wrong := set(named) - {
+            "device",
+            "dtype",
+            "non_blocking",
+            "memory_format",
+            "silence_dtype_warnings",
+        }:
+            raise TypeError(f"to() has no argument {', '.join(sorted(wrong))}")
+        given = [*arguments, *(named.get(name) for name in ("device", "dtype"))]
+        for value in given:
+            if isinstance(value, torch.dtype) and value != self.dtype:
+                raise OptionError(
+                    f"{self} is exported in {self.dtype} and cannot be converted to {value}; inputs of any "
+                    "precision are converted at each step. Export again with another --precision"
+                )
+            if isinstance(value, str | torch.device) and torch.device(value).type != self.device.type:
+                raise OptionError(
+                    f"{self} is loaded on {self.device.type} and cannot be moved to {value}; load it with "
+                    f"SWSUNet.load(path, device='{torch.device(value).type}')"
+                )
+        return self
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters of the UNet that was exported; 0 if `only_trainable`.
+
+        Raises:
+            OptionError: The manifest has no number, because the source was a plain .onnx graph; or
+                `exclude_embeddings`.
+        """
+        count = self._source.get("parameters")
+        if exclude_embeddings or count is None:
+            raise OptionError(f"{self}: its manifest has no such number of parameters")
+        return 0 if only_trainable else count
 
     def reset(self) -> None:
         """Start a new trajectory at the next call, with a zero state."""
@@ -147,13 +242,16 @@ class SWSUNet:
         _refuse_others(others)
         intensity = _intensity(cross_attention_kwargs, self.intensity)
         scheduler = self.scheduler
-        if scheduler is None and self._last_sigma == float("inf"):
+        self._check_scheduler(scheduler)
+        is_edm = self._source.get("prediction_type") in EDM_TYPES
+        if scheduler is None and not is_edm and self._last_sigma == float("inf"):
             warnings.warn(
                 "SWSUNet has no scheduler and uses the noise levels of Stable Diffusion's training; call "
                 "unet.attach(pipe)",
                 stacklevel=2,
             )
-        sigma = noise_levels(scheduler, to_numpy(timestep))
+        timesteps = to_numpy(timestep)
+        sigma = edm_noise_levels(timesteps) if is_edm else noise_levels(scheduler, timesteps)
         self._reset_at_new_trajectory(scheduler, float(sigma.max()))
         prediction = self.session.step(
             sample,
@@ -168,6 +266,19 @@ class SWSUNet:
         )
         self._last_sigma = float(sigma.max())
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _check_scheduler(self, scheduler: Any) -> None:
+        """Refuse a scheduler that was set after `attach` and does not fit what the UNet predicts."""
+        if scheduler is None or scheduler is self._checked:
+            return
+        if missing := missing_settings(scheduler, self._source):
+            settings = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+            kind = self._source.get("prediction_type")
+            raise StepError(
+                f"{self} predicts {kind}, which needs a scheduler with {settings}; "
+                f"{type(scheduler).__name__} has other settings: call unet.attach(pipe) again to replace it"
+            )
+        self._checked = scheduler
 
     def _residuals(
         self, down: Sequence[torch.Tensor] | None, mid: torch.Tensor | None

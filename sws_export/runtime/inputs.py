@@ -20,8 +20,8 @@ _RANGES = {"sigma": (np.finfo(np.float32).tiny, np.finfo(np.float32).max), "inte
 def prepare_inputs(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, int]]:
     """The inputs of one step as contiguous arrays with the dtypes of the graph, and their sizes.
 
-    A number, or an array without dimensions, is repeated for every sample of the batch. ControlNet residuals
-    that are not given are zero.
+    A number, or an array of one element, is repeated for every sample of the batch. ControlNet residuals that
+    are not given are zero.
 
     Args:
         contract: Of the artefact.
@@ -44,8 +44,8 @@ def prepare_inputs(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[s
             arrays[spec.name] = np.zeros(concrete_shape(spec, sizes), numpy_dtype(spec.dtype))
             continue
         value = to_numpy(present[spec.name])
-        if value.ndim == 0 and len(spec.shape) == 1:
-            value = np.full(concrete_shape(spec, sizes), value)
+        if value.size == 1 and value.ndim <= 1 and len(spec.shape) == 1:
+            value = np.full(concrete_shape(spec, sizes), value.reshape(()))
         _check_shape(spec, value, sizes)
         arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
         _check_range(spec, arrays[spec.name])

@@ -37,6 +37,11 @@ def noise_levels(scheduler: Any, timestep: Any) -> Floats:
     return _interpolate(_sigmas(_to_numpy(alphas_cumprod)), timesteps)
 
 
+def edm_noise_levels(timestep: Any) -> Floats:
+    """sigma of the timesteps of an EDM model, which are log(sigma) / 4, with the same shape."""
+    return np.asarray(np.exp(4.0 * np.asarray(timestep, np.float64)), np.float64)
+
+
 def _sigmas(alphas_cumprod: Floats) -> Floats:
     """sigma = sqrt((1 - a) / a) of each a in `alphas_cumprod`."""
     alphas = np.clip(alphas_cumprod, _SMALLEST_ALPHA, 1.0)

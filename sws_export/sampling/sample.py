@@ -83,17 +83,21 @@ def sample_pipeline(
             written.
     """
     from sws_export.adapters.diffusers import SWSUNet
+    from sws_export.adapters.fit_pipeline import fit_pipeline
 
+    progress = progress or SilentProgress()
     pipe = _load_pipeline(pipeline, trust_code=options.trust_code)
     unet = SWSUNet.load(
         artefact,
         config=_unet_config(pipeline),
         engine_host_code_allowed=options.engine_host_code_allowed,
     )
+    for change in fit_pipeline(pipe, unet.session.contract.manifest["source"]):
+        progress.warn(change)
     unet.attach(pipe)
     total = len(options.prompts) * len(options.seeds) * len(options.intensities)
     runs = []
-    with (progress or SilentProgress()).stage("sample", total=total) as stage:
+    with progress.stage("sample", total=total) as stage:
         for intensity in options.intensities:
             pictures, changes = [], []
             for prompt, seed in itertools.product(options.prompts, options.seeds):

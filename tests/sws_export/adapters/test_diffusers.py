@@ -24,7 +24,7 @@ from PIL import Image
 
 from sws_export import SourceOptions, export
 from sws_export.adapters.diffusers import SWSUNet
-from sws_export.errors import EngineError
+from sws_export.errors import EngineError, OptionError
 from sws_export.runtime import StepError
 from tests.sws_export.conftest import LITERAL, POOLED, TOKENS
 
@@ -347,3 +347,56 @@ def test_a_graph_without_configuration(sws_graph: Path) -> None:
     with pytest.raises(EngineError, match=r"exported from a plain \.onnx graph.*give config="):
         SWSUNet.load(sws_graph)
     assert SWSUNet.load(sws_graph, config={"sample_size": 16}).config.sample_size == 16
+
+
+def test_a_timestep_of_one_element_is_that_of_the_batch(
+    unet: SWSUNet, torch_unet: Any, step_inputs: dict[str, Any], vae: Any
+) -> None:
+    unet.attach(build(StableDiffusionPipeline, vae, unet))
+    inputs = {"sample": draw(2, 4, 8, 8), "timestep": torch.tensor([500])}
+    inputs["encoder_hidden_states"] = draw(2, TOKENS, 16)
+    with torch.no_grad():
+        expected = torch_unet(**inputs).sample
+    found = unet(**inputs, cross_attention_kwargs={"intensity": 0.0}).sample
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_habits_of_torch_modules(unet: SWSUNet, sdxl_graph: Path, sdxl_unet: Path) -> None:
+    for same in (
+        unet.eval(),
+        unet.train(False),
+        unet.requires_grad_(False),
+        unet.to("cpu", torch.float32),
+        unet.to(device=torch.device("cpu")),
+    ):
+        assert same is unet
+    for refused, message in (
+        (unet.train, "cannot be trained"),
+        (unet.requires_grad_, "has no gradients"),
+        (lambda: unet.to(torch.float16), r"torch\.float32 and cannot be converted to torch\.float16"),
+        (lambda: unet.to("cuda:0"), r"moved to cuda:0; load it with SWSUNet\.load\(path, device='cuda'\)"),
+        (unet.num_parameters, "its manifest has no such number"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            refused()
+    for name in ("named_parameters", "state_dict", "set_attn_processor", "save_pretrained"):
+        assert not hasattr(unet, name)
+    with pytest.raises(AttributeError, match="'named_parameters': the UNet is an exported graph, whose weig"):
+        unet.named_parameters()
+    counted = SWSUNet.load(sdxl_graph, threads=1).num_parameters()
+    assert counted == UNet2DConditionModel.from_pretrained(sdxl_unet).num_parameters()
+
+
+def test_a_pipeline_saved_with_it_is_the_pipeline_without_a_unet(
+    pipeline: Path, unet: SWSUNet, tmp_path: Path
+) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, unet=None)
+    unet.attach(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    expected = call(pipe, intensity=1.0)
+    pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "unet").exists()
+    again = StableDiffusionPipeline.from_pretrained(tmp_path, unet=None)
+    again.set_progress_bar_config(disable=True)
+    unet.attach(again)
+    assert np.array_equal(call(again, intensity=1.0), expected)
