@@ -45,7 +45,8 @@ def missing_settings(scheduler: Any, source: SourceEntry) -> dict[str, Any]:
 
     Nothing for `epsilon`, which the manifest also has for checkpoints that do not specify their prediction.
     """
-    kind, sampling = source.get("prediction_type"), source.get("sampling", {})
+    kind = source.get("prediction_type")
+    sampling: Mapping[str, Any] = source.get("sampling", {})
     if kind in (None, "epsilon"):
         return {}
     wanted: dict[str, Any] = {"prediction_type": EDM_TYPES.get(str(kind), kind)}
@@ -74,7 +75,7 @@ def _fitting_scheduler(scheduler: Any, source: SourceEntry, missing: Mapping[str
 
 
 def _latent_settings(source: SourceEntry) -> dict[str, Any]:
-    sampling = source.get("sampling", {})
+    sampling: Mapping[str, Any] = source.get("sampling", {})
     if "latents_mean" not in sampling or "latents_std" not in sampling:
         return {}
     settings = {name: list(sampling[name]) for name in ("latents_mean", "latents_std")}
