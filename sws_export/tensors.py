@@ -138,10 +138,10 @@ def resolve_sizes(
         width: Text of `--width`, pixels.
         tokens: Text of `--tokens`.
         vae_scale: Pixels per latent element, 8 for Stable Diffusion.
-        multiple: The latent's height and width must be multiples of it; 2 ** (levels - 1) for a UNet.
+        multiple: The latent's height and width become multiples of it; 2 ** (levels - 1) for a UNet.
 
     Raises:
-        OptionError: A text is malformed, or a size in pixels is not a multiple of `vae_scale * multiple`.
+        OptionError: A text is malformed, or a size in pixels is not a multiple of `vae_scale`.
     """
     return SizeRanges(
         batch=parse_range(batch, "--batch"),
@@ -154,20 +154,22 @@ def resolve_sizes(
 def latent_range(text: str, option: str, vae_scale: int, multiple: int) -> Range:
     """Parse a size option in pixels, as `parse_range`; the result is in units of the latent.
 
+    Sizes between the multiples that the UNet takes become the next multiple: runtimes pad latents to it.
+
     Raises:
-        OptionError: The text is malformed, or a size is not a multiple of `vae_scale * multiple`.
+        OptionError: The text is malformed, or a size is not a multiple of `vae_scale`.
     """
     pixels = parse_range(text, option)
-    step = vae_scale * multiple
     for size in pixels.values():
-        if size % step:
-            below, above = size // step * step, (size // step + 1) * step
+        if size % vae_scale:
+            below, above = size // vae_scale * vae_scale, (size // vae_scale + 1) * vae_scale
             nearest = f"{below} or {above}" if below else str(above)
             raise OptionError(
-                f"{option} {text}: {size} is not a multiple of {step} ({vae_scale} pixels per latent "
-                f"element, times {multiple} for the UNet's levels); the nearest valid size is {nearest}"
+                f"{option} {text}: {size} pixels is not a multiple of {vae_scale}, the pixels of one latent "
+                f"element; the nearest sizes are {nearest} pixels"
             )
-    return Range(*(size // vae_scale for size in pixels.values()))
+    step = vae_scale * multiple
+    return Range(*(-(-size // step) * multiple for size in pixels.values()))
 
 
 def shapes_for(inputs: Iterable[TensorSpec], sizes: SizeRanges) -> dict[str, tuple[Shape, Shape, Shape]]:

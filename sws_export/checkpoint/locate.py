@@ -2,9 +2,10 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sws_export.checkpoint.config import UNET_CLASS, read_json
 from sws_export.errors import CheckpointError
@@ -82,9 +83,13 @@ def _locate(path: Path, variant: str | None, ema: bool) -> Location:
     return Location((path,), None, _existing(path.parent / "config.json"), _pipeline_of(path.parent))
 
 
+def unet_folders(*, ema: bool) -> tuple[str, ...]:
+    """Folders of a model directory that may have the UNet, in the order in which they are searched."""
+    return ("unet_ema", "unet", "") if ema else ("unet", "", "unet_ema")
+
+
 def _locate_in_directory(directory: Path, variant: str | None, ema: bool) -> Location:
-    names = ("unet_ema", "unet", "") if ema else ("unet", "", "unet_ema")
-    for name in names:
+    for name in unet_folders(ema=ema):
         if (directory / name).is_dir():
             found = _select(directory / name, variant)
             if found is not None:
@@ -100,30 +105,50 @@ def _with_ema_remark(location: Location) -> Location:
 def _select(directory: Path, variant: str | None) -> Location | None:
     """The weights in `directory`, or None if it contains none."""
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    chosen = choose_weights(names, variant, str(directory))
+    return _selected(directory, chosen.name, chosen.remarks) if chosen else None
+
+
+class ChosenWeights(NamedTuple):
+    """Name of a weight file or shard index, and remarks on the choice."""
+
+    name: str
+    remarks: tuple[str, ...] = ()
+
+
+def choose_weights(names: Sequence[str], variant: str | None, directory: str) -> ChosenWeights | None:
+    """Choose the UNet's weights among the files of a directory, or None if it contains none.
+
+    Args:
+        names: Names of the files, sorted.
+        variant: The variant to choose; None for the file without one, or the only variant.
+        directory: Name of the directory, for messages.
+
+    Raises:
+        CheckpointError: There are several variants or models to choose from.
+    """
     by_variant: dict[str, str] = {}
     for name in names:
-        found = _variant_of(name)
+        found = variant_of(name)
         # A single file takes precedence over an index beside it.
         if found is not None and (found not in by_variant or name.endswith(_SUFFIX)):
             by_variant[found] = name
     if variant is not None:
-        if variant not in by_variant:
-            return None
-        return _selected(directory, by_variant[variant], ())
+        return ChosenWeights(by_variant[variant]) if variant in by_variant else None
     if "" in by_variant:
         others = ", ".join(sorted(set(by_variant) - {""}))
         remark = f"{directory}: using {by_variant['']}; other variants: {others} (--variant)"
-        return _selected(directory, by_variant[""], (remark,) if others else ())
+        return ChosenWeights(by_variant[""], (remark,) if others else ())
     if len(by_variant) == 1:
         ((found, name),) = by_variant.items()
-        return _selected(directory, name, (f"{directory}: using the only weights, variant '{found}'",))
+        return ChosenWeights(name, (f"{directory}: using the only weights, variant '{found}'",))
     if by_variant:
         raise CheckpointError(
             f"{directory} contains several variants: {', '.join(by_variant)}; choose one with --variant"
         )
     other = [name for name in names if name.endswith(_SUFFIX)]
     if len(other) == 1:
-        return _selected(directory, other[0], ())
+        return ChosenWeights(other[0])
     if other:
         raise CheckpointError(
             f"{directory} contains several models: {', '.join(other)}; pass one of these files"
@@ -131,7 +156,7 @@ def _select(directory: Path, variant: str | None) -> Location | None:
     return None
 
 
-def _variant_of(name: str) -> str | None:
+def variant_of(name: str) -> str | None:
     """The variant in the name of a weight file or shard index, "" if it has none; None for other files."""
     if not name.startswith(_STEM + "."):
         return None

@@ -19,6 +19,7 @@ examples:
   sws-export unet.safetensors --out engine.plan
   sws-export stable-diffusion-v1-5/ --out sd15.plan --batch 1:2:4 --height 512:512:768
   sws-export unet/ --out unet.onnx --sws beta=0.7 key_cap=0.2
+  sws-export stabilityai/sdxl-turbo --out turbo.plan --variant fp16
   sws-export unet.onnx --out engine.plan --sites 'up_blocks.*.attn1' --compute-capability 8.9,12.0
 
 other commands:
@@ -43,7 +44,10 @@ def run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "model", type=Path, help="diffusers directory, .safetensors file or plain .onnx graph"
+        "model",
+        type=Path,
+        help="diffusers directory, .safetensors file, plain .onnx graph, or repository[@revision] of the "
+        "Hugging Face Hub",
     )
     parser.add_argument(
         "--out", type=Path, required=True, help=".plan or .engine for an engine, .onnx for the graph"

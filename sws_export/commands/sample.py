@@ -31,6 +31,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--height", type=int, help="height in pixels; default: the training size of the UNet")
     parser.add_argument("--width", type=int, help="width in pixels; default: the training size of the UNet")
     parser.add_argument(
+        "--no-pad",
+        action="store_true",
+        help="refuse sizes that are not multiples of what the UNet takes, instead of padding and cropping",
+    )
+    parser.add_argument(
         "--trust-code",
         action="store_true",
         help="allow the pipeline.py of the directory, if any, to be executed",
@@ -50,6 +55,7 @@ def run(arguments: list[str]) -> int:
         guidance=parsed.guidance,
         height=parsed.height,
         width=parsed.width,
+        pad=not parsed.no_pad,
         trust_code=parsed.trust_code,
         engine_host_code_allowed=parsed.engine_host_code_allowed,
     )

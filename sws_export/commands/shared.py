@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ def make_progress(parsed: argparse.Namespace) -> tuple["Progress", "Console"]:
     """The progress of the terminal, and the console for a summary; both write to stderr."""
     from sws_export.commands.terminal import QuietProgress, TerminalProgress
 
+    if parsed.quiet:
+        # Read by huggingface_hub when it is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     terminal = TerminalProgress()
     return (QuietProgress() if parsed.quiet else terminal), terminal.console
 

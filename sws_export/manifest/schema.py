@@ -97,14 +97,20 @@ class SamplingEntry(TypedDict, total=False):
 
 
 class SourceEntry(TypedDict):
-    """What was exported: a checkpoint or a plain ONNX graph. A graph has no `config`."""
+    """What was exported: a checkpoint or a plain ONNX graph. A graph has no `config`.
+
+    `file` is the name of a file, directory or repository; `revision` is the commit of a repository. Height
+    and width of the latent must be multiples of `size_multiple`.
+    """
 
     kind: str
     file: str
     sha256: str
+    revision: NotRequired[str]
     layout: NotRequired[str]
     family: NotRequired[str | None]
     parameters: NotRequired[Count]
+    size_multiple: NotRequired[Annotated[int, Meta(ge=1, le=2**16)]]
     vae_scale: NotRequired[Annotated[int, Meta(ge=1, le=2**16)] | None]
     prediction_type: NotRequired[str | None]
     sampling: NotRequired[SamplingEntry]

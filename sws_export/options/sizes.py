@@ -59,11 +59,11 @@ class SizeOptions:
 
         Args:
             config: The UNet's configuration, which has the size it was trained on; None if unknown.
-            size_multiple: Height and width of the latent must be multiples of it.
+            size_multiple: Height and width of the latent become multiples of it.
             vae_scale: What the checkpoint specifies.
 
         Raises:
-            OptionError: A size is malformed, not a multiple of what the UNet needs, or must be given.
+            OptionError: A size is malformed, not a multiple of the pixels of a latent element, or missing.
         """
         trained = config.get("sample_size") if config else None
         height, width = trained if isinstance(trained, list | tuple) else (trained, trained)
@@ -78,11 +78,11 @@ class SizeOptions:
         """The sizes that are static in an ONNX graph, in units of the latent; the others stay dynamic.
 
         Args:
-            size_multiple: Height and width of the latent must be multiples of it.
+            size_multiple: Height and width of the latent become multiples of it.
             vae_scale: What the checkpoint specifies.
 
         Raises:
-            OptionError: A size is malformed or a range, or not a multiple of what the UNet needs.
+            OptionError: A size is malformed or a range, or not a multiple of the pixels of a latent element.
         """
         sizes = {}
         for name in SIZE_AXES:
@@ -100,6 +100,24 @@ class SizeOptions:
                 )
             sizes[name] = size.minimum
         return sizes
+
+    def remarks(self, size_multiple: int, vae_scale: int | None) -> list[str]:
+        """What is said of sizes that become the next multiple."""
+        found = []
+        for name in ("height", "width"):
+            text = getattr(self, name)
+            if text is None:
+                continue
+            asked = parse_range(text, f"--{name}")
+            scale = self._pixels_per_latent(vae_scale)
+            made = [side * scale for side in self._side(name, None, size_multiple, vae_scale).values()]
+            if changed := {old: new for old, new in zip(asked.values(), made, strict=True) if old != new}:
+                sizes = ", ".join(f"{new} pixels for {old}" for old, new in changed.items())
+                found.append(
+                    f"--{name} {text}: the UNet takes multiples of {scale * size_multiple} pixels: made for "
+                    f"{sizes}; sws_export.runtime pads smaller images and crops the result"
+                )
+        return found
 
     def _side(self, name: str, trained: int | None, size_multiple: int, vae_scale: int | None) -> Range:
         """Height or width of the latent, from the option in pixels or from the size trained on."""

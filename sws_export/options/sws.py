@@ -4,15 +4,17 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from graph_passes.guard import GuardForm, GuardOptions, fused_guard_limit
+from graph_passes.target import Target
 from sws_export.errors import OptionError
 from sws_export.parameters import SwsParameters, parse_parameters
 from sws_export.presets import DEFAULT_PRESET, PRESETS, Preset, preset_named
 from sws_export.presets.preset import USource
 
 GUARDS: tuple[GuardForm, ...] = ("fused", "literal")
+Switch = Literal["on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class SwsOptions:
         guard: `literal` materializes the logits of a site to find the key mixing, `fused` does not; None for
             `fused`, or for `literal` with parameters that `fused` does not support.
         guard_rows: Share of the query rows that the guard evaluates, such as 1/8; below 1 an approximation.
+        guard_branches: Whether the fused guard may have `If` nodes, which skip evaluations that cannot change
+            its result; None for what the target supports.
         debug_outputs: Add outputs with metrics of each site at a step.
         plain: Export without SWS.
     """
@@ -38,6 +42,7 @@ class SwsOptions:
     sites: tuple[str, ...] = ()
     guard: GuardForm | None = None
     guard_rows: str = "1"
+    guard_branches: Switch | None = None
     debug_outputs: bool = False
     plain: bool = False
 
@@ -96,6 +101,11 @@ class SwsOptions:
             "--guard-rows", default="1", metavar="SHARE", help="query rows the guard evaluates, such as 1/8"
         )
         group.add_argument(
+            "--guard-branches",
+            choices=("on", "off"),
+            help="If nodes in the fused guard; default: on for ONNX Runtime, off for TensorRT",
+        )
+        group.add_argument(
             "--debug-outputs", action="store_true", help="add outputs with metrics of each site"
         )
         group.add_argument("--plain", action="store_true", help="export the UNet without SWS")
@@ -110,6 +120,7 @@ class SwsOptions:
             sites=tuple(parsed.sites),
             guard=parsed.guard,
             guard_rows=parsed.guard_rows,
+            guard_branches=parsed.guard_branches,
             debug_outputs=parsed.debug_outputs,
             plain=parsed.plain,
         )
@@ -134,6 +145,8 @@ class SwsOptions:
             reasons["--guard"] = preset.fixed_guard
         if self.guard_rows != "1" and preset.fixed_guard:
             reasons["--guard-rows"] = preset.fixed_guard
+        if self.guard_branches is not None and preset.fixed_guard:
+            reasons["--guard-branches"] = preset.fixed_guard
         for option, reason in reasons.items():
             raise OptionError(
                 f"{option} has no meaning with --preset {preset.name}: {reason}; leave one of them out"
@@ -159,6 +172,18 @@ class SwsOptions:
             )
         form: GuardForm = "literal" if fused_guard_limit(self.parameters) else "fused"
         return GuardOptions(self.guard or form, rows)
+
+    def target(self, target: Target) -> Target:
+        """`target` with or without branches.
+
+        Raises:
+            OptionError: Branches are required for a target that has none.
+        """
+        if self.guard_branches == "on" and not target.branches:
+            raise OptionError(
+                f"--guard-branches on: graphs for {target.name} have no branches; leave the option out"
+            )
+        return dataclasses.replace(target, branches=target.branches and self.guard_branches != "off")
 
     def cache_key(self) -> dict[str, Any]:
         """The options that the graph depends on, as JSON values."""

@@ -47,8 +47,7 @@ class ExportPlan:
     def summary(self) -> str:
         """The export in a few words, for lists of results."""
         return (
-            f"{self.source.path.name}, {self.source.precision}, {self.options.sws.method}, "
-            f"for {self.target.name}"
+            f"{self.source.name}, {self.source.precision}, {self.options.sws.method}, for {self.target.name}"
         )
 
     @property
@@ -64,10 +63,13 @@ def make_plan(source: Source, options: ExportOptions, out: Path, progress: Progr
         OptionError: An option does not fit the model or the backend.
         EngineError: The backend is not installed, or needs a GPU and there is none.
     """
+    for remark in options.sizes.remarks(source.size_multiple, source.vae_scale):
+        progress.log(remark)
     if artefact_kind(out) == "onnx":
-        return ExportPlan(source, options, out, None, _graph_target(options), _static_sizes(source, options))
+        target = options.sws.target(_graph_target(options))
+        return ExportPlan(source, options, out, None, target, _static_sizes(source, options))
     engine = _configure_engine(source, options, progress)
-    target = TARGETS["tensorrt" if engine.build.plugins else "tensorrt-rtx"]
+    target = options.sws.target(TARGETS["tensorrt" if engine.build.plugins else "tensorrt-rtx"])
     return ExportPlan(source, options, out, engine, target, engine.sizes.fixed())
 
 

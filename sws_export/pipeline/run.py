@@ -56,7 +56,8 @@ def export(
     """Export a Stable-Diffusion-family UNet as an SWS graph or engine.
 
     Args:
-        model: A diffusers directory, a .safetensors file, or a plain .onnx graph.
+        model: A diffusers directory, a .safetensors file, a plain .onnx graph, or a repository of the Hugging
+            Face Hub as NAME or NAME@REVISION.
         out: `.onnx` for the graph, `.plan` or `.engine` for an engine.
         options: Defaults of the command line if None.
         progress: Receives stages, remarks and warnings; silent if None.

@@ -1,6 +1,7 @@
 """The inputs and outputs of an artefact, read from its manifest and checked against the file."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,6 +71,16 @@ class Contract:
         shapes = {spec.name: spec.shape for spec in self.inputs}
         found = {name: shapes[tensor][axis] for name, (tensor, axis) in SIZE_AXES.items() if tensor in shapes}
         return {name: size for name, size in found.items() if isinstance(size, int)}
+
+    @property
+    def size_multiple(self) -> int:
+        """The UNet takes latents whose height and width are multiples of it."""
+        source = self.manifest["source"]
+        levels = len((source.get("config") or {}).get("block_out_channels", ()))
+        known = source.get("size_multiple", 2 ** max(levels - 1, 0))
+        specs = (*self.inputs, *(state.spec for state in self.states))
+        sides = [str(dim).partition("/") for spec in specs for dim in spec.shape]
+        return math.lcm(known, *(int(by) for name, _, by in sides if name in ("height", "width") and by))
 
     @property
     def takes_intensity(self) -> bool:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from sws_export.errors import OptionError, StepError
 from sws_export.runtime.contract import Contract
+from sws_export.runtime.pixels import with_pixels
 from sws_export.runtime.rebuild import rebuild_command
 from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, SIZE_AXES, Shape, TensorSpec, concrete_shape
 
@@ -46,7 +47,7 @@ def prepare_inputs(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[s
         value = to_numpy(present[spec.name])
         if value.size == 1 and value.ndim <= 1 and len(spec.shape) == 1:
             value = np.full(concrete_shape(spec, sizes), value.reshape(()))
-        _check_shape(spec, value, sizes)
+        _check_shape(contract, spec, value, sizes)
         arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
         _check_range(spec, arrays[spec.name])
         if spec.name in contract.shared_inputs:
@@ -119,7 +120,7 @@ def _check_names(contract: Contract, present: Mapping[str, Any]) -> None:
         )
 
 
-def _check_shape(spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
+def _check_shape(contract: Contract, spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
     """Check the shape of `value`, and add the sizes that are not in `sizes` yet."""
     if value.ndim != len(spec.shape):
         raise StepError(
@@ -134,16 +135,18 @@ def _check_shape(spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
         if found != required:
             raise StepError(
                 f"input {spec.name}: dimension {axis} is {found}, expected {required}{reason}; "
-                f"the input is {_shape_text(spec)}{_static_size_hint(spec, axis)}"
+                f"the input is {_shape_text(spec)}{_static_size_hint(contract, spec, axis)}"
             )
 
 
-def _static_size_hint(spec: TensorSpec, axis: int) -> str:
+def _static_size_hint(contract: Contract, spec: TensorSpec, axis: int) -> str:
     """How to change a size that is static in the graph; empty for dimensions such as channels."""
     option = next((name for name, place in SIZE_AXES.items() if place == (spec.name, axis)), None)
-    if option is None or isinstance(spec.shape[axis], str):
+    size = spec.shape[axis]
+    if option is None or isinstance(size, str):
         return ""
-    return f"; this size is static in the graph: export again with another --{option}"
+    static = f"{option} {with_pixels(contract, size)}" if option in ("height", "width") else f"size of {size}"
+    return f"; the {static} is static in the graph: export again with another --{option}"
 
 
 def _shape_text(spec: TensorSpec) -> str:
@@ -176,8 +179,10 @@ def _check_profile(
     smallest, _, largest = profile
     for axis, (low, found, high) in enumerate(zip(smallest, shape, largest, strict=True)):
         if not low <= found <= high:
+            is_side = (spec.name, axis) in (SIZE_AXES["height"], SIZE_AXES["width"])
+            sizes = [with_pixels(contract, size) if is_side else size for size in (found, low, high)]
             raise StepError(
-                f"input {spec.name}: dimension {axis} ({spec.shape[axis]}) is {found}, the engine was built "
-                f"for {low} to {high}; build it again with: "
+                f"input {spec.name}: dimension {axis} ({spec.shape[axis]}) is {sizes[0]}, the engine was "
+                f"built for {sizes[1]} to {sizes[2]}; use a size in this range, or build it again with: "
                 f"{rebuild_command(contract, spec, axis, found)}, and the other options as before"
             )

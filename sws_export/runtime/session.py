@@ -1,6 +1,7 @@
 """Sessions: an exported graph or engine with its state."""
 
 import threading
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,8 @@ from sws_export.errors import OptionError, StepError
 from sws_export.runtime.backend import Loop, RuntimeBackend
 from sws_export.runtime.contract import Contract, read_contract
 from sws_export.runtime.inputs import Array, convert_like, numpy_dtype, prepare_inputs, state_shapes
+from sws_export.runtime.padding import pad_inputs, padded_sides, refuse_sides
+from sws_export.runtime.pixels import with_pixels
 from sws_export.tensors import concrete_shape
 
 RECOMMENDED_INTENSITY = 0.5
@@ -25,9 +28,11 @@ class Stream:
     Thread-safe: calls on one stream run one after the other.
     """
 
-    def __init__(self, contract: Contract, backend: RuntimeBackend) -> None:
+    def __init__(self, contract: Contract, backend: RuntimeBackend, *, pad: bool = True) -> None:
         self._contract = contract
         self._backend = backend
+        self._pad = pad
+        self._stated_padding: tuple[int, int] | None = None
         self._lock = threading.Lock()
         self._loop: Loop | None = None
         self._shapes: Mapping[str, tuple[int, ...]] = {}
@@ -52,6 +57,9 @@ class Stream:
         is persistent (`--preset comfyui-node`). If the number of text tokens differs, only the state of the
         text starts from zeros.
 
+        A latent whose height or width is not a multiple of `Contract.size_multiple` is padded at the bottom
+        and the right with its mirror image, and the prediction is cropped; a warning states the sizes.
+
         Args:
             sample: Latent, scaled for the model, [B, C, H, W], numpy or torch.
             timestep: [B] or one number, in the units of the scheduler.
@@ -75,7 +83,10 @@ class Stream:
             given["intensity"] = intensity
         if self._contract.takes_sigma:
             given["sigma"] = sigma
-        arrays, sizes = prepare_inputs(self._contract, given | conditions)
+        given |= conditions
+        if sides := padded_sides(self._contract, sample):
+            given = self._padded(given, sides)
+        arrays, sizes = prepare_inputs(self._contract, given)
         shapes = state_shapes(self._contract, sizes)
         spec = self._contract.prediction
         shape = (sizes["batch"], spec.shape[1], *arrays["sample"].shape[2:])
@@ -86,10 +97,35 @@ class Stream:
         }
         outputs = {self._contract.metrics[name].name: array for name, array in metrics.items()}
         with self._lock:
-            loop = self._loop_of_step(shapes, arrays["sample"].shape)
+            loop = self._loop_of_step(shapes, tuple(np.shape(sample)))
             loop.run(arrays, {spec.name: prediction, **outputs})
             self._metrics = metrics
+        if sides:
+            height, width = np.shape(sample)[2:]
+            prediction = np.ascontiguousarray(prediction[:, :, :height, :width])
         return convert_like(prediction, sample)
+
+    def _padded(self, given: dict[str, Any], sides: tuple[int, int]) -> dict[str, Any]:
+        """The inputs of a latent with these sides.
+
+        Raises:
+            StepError: Padding is off.
+        """
+        sample = given["sample"]
+        if not self._pad:
+            refuse_sides(self._contract, sample)
+        if sides != self._stated_padding:
+            self._stated_padding = sides
+            found, needed = (
+                " x ".join(with_pixels(self._contract, side) for side in both)
+                for both in (np.shape(sample)[2:], sides)
+            )
+            warnings.warn(
+                f"the latent of {found} is padded to {needed}, the next multiple of "
+                f"{self._contract.size_multiple}, and the prediction cropped; pad=False refuses such sizes",
+                stacklevel=3,
+            )
+        return pad_inputs(self._contract, given, sides)
 
     def metrics(self) -> dict[str, Array]:
         """Site metrics of the last step, of an artefact exported with `--debug-outputs`.
@@ -223,6 +259,7 @@ class Session(Stream):
         cuda_graphs: bool = False,
         engine_host_code_allowed: bool = False,
         verify: bool = True,
+        pad: bool = True,
     ) -> Self:
         """Load an artefact.
 
@@ -236,6 +273,7 @@ class Session(Stream):
                 of this process: allow it only for engines whose origin you trust.
             verify: Compare the sha256 of the files with the manifest, which takes about one second per
                 gigabyte. That the manifest lists them, and their sizes, are always checked.
+            pad: Pad latents to the next size that the UNet takes and crop the prediction; see `step`.
 
         Raises:
             OptionError: The device is unknown, or the artefact cannot run on it.
@@ -245,7 +283,8 @@ class Session(Stream):
         if device not in (None, "cpu", "cuda"):
             raise OptionError(f"device '{device}' is unknown; use 'cpu' or 'cuda'")
         contract = read_contract(Path(path), verify=verify)
-        return cls(contract, _open_backend(contract, device, threads, cuda_graphs, engine_host_code_allowed))
+        backend = _open_backend(contract, device, threads, cuda_graphs, engine_host_code_allowed)
+        return cls(contract, backend, pad=pad)
 
     @property
     def contract(self) -> Contract:
@@ -259,7 +298,7 @@ class Session(Stream):
 
     def stream(self) -> Stream:
         """A further stream over the same weights, with its own state, which is zero."""
-        return Stream(self._contract, self._backend)
+        return Stream(self._contract, self._backend, pad=self._pad)
 
 
 def _open_backend(

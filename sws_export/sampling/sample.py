@@ -35,6 +35,7 @@ class SampleOptions:
         guidance: Scale of classifier-free guidance.
         height: Pixels; None is the size that the UNet was trained on.
         width: Pixels; None as for `height`.
+        pad: Pad latents to the next size that the UNet takes, and crop.
         trust_code: Import `pipeline.py` of the pipeline directory if diffusers does not have its class.
         engine_host_code_allowed: See `Session.load`.
     """
@@ -46,6 +47,7 @@ class SampleOptions:
     guidance: float = 5.0
     height: int | None = None
     width: int | None = None
+    pad: bool = True
     trust_code: bool = False
     engine_host_code_allowed: bool = False
 
@@ -90,8 +92,10 @@ def sample_pipeline(
     unet = SWSUNet.load(
         artefact,
         config=_unet_config(pipeline),
+        pad=options.pad,
         engine_host_code_allowed=options.engine_host_code_allowed,
     )
+    _check_pixels(pipe, options)
     for change in fit_pipeline(pipe, unet.session.contract.manifest["source"]):
         progress.warn(change)
     unet.attach(pipe)
@@ -186,6 +190,19 @@ def _load_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
         raise CheckpointError(f"diffusers cannot load the pipeline {pipeline}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_pixels(pipe: Any, options: SampleOptions) -> None:
+    """Refuse sizes that the VAE cannot decode, before the pipeline does without naming others."""
+    scale = getattr(pipe, "vae_scale_factor", 1)
+    for name in ("height", "width"):
+        size = getattr(options, name)
+        if size is not None and (size % scale or size < 1):
+            below, above = size // scale * scale, (size // scale + 1) * scale
+            nearest = f"{below} or {above}" if below > 0 else str(above)
+            raise OptionError(
+                f"--{name} {size}: expected a multiple of {scale} pixels, such as {nearest}, found {size}"
+            )
 
 
 def _one(

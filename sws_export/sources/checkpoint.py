@@ -14,6 +14,7 @@ from sws_export.lora.fuse import Lora, fuse, open_lora, parse_lora
 from sws_export.manifest import SamplingEntry, SourceEntry
 from sws_export.options import SourceOptions
 from sws_export.progress import Progress
+from sws_export.sources.hub import HubModel, fetch_hub_model, is_hub_id
 from sws_export.tensors import PRECISIONS, Precision, TensorSpec
 from sws_export.tracing.export_unet import export_plain, plain_weights
 from sws_export.validation import SwsSpec, ValidationReport, validate_against_reference
@@ -25,18 +26,27 @@ _STORED_PRECISIONS |= {found.safetensors: precision for precision, found in PREC
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSource:
-    """A checkpoint, exported in `precision` with `loras` fused, and inputs for a ControlNet if asked for."""
+    """A checkpoint, exported in `precision` with `loras` fused, and inputs for a ControlNet if asked for.
+
+    `hub` is the repository that the checkpoint is from; None for files of the user.
+    """
 
     checkpoint: Checkpoint
     precision: Precision
     precision_reason: str
     loras: tuple[Lora, ...] = ()
     controlnet: bool = False
+    hub: HubModel | None = None
 
     @property
     def path(self) -> Path:
         """The path that the user gave."""
         return self.checkpoint.path
+
+    @property
+    def name(self) -> str:
+        """Name of the file, directory or repository."""
+        return self.hub.repo if self.hub else self.checkpoint.path.name
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -99,6 +109,7 @@ class CheckpointSource:
             f"configuration: {found.config_source}",
             *(line for lora in self.loras for line in lora.describe()),
             *ignored,
+            *(self.hub.remarks if self.hub else ()),
             *found.remarks,
         ]
 
@@ -117,19 +128,23 @@ class CheckpointSource:
 
     def _describe(self, sha256: str) -> SourceEntry:
         found = self.checkpoint
-        return {
+        entry: SourceEntry = {
             "kind": "checkpoint",
-            "file": found.path.name,
+            "file": self.name,
             "sha256": sha256,
             "layout": found.layout,
             "family": found.family,
             "parameters": found.parameter_count,
+            "size_multiple": self.size_multiple,
             "prediction_type": found.prediction.type,
             "sampling": cast(SamplingEntry, found.prediction.sampling()),
             "vae_scale": found.vae_scale,
             "config": found.config,
             "loras": [lora.record() for lora in self.loras],
         }
+        if self.hub:
+            entry["revision"] = self.hub.commit
+        return entry
 
     def plain_model(self, progress: Progress) -> ir.Model:
         """Traced and translated; the weights stay on disk."""
@@ -157,7 +172,7 @@ class CheckpointSource:
 def open_checkpoint_source(
     model: Path, options: SourceOptions, progress: Progress, *, engine: bool
 ) -> CheckpointSource:
-    """Read the headers of a checkpoint and of the LoRAs to be fused.
+    """Read the headers of a checkpoint and of the LoRAs to be fused; a repository is downloaded first.
 
     Args:
         model: The checkpoint.
@@ -169,10 +184,13 @@ def open_checkpoint_source(
         CheckpointError: There is no UNet at `model`, or a LoRA belongs to another.
         OptionError: A LoRA is named in a wrong way.
     """
+    hub = None
+    if is_hub_id(model):
+        hub = fetch_hub_model(model, options.variant, ema=options.ema, progress=progress)
     with progress.stage("open") as stage:
         stage.describe("reading headers")
         checkpoint = open_checkpoint(
-            model,
+            hub.directory if hub else model,
             options.config,
             ema=options.ema,
             variant=options.variant,
@@ -184,7 +202,7 @@ def open_checkpoint_source(
         for warning in lora.warnings():
             progress.warn(warning)
     precision, reason = _choose_precision(checkpoint, options.precision, engine=engine)
-    return CheckpointSource(checkpoint, precision, reason, loras, options.controlnet)
+    return CheckpointSource(checkpoint, precision, reason, loras, options.controlnet, hub)
 
 
 def _choose_precision(

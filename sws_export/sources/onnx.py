@@ -49,6 +49,11 @@ class OnnxSource:
     original_weights: Mapping[str, ir.TensorProtocol]
 
     @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.path.name
+
+    @property
     def precision_reason(self) -> str:
         """It is final."""
         return "that of the graph"
@@ -106,7 +111,7 @@ class OnnxSource:
         return self._describe(digest.hexdigest())
 
     def _describe(self, sha256: str) -> SourceEntry:
-        return {"kind": "onnx", "file": self.path.name, "sha256": sha256}
+        return {"kind": "onnx", "file": self.name, "sha256": sha256, "size_multiple": self.size_multiple}
 
     def _require_finite(self) -> None:
         """Look for NaN and Inf among the weights; scalars are limits, which may be infinite."""

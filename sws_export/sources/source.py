@@ -24,6 +24,10 @@ class Source(Protocol):
         """The path that the user gave."""
 
     @property
+    def name(self) -> str:
+        """Name of the model, for manifests: that of the file or directory, or of the repository."""
+
+    @property
     def precision(self) -> Precision:
         """Precision of the exported UNet."""
 

@@ -193,8 +193,10 @@ def test_options_of_the_graph(refuse: Refuse, random_unet: Path, option: tuple[s
         (("--tokens", "8:4:2"), "--tokens 8:4:2: expected MIN <= OPT <= MAX, found 8, 4, 2"),
         (("--batch", "0"), "--batch 0: sizes start at 1, found 0"),
         (("--batch", "1:2"), "--batch 1:2: expected one number or MIN:OPT:MAX"),
-        (("--height", "15"), "--height 15: 15 is not a multiple of 2"),
-        (("--width", "16:33:64"), "--width 16:33:64: 33 is not a multiple of 2"),
+        (
+            ("--vae-scale", "8", "--height", "502"),
+            "502 pixels is not a multiple of 8, the pixels of one latent",
+        ),
         (("--compute-capability", "8"), "8"),
         (("--backend", "openvino"), "--backend openvino is unknown; choose tensorrt-rtx or tensorrt"),
         (("--backend", "tensorrt"), "tensorrt"),

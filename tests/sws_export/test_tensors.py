@@ -58,11 +58,15 @@ def test_pixels_become_latent_units():
 
 
 @pytest.mark.parametrize(
-    ("text", "nearest"), [("500", "448 or 512"), ("512:520:576", "512 or 576"), ("8", "64$")]
+    ("text", "nearest"), [("500", "496 or 504"), ("512:522:576", "520 or 528"), ("4", "are 8 pixels")]
 )
-def test_a_size_the_unet_cannot_halve_is_refused_with_the_nearest(text, nearest):
-    with pytest.raises(OptionError, match=rf"--height {text}.*multiple of 64.*{nearest}"):
+def test_a_size_that_is_no_latent_is_refused_with_the_nearest(text, nearest):
+    with pytest.raises(OptionError, match=rf"--height {text}.*multiple of 8.*{nearest}"):
         sizes(height=text)
+
+
+def test_a_size_the_unet_cannot_halve_becomes_the_next():
+    assert sizes(height="504:520:576").height == Range(64, 72, 72)
 
 
 def test_shapes_follow_the_symbols():

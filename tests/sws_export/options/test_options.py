@@ -42,6 +42,7 @@ def test_plain_has_no_parameters(options: dict[str, Any]) -> None:
         ),
         ({"guard": "fused"}, "--guard has no meaning with --preset comfyui-node: its guard has one form"),
         ({"guard_rows": "1/8"}, "--guard-rows has no meaning with --preset comfyui-node"),
+        ({"guard_branches": "off"}, "--guard-branches has no meaning with --preset comfyui-node"),
         (
             {"parameters": SwsParameters(scales=(1, 2, 3))},
             "--sws scales has no meaning with --preset comfyui-node",

@@ -35,8 +35,32 @@ def test_what_cannot_be_known_must_be_given() -> None:
 def test_the_trained_size_needs_no_scale() -> None:
     sizes = SizeOptions().engine_sizes({"sample_size": 64}, 8, None)
     assert sizes.height == Range(64, 64, 64)
-    with pytest.raises(OptionError, match="--height 60: 60 is not a multiple of 8"):
-        SizeOptions().engine_sizes({"sample_size": 60}, 8, None)
+    assert SizeOptions().engine_sizes({"sample_size": 60}, 8, None).height == Range(64, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "height", "width", "latent"),
+    [
+        (8, "1080", "1920", (136, 240)),
+        (8, "832", "1216", (104, 152)),
+        (8, "512", "904", (64, 120)),
+        (4, "512", "904", (64, 116)),
+    ],
+)
+def test_sizes_of_images_that_people_ask_for(
+    multiple: int, height: str, width: str, latent: tuple[int, int]
+) -> None:
+    sizes = SizeOptions(height=height, width=width).static_sizes(multiple, 8)
+    assert (sizes["height"], sizes["width"]) == latent
+
+
+def test_what_is_said_of_sizes_that_the_unet_does_not_take() -> None:
+    options = SizeOptions(height="512:1024:1080", width="832")
+    assert options.engine_sizes(None, 8, 8).height == Range(64, 128, 136)
+    assert options.remarks(8, 8) == [
+        "--height 512:1024:1080: the UNet takes multiples of 64 pixels: made for 1088 pixels for 1080; "
+        "sws_export.runtime pads smaller images and crops the result"
+    ]
 
 
 def test_a_graph_takes_any_size_unless_one_is_given() -> None:
@@ -57,7 +81,10 @@ def test_a_graph_takes_any_size_unless_one_is_given() -> None:
             SizeOptions(width="256:512:512"),
             "--width 256:512:512: an ONNX graph has one static size or is dynamic",
         ),
-        (SizeOptions(height="100"), "--height 100: 100 is not a multiple of 64"),
+        (
+            SizeOptions(height="502"),
+            "--height 502: 502 pixels is not a multiple of 8, .*; the nearest sizes are 496 or 504 pixels",
+        ),
         (SizeOptions(tokens="x"), "--tokens x: expected one number"),
     ],
 )

@@ -254,6 +254,7 @@ GRAPH_CHANGES: dict[str, dict[str, Any]] = {
     "sites": {"sites": ("up_blocks.*.attn1",)},
     "guard": {"guard": "literal"},
     "guard_rows": {"guard_rows": "1/2"},
+    "guard_branches": {"guard_branches": "off"},
     "plain": {"plain": True},
     "controlnet": {"controlnet": True},
     "prediction_type": {"prediction_type": "v_prediction"},
