@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sws_export.cli import main
 
 from sws_export import ExportOptions, export
 from sws_export.runtime import Session
@@ -132,3 +134,39 @@ def test_the_drop_in_of_the_page(
     exec(compile(python_block("from sws_export.adapters.diffusers import"), PAGE.name, "exec"), names)
     assert pipe.unet is names["unet"]
     assert names["image"].size == (pipe.unet.config.sample_size * pipe.vae_scale_factor,) * 2
+
+
+@pytest.mark.usefixtures("quick_trace")
+def test_the_converters_of_the_page(
+    random_unet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's float16 converter and dynamic quantization of graphs without branches."""
+    import onnx
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MODEL").symlink_to(random_unet)
+    (commands,) = [block for block in blocks() if block.startswith("# for the float16 converter")]
+    for command in commands.splitlines()[1:]:
+        options = ["--no-validate", "--sites", "mid_block.*.attn1"]
+        assert main([*shlex.split(command)[1:], *options]) == 0
+    exec(compile(python_block("import onnx"), PAGE.name, "exec"), {})
+    random = np.random.default_rng(0)
+    inputs = {
+        "sample": random.standard_normal((2, 4, 8, 6), np.float32),
+        "timestep": np.array([500.0, 400.0], np.float32),
+        "encoder_hidden_states": random.standard_normal((2, 5, 16), np.float32),
+        "sigma": np.array([5.0, 3.0], np.float32),
+        "intensity": np.array([1.0, 0.5], np.float32),
+    }
+    for converted, original, operator, allowed in (
+        ("half.onnx", "literal.onnx", "Cast", 1e-2),
+        ("int8.onnx", "branchless.onnx", "MatMulInteger", 0.1),
+    ):
+        kinds = {node.op_type for node in onnx.load(converted).graph.node}
+        assert operator in kinds
+        assert "If" not in kinds
+        sessions = [export_runs.Session(tmp_path / name) for name in (converted, original)]
+        (found, state), (expected, wanted) = (list(session.run([inputs] * 3))[-1] for session in sessions)
+        assert 0 < export_runs.difference(found, expected) < allowed
+        for name, values in wanted.items():
+            assert export_runs.difference(state[name], values) < allowed
