@@ -5,6 +5,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.activation_dtype import activation_dtype
 from graph_passes.functions import DOMAIN
+from graph_passes.functions.building import add_function
 from graph_passes.functions.dense_transport import build_dense_transport
 from graph_passes.grids import static_tokens
 
@@ -31,7 +32,7 @@ class ChooseTransport(InPlacePass):
             return PassResult(model, modified=False)
         dtype = activation_dtype(model)
         function = build_dense_transport(dtype)
-        model.functions[function.identifier()] = function
+        add_function(model, function)
         for node in calls:
             dense = ir.node(
                 function.name, node.inputs, domain=DOMAIN, name=node.name, num_outputs=len(node.outputs)

@@ -14,6 +14,7 @@ from graph_passes.errors import GraphError
 from graph_passes.find_projection_inputs import ProjectionInputs, find_projection_inputs
 from graph_passes.find_sites import Site
 from graph_passes.functions import DOMAIN, build_comfyui_node_functions
+from graph_passes.functions.building import add_function
 from graph_passes.grids import TEXT
 from graph_passes.insert_sws import CALLS, add_input, sides, state_pair
 from graph_passes.parameters import SwsParameters
@@ -85,7 +86,7 @@ class InsertComfyUINode(InPlacePass):
             counted_sites=len(self.sites) if self.count_calls else None,
         )
         for function in functions.values():
-            model.functions[function.identifier()] = function
+            add_function(model, function)
         model.graph.opset_imports[DOMAIN] = 1
         insertion = _Insertion(model.graph, origins[0].text, dtype, self.bases)
         insertion.insert(self.sites, origins, self.count_calls, self.debug_outputs)

@@ -11,6 +11,7 @@ from graph_passes.debug_outputs import append_debug_outputs, debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
 from graph_passes.functions import DOMAIN, build_functions
+from graph_passes.functions.building import add_function
 from graph_passes.grids import TEXT, Grid, sorted_grids
 from graph_passes.guard import GuardOptions
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
@@ -87,7 +88,7 @@ class InsertSws(InPlacePass):
             cross_attention=any(site.key_grid == TEXT for site in self.sites),
         )
         for function in functions.values():
-            model.functions[function.identifier()] = function
+            add_function(model, function)
         model.graph.opset_imports[DOMAIN] = 1
 
         graph = model.graph

@@ -1,10 +1,11 @@
 """Describing a file, a checkpoint, ONNX graph, manifest or engine, without loading its weights."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from sws_export.documents import parse_json, read_text
-from sws_export.errors import CheckpointError, EngineError
+from sws_export.errors import CheckpointError, EngineError, ExportError
 from sws_export.files import ENGINE_SUFFIXES
 from sws_export.manifest import Manifest, manifest_path, read_embedded, read_embedded_text, read_manifest
 
@@ -70,7 +71,9 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
     # Imports are local because each kind of file needs other modules, some of them slow to import.
     from graph_passes.find_sites import find_sites
     from graph_passes.grids import sorted_grids
+    from graph_passes.name_nodes import NameNodes
     from sws_export.onnx_files import graph_specs, load_onnx
+    from sws_export.sources.other_exporters import adapt
 
     model = load_onnx(path)
     manifest = read_embedded(path)
@@ -92,6 +95,10 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
             warning = f"{beside.name} is missing: the graph cannot be loaded for running without it"
             return facts | _shown(manifest) | {"warnings": [warning]}
         return facts | _shown(manifest) | _warnings(path, read_manifest(beside))
+    with contextlib.suppress(ExportError):
+        # A graph that an export would refuse is described, too.
+        NameNodes()(model)
+        adapt(path, model)
     sites, skipped = find_sites(model, cross_attention=True)
     return facts | {
         "sites": {

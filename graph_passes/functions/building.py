@@ -14,6 +14,15 @@ Body = Callable[[Op], Any]
 """Appends the nodes of a branch; returns one value or a sequence of them."""
 
 
+def add_function(model: ir.Model, function: ir.Function) -> None:
+    """Add a function to a model, with the model's version of the standard operators.
+
+    Later versions, up to 25, only add types and optional inputs to the operators that the functions have.
+    """
+    function.opset_imports[""] = model.graph.opset_imports[""]
+    model.functions[function.identifier()] = function
+
+
 def define_function(
     name: str,
     body: Callable[..., Any],

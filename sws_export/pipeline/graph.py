@@ -21,7 +21,6 @@ from sws_export.pipeline.rewrite import pass_errors, rewrite
 from sws_export.pipeline.run_log import Recorded, RunLog
 from sws_export.presets import recorded_preset
 from sws_export.progress import Progress, SilentProgress
-from sws_export.tracing.export_unet import OPSET
 from sws_export.validation import OutputDifference, SwsSpec, ValidationReport
 from sws_export.validation.static_shapes import STEPS, compare_static_shapes
 
@@ -210,7 +209,7 @@ class GraphExporter:
                 precision=plan.source.precision,
                 target=plan.target,
                 guard=sws.guard_options() if report else None,
-                opset=OPSET,
+                opset=model.graph.opset_imports[""],
             ),
         )
         return model

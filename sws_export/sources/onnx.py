@@ -16,8 +16,8 @@ from sws_export.errors import CheckpointError, ExportError
 from sws_export.manifest import SourceEntry, read_embedded
 from sws_export.onnx_files import graph_specs, load_onnx
 from sws_export.progress import Progress
+from sws_export.sources.other_exporters import OriginalGraph, adapt
 from sws_export.tensors import PRECISIONS, SIZE_AXES, Precision, TensorSpec
-from sws_export.tracing.export_unet import OPSET
 from sws_export.validation import SwsSpec, ValidationReport, validate_against_plain
 from sws_export.validation.validate import TOKENS
 
@@ -38,6 +38,7 @@ class OnnxSource:
         vae_scale: Pixels per latent element, if the exporter recorded it.
         files: The ONNX file, and those of its external weights sorted by name.
         original_weights: Its weights by name, also after the rewrite of `model`.
+        original: How the file has to be run, if `model` differs from it.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class OnnxSource:
     vae_scale: int | None
     files: tuple[Path, ...]
     original_weights: Mapping[str, ir.TensorProtocol]
+    original: OriginalGraph
 
     @property
     def name(self) -> str:
@@ -144,7 +146,7 @@ class OnnxSource:
             if tensor == "sample" and isinstance(size := sample.shape[axis], int)
         }
         return validate_against_plain(
-            onnx_path, self.path, self.inputs, sizes, sws_spec, self.precision, progress
+            onnx_path, self.path, self.inputs, sizes, sws_spec, self.precision, progress, self.original
         )
 
 
@@ -153,20 +155,16 @@ def open_onnx_source(path: Path) -> OnnxSource:
 
     Raises:
         CheckpointError: The file or its weights are missing or damaged, or it is no ONNX model.
-        ExportError: It is not a UNet with diffusers' input names, has SWS already, or has an older opset.
+        ExportError: It is not a UNet with diffusers' or ComfyUI's input names, has SWS already, or is of an
+            older opset without attention that is recognized.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     model = load_onnx(path)
-    opset = model.graph.opset_imports.get("", 0)
-    if opset < OPSET:
-        raise ExportError(
-            f"{path}: expected opset {OPSET} or later, found {opset}; export the checkpoint with sws-export "
-            "or with torch.onnx.export(dynamo=True, opset_version=23)"
-        )
     _check_weight_files(path, model)
-    _name_dimensions(path, model)
     NameNodes()(model)
+    original = adapt(path, model)
+    _name_dimensions(path, model)
     inputs = graph_specs(model.graph.inputs)
     recorded = read_embedded(path)
     weights = {
@@ -183,6 +181,7 @@ def open_onnx_source(path: Path) -> OnnxSource:
         vae_scale=recorded["source"].get("vae_scale") if recorded else None,
         files=(path, *sorted(external)),
         original_weights=weights,
+        original=original,
     )
 
 

@@ -123,13 +123,15 @@ class OnnxRunner:
         }
 
     def _zero_states(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        states = [value for value in self._inputs if is_state(str(value.name))]
+        if not states:
+            return {}
         batch, _, height, width = inputs["sample"].shape
         tokens = inputs["encoder_hidden_states"].shape[1]
         sizes = {"batch": batch, "height": height, "width": width, "tokens": tokens}
         return {
             str(value.name): np.zeros([_dimension(dim, sizes) for dim in value.shape or ()], np.float32)
-            for value in self._inputs
-            if is_state(str(value.name))
+            for value in states
         }
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,6 +30,19 @@ FLOAT64_PARAMETERS = 200_000_000
 _BYPASS_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-5}
 
 Outputs = dict[str, Array]
+
+
+class PlainInputs(Protocol):
+    """How a plain graph is run that has other inputs than the SWS graph made from it."""
+
+    def comparable(self, inputs: Mapping[str, Array]) -> Outputs:
+        """Inputs of the SWS graph that the plain graph can have, too."""
+
+    def inputs(self, inputs: Mapping[str, Array]) -> Outputs:
+        """`comparable` inputs as inputs of the plain graph."""
+
+    def outputs(self, outputs: Mapping[str, Array]) -> Outputs:
+        """Outputs of the plain graph under the names of the SWS graph."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +191,7 @@ def validate_against_plain(
     sws_spec: SwsSpec,
     precision: Precision,
     progress: Progress,
+    original: PlainInputs | None = None,
 ) -> ValidationReport:
     """Compare an SWS graph at intensity 0 with the plain graph that it was made from.
 
@@ -192,6 +206,7 @@ def validate_against_plain(
         sws_spec: The SWS configuration of the graph.
         precision: Precision of the export.
         progress: Receives the stage.
+        original: How the plain graph is run, if its inputs differ from those of the SWS graph.
 
     Raises:
         ValidationError: With this preset, the SWS graph equals the plain one at no intensity and noise level.
@@ -214,9 +229,14 @@ def validate_against_plain(
         stage.describe("running the plain graph")
         for step in trajectory.steps():
             step_inputs = trajectory.inputs(step)
+            plain_inputs = step_inputs
+            if original is not None:
+                step_inputs = original.comparable(step_inputs)
+                plain_inputs = original.inputs(step_inputs)
             sigma = step.sigma if bypass_sigma is None else np.full_like(step.sigma, bypass_sigma)
             graph_inputs.append(step_inputs | {"sigma": sigma, "intensity": intensity})
-            expected += plain.run([step_inputs], stage)
+            (outputs,) = plain.run([plain_inputs], stage)
+            expected.append(original.outputs(outputs) if original is not None else outputs)
             trajectory.advance(step, expected[-1]["out_sample"].astype(np.float64))
         stage.describe("running the SWS graph")
         actual = graph.run(graph_inputs, stage)
