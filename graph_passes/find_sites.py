@@ -104,6 +104,9 @@ def _read_site(node: ir.Node, name: str, levels: int) -> Site:
         raise _Skipped("its keys or values have other heads than its queries")
     q, k, v = (_before_head_split(value) for value in node.inputs)
     attends_text = _attends_text(q, k, v)
+    others = node.inputs[0].consumers() if node.inputs[0] is not None else ()
+    if any(other.op_type == "Attention" and other is not node for other in others):
+        raise _Skipped("cross-attention with an IP-Adapter: its queries attend images, too")
     if not name:
         raise _Skipped("its name does not contain the block of the UNet that it belongs to")
     factor = _downsampling(name, levels)

@@ -8,9 +8,11 @@ from typing import Any, Self
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.embeddings import ImageProjection
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from sws_export.adapters.fit_pipeline import EDM_TYPES, fit_pipeline, missing_settings
+from sws_export.checkpoint.ip_adapter import image_inputs, ip_adapters
 from sws_export.errors import EngineError, OptionError, StepError
 from sws_export.manifest import SourceEntry
 from sws_export.runtime.inputs import to_numpy
@@ -261,11 +263,37 @@ class SWSUNet:
             intensity=intensity,
             class_labels=class_labels,
             timestep_cond=timestep_cond,
-            **(added_cond_kwargs or {}),
+            **self._added_conditions(added_cond_kwargs or {}),
             **self._residuals(down_block_additional_residuals, mid_block_additional_residual),
         )
         self._last_sigma = float(sigma.max())
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+    @property
+    def encoder_hid_proj(self) -> SimpleNamespace | None:
+        """The projections of IP-Adapters, of which pipelines read number and kind; None without any."""
+        adapters = ip_adapters(self.config)
+        if not adapters:
+            return None
+        with torch.device("meta"):
+            layers = [ImageProjection(adapter["width"], 1, adapter["tokens"]) for adapter in adapters]
+        return SimpleNamespace(image_projection_layers=layers)
+
+    def _added_conditions(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """`added_cond_kwargs` by the names of the graph's inputs: one image embedding for each IP-Adapter."""
+        conditions = dict(given)
+        names = list(image_inputs(self.config))
+        if names and "image_embeds" in conditions:
+            embeds = conditions.pop("image_embeds")
+            # As in diffusers, a tensor [B, width] instead of a list of [B, images, width] is accepted.
+            each = list(embeds) if isinstance(embeds, list | tuple) else [embeds.unsqueeze(1)]
+            if len(each) != len(names):
+                raise StepError(
+                    f"added_cond_kwargs: image_embeds has {len(each)} image embeddings, expected "
+                    f"{len(names)}, one for each IP-Adapter of the graph"
+                )
+            conditions |= zip(names, each, strict=True)
+        return conditions
 
     def _check_scheduler(self, scheduler: Any) -> None:
         """Refuse a scheduler that was set after `attach` and does not fit what the UNet predicts."""

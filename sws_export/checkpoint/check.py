@@ -3,6 +3,7 @@
 from typing import Any
 
 from sws_export.checkpoint.header import StoredTensor
+from sws_export.checkpoint.ip_adapter import unet_from_config
 from sws_export.checkpoint.model import Checkpoint
 from sws_export.errors import CheckpointError, first_items
 
@@ -56,11 +57,10 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         CheckpointError: diffusers rejects the configuration.
     """
     import torch
-    from diffusers import UNet2DConditionModel
 
     try:
         with torch.device("meta"):
-            model = UNet2DConditionModel.from_config(config)
+            model = unet_from_config(config)
     except (ValueError, TypeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
         raise CheckpointError(f"diffusers rejects the configuration of the UNet: {error}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -7,6 +7,7 @@ from typing import Any
 from sws_export.checkpoint.architecture import Architecture, read_architecture
 from sws_export.checkpoint.config import UNET_CLASS, read_json
 from sws_export.checkpoint.header import Header, StoredTensor, read_header
+from sws_export.checkpoint.ip_adapter import with_ip_adapters
 from sws_export.checkpoint.layouts import find_unet
 from sws_export.checkpoint.locate import Location, locate, pipeline_scheduler, pipeline_vae_scale
 from sws_export.checkpoint.model import Checkpoint
@@ -58,7 +59,7 @@ def open_checkpoint(
     return Checkpoint(
         path=path,
         files=location.weights,
-        config=architecture.config,
+        config=with_ip_adapters(architecture.config, unet.stored),
         config_source=architecture.source,
         family=architecture.family.name if architecture.family is not None else None,
         layout=unet.layout,

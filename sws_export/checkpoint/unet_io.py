@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sws_export.checkpoint.ip_adapter import IP_ADAPTER, image_inputs
 from sws_export.errors import ExportError
 from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec
 
@@ -28,6 +29,7 @@ def unet_inputs(config: Mapping[str, Any], dtype: str, *, controlnet: bool = Fal
     ]
     if config.get("time_cond_proj_dim") is not None:
         inputs.append(TensorSpec("timestep_cond", dtype, ("batch", config["time_cond_proj_dim"])))
+    inputs += [TensorSpec(name, dtype, ("batch", 1, width)) for name, width in image_inputs(config).items()]
     inputs += _class_inputs(config, dtype)
     inputs += _added_condition_inputs(config, dtype)
     if controlnet:
@@ -65,7 +67,12 @@ def size_multiple(config: Mapping[str, Any]) -> int:
 
 
 def _text_width(config: Mapping[str, Any]) -> int:
-    if config.get("encoder_hid_dim_type") is not None:
+    if config.get("dual_cross_attention"):
+        raise ExportError(
+            "the UNet has dual_cross_attention (two transformers for two texts in each block), which "
+            "diffusers' UNet2DConditionModel itself cannot run; export a UNet with one text input"
+        )
+    if config.get("encoder_hid_dim_type") not in (None, IP_ADAPTER):
         raise ExportError(
             f"the UNet projects its text input (encoder_hid_dim_type = {config['encoder_hid_dim_type']!r}), "
             "which is not supported; export a Stable Diffusion UNet that takes text embeddings directly"

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sws_export.checkpoint import Checkpoint, FusedWeights, read_tensor
+from sws_export.checkpoint.ip_adapter import unet_from_config
 from sws_export.errors import CheckpointError
 from sws_export.tensors import DOWN_RESIDUAL, PRECISIONS, Precision
 
@@ -23,7 +24,7 @@ def _untrained_unet(config: Mapping[str, Any], dtype: torch.dtype) -> UNet2DCond
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return UNet2DConditionModel.from_config(dict(config)).eval()
+        return unet_from_config(config).eval()
     finally:
         torch.set_default_dtype(default)
 
@@ -102,19 +103,22 @@ def unet_arguments(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     Pooled text embeddings and time ids are converted to float32 or wider: diffusers concatenates them with
     float32 time embeddings, and the graph must convert them explicitly.
     """
-    residuals = [inputs[name] for name in sorted(inputs, key=_residual_number) if _is_residual(name)]
+    images = [inputs[name] for name in sorted(inputs, key=_number_of) if _is_image(name)]
+    residuals = [inputs[name] for name in sorted(inputs, key=_number_of) if _is_residual(name)]
     arguments: dict[str, Any] = {
         name: value
         for name, value in inputs.items()
-        if name not in _ADDED_CONDITIONS and not _is_residual(name)
+        if name not in _ADDED_CONDITIONS and not _is_residual(name) and not _is_image(name)
     }
     if residuals:
         arguments["down_block_additional_residuals"] = tuple(residuals)
-    added = {
+    added: dict[str, Any] = {
         name: inputs[name].to(torch.promote_types(inputs[name].dtype, torch.float32))
         for name in _ADDED_CONDITIONS
         if name in inputs
     }
+    if images:
+        added["image_embeds"] = images
     if added:
         arguments["added_cond_kwargs"] = added
     return arguments
@@ -124,5 +128,11 @@ def _is_residual(name: str) -> bool:
     return name.startswith(DOWN_RESIDUAL)
 
 
-def _residual_number(name: str) -> int:
-    return int(name.removeprefix(DOWN_RESIDUAL)) if _is_residual(name) else -1
+def _is_image(name: str) -> bool:
+    return name.startswith("image_embeds")
+
+
+def _number_of(name: str) -> int:
+    """The number at the end of the name of a residual or image embedding, for sorting."""
+    last = name.rpartition("_")[2]
+    return int(last) if last.isdigit() else -1
