@@ -38,7 +38,7 @@ def with_ip_adapters(config: Mapping[str, Any], stored: Mapping[str, StoredTenso
         if config.get("encoder_hid_dim_type") == IP_ADAPTER:
             raise CheckpointError(
                 f"the configuration has encoder_hid_dim_type = {IP_ADAPTER!r}, and the checkpoint has no "
-                "tensors of an IP-Adapter; save the UNet again with the IP-Adapter loaded, or remove the entry"
+                "tensors of an IP-Adapter; save the UNet again with it loaded, or remove the entry"
             )
         return dict(config)
     adapters = []
@@ -46,7 +46,8 @@ def with_ip_adapters(config: Mapping[str, Any], stored: Mapping[str, StoredTenso
         weight = layers[number].get("image_embeds.weight")
         if weight is None or len(weight.shape) != 2 or set(layers[number]) - _TENSORS:
             raise CheckpointError(
-                f"IP-Adapter {number} of the checkpoint has the tensors {first_items(sorted(layers[number]))}; "
+                f"IP-Adapter {number} of the checkpoint has the tensors "
+                f"{first_items(sorted(layers[number]))}; "
                 "expected one linear projection (image_embeds) and a norm, as in ip-adapter_sd15 and "
                 "ip-adapter_sdxl; the kinds Plus, Full Face and FaceID are not supported"
             )

@@ -140,5 +140,7 @@ def test_an_adapter_without_tensors(random_unet: Path, tmp_path: Path) -> None:
 
 def test_dual_cross_attention_is_refused(tmp_path: Path) -> None:
     export_runs.make_unet(tmp_path / "unet", dual_cross_attention=True)
-    with pytest.raises(ExportError, match="the UNet has dual_cross_attention .* export a UNet with one text"):
+    with pytest.raises(
+        ExportError, match=r"the UNet has dual_cross_attention .* export a UNet with one text"
+    ):
         export(tmp_path / "unet", tmp_path / "g.onnx", OPTIONS)
