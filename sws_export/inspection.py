@@ -73,7 +73,7 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
     from graph_passes.grids import sorted_grids
     from graph_passes.name_nodes import NameNodes
     from sws_export.onnx_files import graph_specs, load_onnx
-    from sws_export.sources.other_exporters import adapt
+    from sws_export.sources.other_exporters import adapt, rename_inputs
 
     model = load_onnx(path)
     manifest = read_embedded(path)
@@ -98,7 +98,7 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
     with contextlib.suppress(ExportError):
         # A graph that an export would refuse is described, too.
         NameNodes()(model)
-        adapt(path, model)
+        adapt(path, model, rename_inputs(model))
     sites, skipped = find_sites(model, cross_attention=True)
     return facts | {
         "sites": {

@@ -16,7 +16,7 @@ from sws_export.errors import CheckpointError, ExportError
 from sws_export.manifest import SourceEntry, read_embedded
 from sws_export.onnx_files import graph_specs, load_onnx
 from sws_export.progress import Progress
-from sws_export.sources.other_exporters import OriginalGraph, adapt
+from sws_export.sources.other_exporters import OriginalGraph, adapt, rename_inputs
 from sws_export.tensors import PRECISIONS, SIZE_AXES, Precision, TensorSpec
 from sws_export.validation import SwsSpec, ValidationReport, validate_against_plain
 from sws_export.validation.validate import TOKENS
@@ -163,7 +163,9 @@ def open_onnx_source(path: Path) -> OnnxSource:
     model = load_onnx(path)
     _check_weight_files(path, model)
     NameNodes()(model)
-    original = adapt(path, model)
+    names = rename_inputs(model)
+    _check_names(path, model)
+    original = adapt(path, model, names)
     _name_dimensions(path, model)
     inputs = graph_specs(model.graph.inputs)
     recorded = read_embedded(path)
@@ -211,8 +213,8 @@ def _check_weight_files(path: Path, model: ir.Model) -> None:
             )
 
 
-def _name_dimensions(path: Path, model: ir.Model) -> None:
-    """Give the dynamic dimensions the symbols of `SIZE_AXES`, whatever the exporter called them."""
+def _check_names(path: Path, model: ir.Model) -> None:
+    """Refuse a graph that is no plain UNet, by the names of its inputs and output."""
     inputs = [value.name for value in model.graph.inputs]
     if "intensity" in inputs:
         raise ExportError(f"{path} has SWS already; give the checkpoint or a graph exported with --plain")
@@ -223,6 +225,10 @@ def _name_dimensions(path: Path, model: ir.Model) -> None:
             f"found {', '.join(map(str, inputs))} -> {', '.join(map(str, outputs))}; "
             "export it under diffusers' names"
         )
+
+
+def _name_dimensions(path: Path, model: ir.Model) -> None:
+    """Give the dynamic dimensions the symbols of `SIZE_AXES`, whatever the exporter called them."""
     for value in model.graph.inputs:
         symbols = _symbols(str(value.name))
         if value.shape is None or len(value.shape) <= max(symbols):

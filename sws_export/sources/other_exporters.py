@@ -58,17 +58,35 @@ class OriginalGraph:
         return {names.get(name, name): values for name, values in outputs.items()}
 
 
-def adapt(path: Path, model: ir.Model) -> OriginalGraph:
-    """Change a graph to diffusers' names, a timestep [batch] of float32, and `Attention` nodes; in place.
+def rename_inputs(model: ir.Model) -> dict[str, str]:
+    """Give inputs and output of ComfyUI's names those of diffusers; returns the original ones by these."""
+    inputs, outputs = _COMFYUI
+    found = [value.name for value in model.graph.inputs]
+    if found[: len(inputs)] != list(inputs) or [value.name for value in model.graph.outputs] != list(outputs):
+        return {}
+    names = {}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        old = str(value.name)
+        new = (inputs | outputs).get(old)
+        if new is not None:
+            names[new], value.name = old, new
+    return names
 
-    A graph that has all of these is not changed.
+
+def adapt(path: Path, model: ir.Model, names: Mapping[str, str]) -> OriginalGraph:
+    """Change a graph to a timestep [batch] of float32, and `Attention` nodes; in place.
+
+    A graph that has both is not changed.
+
+    Args:
+        path: Its file, for messages.
+        model: The graph, with diffusers' names.
+        names: The original names, as `rename_inputs` returned them.
 
     Raises:
         ExportError: The opset is too old, or the graph has no attention that can be recognized.
     """
-    names = _rename(model)
-    inputs = model.graph.inputs
-    timestep = next((value for value in inputs if value.name == "timestep"), None)
+    timestep = next((value for value in model.graph.inputs if value.name == "timestep"), None)
     is_scalar = timestep is not None and timestep.shape is not None and len(timestep.shape) == 0
     dtype = (timestep.dtype if timestep is not None else None) or ir.DataType.FLOAT
     opset = model.graph.opset_imports.get("", 0)
@@ -87,21 +105,6 @@ def adapt(path: Path, model: ir.Model) -> OriginalGraph:
     if timestep is not None and (timestep.dtype != ir.DataType.FLOAT or is_scalar):
         _batch_timestep(path, model, timestep)
     return OriginalGraph(names, is_scalar, dtype)
-
-
-def _rename(model: ir.Model) -> dict[str, str]:
-    """Give inputs and output of ComfyUI's names those of diffusers; returns the original ones by these."""
-    inputs, outputs = _COMFYUI
-    found = [value.name for value in model.graph.inputs]
-    if found[: len(inputs)] != list(inputs) or [value.name for value in model.graph.outputs] != list(outputs):
-        return {}
-    names = {}
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        old = str(value.name)
-        new = (inputs | outputs).get(old)
-        if new is not None:
-            names[new], value.name = old, new
-    return names
 
 
 def _batch_timestep(path: Path, model: ir.Model, old: ir.Value) -> None:
