@@ -105,7 +105,8 @@ def _is_complete(cached: _Cached, variant: str | None) -> bool:
     weights = cached.location.index or cached.location.weights[0]
     if variant is None and variant_of(weights.name):
         return False
-    if cached.location.config is None:
+    if cached.location.config is None and variant_of(weights.name) is not None:
+        # A file in the original layout has no configuration, one in diffusers' layout has.
         return False
     pipeline = cached.location.pipeline
     return pipeline is None or all((pipeline / name).is_file() for name in _PIPELINE_FILES)

@@ -23,6 +23,8 @@ from tests.export_runs import error_line
 REPO = "someone/tiny-sd"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+INDEX = "unet/diffusion_pytorch_model.bf16.safetensors.index.json"
+SHARDS = [f"diffusion_pytorch_model.bf16-0000{number}-of-00002.safetensors" for number in (1, 2)]
 USED = {"model_index.json", "scheduler/scheduler_config.json", "vae/config.json", "unet/config.json", WEIGHTS}
 
 
@@ -41,6 +43,9 @@ def files(random_unet: Path) -> dict[str, bytes]:
         WEIGHTS: weights,
         "unet/diffusion_pytorch_model.fp16.safetensors": weights,
         "unet/diffusion_pytorch_model.bin": b"a pickle",
+        INDEX: json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode(),
+        f"unet/{SHARDS[0]}": b"first shard",
+        f"unet/{SHARDS[1]}": b"second shard",
         "tiny.safetensors": weights,
     }
 
@@ -142,6 +147,12 @@ def test_a_repository_is_downloaded_once(
         "someone/else does not exist here, is not in the Hugging Face cache and cannot be downloaded: "
         "HF_HUB_OFFLINE is set; connect to the network, or give the path of a model"
     )
+
+
+def test_a_variant_in_shards(hub: list[str]) -> None:
+    directory = fetch("bf16").directory
+    assert set(hub) == USED - {WEIGHTS} | {INDEX} | {f"unet/{name}" for name in SHARDS}
+    assert [file.name for file in locate(directory, "bf16").weights] == SHARDS
 
 
 @pytest.mark.parametrize(
