@@ -140,8 +140,15 @@ class SizeOptions:
         return scale
 
 
-def check_static_dimensions(inputs: tuple[TensorSpec, ...], requested: Mapping[str, Range]) -> None:
+def check_static_dimensions(
+    inputs: tuple[TensorSpec, ...], requested: Mapping[str, Range], vae_scale: int | None = None
+) -> None:
     """Refuse sizes that contradict a static dimension of the graph.
+
+    Args:
+        inputs: Inputs of the graph.
+        requested: Sizes by symbol; height and width are those of the latent.
+        vae_scale: Pixels per latent element, for the message; None if unknown.
 
     Raises:
         OptionError: Names the dimension, the size of the graph and the size that was requested.
@@ -150,8 +157,19 @@ def check_static_dimensions(inputs: tuple[TensorSpec, ...], requested: Mapping[s
     for name, size in requested.items():
         input_name, axis = SIZE_AXES[name]
         dimension = by_name[input_name].shape[axis]
-        if isinstance(dimension, int) and size != Range(dimension, dimension, dimension):
+        if not isinstance(dimension, int):
+            continue
+        static = Range(dimension, dimension, dimension)
+        if size != static:
+            scale = (vae_scale or 1) if name in ("height", "width") else 1
+            expected, found = (_in_pixels(sizes, scale) for sizes in (static, size))
             raise OptionError(
-                f"the graph has a static {name} of {dimension}, found {size} in the profile; "
+                f"the graph has a static {name} of {expected}, found {found} in the profile; "
                 "export the UNet with dynamic sizes, or request this one"
             )
+
+
+def _in_pixels(size: Range, scale: int) -> str:
+    if scale == 1:
+        return str(size)
+    return f"{size} ({Range(*(side * scale for side in size.values()))} pixels)"

@@ -75,7 +75,8 @@ def make_plan(source: Source, options: ExportOptions, out: Path, progress: Progr
 
 def _configure_engine(source: Source, options: ExportOptions, progress: Progress) -> EngineConfig:
     sizes = options.sizes.engine_sizes(source.config, source.size_multiple, source.vae_scale)
-    check_static_dimensions(source.inputs, sizes.ranges())
+    vae_scale = options.sizes.vae_scale or source.vae_scale
+    check_static_dimensions(source.inputs, sizes.ranges(), vae_scale)
     backend = choose_backend(options.backend)
     takes_plugins = backend.plugins and not options.sws.plain
     library = find_plugin_library() if takes_plugins else None
@@ -90,7 +91,8 @@ def _configure_engine(source: Source, options: ExportOptions, progress: Progress
 
 def _static_sizes(source: Source, options: ExportOptions) -> dict[str, int]:
     sizes = options.sizes.static_sizes(source.size_multiple, source.vae_scale)
-    check_static_dimensions(source.inputs, {name: Range(size, size, size) for name, size in sizes.items()})
+    ranges = {name: Range(size, size, size) for name, size in sizes.items()}
+    check_static_dimensions(source.inputs, ranges, options.sizes.vae_scale or source.vae_scale)
     return sizes
 
 

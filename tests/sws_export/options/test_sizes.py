@@ -113,6 +113,10 @@ def test_sizes_that_the_graph_fixes_otherwise() -> None:
         check_static_dimensions(sample(2, 4, "height", "width"), SIZES)
     with pytest.raises(OptionError, match=r"a static width of 64, found 32:64:64"):
         check_static_dimensions(sample("batch", 4, 64, 64), SIZES)
+    with pytest.raises(
+        OptionError, match=r"width of 64 \(512 pixels\), found 32:64:64 \(256:512:512 pixels\)"
+    ):
+        check_static_dimensions(sample("batch", 4, 64, 64), SIZES, 8)
     asked = SIZES | {"tokens": Range(1, 77, 77)}
     fixed_text = (
         sample("batch", 4, 64, "width")[0],
