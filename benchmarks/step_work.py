@@ -114,7 +114,7 @@ def build_rtx(path: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         report = build_engine(
-            path, Path(folder) / "plan", shapes, BuildOptions(BACKEND, compute_capabilities=("8.9",))
+            path, Path(folder) / "plan", [shapes], BuildOptions(BACKEND, compute_capabilities=("8.9",))
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {

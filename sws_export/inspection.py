@@ -15,7 +15,7 @@ _SHOWN = (
     "states",
     "sites",
     "sws",
-    "profile",
+    "profiles",
     "validation",
     "source",
     "versions",
@@ -121,7 +121,19 @@ def _inspect_engine(path: Path) -> dict[str, Any]:
             "manifest": f"{beside.name} is missing: the inputs and states of this engine are not known"
         }
     manifest = read_manifest(beside)
-    return facts | _shown(manifest) | _warnings(path, manifest)
+    return facts | _shown(manifest) | _gpu_memory(manifest) | _warnings(path, manifest)
+
+
+def _gpu_memory(manifest: Manifest) -> dict[str, Any]:
+    """The GPU memory of an engine with each profile, in words; nothing where it was not recorded."""
+    from sws_export.engines.gpu_memory import GpuMemory
+
+    engine = manifest.get("engine")
+    recorded = engine.get("gpu_memory") if engine else None
+    if recorded is None:
+        return {}
+    memory = GpuMemory.from_json(recorded)
+    return {"gpu_memory": [memory.describe(index) for index in range(len(memory.profiles))]}
 
 
 def _inspect_checkpoint(path: Path) -> dict[str, Any]:

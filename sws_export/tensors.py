@@ -99,6 +99,9 @@ class SizeRanges:
     width: Range
     tokens: Range
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {size}" for name, size in self.ranges().items())
+
     def ranges(self) -> dict[str, Range]:
         """The ranges by symbol."""
         return {name: getattr(self, name) for name in SIZE_AXES}

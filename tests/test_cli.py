@@ -55,6 +55,7 @@ def test_options_reach_the_library(asked: list[Any], tmp_path: Path) -> None:
     arguments += ["--sites", "up_blocks.*", "--sites", "mid*", "--config", "c.json", "--ema"]
     arguments += ["--variant", "fp16", "--attention-head-dim", "5,10", "--prediction-type", "v_prediction"]
     arguments += ["--vae-scale", "8", "--batch", "1:2:4", "--height", "256:512:1024", "--width", "512"]
+    arguments += ["--profile", "batch=2", "--profile", "batch=4", "--max-gpu-memory", "8GB"]
     arguments += ["--tokens", "77", "--backend", "tensorrt-rtx", "--compute-capability", "8.9,12.0"]
     arguments += ["--builder-optimization-level", "2", "--no-validate", "--keep-onnx", "--dry-run"]
     assert main(arguments) == 0
@@ -76,9 +77,16 @@ def test_options_reach_the_library(asked: list[Any], tmp_path: Path) -> None:
                     sites=("up_blocks.*", "mid*"),
                 ),
                 sizes=SizeOptions(
-                    vae_scale=8, batch="1:2:4", height="256:512:1024", width="512", tokens="77"
+                    vae_scale=8,
+                    batch="1:2:4",
+                    height="256:512:1024",
+                    width="512",
+                    tokens="77",
+                    profiles=("batch=2", "batch=4"),
                 ),
-                engine=EngineOptions(compute_capabilities=("8.9", "12.0"), optimization_level=2),
+                engine=EngineOptions(
+                    compute_capabilities=("8.9", "12.0"), optimization_level=2, max_gpu_memory="8GB"
+                ),
                 backend="tensorrt-rtx",
                 validate=False,
                 keep_onnx=True,

@@ -4,7 +4,7 @@
         polygraphy run unet.onnx --onnxrt --data-loader-script .../sws_export/adapters/polygraphy_data.py
 
 Polygraphy imports the file under its own name, which therefore cannot be `polygraphy`, and calls `load_data`.
-Sizes are those of the latent; the default is the optimum of an engine's profile.
+Sizes are those of the latent; the default is the optimum of an engine's first profile.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sws_export.errors import OptionError
-from sws_export.manifest import Manifest, profile_of, read_manifest, tensor_specs
+from sws_export.manifest import Manifest, profiles_of, read_manifest, tensor_specs
 from sws_export.runtime.inputs import Array, numpy_dtype
 from sws_export.tensors import SIZE_AXES, TensorSpec, concrete_shape
 
@@ -47,8 +47,8 @@ def _manifest_path() -> Path:
 
 def _sizes(text: str, manifest: Manifest) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    if (profile := profile_of(manifest)) is not None:
-        sizes = {name: profile[tensor][1][axis] for name, (tensor, axis) in SIZE_AXES.items()}
+    if profiles := profiles_of(manifest):
+        sizes = {name: profiles[0][tensor][1][axis] for name, (tensor, axis) in SIZE_AXES.items()}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name not in SIZE_AXES or not value.isdigit():

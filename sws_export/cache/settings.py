@@ -1,18 +1,15 @@
 """Directory and size limit of the cache."""
 
 import os
-import re
 from pathlib import Path
 
+from sws_export.byte_sizes import parse_bytes
 from sws_export.cache.store import Cache
-from sws_export.errors import OptionError
 from sws_export.files import user_cache
 
 DIRECTORY_VARIABLE = "SWS_EXPORT_CACHE_DIR"
 SIZE_VARIABLE = "SWS_EXPORT_CACHE_SIZE"
 DEFAULT_SIZE = "20GB"
-
-_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def cache_directory() -> Path:
@@ -31,14 +28,6 @@ def open_cache(*, enabled: bool = True) -> Cache:
     Raises:
         OptionError: `SWS_EXPORT_CACHE_SIZE` is not a size.
     """
-    limit = _parse_size(os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE)
+    size = os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE
+    limit = parse_bytes(size, f"{SIZE_VARIABLE}={size}")
     return Cache(cache_directory() if enabled and limit else None, limit)
-
-
-def _parse_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise OptionError(
-            f"{SIZE_VARIABLE}={text}: expected a size such as 500MB or {DEFAULT_SIZE}; 0 disables the cache"
-        )
-    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])

@@ -4,12 +4,12 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sws_export.byte_sizes import format_bytes
 from sws_export.pipeline.run import ExportReport
 from sws_export.sampling.effects import Effect
 from sws_export.validation import ValidationReport
@@ -104,8 +104,10 @@ def print_export(console: Console, report: ExportReport) -> None:
     if report.stages:
         console.print(table)
     console.print(f"precision: {report.precision}", markup=False)
+    for line in report.gpu_memory():
+        console.print(line, markup=False)
     for file in report.files:
-        console.print(f"wrote {file}  {_size(file)}", markup=False)
+        console.print(f"wrote {file}  {format_bytes(file.stat().st_size)}", markup=False)
     if report.manifest is None:
         console.print("dry run: nothing was written")
         return
@@ -148,8 +150,3 @@ def print_effects(console: Console, effects: Sequence[Effect]) -> None:
         metrics = (effect.difference, effect.sharpness, effect.step_change)
         table.add_row(f"{effect.intensity:g}", *(f"{metric:.4f}" for metric in metrics))
     console.print(table)
-
-
-def _size(path: Path) -> str:
-    size = path.stat().st_size
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

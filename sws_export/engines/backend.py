@@ -101,6 +101,8 @@ class BuildOptions(EngineOptions):
     def to_json(self) -> dict[str, Any]:
         """All options by name, as JSON values; used for the child process and for cache keys."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        # Not an option of the build: the result is compared with it.
+        del values["max_gpu_memory"]
         return values | {
             "backend": self.backend.name,
             "compute_capabilities": list(self.targets),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -90,7 +90,7 @@ class Outcome:
 def build_engine(
     onnx_path: Path,
     out_path: Path,
-    shapes: ProfileShapes,
+    profiles: Sequence[ProfileShapes],
     options: BuildOptions,
     progress: Progress | None = None,
 ) -> EngineReport:
@@ -103,7 +103,8 @@ def build_engine(
     Args:
         onnx_path: The graph, with its external data at the location stored in the file.
         out_path: The engine file; an existing file is overwritten.
-        shapes: Minimum, optimum and maximum shape of each input, see `sws_export.tensors.shapes_for`.
+        profiles: Minimum, optimum and maximum shape of each input, for each optimization profile; see
+            `sws_export.tensors.shapes_for`.
         options: EngineBackend and build options.
         progress: Receives phases and warnings.
 
@@ -117,7 +118,7 @@ def build_engine(
         "parent": os.getpid(),
         "onnx": str(onnx_path.resolve()),
         "out": str(out_path.resolve()),
-        "shapes": shapes,
+        "profiles": list(profiles),
         "options": options.to_json(),
     }
     started = time.monotonic()

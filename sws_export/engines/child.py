@@ -74,9 +74,10 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
             "plugins": tuple(map(Path, values["plugins"])),
         }
     )
-    shapes: ProfileShapes = {
-        name: (tuple(a), tuple(b), tuple(c)) for name, (a, b, c) in spec["shapes"].items()
-    }
+    profiles: list[ProfileShapes] = [
+        {name: (tuple(a), tuple(b), tuple(c)) for name, (a, b, c) in shapes.items()}
+        for shapes in spec["profiles"]
+    ]
     onnx_path, out_path = Path(spec["onnx"]), Path(spec["out"])
 
     events.send("phase", text="checking the graph")
@@ -91,9 +92,10 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
     events.send("phase", text="parsing the graph")
     started = time.monotonic()
     network = steps.parse(trt, builder, logger, onnx_path, options)
-    steps.check_inputs(network, shapes)
+    for shapes in profiles:
+        steps.check_inputs(network, shapes)
     decomposed = steps.allow_decomposition(trt, network, options.backend.fused_head_sizes)
-    config = steps.configure(trt, builder, logger, options, shapes, make_monitor(trt, events))
+    config = steps.configure(trt, builder, logger, options, profiles, make_monitor(trt, events))
     if options.timing_cache:
         steps.load_timing_cache(config, options.timing_cache)
     parsed = time.monotonic()
@@ -111,7 +113,7 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
         )
     if options.timing_cache:
         steps.save_timing_cache(config, options.timing_cache)
-    memory = read_builder_memory(logger.memory_messages)
+    memory = read_builder_memory(logger.memory_messages, len(profiles))
     events.send(
         "built",
         library_version=trt.__version__,

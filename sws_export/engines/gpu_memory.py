@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from sws_export.byte_sizes import format_bytes
 from sws_export.tensors import ProfileShapes
 
 _FIGURE = re.compile(
@@ -15,7 +16,8 @@ _FIGURE = re.compile(
     r"|Max Scratch Memory: (?P<scratch>\d+) bytes"
     r"|Total Weights Memory: (?P<weights>\d+) bytes"
 )
-_STATE_BUFFERS = 2
+STATE_BUFFERS = 2
+"""A step reads a state from one buffer and writes the next state to the other one."""
 _FLOAT32_BYTES = 4
 
 
@@ -60,8 +62,8 @@ class GpuMemory:
         """The needs of one profile in words."""
         of_profile = self.profiles[profile]
         return (
-            f"needs {gigabytes(self.total(profile))} of GPU memory: weights {gigabytes(self.weights)}, "
-            f"activations {gigabytes(of_profile.activations)}, states {gigabytes(of_profile.states)}"
+            f"needs {format_bytes(self.total(profile))} of GPU memory: weights {format_bytes(self.weights)}, "
+            f"activations {format_bytes(of_profile.activations)}, states {format_bytes(of_profile.states)}"
         )
 
     @classmethod
@@ -115,6 +117,18 @@ def read_builder_memory(messages: Iterable[str], profiles: int = 1) -> GpuMemory
     )
 
 
+def describe_gpu_memory(memory: GpuMemory | None, profiles: Sequence[str]) -> list[str]:
+    """The needs of each profile of an engine, a line each.
+
+    Args:
+        memory: Of the engine; None if its builder did not report it.
+        profiles: Sizes of each profile, in words.
+    """
+    if memory is None:
+        return ["needs an unknown amount of GPU memory: the builder did not report it"]
+    return [f"{memory.describe(index)}, for {sizes}" for index, sizes in enumerate(profiles)]
+
+
 def add_states(memory: GpuMemory, profiles: Iterable[ProfileShapes], states: Collection[str]) -> GpuMemory:
     """`memory` with the buffers of the float32 inputs `states`, at the largest shapes of each profile."""
     return dataclasses.replace(
@@ -127,14 +141,6 @@ def add_states(memory: GpuMemory, profiles: Iterable[ProfileShapes], states: Col
 
 
 def states_memory(shapes: ProfileShapes, states: Collection[str]) -> int:
-    """Bytes of the buffers of the float32 inputs `states` at the largest shapes of a profile.
-
-    Each state has two buffers, one read and one written by a step.
-    """
+    """Bytes of the buffers of the float32 inputs `states` at the largest shapes of a profile."""
     elements = sum(math.prod(shapes[name][2]) for name in states)
-    return _STATE_BUFFERS * _FLOAT32_BYTES * elements
-
-
-def gigabytes(size: int) -> str:
-    """`size` in bytes as text in GB, with two decimals."""
-    return f"{size / 1e9:.2f} GB"
+    return STATE_BUFFERS * _FLOAT32_BYTES * elements

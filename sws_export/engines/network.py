@@ -5,7 +5,7 @@ argument; both have the same API. Members that some supported release lacks are 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,14 @@ def allow_decomposition(trt: Any, network: Any, fused_head_sizes: range) -> int:
 
 
 def configure(
-    trt: Any, builder: Any, logger: Any, options: BuildOptions, shapes: ProfileShapes, monitor: Any
+    trt: Any,
+    builder: Any,
+    logger: Any,
+    options: BuildOptions,
+    profiles: Iterable[ProfileShapes],
+    monitor: Any,
 ) -> Any:
-    """Create the build configuration with one optimization profile.
+    """Create the build configuration with its optimization profiles, in the given order.
 
     Raises:
         OptionError: TensorRT rejects a shape, or this version lacks an option.
@@ -171,8 +176,9 @@ def configure(
             )
     if options.plugins:
         config.plugins_to_serialize = [str(path) for path in options.plugins]
-    profile = _create(trt, logger, "optimization profile", builder.create_optimization_profile)
-    _add_profile(config, profile, shapes)
+    for shapes in profiles:
+        profile = _create(trt, logger, "optimization profile", builder.create_optimization_profile)
+        _add_profile(config, profile, shapes)
     return config
 
 

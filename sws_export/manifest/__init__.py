@@ -54,7 +54,7 @@ __all__ = [
     "ValidationEntry",
     "manifest_path",
     "parse_manifest",
-    "profile_of",
+    "profiles_of",
     "read_embedded",
     "read_embedded_text",
     "read_manifest",
@@ -137,6 +137,10 @@ def parse_manifest(text: str, name: str) -> Manifest:
     try:
         if found == 1:
             document = _from_format_1(document)
+        if "profile" in document:
+            # Engines had one profile at first.
+            profile = document.pop("profile")
+            document["profiles"] = None if profile is None else [profile]
         manifest = check_document(document, Manifest)
         _check_names(manifest)
     except ValueError as error:
@@ -158,15 +162,15 @@ def tensor_specs(entries: Iterable[TensorEntry]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries)
 
 
-def profile_of(manifest: Manifest) -> ProfileShapes | None:
-    """Smallest, optimal and largest shape of each input of an engine; None for a graph."""
-    profile = manifest.get("profile")
-    if profile is None:
-        return None
-    return {
-        name: (tuple(entry["min"]), tuple(entry["opt"]), tuple(entry["max"]))
-        for name, entry in profile.items()
-    }
+def profiles_of(manifest: Manifest) -> tuple[ProfileShapes, ...]:
+    """Smallest, optimal and largest shape of each input, by profile of an engine; empty for a graph."""
+    return tuple(
+        {
+            name: (tuple(entry["min"]), tuple(entry["opt"]), tuple(entry["max"]))
+            for name, entry in profile.items()
+        }
+        for profile in manifest.get("profiles") or ()
+    )
 
 
 def _from_format_1(document: dict[str, Any]) -> dict[str, Any]:
@@ -199,15 +203,15 @@ def _check_names(manifest: Manifest) -> None:
     inputs = {entry["name"] for entry in manifest["inputs"]}
     outputs = {entry["name"] for entry in manifest["outputs"]}
     debug = manifest["debug_outputs"]
-    profile = manifest.get("profile")
+    profiles = manifest.get("profiles") or ()
     for field, names, known in (
         ("states", [state["input"] for state in manifest["states"]], inputs),
         ("states", [state["output"] for state in manifest["states"]], outputs),
         ("shared_inputs", manifest["shared_inputs"], inputs),
         ("outputs", [PREDICTION], outputs),
         ("debug_outputs", debug["outputs"].values() if debug else (), outputs),
-        ("profile", profile or (), inputs),
-        ("inputs", inputs if profile is not None else (), set(profile or ())),
+        *(("profiles", profile, inputs) for profile in profiles),
+        *(("inputs", inputs, set(profile)) for profile in profiles),
     ):
         for name in names:
             if name not in known:

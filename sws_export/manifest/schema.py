@@ -9,6 +9,7 @@ from sws_export.tensors import Precision
 
 MAX_TENSORS = 4096
 MAX_RANK = 8
+MAX_PROFILES = 256
 
 TensorName = Annotated[str, Meta(min_length=1, max_length=1024)]
 Size = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -126,6 +127,10 @@ class ProfileEntry(TypedDict):
     max: Shape
 
 
+Profile = Annotated[dict[str, ProfileEntry], Meta(max_length=MAX_TENSORS)]
+"""An optimization profile: the shapes of all inputs."""
+
+
 class FileEntry(TypedDict):
     """A file of the artefact."""
 
@@ -134,10 +139,26 @@ class FileEntry(TypedDict):
     sha256: Sha256
 
 
+class ProfileMemoryEntry(TypedDict):
+    """GPU memory of one execution context with one profile, see `ProfileMemory`."""
+
+    activations: Count
+    scratch: Count
+    states: Count
+
+
+class GpuMemoryEntry(TypedDict):
+    """GPU memory of an engine in bytes, by profile, see `GpuMemory`."""
+
+    weights: Count
+    profiles: Annotated[list[ProfileMemoryEntry], Meta(min_length=1, max_length=MAX_PROFILES)]
+
+
 class EngineEntry(TypedDict):
     """How the engine was built; further fields as in `EngineReport`."""
 
     backend: Literal["tensorrt", "tensorrt-rtx"]
+    gpu_memory: NotRequired[GpuMemoryEntry | None]
 
 
 class OutputDifferenceEntry(TypedDict):
@@ -204,5 +225,5 @@ class Manifest(GraphDescription, total=False):
     files: Annotated[list[FileEntry], Meta(max_length=MAX_TENSORS)]
     validation: ValidationEntry
     engine: EngineEntry | None
-    profile: Annotated[dict[str, ProfileEntry], Meta(max_length=MAX_TENSORS)] | None
+    profiles: Annotated[list[Profile], Meta(min_length=1, max_length=MAX_PROFILES)] | None
     stages: Annotated[list[StageEntry], Meta(max_length=MAX_TENSORS)]

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sws_export.byte_sizes import parse_bytes
 from sws_export.errors import OptionError
 
 _OPTIMIZATION_LEVELS = range(6)
@@ -24,6 +25,8 @@ class EngineOptions:
         version_compatible: Allow later versions of the library to load the engine (TensorRT).
         hardware_compatible: Allow every GPU from Ampere on to run the engine (TensorRT).
         weight_streaming: Allow the runtime to keep part of the weights outside GPU memory.
+        max_gpu_memory: Bytes of GPU memory above which an engine is not published, such as `8GB`; empty for
+            no limit.
     """
 
     compute_capabilities: tuple[str, ...] = ()
@@ -34,6 +37,7 @@ class EngineOptions:
     version_compatible: bool = False
     hardware_compatible: bool = False
     weight_streaming: bool = False
+    max_gpu_memory: str = ""
 
     def __post_init__(self) -> None:
         level = self.optimization_level
@@ -45,6 +49,14 @@ class EngineOptions:
                     f"--compute-capability {','.join(self.compute_capabilities)}: expected MAJOR.MINOR "
                     f"separated by commas, such as 8.9,12.0; found {capability!r}"
                 )
+
+        self.gpu_memory_limit  # noqa: B018  (raises)
+
+    @property
+    def gpu_memory_limit(self) -> int | None:
+        """`max_gpu_memory` in bytes; None for no limit."""
+        given = self.max_gpu_memory
+        return parse_bytes(given, f"--max-gpu-memory {given}") if given else None
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +88,12 @@ class EngineOptions:
             ("--weight-streaming", "allow weights outside GPU memory"),
         ):
             group.add_argument(option, action="store_true", help=text)
+        group.add_argument(
+            "--max-gpu-memory",
+            default="",
+            metavar="SIZE",
+            help="do not write an engine that needs more, such as 8GB",
+        )
 
 
 def option_name(field: str) -> str:

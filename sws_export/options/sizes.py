@@ -1,6 +1,7 @@
 """Options of the sizes that an artefact is made for."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ class SizeOptions:
         width: As `height`.
         tokens: None for 77 in an engine, for a dynamic size in a graph.
         vae_scale: Pixels per latent element in each direction; None for what the checkpoint specifies.
+        profiles: Optimization profiles of an engine, such as `batch=2,height=512,width=512`; sizes that one
+            does not name are those of the other options. Empty for one profile of the other options.
     """
 
     batch: str | None = None
@@ -30,6 +33,7 @@ class SizeOptions:
     width: str | None = None
     tokens: str | None = None
     vae_scale: int | None = None
+    profiles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.vae_scale is not None and self.vae_scale < 1:
@@ -50,12 +54,20 @@ class SizeOptions:
         group.add_argument("--height", metavar="SIZES", help=trained)
         group.add_argument("--width", metavar="SIZES", help=trained)
         group.add_argument("--tokens", metavar="SIZES", help="text tokens; default of an engine: 77")
+        group.add_argument(
+            "--profile",
+            dest="profiles",
+            action="append",
+            default=[],
+            metavar="NAME=SIZES[,…]",
+            help="an optimization profile of an engine, as in batch=2,height=512,width=512; repeatable",
+        )
         group.add_argument("--vae-scale", type=int, metavar="N", help="pixels per latent element")
 
-    def engine_sizes(
+    def engine_profiles(
         self, config: Mapping[str, Any] | None, size_multiple: int, vae_scale: int | None
-    ) -> SizeRanges:
-        """The sizes that the engine is built for; height and width are those of the latent.
+    ) -> tuple[SizeRanges, ...]:
+        """The sizes of each optimization profile of an engine; height and width are those of the latent.
 
         Args:
             config: The UNet's configuration, which has the size it was trained on; None if unknown.
@@ -63,8 +75,29 @@ class SizeOptions:
             vae_scale: What the checkpoint specifies.
 
         Raises:
-            OptionError: A size is malformed, not a multiple of the pixels of a latent element, or missing.
+            OptionError: A size is malformed, not a multiple of the pixels of a latent element, or missing; or
+                two profiles are the same.
         """
+        if not self.profiles:
+            return (self._sizes(config, size_multiple, vae_scale),)
+        found: list[SizeRanges] = []
+        for text in self.profiles:
+            try:
+                sizes = self._of_profile(text)._sizes(config, size_multiple, vae_scale)
+            except OptionError as error:
+                raise OptionError(f"--profile {text}: {error}") from error
+            if sizes in found:
+                raise OptionError(f"--profile {text}: an earlier profile has the same sizes; leave one out")
+            found.append(sizes)
+        return tuple(found)
+
+    def _of_profile(self, text: str) -> "SizeOptions":
+        """The options with those sizes replaced that a profile names."""
+        return dataclasses.replace(self, profiles=(), **_parse_profile(text))
+
+    def _sizes(
+        self, config: Mapping[str, Any] | None, size_multiple: int, vae_scale: int | None
+    ) -> SizeRanges:
         trained = config.get("sample_size") if config else None
         height, width = trained if isinstance(trained, list | tuple) else (trained, trained)
         return SizeRanges(
@@ -84,6 +117,11 @@ class SizeOptions:
         Raises:
             OptionError: A size is malformed or a range, or not a multiple of the pixels of a latent element.
         """
+        if self.profiles:
+            raise OptionError(
+                f"--profile {self.profiles[0]}: an ONNX graph has no optimization profiles; build an engine "
+                "(--out FILE.plan), or give --batch, --height, --width and --tokens"
+            )
         sizes = {}
         for name in SIZE_AXES:
             text = getattr(self, name)
@@ -103,6 +141,12 @@ class SizeOptions:
 
     def remarks(self, size_multiple: int, vae_scale: int | None) -> list[str]:
         """What is said of sizes that become the next multiple."""
+        if self.profiles:
+            return [
+                f"--profile {text}: {remark}"
+                for text in self.profiles
+                for remark in self._of_profile(text).remarks(size_multiple, vae_scale)
+            ]
         found = []
         for name in ("height", "width"):
             text = getattr(self, name)
@@ -138,6 +182,19 @@ class SizeOptions:
                 "add --vae-scale 8 (Stable Diffusion) or --vae-scale 1 (pixel space)"
             )
         return scale
+
+
+def _parse_profile(text: str) -> dict[str, Any]:
+    """The sizes that a profile names, as texts."""
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in SIZE_AXES or not size or name in sizes:
+            raise OptionError(
+                f"expected each of {', '.join(SIZE_AXES)} at most once, as NAME=SIZES; found {part!r}"
+            )
+        sizes[name] = size
+    return sizes
 
 
 def check_static_dimensions(

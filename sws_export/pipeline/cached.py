@@ -7,7 +7,7 @@ the digest that they had when the graph was made.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,8 @@ class StageCache:
             assert graph.file
             with self._log.record() as making:
                 engine = build()
-            sizes = " ".join(f"{name} {size}" for name, size in config.sizes.ranges().items())
             metadata = {
-                "label": f"{self._plan.summary}, {sizes}",
+                "label": f"{self._plan.summary}, {'; '.join(map(str, config.profiles))}",
                 "engine": dataclasses.asdict(engine.report),
                 **self._recorded(making),
             }
@@ -296,8 +295,8 @@ class _CachedGraph(Graph):
         return super().remark if self.is_written else str(self._entry.metadata["remark"])
 
 
-def _engine_key(content: str, shapes: ProfileShapes, config: EngineConfig) -> str:
-    """What an engine depends on: graph, profile, options, library, and the GPU if it is built for one."""
+def _engine_key(content: str, profiles: Sequence[ProfileShapes], config: EngineConfig) -> str:
+    """What an engine depends on: graph, profiles, options, library, and the GPU if it is built for one."""
     build = config.build
     options = build.to_json()
     del options["timing_cache"]
@@ -305,7 +304,7 @@ def _engine_key(content: str, shapes: ProfileShapes, config: EngineConfig) -> st
     return cache_key(
         {
             "graph": content,
-            "shapes": shapes,
+            "profiles": list(profiles),
             "options": options,
             "library": str(build.backend.load().__version__),
             "gpus": gpu_names() if build.backend.needs_gpu else [],

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import onnx_ir as ir
 
@@ -24,6 +24,7 @@ from sws_export.manifest import (
     EngineEntry,
     GraphDescription,
     Manifest,
+    ProfileEntry,
     SourceEntry,
     StageEntry,
     StateEntry,
@@ -130,7 +131,7 @@ def complete(
     files: Mapping[Path, FileDigest],
     validation: ValidationReport | None,
     engine: EngineReport | None,
-    shapes: ProfileShapes | None,
+    profiles: Sequence[ProfileShapes] | None,
     stages: Sequence[StageTiming],
 ) -> Manifest:
     """The manifest of an artefact.
@@ -141,15 +142,9 @@ def complete(
         files: All files of the artefact, with their digests.
         validation: None where it was skipped.
         engine: None for a graph.
-        shapes: Smallest, optimal and largest shape of each input of an engine; None for a graph.
+        profiles: Smallest, optimal and largest shape of each input, by profile; None for a graph.
         stages: Timings of the export.
     """
-    profile: dict[str, Any] | None = None
-    if shapes is not None:
-        profile = {
-            name: {"min": list(smallest), "opt": list(optimal), "max": list(largest)}
-            for name, (smallest, optimal, largest) in shapes.items()
-        }
     skipped = {"passed": None, "reason": "skipped by --no-validate"}
     return {
         **description,
@@ -160,8 +155,15 @@ def complete(
         ],
         "validation": cast(ValidationEntry, validation.as_dict() if validation else skipped),
         "engine": cast(EngineEntry, dataclasses.asdict(engine)) if engine else None,
-        "profile": profile,
+        "profiles": None if profiles is None else [_profile_entry(shapes) for shapes in profiles],
         "stages": [cast(StageEntry, dataclasses.asdict(timing)) for timing in stages],
+    }
+
+
+def _profile_entry(shapes: ProfileShapes) -> dict[str, ProfileEntry]:
+    return {
+        name: {"min": list(smallest), "opt": list(optimal), "max": list(largest)}
+        for name, (smallest, optimal, largest) in shapes.items()
     }
 
 

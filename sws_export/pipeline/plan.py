@@ -8,6 +8,7 @@ from graph_passes.target import TARGETS, Target
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import choose_backend, get_backend
 from sws_export.engines.plugin_library import find_plugin_library
+from sws_export.errors import OptionError
 from sws_export.options import ExportOptions, artefact_kind
 from sws_export.options.sizes import check_static_dimensions
 from sws_export.progress import Progress
@@ -17,10 +18,18 @@ from sws_export.tensors import Range, SizeRanges
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The sizes of the profile, and how the engine is built."""
+    """The sizes of each optimization profile, and how the engine is built."""
 
-    sizes: SizeRanges
+    profiles: tuple[SizeRanges, ...]
     build: BuildOptions
+
+    @property
+    def static_sizes(self) -> dict[str, int]:
+        """The sizes, by symbol, that are one number, and the same one in all profiles."""
+        first, *others = (sizes.fixed() for sizes in self.profiles)
+        return {
+            name: size for name, size in first.items() if all(other.get(name) == size for other in others)
+        }
 
 
 @dataclass(frozen=True)
@@ -66,17 +75,23 @@ def make_plan(source: Source, options: ExportOptions, out: Path, progress: Progr
     for remark in options.sizes.remarks(source.size_multiple, source.vae_scale):
         progress.log(remark)
     if artefact_kind(out) == "onnx":
+        if options.engine.max_gpu_memory:
+            raise OptionError(
+                f"--max-gpu-memory {options.engine.max_gpu_memory}: only the build of an engine measures GPU "
+                "memory; leave it out, or choose --out FILE.plan"
+            )
         target = options.sws.target(_graph_target(options))
         return ExportPlan(source, options, out, None, target, _static_sizes(source, options))
     engine = _configure_engine(source, options, progress)
     target = options.sws.target(TARGETS["tensorrt" if engine.build.plugins else "tensorrt-rtx"])
-    return ExportPlan(source, options, out, engine, target, engine.sizes.fixed())
+    return ExportPlan(source, options, out, engine, target, engine.static_sizes)
 
 
 def _configure_engine(source: Source, options: ExportOptions, progress: Progress) -> EngineConfig:
-    sizes = options.sizes.engine_sizes(source.config, source.size_multiple, source.vae_scale)
+    profiles = options.sizes.engine_profiles(source.config, source.size_multiple, source.vae_scale)
     vae_scale = options.sizes.vae_scale or source.vae_scale
-    check_static_dimensions(source.inputs, sizes.ranges(), vae_scale)
+    for sizes in profiles:
+        check_static_dimensions(source.inputs, sizes.ranges(), vae_scale)
     backend = choose_backend(options.backend)
     takes_plugins = backend.plugins and not options.sws.plain
     library = find_plugin_library() if takes_plugins else None
@@ -86,7 +101,7 @@ def _configure_engine(source: Source, options: ExportOptions, progress: Progress
             "build it with `sws-export plugins build`"
         )
     plugins = (library,) if library else ()
-    return EngineConfig(sizes, BuildOptions(backend=backend, plugins=plugins, **vars(options.engine)))
+    return EngineConfig(profiles, BuildOptions(backend=backend, plugins=plugins, **vars(options.engine)))
 
 
 def _static_sizes(source: Source, options: ExportOptions) -> dict[str, int]:

@@ -1,13 +1,18 @@
 """What an export will need, before any long work, and what the machine has."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from graph_passes.parameters import STATE_RADIUS, diamond_offsets
+from sws_export.byte_sizes import format_bytes
 from sws_export.engines.choice import engine_memory_estimate
+from sws_export.engines.gpu_memory import STATE_BUFFERS, GpuMemory, ProfileMemory, describe_gpu_memory
 from sws_export.options import ExportOptions
 from sws_export.pipeline import estimates
 from sws_export.pipeline.plan import EngineConfig
@@ -30,7 +35,9 @@ class Preflight:
         free_disk: Space that is free where the artefacts go.
         seconds: Wall time by stage, on two idle processor cores.
         engine_size: Bytes of the plan; None for an ONNX graph.
-        profile: Smallest, best and largest size of each dimension of the engine.
+        profiles: Sizes of each optimization profile of the engine, in words.
+        gpu_memory: Of the engine; None for an ONNX graph, and if the UNet's configuration is unknown.
+        max_gpu_memory: As `--max-gpu-memory`, in bytes.
         cached: What is in the cache and needs nothing: `graph`, `engine`.
     """
 
@@ -41,7 +48,9 @@ class Preflight:
     free_disk: int
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     engine_size: int | None = None
-    profile: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    profiles: tuple[str, ...] = ()
+    gpu_memory: GpuMemory | None = None
+    max_gpu_memory: int | None = None
     cached: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
@@ -59,10 +68,15 @@ class Preflight:
             total = _duration(sum(self.seconds.values()))
             lines.append(f"expected time: {total} on two idle cores ({stages}); longer beside other programs")
         if self.engine_size is not None:
-            sizes = ", ".join(f"{name} {size}" for name, size in self.profile.items())
             lines.append(
-                f"expected engine: {self.engine_size / 1e9:.2f} GB ± {estimates.PLAN_SPREAD:.0%} for {sizes}"
+                f"expected engine: {self.engine_size / 1e9:.2f} GB ± {estimates.PLAN_SPREAD:.0%} for "
+                f"{'; '.join(self.profiles)}"
             )
+        if self.gpu_memory is not None:
+            lines += [
+                f"expected engine, ± {estimates.ACTIVATION_SPREAD:.0%} of the activations: {needs}"
+                for needs in describe_gpu_memory(self.gpu_memory, self.profiles)
+            ]
         return lines
 
     def shortages(self) -> list[str]:
@@ -77,6 +91,13 @@ class Preflight:
             found.append(
                 f"about {self.disk / 1e9:.1f} GB of disk are needed, {self.free_disk / 1e9:.1f} GB are free"
             )
+        if self.gpu_memory is not None and self.max_gpu_memory is not None:
+            needed = self.gpu_memory.total(self.gpu_memory.largest)
+            if needed > self.max_gpu_memory:
+                found.append(
+                    f"the engine needs about {format_bytes(needed)} of GPU memory, --max-gpu-memory allows "
+                    f"{format_bytes(self.max_gpu_memory)}; it may be built and not be written"
+                )
         return found
 
 
@@ -110,7 +131,7 @@ def preflight(
             seconds["validation"] = billions * estimates.VALIDATION_SECONDS_PER_BILLION
     if engine is not None and "engine" not in cached:
         memory["engine build"] = engine_memory_estimate(weights, engine.build.backend)
-        seconds["engine build"] = billions * estimates.BUILD_SECONDS_PER_BILLION[kind]
+        seconds["engine build"] = billions * estimates.BUILD_SECONDS_PER_BILLION[kind] * len(engine.profiles)
     return Preflight(
         memory=memory,
         disk=weights * (2 if engine is not None else 1),
@@ -119,7 +140,9 @@ def preflight(
         free_disk=shutil.disk_usage(out.parent).free,
         seconds=seconds,
         engine_size=_plan_size(weights, engine, kind) if engine else None,
-        profile={name: str(size) for name, size in engine.sizes.ranges().items()} if engine else {},
+        profiles=tuple(map(str, engine.profiles)) if engine else (),
+        gpu_memory=_gpu_memory(source, engine, kind, weights) if engine else None,
+        max_gpu_memory=options.engine.gpu_memory_limit,
         cached=cached,
     )
 
@@ -134,8 +157,29 @@ def _export_seconds(source: Source, weights: int) -> float:
 
 def _plan_size(weights: int, engine: EngineConfig, kind: str) -> int:
     stored = 0.0 if engine.build.strip_weights else weights * estimates.PLAN_FACTOR[kind]
-    size = estimates.PLAN_KERNELS[kind] + stored
+    size = estimates.PLAN_KERNELS[kind] * len(engine.profiles) + stored
     return int(size * (estimates.PLAN_TURING if "7.5" in engine.build.targets else 1.0))
+
+
+def _gpu_memory(source: Source, engine: EngineConfig, kind: str, weights: int) -> GpuMemory | None:
+    """What the builder will probably report; None where the channels of the UNet are unknown."""
+    if source.config is None:
+        return None
+    value = source.config["block_out_channels"][0] * PRECISIONS[source.precision].itemsize
+    state = 4 * len(diamond_offsets(STATE_RADIUS)) * _grids(source.config) if kind == "sws" else 0
+    profiles = []
+    for sizes in engine.profiles:
+        latent = math.prod(getattr(sizes, name).maximum for name in ("batch", "height", "width"))
+        activations = int(estimates.ACTIVATION_FACTOR[kind] * latent * value)
+        profiles.append(ProfileMemory(activations, 0, int(STATE_BUFFERS * latent * state)))
+    return GpuMemory(weights, tuple(profiles))
+
+
+def _grids(config: Mapping[str, Any]) -> float:
+    """Tokens of all grids with attention sites, as a multiple of the latent's pixels."""
+    kinds = config["down_block_types"]
+    levels = {level for level, kind in enumerate(kinds) if "Attn" in kind} | {len(kinds) - 1}
+    return sum(0.25**level for level in levels)
 
 
 def _duration(seconds: float) -> str:

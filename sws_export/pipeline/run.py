@@ -7,13 +7,14 @@ from pathlib import Path
 from sws_export.cache import FileDigest, open_cache
 from sws_export.cache.store import file_digest
 from sws_export.engines.build import EngineReport
+from sws_export.engines.gpu_memory import describe_gpu_memory
 from sws_export.errors import OutputError
 from sws_export.files import external_data_path, publish_together, staged_directory
 from sws_export.manifest import Manifest, manifest_path, write_manifest
 from sws_export.options import ExportOptions, artefact_kind
 from sws_export.pipeline.cached import StageCache
 from sws_export.pipeline.describe import complete
-from sws_export.pipeline.engine import Engine, make_engine, profile_shapes
+from sws_export.pipeline.engine import Engine, check_gpu_memory, make_engine, profile_shapes
 from sws_export.pipeline.graph import Graph, GraphExporter, validate_graph
 from sws_export.pipeline.plan import ExportPlan, make_plan
 from sws_export.pipeline.preflight import Preflight, preflight
@@ -45,6 +46,12 @@ class ExportReport:
     validation: ValidationReport | None
     engine: EngineReport | None
     stages: tuple[StageTiming, ...]
+
+    def gpu_memory(self) -> list[str]:
+        """The GPU memory that the engine needs, a line for each profile; empty for a graph."""
+        if self.engine is None:
+            return []
+        return describe_gpu_memory(self.engine.gpu_memory, self.preflight.profiles)
 
 
 def export(
@@ -115,6 +122,7 @@ def export(
             engine = cache.engine(
                 graph, config, plan_path, lambda: make_engine(graph, config, plan_path, log)
             )
+            check_gpu_memory(engine.report, config)
 
         # 6. Publish: the complete files move to their place together, the manifest last.
         document, files = _publish(plan, graph, validation, engine, scratch, log)
@@ -162,8 +170,8 @@ def _publish(
             # Each artefact is loaded with a manifest of its own.
             manifests[graph.path] = describe(graph.path, digests, validation, None, None, log.timings)
         digests[engine.path] = engine.digest
-        shapes = profile_shapes(graph.description, plan.engine)
-        document = describe(plan.out, digests, validation, engine.report, shapes, log.timings)
+        profiles = profile_shapes(graph.description, plan.engine)
+        document = describe(plan.out, digests, validation, engine.report, profiles, log.timings)
     manifests[plan.out] = document
     written = [scratch / manifest_path(artefact).name for artefact in manifests]
     for file, content in zip(written, manifests.values(), strict=True):

@@ -7,6 +7,7 @@ from string import Template
 
 import numpy as np
 
+from sws_export.engines.gpu_memory import GpuMemory
 from sws_export.report.charts import figure, heat_map, line_chart, picture, spread, table
 from sws_export.report.explanation import Explanation, SiteMetrics, StepMetrics
 from sws_export.report.site_labels import site_labels
@@ -94,8 +95,18 @@ def _facts(explanation: Explanation) -> str:
         "steps": f"{len(explanation.steps)}, σ {explanation.steps[0].sigma:.3g} to "
         f"{explanation.steps[-1].sigma:.3g}",
         "latent": f"{sizes['height']} × {sizes['width']}, {explanation.text}",
-    }
+    } | _gpu_memory(explanation)
     return definitions(entries)
+
+
+def _gpu_memory(explanation: Explanation) -> dict[str, str]:
+    """What the engine needs with the profile that needs the most; nothing where it was not recorded."""
+    engine = explanation.manifest.get("engine")
+    recorded = engine.get("gpu_memory") if engine else None
+    if recorded is None:
+        return {}
+    memory = GpuMemory.from_json(recorded)
+    return {"engine": memory.describe(memory.largest)}
 
 
 def _highlights(explanation: Explanation) -> str:

@@ -52,7 +52,7 @@ def write_report(
         steps: Number of steps, from sigma 14 to 0.3.
         intensity: Strength of SWS.
         encoder_hidden_states: Text embeddings [1, L, X]; random if None.
-        height: Height of the latent; None is the optimum of an engine's profile, otherwise at most 32.
+        height: Height of the latent; None is the optimum of an engine's first profile, otherwise at most 32.
         width: Width of the latent, as `height`.
         tokens: Positions of the tokens whose transport is drawn, by their labels.
         progress: Receives the steps.
@@ -106,9 +106,9 @@ def _dynamic_sizes(
     contract: Contract, height: int | None, width: int | None, text: Floats | None
 ) -> dict[str, int]:
     tokens = _TEXT_TOKENS if text is None else text.shape[1]
-    if contract.profile is not None:
-        _, best, _ = contract.profile["sample"]
-        low, _, high = contract.profile["encoder_hidden_states"]
+    if contract.profiles:
+        _, best, _ = contract.profiles[0]["sample"]
+        low, _, high = contract.profiles[0]["encoder_hidden_states"]
         tokens = int(np.clip(tokens, low[1], high[1])) if text is None else tokens
         return {"batch": 1, "height": height or best[2], "width": width or best[3], "tokens": tokens}
     config = contract.manifest["source"].get("config")

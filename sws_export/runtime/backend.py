@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from sws_export.runtime.inputs import Array
+from sws_export.runtime.inputs import Array, Buffer
 
 StateShapes = Mapping[str, tuple[int, ...]]
 """Shape of each state, by the name of its input."""
@@ -16,8 +16,8 @@ class Loop(Protocol):
     Nothing is copied from step to step.
     """
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Run one step and write its outputs, states excluded, into these arrays in host memory."""
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Run one step and write its outputs, states excluded, into these arrays and tensors."""
 
     def read(self, name: str) -> Array:
         """A copy of a current state in host memory, float32."""

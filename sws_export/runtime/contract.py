@@ -12,7 +12,7 @@ from sws_export.manifest import (
     PREDICTION,
     Manifest,
     manifest_path,
-    profile_of,
+    profiles_of,
     read_embedded,
     read_manifest,
     tensor_specs,
@@ -52,7 +52,8 @@ class Contract:
         states: States; none for an artefact exported with --plain.
         metrics: Output of each site metric, [B, sites] or [B], by the name of the metric; none for an
             artefact exported without --debug-outputs.
-        profile: Smallest, optimal and largest shape of each input of an engine; None for a graph.
+        profiles: Smallest, optimal and largest shape of each input, for each optimization profile of an
+            engine; none for a graph.
         manifest: Everything that was recorded at the export.
     """
 
@@ -62,7 +63,7 @@ class Contract:
     prediction: TensorSpec
     states: tuple[StateSpec, ...]
     metrics: Mapping[str, TensorSpec]
-    profile: ProfileShapes | None
+    profiles: tuple[ProfileShapes, ...]
     manifest: Manifest
 
     @property
@@ -189,6 +190,6 @@ def _contract(path: Path, backend: str, manifest: Manifest) -> Contract:
         prediction=outputs[PREDICTION],
         states=states,
         metrics={metric: outputs[name] for metric, name in debug["outputs"].items()} if debug else {},
-        profile=profile_of(manifest),
+        profiles=profiles_of(manifest),
         manifest=manifest,
     )

@@ -110,6 +110,16 @@ class CudaDevice:
             ctypes.c_void_p(stream),
         )
 
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """Copy `nbytes` bytes between two addresses of the device, asynchronously in `stream`."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(target),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(nbytes),
+            ctypes.c_void_p(stream),
+        )
+
     def synchronize(self, stream: int) -> None:
         """Wait for all work in `stream`."""
         self._call("cuStreamSynchronize", ctypes.c_void_p(stream))

@@ -1,7 +1,9 @@
 """Conversion of numpy arrays, torch tensors and numbers to the inputs of a graph."""
 
+import dataclasses
 import importlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -10,16 +12,52 @@ import numpy.typing as npt
 from sws_export.errors import OptionError, StepError
 from sws_export.runtime.contract import Contract
 from sws_export.runtime.pixels import with_pixels
-from sws_export.runtime.rebuild import rebuild_command
-from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, SIZE_AXES, Shape, TensorSpec, concrete_shape
+from sws_export.runtime.profiles import check_profiles
+from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, SIZE_AXES, TensorSpec, concrete_shape
 
 Array = npt.NDArray[Any]
 
+
+@dataclasses.dataclass(frozen=True)
+class GpuTensor:
+    """A contiguous torch tensor in GPU memory, which a backend uses at its address.
+
+    Attributes:
+        tensor: The tensor, on the first GPU.
+        dtype: As in the manifest.
+    """
+
+    tensor: Any
+    dtype: str
+
+    @property
+    def address(self) -> int:
+        """Address in GPU memory, a multiple of 256."""
+        return int(self.tensor.data_ptr())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the dimensions."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(self.tensor.numel() * self.tensor.element_size())
+
+
+Buffer = Array | GpuTensor
+"""An input or output of a step, in host or GPU memory."""
+
+_ALIGNMENT = 256
+"""Bytes; the alignment of addresses that TensorRT requires."""
 _RANGES = {"sigma": (np.finfo(np.float32).tiny, np.finfo(np.float32).max), "intensity": (0.0, 1.0)}
 
 
-def prepare_inputs(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, int]]:
-    """The inputs of one step as contiguous arrays with the dtypes of the graph, and their sizes.
+def prepare_inputs(
+    contract: Contract, given: Mapping[str, Any], *, on_gpu: bool = False
+) -> tuple[dict[str, Buffer], dict[str, int]]:
+    """The inputs of one step, contiguous and with the dtypes of the graph, and their sizes.
 
     A number, or an array of one element, is repeated for every sample of the batch. ControlNet residuals that
     are not given are zero.
@@ -27,34 +65,41 @@ def prepare_inputs(contract: Contract, given: Mapping[str, Any]) -> tuple[dict[s
     Args:
         contract: Of the artefact.
         given: Inputs by name; None means not given.
+        on_gpu: Whether torch tensors in GPU memory stay there; otherwise they are copied to host memory. Only
+            the few values of sigma, intensity and shared inputs are read from the GPU to be checked.
 
     Returns:
-        The arrays, and those of `batch`, `height`, `width` and `tokens` that the inputs have.
+        The arrays and tensors, and those of `batch`, `height`, `width` and `tokens` that the inputs have.
 
     Raises:
-        StepError: An input is missing, unknown, has a wrong shape, is out of range or outside the profile, or
-            is not the same for the whole batch if it must be.
+        StepError: An input is missing, unknown, has a wrong shape, is out of range, is outside all profiles,
+            or is not the same for the whole batch if it must be.
     """
     present = {name: value for name, value in given.items() if value is not None}
     _check_names(contract, present)
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Buffer] = {}
     sizes = contract.fixed_sizes
     # The sample first: it determines the batch that numbers are repeated for.
     for spec in sorted(contract.inputs, key=lambda spec: spec.name != "sample"):
         if spec.name not in present:
             arrays[spec.name] = np.zeros(concrete_shape(spec, sizes), numpy_dtype(spec.dtype))
             continue
-        value = to_numpy(present[spec.name])
-        if value.size == 1 and value.ndim <= 1 and len(spec.shape) == 1:
-            value = np.full(concrete_shape(spec, sizes), value.reshape(()))
+        value: Any = present[spec.name]
+        stays = on_gpu and is_on_gpu(value)
+        value = value.detach() if stays else to_numpy(value)
+        if value.ndim <= 1 and math.prod(value.shape) == 1 and len(spec.shape) == 1:
+            shape, one = concrete_shape(spec, sizes), value.reshape(())
+            value = one.expand(shape) if stays else np.full(shape, one)
         _check_shape(contract, spec, value, sizes)
-        arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
-        _check_range(spec, arrays[spec.name])
+        if stays:
+            arrays[spec.name] = _gpu_tensor(spec, value)
+        else:
+            arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
+        if spec.name in _RANGES:
+            _check_range(spec, _on_host(arrays[spec.name]))
         if spec.name in contract.shared_inputs:
-            _check_shared(spec, arrays[spec.name])
-    if contract.profile is not None:
-        for spec in contract.inputs:
-            _check_profile(contract, spec, arrays[spec.name].shape, contract.profile[spec.name])
+            _check_shared(spec, _on_host(arrays[spec.name]))
+    check_profiles(contract, {name: array.shape for name, array in arrays.items()})
     return arrays, sizes
 
 
@@ -80,6 +125,37 @@ def is_tensor(value: object) -> TypeGuard[Any]:
     return type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach")
 
 
+def is_on_gpu(value: object) -> bool:
+    """Whether `value` is a torch tensor in the memory of an NVIDIA GPU."""
+    return is_tensor(value) and bool(value.is_cuda)
+
+
+def wait_for_torch(inputs: Iterable[Buffer]) -> None:
+    """Wait for the work in torch's current stream that computes those of `inputs` in GPU memory.
+
+    A backend has a stream of its own, which does not wait for others.
+    """
+    tensors = [buffer.tensor for buffer in inputs if isinstance(buffer, GpuTensor)]
+    if tensors:
+        import torch
+
+        torch.cuda.current_stream(tensors[0].device).synchronize()
+
+
+def empty_output(spec: TensorSpec, shape: tuple[int, ...], sample: Any, *, on_gpu: bool) -> Buffer:
+    """An output with the dtype of `spec`, uninitialized: in GPU memory if `sample` stays there."""
+    if on_gpu and is_on_gpu(sample):
+        return GpuTensor(sample.detach().new_empty(shape, dtype=_torch_dtype(spec.dtype)), spec.dtype)
+    return np.empty(shape, numpy_dtype(spec.dtype))
+
+
+def crop(prediction: Buffer, height: int, width: int) -> Buffer:
+    """The upper left part of a prediction [B, C, H, W]."""
+    if isinstance(prediction, GpuTensor):
+        return GpuTensor(prediction.tensor[:, :, :height, :width], prediction.dtype)
+    return np.ascontiguousarray(prediction[:, :, :height, :width])
+
+
 def to_numpy(value: Any) -> Array:
     """`value` in host memory; bfloat16 tensors become float32, which is exact."""
     if not is_tensor(value):
@@ -90,8 +166,10 @@ def to_numpy(value: Any) -> Array:
     return np.asarray(value.cpu().numpy())
 
 
-def convert_like(array: Array, example: Any) -> Any:
+def convert_like(array: Buffer, example: Any) -> Any:
     """`array` as a torch tensor with the device and dtype of `example` if that is one, else unchanged."""
+    if isinstance(array, GpuTensor):
+        return array.tensor.to(example.dtype)
     if not is_tensor(example):
         return array
     import torch
@@ -108,6 +186,26 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
+def _on_host(buffer: Buffer) -> Array:
+    return to_numpy(buffer.tensor) if isinstance(buffer, GpuTensor) else buffer
+
+
+def _torch_dtype(name: str) -> Any:
+    """The torch dtype of a dtype name in a manifest."""
+    return getattr(importlib.import_module("torch"), name)
+
+
+def _gpu_tensor(spec: TensorSpec, value: Any) -> GpuTensor:
+    """`value` with the dtype of `spec`, copied on the GPU if it is not contiguous or not aligned."""
+    if value.device.index not in (None, 0):
+        raise StepError(
+            f"input {spec.name} is on {value.device}, the artefact runs on cuda:0; move it with .to('cuda:0')"
+        )
+    tensor = value.to(_torch_dtype(spec.dtype)).contiguous()
+    # A slice of a tensor may begin anywhere.
+    return GpuTensor(tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor, spec.dtype)
+
+
 def _check_names(contract: Contract, present: Mapping[str, Any]) -> None:
     known = [spec.name for spec in contract.inputs]
     if missing := [name for name in known if name not in present and not is_residual(name)]:
@@ -120,8 +218,8 @@ def _check_names(contract: Contract, present: Mapping[str, Any]) -> None:
         )
 
 
-def _check_shape(contract: Contract, spec: TensorSpec, value: Array, sizes: dict[str, int]) -> None:
-    """Check the shape of `value`, and add the sizes that are not in `sizes` yet."""
+def _check_shape(contract: Contract, spec: TensorSpec, value: Any, sizes: dict[str, int]) -> None:
+    """Check the shape of an array or tensor, and add the sizes that are not in `sizes` yet."""
     if value.ndim != len(spec.shape):
         raise StepError(
             f"input {spec.name}: expected {_shape_text(spec)}, found an array of shape {list(value.shape)}"
@@ -154,9 +252,7 @@ def _shape_text(spec: TensorSpec) -> str:
 
 
 def _check_range(spec: TensorSpec, array: Array) -> None:
-    low, high = _RANGES.get(spec.name, (None, None))
-    if low is None or high is None:
-        return
+    low, high = _RANGES[spec.name]
     wrong = array[~((array >= low) & (array <= high))]
     if wrong.size:
         allowed = "a finite number above 0" if spec.name == "sigma" else f"{low:g} to {high:g}"
@@ -171,18 +267,3 @@ def _check_shared(spec: TensorSpec, array: Array) -> None:
             f"the batch (--preset comfyui-node), found {array[0]:g} and {wrong[0]:g}; run the samples one "
             "after the other"
         )
-
-
-def _check_profile(
-    contract: Contract, spec: TensorSpec, shape: tuple[int, ...], profile: tuple[Shape, Shape, Shape]
-) -> None:
-    smallest, _, largest = profile
-    for axis, (low, found, high) in enumerate(zip(smallest, shape, largest, strict=True)):
-        if not low <= found <= high:
-            is_side = (spec.name, axis) in (SIZE_AXES["height"], SIZE_AXES["width"])
-            sizes = [with_pixels(contract, size) if is_side else size for size in (found, low, high)]
-            raise StepError(
-                f"input {spec.name}: dimension {axis} ({spec.shape[axis]}) is {sizes[0]}, the engine was "
-                f"built for {sizes[1]} to {sizes[2]}; use a size in this range, or build it again with: "
-                f"{rebuild_command(contract, spec, axis, found)}, and the other options as before"
-            )

@@ -126,21 +126,26 @@ def check_tensors(
                 )
 
 
-def check_profile(path: Path, recorded: ProfileShapes, found: ProfileShapes) -> None:
-    """Compare the profile in the manifest with that of the loaded engine.
+def check_profiles(path: Path, recorded: Sequence[ProfileShapes], found: Sequence[ProfileShapes]) -> None:
+    """Compare the optimization profiles in the manifest with those of the loaded engine.
 
     Raises:
         EngineError: Names the input whose smallest, optimal or largest shape differs.
     """
-    for name, shapes in found.items():
-        if recorded.get(name) != shapes:
-            raise EngineError(
-                _differ(
-                    path,
-                    f"profile of {name}: the engine has {_shapes(shapes)}, the manifest "
-                    f"{_shapes(recorded.get(name, ()))}",
+    if len(recorded) != len(found):
+        raise EngineError(
+            _differ(path, f"the engine has {len(found)} optimization profiles, the manifest {len(recorded)}")
+        )
+    for index, (profile, of_engine) in enumerate(zip(recorded, found, strict=True)):
+        for name, shapes in of_engine.items():
+            if profile.get(name) != shapes:
+                raise EngineError(
+                    _differ(
+                        path,
+                        f"profile {index} of {name}: the engine has {_shapes(shapes)}, the manifest "
+                        f"{_shapes(profile.get(name, ()))}",
+                    )
                 )
-            )
 
 
 def _same_shape(expected: Sequence[int | str], found: Sequence[int | str | None], output: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Graphs in ONNX Runtime, on the CPU or with the CUDA execution provider."""
+"""Graphs in ONNX Runtime."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,51 +9,44 @@ from sws_export.errors import EngineError
 from sws_export.manifest import METADATA_KEY
 from sws_export.runtime.backend import StateShapes
 from sws_export.runtime.contract import Contract
-from sws_export.runtime.inputs import Array
+from sws_export.runtime.inputs import Array, Buffer, GpuTensor, numpy_dtype
 from sws_export.runtime.integrity import FoundTensor, check_embedded, check_tensors
+from sws_export.runtime.providers import PROVIDERS, ProviderName, create_session
 
-_CUDA = "CUDAExecutionProvider"
-_CPU = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
+_GPU = "cuda"
+"""Name of NVIDIA GPUs in ONNX Runtime, whichever provider uses them."""
+_BFLOAT16 = 16
+"""Element type in ONNX; numpy has none."""
 
 
 class OnnxRuntimeBackend:
     """A graph loaded in ONNX Runtime."""
 
-    def __init__(self, contract: Contract, device: str | None, threads: int | None) -> None:
+    def __init__(self, contract: Contract, provider: ProviderName | None, threads: int | None) -> None:
         """Load the graph.
 
         Args:
             contract: Of the graph.
-            device: `cpu` or `cuda`; None is `cuda` if ONNX Runtime has its CUDA provider.
+            provider: None is `cuda` if ONNX Runtime has this provider and it can start, otherwise `cpu`.
             threads: Threads of one operator on the CPU; None is ONNX Runtime's default.
 
         Raises:
-            EngineError: ONNX Runtime is not installed, has no CUDA provider, or cannot load the graph.
+            EngineError: ONNX Runtime or the provider is not installed or cannot start, or ONNX Runtime cannot
+                load the graph.
         """
         runtime = _import_onnxruntime()
-        self.device = device or ("cuda" if _CUDA in runtime.get_available_providers() else "cpu")
-        if self.device == "cuda" and _CUDA not in runtime.get_available_providers():
-            raise EngineError(
-                "ONNX Runtime has no CUDA provider here; install it with: pip install 'sws-export[gpu]', "
-                "or load with device='cpu'"
-            )
         options = runtime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
-        providers = [_CUDA, _CPU] if self.device == "cuda" else [_CPU]
         try:
-            self._session = runtime.InferenceSession(contract.path, options, providers=providers)
+            self._session, used = create_session(runtime, contract, provider, options)
+        except EngineError:
+            raise
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
             raise EngineError(_refusal(contract, error)) from error
-        if self.device not in self._session.get_providers()[0].lower():
-            if device == "cuda":
-                raise EngineError(
-                    "ONNX Runtime could not start its CUDA provider and fell back to the CPU; check the "
-                    "driver with nvidia-smi, or load with device='cpu'"
-                )
-            self.device = "cpu"
+        self.device: str = PROVIDERS[used].device
         embedded = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         check_embedded(contract.path, contract.manifest, embedded)
         check_tensors(
@@ -75,6 +68,7 @@ class OnnxRuntimeLoop:
     def __init__(self, session: Any, contract: Contract, device: str, states: StateShapes) -> None:
         from onnxruntime import OrtValue
 
+        device = _GPU if device == "cuda" else device
         self._session = session
         self._sets = tuple(
             {
@@ -95,13 +89,19 @@ class OnnxRuntimeLoop:
             binding.bind_ortvalue_output(outputs[name], value)
         return binding
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run one step; see `Loop`."""
         binding = self._bindings[self._current]
         for name, array in inputs.items():
-            binding.bind_cpu_input(name, array)
+            if isinstance(array, GpuTensor):
+                binding.bind_input(name, _GPU, 0, _element_type(array), array.shape, array.address)
+            else:
+                binding.bind_cpu_input(name, array)
         for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            if isinstance(array, GpuTensor):
+                binding.bind_output(name, _GPU, 0, _element_type(array), array.shape, array.address)
+            else:
+                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
@@ -115,6 +115,10 @@ class OnnxRuntimeLoop:
     def write(self, name: str, values: Array) -> None:
         """Replace a state; see `Loop`."""
         self._sets[self._current][name].update_inplace(np.ascontiguousarray(values, np.float32))
+
+
+def _element_type(tensor: GpuTensor) -> Any:
+    return _BFLOAT16 if tensor.dtype == "bfloat16" else numpy_dtype(tensor.dtype)
 
 
 def _found(node: Any) -> FoundTensor:

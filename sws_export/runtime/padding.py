@@ -7,7 +7,7 @@ import numpy as np
 
 from sws_export.errors import StepError
 from sws_export.runtime.contract import Contract
-from sws_export.runtime.inputs import Array, is_residual, to_numpy
+from sws_export.runtime.inputs import is_on_gpu, is_residual, to_numpy
 from sws_export.runtime.pixels import nearest_sizes, with_pixels
 from sws_export.tensors import concrete_shape
 
@@ -35,15 +35,21 @@ def pad_inputs(contract: Contract, given: Mapping[str, Any], sides: tuple[int, i
     for spec in contract.inputs:
         if given.get(spec.name) is None or not (spec.name == "sample" or is_residual(spec.name)):
             continue
-        array = to_numpy(given[spec.name])
+        value: Any = given[spec.name]
+        array = value if is_on_gpu(value) else to_numpy(value)
         missing = np.subtract(concrete_shape(spec, sizes)[2:], array.shape[2:])
         if array.ndim == 4 and (missing >= 0).all():
             padded[spec.name] = _mirrored(array, (int(missing[0]), int(missing[1])))
     return padded
 
 
-def _mirrored(array: Array, missing: tuple[int, int]) -> Array:
-    return np.pad(array, [(0, 0), (0, 0), (0, missing[0]), (0, missing[1])], mode="symmetric")
+def _mirrored(array: Any, missing: tuple[int, int]) -> Any:
+    """An array, or a torch tensor on a GPU, with rows and columns added."""
+    rows, columns = (
+        np.pad(np.arange(side), (0, more), mode="symmetric")
+        for side, more in zip(array.shape[2:], missing, strict=True)
+    )
+    return array[:, :, rows][:, :, :, columns]
 
 
 def refuse_sides(contract: Contract, sample: Any) -> None:

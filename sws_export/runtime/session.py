@@ -11,9 +11,18 @@ import numpy as np
 from sws_export.errors import OptionError, StepError
 from sws_export.runtime.backend import Loop, RuntimeBackend
 from sws_export.runtime.contract import Contract, read_contract
-from sws_export.runtime.inputs import Array, convert_like, numpy_dtype, prepare_inputs, state_shapes
+from sws_export.runtime.inputs import (
+    Array,
+    convert_like,
+    crop,
+    empty_output,
+    prepare_inputs,
+    state_shapes,
+    wait_for_torch,
+)
 from sws_export.runtime.padding import pad_inputs, padded_sides, refuse_sides
 from sws_export.runtime.pixels import with_pixels
+from sws_export.runtime.providers import PROVIDERS, ProviderName
 from sws_export.tensors import concrete_shape
 
 RECOMMENDED_INTENSITY = 0.5
@@ -53,6 +62,8 @@ class Stream:
     ) -> Any:
         """Run the UNet once and keep the new state for the next step.
 
+        On a GPU, torch tensors in its memory are read, and the prediction written, at their addresses.
+
         If the batch, height or width differs from the previous step, the state starts from zeros, unless it
         is persistent (`--preset comfyui-node`). If the number of text tokens differs, only the state of the
         text starts from zeros.
@@ -75,7 +86,7 @@ class Stream:
             torch tensor, otherwise a numpy array in the precision of the graph.
 
         Raises:
-            StepError: An input is missing, unknown, has a wrong shape or value, or is outside the profile.
+            StepError: An input is missing, unknown, has a wrong shape or value, or is outside the profiles.
             EngineError: The library failed; the state is unchanged.
         """
         given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
@@ -86,23 +97,24 @@ class Stream:
         given |= conditions
         if sides := padded_sides(self._contract, sample):
             given = self._padded(given, sides)
-        arrays, sizes = prepare_inputs(self._contract, given)
+        on_gpu = self._backend.device == "cuda"
+        arrays, sizes = prepare_inputs(self._contract, given, on_gpu=on_gpu)
         shapes = state_shapes(self._contract, sizes)
         spec = self._contract.prediction
         shape = (sizes["batch"], spec.shape[1], *arrays["sample"].shape[2:])
-        prediction = np.empty(shape, numpy_dtype(spec.dtype))
+        prediction = empty_output(spec, shape, sample, on_gpu=on_gpu)
         metrics = {
             name: np.empty(concrete_shape(output, sizes), np.float32)
             for name, output in self._contract.metrics.items()
         }
         outputs = {self._contract.metrics[name].name: array for name, array in metrics.items()}
+        wait_for_torch(arrays.values())
         with self._lock:
             loop = self._loop_of_step(shapes, tuple(np.shape(sample)))
             loop.run(arrays, {spec.name: prediction, **outputs})
             self._metrics = metrics
         if sides:
-            height, width = np.shape(sample)[2:]
-            prediction = np.ascontiguousarray(prediction[:, :, :height, :width])
+            prediction = crop(prediction, *np.shape(sample)[2:])
         return convert_like(prediction, sample)
 
     def _padded(self, given: dict[str, Any], sides: tuple[int, int]) -> dict[str, Any]:
@@ -255,6 +267,7 @@ class Session(Stream):
         path: Path | str,
         *,
         device: str | None = None,
+        provider: str | None = None,
         threads: int | None = None,
         cuda_graphs: bool = False,
         engine_host_code_allowed: bool = False,
@@ -266,6 +279,9 @@ class Session(Stream):
         Args:
             path: `.onnx` runs in ONNX Runtime, `.plan` and `.engine` in the library that built them.
             device: `cpu` or `cuda`; None uses a GPU if the library finds one. Engines need `cuda`.
+            provider: Execution provider of ONNX Runtime for an `.onnx` graph: `cpu`, `cuda` or
+                `tensorrt-rtx`; None is that of `device`. `tensorrt-rtx` needs a graph exported with
+                `--backend tensorrt-rtx`.
             threads: Threads of one operator in ONNX Runtime; None is ONNX Runtime's default.
             cuda_graphs: Engines only: capture the step as two CUDA graphs, one for each buffer of the state.
             engine_host_code_allowed: TensorRT engines only: run the host code that an engine contains if
@@ -276,19 +292,31 @@ class Session(Stream):
             pad: Pad latents to the next size that the UNet takes and crop the prediction; see `step`.
 
         Raises:
-            OptionError: The device is unknown, or the artefact cannot run on it.
+            OptionError: The device or provider is unknown, or the artefact cannot run on it.
             EngineError: The artefact or its manifest is missing or damaged, they do not belong together, or
                 the artefact is for another library version or GPU; or the library or driver is not installed.
         """
         if device not in (None, "cpu", "cuda"):
             raise OptionError(f"device '{device}' is unknown; use 'cpu' or 'cuda'")
         contract = read_contract(Path(path), verify=verify)
-        backend = _open_backend(contract, device, threads, cuda_graphs, engine_host_code_allowed)
-        return cls(contract, backend, pad=pad)
+        if contract.backend == "onnxruntime":
+            from sws_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+
+            return cls(contract, OnnxRuntimeBackend(contract, _provider(device, provider), threads), pad=pad)
+        _check_engine_options(contract, device, provider)
+        from sws_export.runtime.tensorrt_backend import open_tensorrt
+
+        return cls(
+            contract,
+            open_tensorrt(
+                contract, cuda_graphs=cuda_graphs, engine_host_code_allowed=engine_host_code_allowed
+            ),
+            pad=pad,
+        )
 
     @property
     def contract(self) -> Contract:
-        """Inputs, outputs, states, profile and manifest."""
+        """Inputs, outputs, states, profiles and manifest."""
         return self._contract
 
     @property
@@ -301,22 +329,29 @@ class Session(Stream):
         return Stream(self._contract, self._backend, pad=self._pad)
 
 
-def _open_backend(
-    contract: Contract,
-    device: str | None,
-    threads: int | None,
-    cuda_graphs: bool,
-    engine_host_code_allowed: bool,
-) -> RuntimeBackend:
-    if contract.backend == "onnxruntime":
-        from sws_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
+def _provider(device: str | None, provider: str | None) -> ProviderName | None:
+    """The execution provider that two options of `Session.load` name; None where both are None."""
+    chosen = provider or device
+    if chosen is None:
+        return None
+    if chosen not in PROVIDERS:
+        raise OptionError(f"provider '{chosen}' is unknown; use {', '.join(map(repr, PROVIDERS))}")
+    if device is not None and PROVIDERS[chosen].device != device:
+        raise OptionError(
+            f"provider '{chosen}' runs on device '{PROVIDERS[chosen].device}', found device='{device}'; "
+            "leave one of them out"
+        )
+    return chosen
 
-        return OnnxRuntimeBackend(contract, device, threads)
+
+def _check_engine_options(contract: Contract, device: str | None, provider: str | None) -> None:
+    if provider is not None:
+        raise OptionError(
+            f"provider '{provider}' is for .onnx graphs; {contract.path} is an engine, which runs in "
+            f"{contract.backend}: leave it out"
+        )
     if device == "cpu":
         raise OptionError(
             f"{contract.path} is an engine, which runs on a GPU only; on the CPU load the .onnx graph, which "
             "--keep-onnx writes beside it"
         )
-    from sws_export.runtime.tensorrt_backend import open_tensorrt
-
-    return open_tensorrt(contract, cuda_graphs=cuda_graphs, engine_host_code_allowed=engine_host_code_allowed)

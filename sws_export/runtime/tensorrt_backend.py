@@ -15,8 +15,9 @@ from sws_export.errors import EngineError
 from sws_export.runtime.backend import StateShapes
 from sws_export.runtime.contract import Contract
 from sws_export.runtime.cuda_device import CudaDevice, Memory
-from sws_export.runtime.inputs import Array
-from sws_export.runtime.integrity import FoundTensor, check_profile, check_tensors
+from sws_export.runtime.inputs import Array, Buffer, GpuTensor
+from sws_export.runtime.integrity import FoundTensor, check_profiles, check_tensors
+from sws_export.runtime.profiles import narrowest_profile
 from sws_export.tensors import Shape
 
 _FLOAT32_BYTES = 4
@@ -43,6 +44,7 @@ class Device(Protocol):
     def zero(self, memory: Memory, nbytes: int, stream: int) -> None: ...  # noqa: D102
     def upload(self, memory: Memory, array: Array, stream: int) -> None: ...  # noqa: D102
     def download(self, array: Array, memory: Memory, stream: int) -> None: ...  # noqa: D102
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
     def synchronize(self, stream: int) -> None: ...  # noqa: D102
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Callable[[], None]: ...  # noqa: D102
 
@@ -77,7 +79,7 @@ class TensorRtBackend:
         cuda_graphs: bool,
         engine_host_code_allowed: bool = False,
     ) -> None:
-        """Deserialize the plan and compare its tensors and its profile with the manifest.
+        """Deserialize the plan and compare its tensors and profiles with the manifest.
 
         Args:
             contract: Of the engine.
@@ -92,6 +94,7 @@ class TensorRtBackend:
         """
         self.device = "cuda"
         self._contract = contract
+        self._library = library
         self._gpu = device
         self._cuda_graphs = cuda_graphs
         header = plan_header(contract.path)
@@ -128,13 +131,20 @@ class TensorRtBackend:
     def loop(self, states: StateShapes) -> "TensorRtLoop":
         """Buffers and an execution context for one stream."""
         self._gpu.activate()
-        context = self._engine.create_execution_context()
+        context = self._create_context()
         if context is None:
             raise EngineError(
                 f"no further stream of {self._contract.path.name} fits on {self._gpu.name}: "
                 f"{self._first_error()}; use fewer streams, or build the engine for smaller sizes"
             )
         return TensorRtLoop(context, self._gpu, self._contract, states, self._first_error, self._cuda_graphs)
+
+    def _create_context(self) -> Any:
+        if len(self._contract.profiles) < 2:
+            return self._engine.create_execution_context()
+        # The default allocates what the largest profile needs, whichever is used.
+        strategies = self._library.ExecutionContextAllocationStrategy
+        return self._engine.create_execution_context(strategy=strategies.ON_PROFILE_CHANGE)
 
     def _first_error(self) -> str:
         """The first error that TensorRT logged since the last call."""
@@ -144,7 +154,7 @@ class TensorRtBackend:
 
 
 def _check_engine(contract: Contract, engine: Any, library: Any) -> None:
-    """Compare the engine's tensors and its profile with the manifest."""
+    """Compare the engine's tensors and profiles with the manifest."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT]
     found = {
@@ -157,11 +167,14 @@ def _check_engine(contract: Contract, engine: Any, library: Any) -> None:
     }
     outputs = [found[name] for name in names if name not in inputs]
     check_tensors(contract.path, contract.manifest, [found[name] for name in inputs], outputs)
-    profile: dict[str, tuple[Shape, Shape, Shape]] = {}
-    for name in inputs:
-        smallest, best, largest = engine.get_tensor_profile_shape(name, 0)
-        profile[name] = (tuple(smallest), tuple(best), tuple(largest))
-    check_profile(contract.path, contract.profile or {}, profile)
+    profiles: list[dict[str, tuple[Shape, Shape, Shape]]] = []
+    for index in range(engine.num_optimization_profiles):
+        profile: dict[str, tuple[Shape, Shape, Shape]] = {}
+        for name in inputs:
+            smallest, best, largest = engine.get_tensor_profile_shape(name, index)
+            profile[name] = (tuple(smallest), tuple(best), tuple(largest))
+        profiles.append(profile)
+    check_profiles(contract.path, contract.profiles, profiles)
 
 
 def _host_code_hint(contract: Contract, allowed: bool) -> str:
@@ -189,29 +202,36 @@ class TensorRtLoop:
         self._gpu = device
         self._first_error = first_error
         self._stream = device.stream()
+        self._profiles = contract.profiles
+        self._profile = 0
         self._outputs = {pair.spec.name: pair.output for pair in contract.states}
         self._states = dict(states)
         self._sets = tuple({name: self._zeros(shape) for name, shape in states.items()} for _ in range(2))
         self._current = 0
         self._buffers: dict[str, Memory] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
         self._cuda_graphs = cuda_graphs
         # Launch the captured steps A -> B and B -> A: a CUDA graph contains the addresses of the buffers.
         self._captured: list[Callable[[], None] | None] = [None, None]
         self._warm = [False, False]
-        for name, shape in states.items():
-            self._require(context.set_input_shape(name, shape), f"the shape {list(shape)} of {name}")
         device.synchronize(self._stream)
 
-    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run one step; see `Loop`."""
         self._gpu.activate()
         self._bind(inputs, outputs)
         for name, array in inputs.items():
-            self._gpu.upload(self._buffers[name], array, self._stream)
+            if not isinstance(array, GpuTensor):
+                self._gpu.upload(self._buffers[name], array, self._stream)
+            elif self._cuda_graphs:
+                self._gpu.copy(self._buffers[name].address, array.address, array.nbytes, self._stream)
         self._launch()
         for name, array in outputs.items():
-            self._gpu.download(array, self._buffers[name], self._stream)
+            if not isinstance(array, GpuTensor):
+                self._gpu.download(array, self._buffers[name], self._stream)
+            elif self._cuda_graphs:
+                self._gpu.copy(array.address, self._buffers[name].address, array.nbytes, self._stream)
         self._gpu.synchronize(self._stream)
         self._current = 1 - self._current
 
@@ -237,18 +257,49 @@ class TensorRtLoop:
         self._gpu.zero(memory, nbytes, self._stream)
         return memory
 
-    def _bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Allocate a buffer for each array whose shape changed; captured steps are dropped then."""
+    def _bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        """Set the shapes and addresses that changed; captured steps are dropped if a shape did.
+
+        Arrays have a buffer on the GPU. Torch tensors in GPU memory are used where they are, unless steps are
+        captured: a CUDA graph contains the addresses, so that tensors are copied into buffers on the GPU.
+        """
+        self._select_profile({name: array.shape for name, array in inputs.items()})
+        for name, shape in self._states.items():
+            self._set_input_shape(name, shape)
         for name, array in {**inputs, **outputs}.items():
-            if self._shapes.get(name) == array.shape:
-                continue
-            self._captured, self._warm = [None, None], [False, False]
-            self._buffers[name] = self._gpu.allocate(array.nbytes)
-            self._shapes[name] = array.shape
-            if name in inputs:
-                accepted = self._context.set_input_shape(name, array.shape)
-                self._require(accepted, f"the shape {list(array.shape)} of {name}")
-            self._require(self._context.set_tensor_address(name, self._buffers[name].address), name)
+            if self._shapes.get(name) != array.shape:
+                self._buffers.pop(name, None)
+                if name in inputs:
+                    self._set_input_shape(name, array.shape)
+                self._shapes[name] = array.shape
+            if isinstance(array, GpuTensor) and not self._cuda_graphs:
+                address = array.address
+            else:
+                if name not in self._buffers:
+                    self._buffers[name] = self._gpu.allocate(array.nbytes)
+                address = self._buffers[name].address
+            if self._addresses.get(name) != address:
+                self._require(self._context.set_tensor_address(name, address), name)
+                self._addresses[name] = address
+
+    def _select_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Switch to the narrowest profile that accepts these shapes of inputs."""
+        profile = narrowest_profile(self._profiles, shapes) or 0
+        if profile == self._profile:
+            return
+        accepted = self._context.set_optimization_profile_async(profile, self._stream)
+        self._require(accepted, f"optimization profile {profile}")
+        self._profile = profile
+        # The shapes and addresses of the previous profile are invalid.
+        self._shapes.clear()
+        self._addresses.clear()
+
+    def _set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if self._shapes.get(name) == shape:
+            return
+        self._captured, self._warm = [None, None], [False, False]
+        self._require(self._context.set_input_shape(name, shape), f"the shape {list(shape)} of {name}")
+        self._shapes[name] = shape
 
     def _launch(self) -> None:
         captured = self._captured[self._current]

@@ -250,4 +250,8 @@ def test_an_engine_takes_any_text_length(traced: Path, tmp_path: Path) -> None:
     )
     report = export(traced, tmp_path / "node.plan", options)
     assert report.engine is not None
-    assert report.manifest["profile"][STATE] == {"min": [1, 7, 7], "opt": [1, 77, 77], "max": [1, 231, 231]}
+    assert report.manifest["profiles"][0][STATE] == {
+        "min": [1, 7, 7],
+        "opt": [1, 77, 77],
+        "max": [1, 231, 231],
+    }

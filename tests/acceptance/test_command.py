@@ -87,14 +87,14 @@ def test_the_manifest_describes_inputs_states_and_profile(made: tuple[Path, dict
         ("sws_state_d2", "sws_state_d2_out"),
         ("sws_state_d4", "sws_state_d4_out"),
     ]
-    assert manifest["profile"]["sample"] == {
+    assert manifest["profiles"][0]["sample"] == {
         "min": [1, 3, 32, 32],
         "opt": [2, 3, 32, 32],
         "max": [4, 3, 64, 64],
     }
-    assert manifest["profile"]["encoder_hidden_states"]["min"] == [1, 1, 64]
-    assert manifest["profile"]["sws_state_d4"]["max"] == [4, 145, 16, 16]
-    assert manifest["profile"].keys() == shapes.keys()
+    assert manifest["profiles"][0]["encoder_hidden_states"]["min"] == [1, 1, 64]
+    assert manifest["profiles"][0]["sws_state_d4"]["max"] == [4, 145, 16, 16]
+    assert manifest["profiles"][0].keys() == shapes.keys()
 
 
 def test_the_manifest_describes_the_source(made: tuple[Path, dict[str, Any]], trained: Path) -> None:

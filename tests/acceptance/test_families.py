@@ -33,11 +33,11 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     trt = pytest.importorskip("tensorrt_rtx")
     layers: list[int] = []
 
-    def parse(graph: Path, out: Path, shapes: Any, options: Any, progress: Any) -> EngineReport:
+    def parse(graph: Path, out: Path, profiles: Any, options: Any, progress: Any) -> EngineReport:
         logger = trt.Logger(trt.Logger.ERROR)
         builder = trt.Builder(logger)
         network = steps.parse(trt, builder, logger, graph, options)
-        steps.check_inputs(network, shapes)
+        steps.check_inputs(network, profiles[0])
         layers.append(network.num_layers)
         out.write_bytes(b"parsed")
         return EngineReport("tensorrt-rtx", "", (), 6, 0.0, 0.0, 0.0, 0, network.num_layers, 0, {})
@@ -73,7 +73,7 @@ def test_a_twin_is_validated_and_parsed(
     expected |= {"timestep_cond"} if structure.time_cond else set()
     expected |= {"class_labels"} if structure.class_projection else set()
     assert {name for name in found if not name.startswith("sws_state_")} == expected
-    assert found == report.manifest["profile"].keys()
+    assert found == report.manifest["profiles"][0].keys()
     assert report.manifest["states"]
     channels = {
         spec["name"]: spec["shape"][1] for spec in report.manifest["inputs"] if spec["name"] == "sample"

@@ -40,12 +40,12 @@ class TritonOptions:
             one sample, and Triton batches over sequences; if the state is shared across the batch
             (`--preset comfyui-node`), a request has a whole batch, and there is no batching over sequences.
             `python` runs in a `Session`; a request has any batch and size.
-        height: Height of the latent, `native` only; None is the optimum of an engine's profile.
+        height: Height of the latent, `native` only; None is the optimum of an engine's first profile.
         width: Width of the latent, as `height`.
-        tokens: Number of text tokens, `native` only. None is the optimum of an engine's profile if the
+        tokens: Number of text tokens, `native` only. None is the optimum of an engine's first profile if the
             artefact has a state of the text; otherwise requests may have any number.
-        max_batch: Sequences in one batch, `native` only; None is the maximum of an engine's profile, or 8.
-            Must be None if the state is shared across the batch.
+        max_batch: Sequences in one batch, `native` only; None is the maximum of an engine's first profile,
+            or 8. Must be None if the state is shared across the batch.
         max_sequences: Sequences that may be open at the same time.
         idle_seconds: Seconds without a request after which a sequence is dropped.
         queue_microseconds: Time that a request waits for others to be batched with, `native` only.
@@ -236,14 +236,14 @@ def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
 
 def _optimum(contract: Contract, size: str) -> int | None:
     tensor, axis = SIZE_AXES[size]
-    return contract.profile[tensor][1][axis] if contract.profile else contract.fixed_sizes.get(size)
+    return contract.profiles[0][tensor][1][axis] if contract.profiles else contract.fixed_sizes.get(size)
 
 
 def _check_profile(contract: Contract, name: str, size: int) -> None:
-    if contract.profile is None:
+    if not contract.profiles:
         return
     tensor, axis = SIZE_AXES[name]
-    smallest, _, largest = contract.profile[tensor]
+    smallest, _, largest = contract.profiles[0][tensor]
     if not smallest[axis] <= size <= largest[axis]:
         raise OptionError(
             f"{name} {size} is outside the engine's profile, {smallest[axis]} to {largest[axis]}"
@@ -251,7 +251,7 @@ def _check_profile(contract: Contract, name: str, size: int) -> None:
 
 
 def _max_batch(contract: Contract, options: TritonOptions) -> int:
-    largest = contract.profile["sample"][2][0] if contract.profile else contract.fixed_sizes.get("batch")
+    largest = contract.profiles[0]["sample"][2][0] if contract.profiles else contract.fixed_sizes.get("batch")
     batch = options.max_batch or largest or 8
     if largest is not None and batch > largest:
         raise OptionError(f"max_batch {batch} is above the largest batch of the artefact, {largest}")

@@ -49,22 +49,29 @@ def _out(tmp_path):
 def test_an_engine_is_built_and_measured(tmp_path, plan, small, shapes, dtype, head_size, decomposed):
     onnx.save(small(dtype, head_size), tmp_path / "m.onnx")
     options = BuildOptions(OPTIONS.backend, compute_capabilities=("8.9", "12.0"))
-    report = build_engine(tmp_path / "m.onnx", plan, shapes, options)
+    report = build_engine(tmp_path / "m.onnx", plan, [shapes], options)
     assert report.size == plan.stat().st_size == plan_header(plan).size
     assert report.compute_capabilities == ("8.9", "12.0")
     assert report.decomposed_attentions == decomposed
     assert report.layers > 10
     assert 100e6 < report.peak_memory < 2e9
     assert 0 < report.build_seconds < report.seconds
-    assert report.gpu_memory.weights > 4096
+    assert report.gpu_memory.weights > 1000
     assert report.gpu_memory.profiles[0].activations > 0
     assert EngineReport.from_json(json.loads(json.dumps(dataclasses.asdict(report)))) == report
+
+
+def test_an_engine_with_two_profiles(graph, plan, shapes):
+    narrow = {name: (optimal, optimal, optimal) for name, (_, optimal, _) in shapes.items()}
+    report = build_engine(graph, plan, [narrow, shapes], OPTIONS)
+    first, second = report.gpu_memory.profiles
+    assert 0 < first.activations < second.activations
 
 
 def test_a_complete_engine_with_an_unknown_header_is_kept(graph, plan, shapes, recorder, monkeypatch):
     monkeypatch.setattr(header, "_MAGIC", {b"next": "tensorrt-rtx"})
     progress = recorder()
-    report = build_engine(graph, plan, shapes, OPTIONS, progress)
+    report = build_engine(graph, plan, [shapes], OPTIONS, progress)
     assert plan.stat().st_size == report.size > 0
     assert report.compute_capabilities == OPTIONS.targets
     (warning,) = [text for text in progress.warnings if "header" in text]
@@ -74,25 +81,25 @@ def test_a_complete_engine_with_an_unknown_header_is_kept(graph, plan, shapes, r
 
 def test_a_graph_with_external_weights(tmp_path, plan, small, shapes):
     onnx.save(small(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
-    assert build_engine(tmp_path / "m.onnx", plan, shapes, OPTIONS).size > 0
+    assert build_engine(tmp_path / "m.onnx", plan, [shapes], OPTIONS).size > 0
 
 
 def test_weight_streaming_and_optimization_level(graph, plan, shapes):
     options = BuildOptions(
         OPTIONS.backend, compute_capabilities=("8.9",), optimization_level=0, weight_streaming=True
     )
-    assert build_engine(graph, plan, shapes, options).size > 0
+    assert build_engine(graph, plan, [shapes], options).size > 0
 
 
 def test_relative_paths(graph, plan, shapes, monkeypatch):
     monkeypatch.chdir(plan.parent)
-    build_engine(Path("..") / graph.name, Path(plan.name), shapes, OPTIONS)
+    build_engine(Path("..") / graph.name, Path(plan.name), [shapes], OPTIONS)
     assert plan.exists()
 
 
 def test_progress_receives_phases_and_memory(long_graph, plan, long_shapes, recorder):
     progress = recorder()
-    build_engine(long_graph, plan, long_shapes, OPTIONS, progress)
+    build_engine(long_graph, plan, [long_shapes], OPTIONS, progress)
     assert progress.stages == ["engine (tensorrt-rtx)"]
     phases = {text.rpartition(",")[0] for text in progress.described}
     assert {"parsing the graph", "Building engine from subgraph"} <= phases
@@ -105,7 +112,7 @@ def test_a_custom_operator_is_an_error_before_parsing(tmp_path, plan, small, sha
     model.opset_import.append(onnx.helper.make_opsetid("sws", 1))
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(EngineError, match="has custom operators: sws::Attention"):
-        build_engine(tmp_path / "m.onnx", plan, shapes, OPTIONS)
+        build_engine(tmp_path / "m.onnx", plan, [shapes], OPTIONS)
 
 
 def test_a_parser_error_leaves_no_file(tmp_path, plan, small, shapes):
@@ -113,7 +120,7 @@ def test_a_parser_error_leaves_no_file(tmp_path, plan, small, shapes):
     model.graph.node[4].input[0] = "x"
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(EngineError, match=r"cannot parse .* at node 'site' \(Attention\)"):
-        build_engine(tmp_path / "m.onnx", plan, shapes, OPTIONS)
+        build_engine(tmp_path / "m.onnx", plan, [shapes], OPTIONS)
     assert list(plan.parent.iterdir()) == []
 
 
@@ -124,19 +131,19 @@ def test_a_builder_error_quotes_the_library(graph, plan, shapes):
     with pytest.raises(
         EngineError, match=r"tensorrt_rtx .* cannot build an engine from .*height: .* contradictory"
     ):
-        build_engine(graph, plan, apart, OPTIONS)
+        build_engine(graph, plan, [apart], OPTIONS)
     assert list(plan.parent.iterdir()) == []
 
 
 def test_missing_shapes_are_an_option_error(graph, plan, shapes):
     with pytest.raises(OptionError, match="no shapes for input sample"):
-        build_engine(graph, plan, {"sws_state_d1": shapes["sws_state_d1"]}, OPTIONS)
+        build_engine(graph, plan, [{"sws_state_d1": shapes["sws_state_d1"]}], OPTIONS)
 
 
 def test_an_output_path_that_cannot_be_written(graph, tmp_path, shapes):
     out = tmp_path / "missing" / "engine.plan"
     with pytest.raises(FileNotFoundError, match=str(out)):
-        build_engine(graph, out, shapes, OPTIONS)
+        build_engine(graph, out, [shapes], OPTIONS)
 
 
 def is_library_phase(described):
@@ -161,7 +168,7 @@ def test_a_killed_build_process_is_an_error(long_graph, plan, long_shapes, recor
                 child.send_signal(number)
 
     with pytest.raises(EngineError, match=text):
-        build_engine(long_graph, plan, long_shapes, OPTIONS, recorder(kill))
+        build_engine(long_graph, plan, [long_shapes], OPTIONS, recorder(kill))
     assert list(plan.parent.iterdir()) == []
 
 
@@ -174,7 +181,7 @@ def test_an_interrupt_ends_the_build_process(long_graph, plan, long_shapes, reco
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        build_engine(long_graph, plan, long_shapes, OPTIONS, recorder(interrupt))
+        build_engine(long_graph, plan, [long_shapes], OPTIONS, recorder(interrupt))
     assert len(seen) == 1
     assert not seen[0].is_running()
     assert list(plan.parent.iterdir()) == []
@@ -199,7 +206,7 @@ PROGRAM = """
     build_engine(
         Path(sys.argv[1]),
         Path(sys.argv[2]),
-        {shapes},
+        [{shapes}],
         BuildOptions(get_backend("tensorrt-rtx"), compute_capabilities=("8.9",)),
         Printer(),
     )

@@ -48,7 +48,7 @@ def test_needs_in_words() -> None:
     memory = GpuMemory(1_720_000_000, (ProfileMemory(5, 5), ProfileMemory(2_280_000_000, 5, 25_000_000)))
     assert memory.largest == 1
     assert memory.describe(1) == (
-        "needs 4.03 GB of GPU memory: weights 1.72 GB, activations 2.28 GB, states 0.03 GB"
+        "needs 4.03 GB of GPU memory: weights 1.72 GB, activations 2.28 GB, states 25.00 MB"
     )
 
 

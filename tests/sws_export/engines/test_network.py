@@ -53,7 +53,7 @@ def parse(builder, tmp_path):
 
 
 def configure(builder, shapes, options):
-    return network.configure(trt, builder, LOGGER, options, shapes, None)
+    return network.configure(trt, builder, LOGGER, options, [shapes], None)
 
 
 def test_tf32_is_off(builder, shapes):

@@ -15,6 +15,7 @@ from sws_export.engines import child, monitor, network
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError
+from sws_export.runtime import tensorrt_backend
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
 from tests.sws_export.engines.recorded_tensorrt import VERSIONS, RecordedLibrary
 from tests.sws_export.engines.tensorrt_api import record
@@ -79,7 +80,7 @@ def specification(graph, **options):
     return {
         "onnx": str(graph),
         "out": str(graph.with_name("g.plan")),
-        "shapes": {"x": [[1, 4], [2, 4], [4, 4]]},
+        "profiles": [{"x": [[1, 4], [2, 4], [4, 4]]}, {"x": [[8, 4], [8, 4], [8, 4]]}],
         "options": build.to_json(),
     }
 
@@ -114,6 +115,7 @@ def test_a_build_makes_only_calls_that_the_release_has(library, graph, tmp_path)
         library.BuilderFlag.__members__[name]
         for name in ("REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE", "WEIGHT_STREAMING")
     }
+    assert len(called(library, "IBuilderConfig.add_optimization_profile")) == 2
     assert called(library, "IPluginRegistry.load_library") == [{"plugin_path": str(PLUGIN)}]
     assert called(library, "Builder.create_network") == [
         {"flags": 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)}
@@ -212,7 +214,8 @@ def contract(tmp_path):
     plan = tmp_path / "g.plan"
     plan.write_bytes(b"ftrt" + bytes(20) + struct.pack("<4B", 10, 16, 1, 11) + bytes(16))
     state = SimpleNamespace(spec=SimpleNamespace(name="state"), output="state_out")
-    return SimpleNamespace(path=plan, manifest={"target": "tensorrt"}, states=[state])
+    profiles = tuple({"x": ((size, 4),) * 3} for size in (1, 2))
+    return SimpleNamespace(path=plan, manifest={"target": "tensorrt"}, states=[state], profiles=profiles)
 
 
 @pytest.fixture
@@ -224,14 +227,20 @@ def device():
     return gpu
 
 
-def test_an_engine_is_run_by_calls_that_the_release_has(library, contract, device):
-    array = MagicMock(shape=(1, 4), nbytes=16)
+def test_an_engine_is_run_by_calls_that_the_release_has(library, contract, device, monkeypatch):
+    # The recorded engine has no tensors.
+    monkeypatch.setattr(tensorrt_backend, "check_tensors", MagicMock())
+    monkeypatch.setattr(tensorrt_backend, "check_profiles", MagicMock())
+    array = MagicMock(shape=(2, 4), nbytes=32)
     loop = TensorRtBackend(contract, library, device, cuda_graphs=False).loop({"state": (1, 8)})
     loop.run({"x": array}, {"y": array})
     assert called(library, "Runtime.deserialize_cuda_engine") == [
         {"serialized_engine": contract.path.read_bytes()}
     ]
-    assert {"name": "x", "shape": (1, 4)} in called(library, "IExecutionContext.set_input_shape")
+    assert called(library, "IExecutionContext.set_optimization_profile_async") == [
+        {"profile_index": 1, "stream_handle": 7}
+    ]
+    assert {"name": "x", "shape": (2, 4)} in called(library, "IExecutionContext.set_input_shape")
     assert called(library, "IExecutionContext.execute_async_v3") == [{"stream_handle": 7}]
 
 

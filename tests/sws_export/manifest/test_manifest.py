@@ -15,7 +15,7 @@ from sws_export.manifest import (
     FORMAT_VERSION,
     manifest_path,
     parse_manifest,
-    profile_of,
+    profiles_of,
     read_embedded,
     read_manifest,
     tensor_specs,
@@ -53,7 +53,7 @@ def test_format_1_is_converted() -> None:
     assert found["debug_outputs"] is not None
     assert found["debug_outputs"]["outputs"]["kl_cap"] == "sws_debug_kl_cap"
     assert not {"batch_wide", "resets"} & {*found, *found["states"][0]}
-    changed = {"format", "states", "batch_wide", "shared_inputs"}
+    changed = {"format", "states", "batch_wide", "shared_inputs", "profile", "profiles"}
     assert {**found, **dict.fromkeys(changed)} == {**recorded("sws"), **dict.fromkeys(changed)}
 
 
@@ -92,10 +92,20 @@ def test_a_manifest_is_written_and_read_again(tmp_path: Path) -> None:
 def test_typed_parts() -> None:
     found = read_manifest(RECORDED / "format_1_sws.json")
     assert tensor_specs(found["inputs"])[2].shape == ("batch", "tokens", 16)
-    assert profile_of(found) is None
+    assert profiles_of(found) == ()
     names = [entry["name"] for entry in found["inputs"]]
-    found["profile"] = {name: {"min": [1], "opt": [2], "max": [3]} for name in names}
-    assert profile_of(found) == dict.fromkeys(names, ((1,), (2,), (3,)))
+    profile = {name: {"min": [1], "opt": [2], "max": [3]} for name in names}
+    found["profiles"] = [profile, profile]
+    shapes = dict.fromkeys(names, ((1,), (2,), (3,)))
+    assert profiles_of(found) == (shapes, shapes)
+
+
+def test_a_manifest_with_one_profile_is_read() -> None:
+    names = [entry["name"] for entry in current()["inputs"]]
+    profile = {name: {"min": [1], "opt": [2], "max": [3]} for name in names}
+    found = parse_manifest(json.dumps(current() | {"profile": profile}), "m.json")
+    assert found["profiles"] == [profile]
+    assert "profile" not in found
 
 
 @pytest.mark.parametrize(
@@ -115,8 +125,9 @@ def test_typed_parts() -> None:
         ({"shared_inputs": ["x"]}, "shared_inputs: 'x' is not among encoder_hidden_states, intensity"),
         ({"outputs": []}, "states: 'sws_state_d2_out' is not among"),
         ({"outputs": [], "states": []}, "outputs: 'out_sample' is not among"),
-        ({"profile": {}}, r"inputs: '\w+' is not among"),
-        ({"profile": {"x": {"min": [1], "opt": [1], "max": [1]}}}, "profile: 'x' is not among"),
+        ({"profiles": [{}]}, r"inputs: '\w+' is not among"),
+        ({"profiles": [{"x": {"min": [1], "opt": [1], "max": [1]}}]}, "profiles: 'x' is not among"),
+        ({"profiles": []}, r"profiles: expected a list of length >= 1, found \[\]"),
         ({"files": [{"name": "sws.onnx", "bytes": 1}]}, r"files\[0\] has no field 'sha256'"),
         ({"files": [file_entry(name="../x")]}, r"files\[0\]\.name: expected a string matching .* \"\.\./x\""),
         ({"files": [file_entry(name="..")]}, r"files\[0\]\.name: expected a string matching"),
@@ -137,8 +148,8 @@ def test_typed_parts() -> None:
             r"engine\.backend: expected one of tensorrt, tensorrt-rtx, found \"x\"",
         ),
         (
-            {"profile": {"sample": {"min": [1], "opt": [1], "max": 1}}},
-            r"profile\[sample\]\.max: expected a list",
+            {"profiles": [{"sample": {"min": [1], "opt": [1], "max": 1}}]},
+            r"profiles\[0\]\[sample\]\.max: expected a list",
         ),
     ],
 )

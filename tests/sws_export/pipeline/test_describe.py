@@ -135,7 +135,7 @@ def test_a_manifest_is_complete(tmp_path: Path) -> None:
         {artefact: file_digest(artefact)},
         None,
         None,
-        {spec.name: (SMALL, SMALL, LARGE) for spec in INPUTS},
+        [{spec.name: (SMALL, SMALL, LARGE) for spec in INPUTS}],
         [StageTiming("export", 1.5, 10**9)],
     )
     assert found["artefact"] == "e.plan"
@@ -146,7 +146,8 @@ def test_a_manifest_is_complete(tmp_path: Path) -> None:
             "sha256": "64879f7d6b960a01909762d911a32d4582c20010c5641ee90278b644a9e3b525",
         }
     ]
-    assert found["profile"]["sample"] == {"min": [1, 4, 8, 8], "opt": [1, 4, 8, 8], "max": [4, 4, 16, 8]}
+    (profile,) = found["profiles"]
+    assert profile["sample"] == {"min": [1, 4, 8, 8], "opt": [1, 4, 8, 8], "max": [4, 4, 16, 8]}
     assert found["validation"]["passed"] is None
     assert found["stages"] == [{"name": "export", "seconds": 1.5, "peak_memory": 10**9, "cached": False}]
     assert parse_manifest(json.dumps(found), "e.plan.json") == json.loads(json.dumps(found))

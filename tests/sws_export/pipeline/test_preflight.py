@@ -20,7 +20,8 @@ from tests.export_runs import with_options
 
 ONE = Range(1, 1, 1)
 ENGINE = EngineConfig(
-    SizeRanges(Range(1, 2, 4), ONE, ONE, Range(77, 77, 77)), BuildOptions(backend=get_backend("tensorrt-rtx"))
+    (SizeRanges(Range(1, 2, 4), ONE, ONE, Range(77, 77, 77)),),
+    BuildOptions(backend=get_backend("tensorrt-rtx")),
 )
 
 
@@ -81,7 +82,9 @@ def of_size(parameters: int, path: Path, *, converts: bool = False) -> Any:
     """As much of a source as the preflight looks at: float16 weights in a file of holes."""
     with path.open("wb") as file:
         file.truncate(2 * parameters)
-    return SimpleNamespace(parameter_count=parameters, precision="fp16", files=(path,), converts=converts)
+    return SimpleNamespace(
+        parameter_count=parameters, precision="fp16", files=(path,), converts=converts, config=None
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,32 @@ def test_time_and_engine_size_are_near_what_was_measured(
     assert found.seconds.keys() == {"export", "validation", "engine build"}
     if seconds is not None:
         assert sum(found.seconds.values()) == pytest.approx(seconds, rel=0.3)
+
+
+def test_gpu_memory_is_near_what_the_builder_reports(tmp_path: Path) -> None:
+    source = of_size(859_500_000, tmp_path / "weights")
+    source.config = {
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    }
+    sizes = SizeRanges(Range(1, 2, 2), Range(64, 64, 64), Range(64, 64, 64), Range(77, 77, 77))
+    engine = dataclasses.replace(ENGINE, profiles=(sizes, ENGINE.profiles[0]))
+    options = with_options(ExportOptions(), max_gpu_memory="1GB", plain=True)
+    plain = preflight(source, engine, options, tmp_path / "e.plan")
+    assert plain.gpu_memory is not None
+    assert plain.gpu_memory.largest == 0
+    # The builder's figure for the plain SD1.5.
+    assert plain.gpu_memory.profiles[0].activations == pytest.approx(84e6, rel=0.05)
+    assert plain.gpu_memory.profiles[0].states == 0
+    first, second = plain.describe()[-2:]
+    assert "needs 1.80 GB of GPU memory: weights 1.72 GB, activations 83." in first
+    assert first.endswith(", for batch 1:2:2, height 64, width 64, tokens 77")
+    assert second.endswith(", for batch 1:2:4, height 1, width 1, tokens 77")
+    assert plain.shortages()[-1].startswith("the engine needs about 1.80 GB of GPU memory, --max-gpu-memory")
+    sws = preflight(source, engine, ExportOptions(), tmp_path / "e.plan").gpu_memory
+    assert sws is not None
+    # Two buffers of float32 for each of the grids 64, 32, 16 and 8, at batch 2.
+    assert sws.profiles[0].states == 2 * 4 * 2 * 145 * (64**2 + 32**2 + 16**2 + 8**2)
 
 
 def test_conversion_takes_time(tmp_path: Path) -> None:

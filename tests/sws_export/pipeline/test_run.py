@@ -39,9 +39,9 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Engines are four bytes, and what they should have been built of is remembered."""
     calls: list[tuple[Any, ...]] = []
 
-    def build(graph: Path, out: Path, shapes: Any, options: Any, progress: Any) -> EngineReport:
+    def build(graph: Path, out: Path, profiles: Any, options: Any, progress: Any) -> EngineReport:
         assert graph.is_file()
-        calls.append((graph, out, shapes, options))
+        calls.append((graph, out, profiles, options))
         out.write_bytes(b"plan")
         return ENGINE
 
@@ -70,7 +70,7 @@ class TestWhatIsWritten:
         assert report.validation is not None
         assert report.validation.passed
         assert report.engine is None
-        assert report.manifest["profile"] is None
+        assert report.manifest["profiles"] is None
         names = [figures.name for figures in report.stages]
         assert names[:5] == ["check", "export", "rewrite", "save", "validate"]
         assert all(figures.peak_memory > 10**7 for figures in report.stages)
@@ -83,11 +83,11 @@ class TestWhatIsWritten:
         )
         report = export(random_unet, out / "e.engine", options)
         assert sorted(listing(out)) == ["e.engine", "e.engine.json"]
-        ((_, _, shapes, build),) = fake_engine
+        ((_, _, (shapes,), build),) = fake_engine
         assert build.compute_capabilities == ("8.9",)
         assert shapes["sample"] == ((1, 4, 16, 16), (2, 4, 16, 16), (2, 4, 16, 16))
         assert shapes["sws_state_d2"][0] == (1, 145, 8, 8)
-        assert report.manifest["profile"]["encoder_hidden_states"] == {
+        assert report.manifest["profiles"][0]["encoder_hidden_states"] == {
             "min": [1, 1, 16],
             "opt": [2, 8, 16],
             "max": [2, 77, 16],

@@ -43,7 +43,7 @@ def test_what_it_tells(sws_graph: Path) -> None:
         ("sws_state_d2", "sws_state_d2_out")
     ]
     assert contract.prediction.shape == ("batch", 4, "height", "width")
-    assert contract.profile is None
+    assert contract.profiles == ()
 
 
 def test_a_graph_needs_its_manifest(graph_copy: Path) -> None:
@@ -197,6 +197,8 @@ def test_an_engine_of_another_target(plan_of: Callable[[str], Path]) -> None:
 def test_engines_do_not_run_on_the_cpu(plan_of: Callable[[str], Path]) -> None:
     with pytest.raises(OptionError, match=r"runs on a GPU only; on the CPU load the \.onnx graph"):
         Session.load(plan_of("tensorrt-rtx"), device="cpu")
+    with pytest.raises(OptionError, match=r"provider 'cuda' is for \.onnx graphs; .* runs in tensorrt-rtx"):
+        Session.load(plan_of("tensorrt-rtx"), provider="cuda")
 
 
 def test_engines_need_a_driver(plan_of: Callable[[str], Path]) -> None:

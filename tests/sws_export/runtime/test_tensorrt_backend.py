@@ -14,13 +14,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from sws_export.errors import EngineError
+from sws_export.errors import EngineError, StepError
 from sws_export.runtime import Session
 from sws_export.runtime.contract import Contract, read_contract
 from sws_export.runtime.cuda_device import Memory
 from sws_export.runtime.inputs import Array
 from sws_export.runtime.session import Stream
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
+from sws_export.tensors import ProfileShapes, Range, SizeRanges, shapes_for
 from tests.sws_export.runtime.test_contract import make_plan
 
 MakeInputs = Callable[..., dict[str, Any]]
@@ -38,6 +39,11 @@ class HostDevice:
         self.recording: list[Callable[[], None]] | None = None
         self.launches = 0
         self.captures = 0
+        self.copies = 0
+        self.transfers: list[int] = []
+        """Bytes of each copy between host and device."""
+        self.has_tensors = False
+        """Whether addresses outside the blocks of this device may be used: those of torch tensors."""
 
     def activate(self) -> None:
         pass
@@ -58,12 +64,20 @@ class HostDevice:
         assert stream == STREAM
         assert array.flags.c_contiguous
         assert array.nbytes <= len(self.held[memory.address])
+        self.transfers.append(array.nbytes)
         ctypes.memmove(memory.address, array.ctypes.data, array.nbytes)
 
     def download(self, array: Array, memory: Memory, stream: int) -> None:
         assert stream == STREAM
         assert array.nbytes <= len(self.held[memory.address])
+        self.transfers.append(array.nbytes)
         ctypes.memmove(array.ctypes.data, memory.address, array.nbytes)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        assert stream == STREAM
+        assert (target in self.held) != (source in self.held)
+        self.copies += 1
+        ctypes.memmove(target, source, nbytes)
 
     def synchronize(self, stream: int) -> None:
         assert stream == STREAM
@@ -93,13 +107,21 @@ class FakeContext:
         self.addresses: dict[str, int] = {}
         self.seen: list[dict[str, int]] = []
         self.failing = False
+        self.profiles: list[int] = []
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert stream_handle == STREAM
+        self.profiles.append(profile_index)
+        self.shapes.clear()
+        self.addresses.clear()
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        assert address in self._device.held
+        assert address in self._device.held or self._device.has_tensors
         self.addresses[name] = address
         return True
 
@@ -146,6 +168,7 @@ def fake_engine(session: onnxruntime.InferenceSession) -> SimpleNamespace:
         get_tensor_mode=lambda name: "input" if name in inputs else "output",
         get_tensor_dtype=lambda _: SimpleNamespace(name="FLOAT"),
         get_tensor_shape=lambda name: [size if isinstance(size, int) else -1 for size in nodes[name].shape],
+        num_optimization_profiles=1,
         get_tensor_profile_shape=lambda name, _: profile_of_shape(nodes[name].shape),
     )
 
@@ -157,14 +180,18 @@ class FakeLibrary:
     __version__ = "1.7.1"
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
 
+    ExecutionContextAllocationStrategy = SimpleNamespace(ON_PROFILE_CHANGE="on profile change")
+
     class ILogger:
         Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, INFO=3)
 
     def __init__(self, graph: Path, device: HostDevice, complaint: str = "") -> None:
         self.contexts: list[FakeContext] = []
+        self.strategies: list[str | None] = []
         self.complaint = complaint
 
-        def create_execution_context() -> FakeContext:
+        def create_execution_context(strategy: str | None = None) -> FakeContext:
+            self.strategies.append(strategy)
             self.contexts.append(FakeContext(graph, device))
             return self.contexts[-1]
 
@@ -189,7 +216,19 @@ def engine_contract(graph: Path, folder: Path) -> Contract:
     """The contract of a fake engine of `graph`."""
     contract = read_contract(graph)
     profile = {entry["name"]: profile_of_shape(entry["shape"]) for entry in contract.manifest["inputs"]}
-    return dataclasses.replace(contract, path=make_plan(folder / "engine.plan"), profile=profile)
+    return dataclasses.replace(contract, path=make_plan(folder / "engine.plan"), profiles=(profile,))
+
+
+def profile_of_sizes(contract: Contract, **ranges: tuple[int, int]) -> ProfileShapes:
+    sizes = SizeRanges(**{name: Range(low, high, high) for name, (low, high) in ranges.items()})
+    return shapes_for([*contract.inputs, *(pair.spec for pair in contract.states)], sizes)
+
+
+def with_profiles(contract: Contract, library: FakeLibrary, *profiles: ProfileShapes) -> Contract:
+    """The contract of an engine with these profiles, which is that of `library` from now on."""
+    library.engine.num_optimization_profiles = len(profiles)
+    library.engine.get_tensor_profile_shape = lambda name, index: profiles[index][name]
+    return dataclasses.replace(contract, profiles=profiles)
 
 
 @pytest.fixture
@@ -261,6 +300,57 @@ def test_more_tokens_are_recorded_anew(
             step["encoder_hidden_states"] = np.tile(step["encoder_hidden_states"], (1, 2, 1))
         np.testing.assert_allclose(stream.step(**step), other.step(**step), rtol=0, atol=1e-6)
     assert device.captures == 4
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_the_narrowest_profile_of_a_step_is_used(
+    contract: Contract,
+    library: FakeLibrary,
+    device: HostDevice,
+    sws_graph: Path,
+    inputs: MakeInputs,
+    cuda_graphs: bool,
+) -> None:
+    wide = profile_of_sizes(contract, batch=(1, 4), height=(8, 16), width=(6, 12), tokens=(1, 77))
+    narrow = profile_of_sizes(contract, batch=(2, 2), height=(8, 8), width=(6, 6), tokens=(5, 5))
+    several = with_profiles(contract, library, wide, narrow)
+    stream = Stream(several, TensorRtBackend(several, library, device, cuda_graphs=cuda_graphs))
+    other = Session.load(sws_graph, device="cpu")
+    for number, tokens in enumerate((5, 5, 5, 9, 9, 9, 5, 5)):
+        step = inputs(number, tokens=tokens)
+        np.testing.assert_allclose(stream.step(**step), other.step(**step), rtol=0, atol=1e-6)
+    (context,) = library.contexts
+    assert context.profiles == [1, 0, 1]
+    assert library.strategies == ["on profile change"]
+
+
+def test_a_step_outside_all_profiles(
+    contract: Contract, library: FakeLibrary, device: HostDevice, inputs: MakeInputs
+) -> None:
+    profiles = tuple(
+        profile_of_sizes(contract, batch=(2, 2), height=(side, side), width=(6, 6), tokens=(5, 5))
+        for side in (8, 16)
+    )
+    several = with_profiles(contract, library, *profiles)
+    stream = Stream(several, TensorRtBackend(several, library, device, cuda_graphs=False))
+    message = (
+        "the step has batch 3, height 8, width 6, tokens 5, and none of the profiles of the engine accepts "
+        "that: batch 2, height 8, width 6, tokens 5; batch 2, height 16, width 6, tokens 5; build it again "
+        "with: sws-export traced.onnx --out engine.plan --profile batch=2,height=8,width=6,tokens=5 "
+        "--profile batch=2,height=16,width=6,tokens=5 --profile batch=3,height=8,width=6,tokens=5, and the"
+    )
+    with pytest.raises(StepError, match=message):
+        stream.step(**inputs(batch=3))
+    with pytest.raises(StepError, match="the step has batch 2, height 12, width 6, tokens 5, and none"):
+        stream.step(**inputs(height=12))
+
+
+def test_an_engine_with_more_profiles_than_its_manifest(
+    contract: Contract, library: FakeLibrary, device: HostDevice
+) -> None:
+    library.engine.num_optimization_profiles = 2
+    with pytest.raises(EngineError, match="the engine has 2 optimization profiles, the manifest 1; copy"):
+        TensorRtBackend(contract, library, device, cuda_graphs=False)
 
 
 def test_another_size_frees_the_old_buffers(
@@ -341,7 +431,7 @@ def test_host_code_is_the_callers_decision(
             "sample",
             "get_tensor_profile_shape",
             ((1, 4, 1, 1), (2, 4, 2, 2), (99, 4, 64, 64)),
-            r"profile of sample: .* to \[99, 4, 64, 64\], the manifest .* to \[64, 4, 64, 64\]",
+            r"profile 0 of sample: .* to \[99, 4, 64, 64\], the manifest .* to \[64, 4, 64, 64\]",
         ),
     ],
 )

@@ -26,7 +26,7 @@ CLASSES = (
 )  # fmt: skip
 ENUMS = (
     "NetworkDefinitionCreationFlag", "BuilderFlag", "OnnxParserFlag", "HardwareCompatibilityLevel",
-    "DataType", "LayerType", "ILogger.Severity",
+    "DataType", "LayerType", "ILogger.Severity", "TensorIOMode", "ExecutionContextAllocationStrategy",
 )  # fmt: skip
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 
