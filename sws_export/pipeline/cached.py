@@ -13,9 +13,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sws_export.cache import Cache, Entry, cache_key, code_version
+from sws_export.cache import Cache, Entry, FileDigest, cache_key, code_version
 from sws_export.cache.digests import file_stamps
-from sws_export.cache.store import file_digest
+from sws_export.cache.store import Kind, file_digest
 from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu import gpu_names
 from sws_export.errors import CheckpointError
@@ -25,6 +25,7 @@ from sws_export.onnx_files import load_onnx, save_onnx
 from sws_export.pipeline.describe import library_versions
 from sws_export.pipeline.engine import Engine, profile_shapes
 from sws_export.pipeline.graph import Graph, SourceCheck, WrittenGraph
+from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import EngineConfig, ExportPlan
 from sws_export.pipeline.run_log import Recorded, RunLog
 from sws_export.progress import Progress
@@ -62,6 +63,9 @@ class CachedCheck(SourceCheck):
         files = self._plan.source.files
         before, began = file_stamps(files)
         description = super()._verify()
+        if self._remembered not in (None, description["sha256"]):
+            self.forget()
+            raise CheckpointError(_changed_unnoticed(self._plan.source.path))
         self._remembered = str(description["sha256"])
         self._digests.put(files, before, began, self._remembered)
         return description
@@ -74,9 +78,10 @@ class StageCache:
         check: The check of the source.
     """
 
-    def __init__(self, plan: ExportPlan, cache: Cache, log: RunLog) -> None:
+    def __init__(self, plan: ExportPlan, cache: Cache, inputs: InputFiles, log: RunLog) -> None:
         self._plan = plan
         self._cache = cache
+        self._inputs = inputs
         self._log = log
         self.check = CachedCheck(plan, cache, log)
 
@@ -128,7 +133,7 @@ class StageCache:
                 "report": dataclasses.asdict(validation),
                 **self._recorded(making),
             }
-            self._cache.put("validation", self._graph_key({}), metadata, {}, self._log)
+            self._put("validation", self._graph_key({}), metadata, {})
             return validation
 
     def engine(self, graph: Graph, config: EngineConfig, path: Path, build: Callable[[], Engine]) -> Engine:
@@ -151,7 +156,7 @@ class StageCache:
             }
             # A graph from the cache that could not be written was made again, perhaps with other weights.
             key = self._engine_key(graph, config)
-            self._cache.put("engine", key, metadata, {path: engine.digest}, self._log)
+            self._put("engine", key, metadata, {path: engine.digest})
             return engine
 
     def keep_graph(self, graph: Graph) -> None:
@@ -170,9 +175,7 @@ class StageCache:
             "weights": weights,
             **self._recorded(graph.recorded + digesting),
         }
-        self._cache.put(
-            "graph", self._graph_key(self._plan.static_sizes), metadata, {skeleton: digest}, self._log
-        )
+        self._put("graph", self._graph_key(self._plan.static_sizes), metadata, {skeleton: digest})
 
     def restore_graph(self, entry: Entry, path: Path) -> ir.Model | None:
         """Write a graph from the cache to `path`; None if it is damaged or was removed, with a warning.
@@ -202,10 +205,18 @@ class StageCache:
             return model
         self._cache.evict(entry)
         self.check.forget()
-        raise CheckpointError(
-            f"{self._plan.source.path} was changed and has the size and times of before: its weights are not "
-            "those that the cached results are for, which are removed now; run the command again"
-        )
+        raise CheckpointError(_changed_unnoticed(self._plan.source.path))
+
+    def _put(
+        self, kind: Kind, key: str, metadata: Mapping[str, Any], files: Mapping[Path, FileDigest]
+    ) -> None:
+        """Store a result, unless an input was changed while it was made.
+
+        Raises:
+            CheckpointError: A file was changed.
+        """
+        self._inputs.require_unchanged()
+        self._cache.put(kind, key, metadata, files, self._log)
 
     def _make(self, graph: Graph) -> Path:
         """The file of `graph`, made after the check, whose log is kept apart."""
@@ -293,6 +304,13 @@ class _CachedGraph(Graph):
     def remark(self) -> str:
         """How a static graph was compared with the dynamic one."""
         return super().remark if self.is_written else str(self._entry.metadata["remark"])
+
+
+def _changed_unnoticed(path: Path) -> str:
+    return (
+        f"{path} was changed and has the size and times of before: its weights are not those that the cached "
+        "results are for, which are removed now; run the command again"
+    )
 
 
 def _engine_key(content: str, profiles: Sequence[ProfileShapes], config: EngineConfig) -> str:
