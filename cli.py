@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from sws_export.commands.shared import print_line
 from sws_export.errors import SwsExportError
 from sws_export.extras import missing_extras_as_errors
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(importlib.import_module(f"sws_export.commands.{verb}").run(given))
     except SwsExportError as error:
         # Libraries that we quote break their messages into lines.
-        print(f"sws-export: {' '.join(str(error).split())}", file=sys.stderr)
+        print_line(f"sws-export: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print("sws-export: interrupted; nothing was written", file=sys.stderr)
     except BrokenPipeError:

@@ -73,7 +73,7 @@ def prepare_inputs(
 
     Raises:
         StepError: An input is missing, unknown, does not consist of numbers, has a wrong shape, has NaN or
-            Inf, is out of range or outside all profiles, or is not the same for the whole batch where it must.
+            Inf, is out of range or outside all profiles, or differs within a batch that shares it.
     """
     present = {name: value for name, value in given.items() if value is not None}
     _check_names(contract, present)

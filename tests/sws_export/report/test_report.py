@@ -1,8 +1,13 @@
 """The report: what it measures, and a page that is whole by itself."""
 
+import dataclasses
+import html
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ from sws_export.errors import OptionError
 from sws_export.reference import band_from_dense, blended_transport, dense_from_band
 from sws_export.report.charts import line_chart, spread
 from sws_export.report.explanation import Explanation
+from sws_export.report.page import render
 from sws_export.report.report import write_report
 
 STEPS = 3
@@ -111,6 +117,64 @@ def test_the_page_is_whole(request: pytest.FixtureRequest, how: str) -> None:
     assert f"down 1 · 0, step 1: {first.alpha_k:.1%}" in cells
     assert f"<td>{first.entropy_mean:.2f}</td>" in page
     assert ('<th scope="col">error</th>' in page) == (how == "reported")
+
+
+HOSTILE = "</title><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
+def test_hostile_metadata_in_a_browser(reported: Reported, tmp_path: Path) -> None:
+    """Every string of the manifest, and the names of files, sites and states, hold markup and quotes."""
+    explanation = reported[0]
+    names = {path: f"{path}{HOSTILE}" for path in explanation.steps[0].sites}
+    steps = tuple(
+        dataclasses.replace(
+            step,
+            sites={names[path]: site for path, site in step.sites.items()},
+            states={f"{name}{HOSTILE}": state for name, state in step.states.items()},
+        )
+        for step in explanation.steps
+    )
+    hostile = dataclasses.replace(
+        explanation,
+        artefact=f"a{HOSTILE}",
+        manifest=spoiled(explanation.manifest),
+        text=HOSTILE,
+        tokens={HOSTILE: (0.5, 0.5)},
+        steps=steps,
+    )
+    page = tmp_path / "report.html"
+    page.write_text(render(hostile), "utf-8")
+    browser = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/profile",
+    ]
+    done = subprocess.run(
+        [*browser, "--virtual-time-budget=2000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    tags = _Tags()
+    tags.feed(done.stdout)
+    assert all(address.startswith("data:image/png;base64,") for address in tags.fetched)
+    assert "<script" not in done.stdout
+    title = html.escape(HOSTILE, quote=False)
+    assert re.findall("<title>SWS in (.*?)</title>", done.stdout, re.DOTALL) == [f"a{title}"]
+    assert done.stdout.count("&lt;script&gt;") > 50
+
+
+def spoiled(value: Any) -> Any:
+    """`value` with markup appended to every string."""
+    if isinstance(value, dict):
+        return {name: spoiled(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [spoiled(entry) for entry in value]
+    return f"{value}{HOSTILE}" if isinstance(value, str) else value
 
 
 def test_sites_go_down_and_up_again(told: Reported) -> None:
