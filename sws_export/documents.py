@@ -44,7 +44,7 @@ _TYPE_NAMES = {
     "object": "an object",
     "str": "a string",
 }
-_PATH = re.compile(r" - at `(?:key in )?`?\$([^`]*)`")
+_PATH = re.compile(r" - at (?:`key` in )?`\$([^`]*)`")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 

@@ -9,13 +9,14 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import onnx_ir as ir
 
 from sws_export.cache import Cache, Entry, FileDigest, cache_key, code_version
 from sws_export.cache.digests import file_stamps
 from sws_export.cache.store import Kind, file_digest
+from sws_export.documents import Sha256, check_document
 from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu import gpu_names
 from sws_export.errors import CheckpointError
@@ -34,6 +35,37 @@ from sws_export.validation import OutputDifference, ValidationReport
 
 _FILE = "graph.onnx"
 _PLACEHOLDER = "weights-of-the-source"
+
+
+class _Metadata(TypedDict):
+    """Metadata of every cached result: its label, and what the check and the making of it logged."""
+
+    label: str
+    check: Recorded
+    making: Recorded
+
+
+class _GraphMetadata(_Metadata):
+    description: GraphDescription
+    remark: str
+    content: Sha256
+    weights: Sha256
+
+
+class _ValidationMetadata(_Metadata):
+    report: ValidationReport
+
+
+class _EngineMetadata(_Metadata):
+    engine: EngineReport
+
+
+_SCHEMAS: Mapping[Kind, tuple[Any, int]] = {
+    "graph": (_GraphMetadata, 1),
+    "validation": (_ValidationMetadata, 0),
+    "engine": (_EngineMetadata, 1),
+}
+"""Schema of the metadata, and number of files, of each kind of result."""
 
 
 class CachedCheck(SourceCheck):
@@ -89,7 +121,7 @@ class StageCache:
         """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
         if not self.check.is_remembered:
             return ()
-        entry = self._cache.get("graph", self._graph_key(self._plan.static_sizes))
+        entry = self._get("graph", self._graph_key(self._plan.static_sizes))
         if entry is None or (self._plan.options.validate and self._find_validation() is None):
             return ()
         config = self._plan.engine
@@ -98,7 +130,7 @@ class StageCache:
         key = _engine_key(
             entry.metadata["content"], profile_shapes(entry.metadata["description"], config), config
         )
-        return ("graph", "engine") if self._cache.get("engine", key) else ("graph",)
+        return ("graph", "engine") if self._get("engine", key) else ("graph",)
 
     def graph(self, graph: Graph) -> Graph:
         """`graph`, or the same one from the cache, which is not written until its file is needed."""
@@ -106,7 +138,7 @@ class StageCache:
             return graph
         key = self._graph_key(self._plan.static_sizes)
         with self._cache.lock("graph", key, self._log):
-            entry = None if graph.is_written else self._cache.get("graph", key)
+            entry = None if graph.is_written else self._get("graph", key)
             if entry is None:
                 self.keep_graph(graph)
                 return graph
@@ -143,7 +175,7 @@ class StageCache:
             return build()
         key = self._engine_key(graph, config)
         with self._cache.lock("engine", key, self._log), output_errors(self._plan.out):
-            entry = self._cache.get("engine", key)
+            entry = self._get("engine", key)
             if entry is not None and (engine := self._take_engine(entry, path)) is not None:
                 return engine
             assert graph.file
@@ -207,6 +239,19 @@ class StageCache:
         self.check.forget()
         raise CheckpointError(_changed_unnoticed(self._plan.source.path))
 
+    def _get(self, kind: Kind, key: str) -> Entry | None:
+        """The cached result of `key`; one with malformed metadata is removed."""
+        entry = self._cache.get(kind, key)
+        if entry is None:
+            return None
+        schema, files = _SCHEMAS[kind]
+        try:
+            check_document(entry.metadata, schema)
+        except ValueError:
+            self._cache.evict(entry)
+            return None
+        return entry if len(entry.files) == files else None
+
     def _put(
         self, kind: Kind, key: str, metadata: Mapping[str, Any], files: Mapping[Path, FileDigest]
     ) -> None:
@@ -252,7 +297,7 @@ class StageCache:
         self._log.replay(Recorded.from_json(entry.metadata["making"]))
 
     def _find_validation(self) -> Entry | None:
-        return self._cache.get("validation", self._graph_key({}))
+        return self._get("validation", self._graph_key({}))
 
     def _engine_key(self, graph: Graph, config: EngineConfig) -> str:
         return _engine_key(graph.content, profile_shapes(graph.description, config), config)
