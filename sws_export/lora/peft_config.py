@@ -155,8 +155,8 @@ def _check(where: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type", "LORA")
     if kind not in _SUPPORTED_TYPES:
         raise CheckpointError(
-            f"{where}: adapters of type {kind} are not supported (expected {', '.join(_SUPPORTED_TYPES)}); "
-            f"{_MERGE}"
+            f"{where}: adapters of type {short(kind)} are not supported (expected "
+            f"{', '.join(_SUPPORTED_TYPES)}); {_MERGE}"
         )
     option = next((option for option in _UNSUPPORTED_OPTIONS if config.get(option)), None)
     initialization = config.get("init_lora_weights")
