@@ -61,6 +61,7 @@ def fetch_hub_model(model: Path, variant: str | None, *, ema: bool, progress: Pr
     match = _HUB_ID.fullmatch(model.as_posix())
     assert match is not None
     repo, revision = match["repo"], match["revision"] or "main"
+    _check_name(repo)
     cached = _cached(repo, revision, variant, ema)
     if cached is not None and _is_complete(cached, variant):
         return HubModel(repo, cached.directory.name, cached.directory, (f"{repo}: from the local cache",))
@@ -85,6 +86,19 @@ class _Cached:
 
 class _Unreachable(Exception):  # noqa: N818  (control flow inside this module, never an error)
     """Why the Hub cannot be reached."""
+
+
+def _check_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{repo} does not exist here, and is no name of a repository of the Hugging Face Hub: "
+            f"{_reason(error)}"
+        ) from error
 
 
 def _cached(repo: str, revision: str, variant: str | None, ema: bool) -> _Cached | None:
@@ -173,7 +187,6 @@ def _fetch(repo: str, revision: str, names: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -191,7 +204,7 @@ def _fetch(repo: str, revision: str, names: list[str]) -> Path:
             f"{repo} does not exist here, and the Hugging Face Hub has no such repository, or it is private; "
             "check the name, or log in with `hf auth login`"
         ) from error
-    except (RevisionNotFoundError, HFValidationError) as error:
+    except RevisionNotFoundError as error:
         raise CheckpointError(f"{repo} on the Hugging Face Hub has no revision '{revision}'") from error
     except LocalEntryNotFoundError as error:
         raise _Unreachable(_reason(error.__cause__ or error)) from error
