@@ -61,7 +61,6 @@ def fetch_hub_model(model: Path, variant: str | None, *, ema: bool, progress: Pr
     match = _HUB_ID.fullmatch(model.as_posix())
     assert match is not None
     repo, revision = match["repo"], match["revision"] or "main"
-    _check_name(repo)
     cached = _cached(repo, revision, variant, ema)
     if cached is not None and _is_complete(cached, variant):
         return HubModel(repo, cached.directory.name, cached.directory, (f"{repo}: from the local cache",))
@@ -88,28 +87,24 @@ class _Unreachable(Exception):  # noqa: N818  (control flow inside this module, 
     """Why the Hub cannot be reached."""
 
 
-def _check_name(repo: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{repo} does not exist here, and is no name of a repository of the Hugging Face Hub: "
-            f"{_reason(error)}"
-        ) from error
-
-
 def _cached(repo: str, revision: str, variant: str | None, ema: bool) -> _Cached | None:
-    """The snapshot in the cache, if it has a UNet."""
+    """The snapshot in the cache, if it has a UNet.
+
+    Raises:
+        CheckpointError: Repositories cannot have this name.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         # Without patterns every file of the repository would have to be in the cache.
         directory = Path(snapshot_download(repo, revision=revision, allow_patterns=[], local_files_only=True))
         return _Cached(directory, locate(directory, variant, ema=ema))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{repo} does not exist here, and is no name of a repository of the Hugging Face Hub: "
+            f"{_reason(error)}"
+        ) from error
     except (LocalEntryNotFoundError, CheckpointError):
         return None
 
