@@ -29,12 +29,13 @@ test: lint
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
+# One cache for both platforms would be rebuilt by each run.
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/mypy
-	$(BIN)/mypy --platform win32
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 & \
+		$(BIN)/mypy; linux=$$?; wait $$! && exit $$linux
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
