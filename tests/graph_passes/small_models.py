@@ -23,7 +23,7 @@ def site_name(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class SiteSpec:
-    """One attention of a small model; what differs from the defaults makes it another kind of attention.
+    """One attention of a small model; the defaults are a self-attention site.
 
     Attributes:
         name: Module path.
@@ -101,14 +101,14 @@ class _Builder:
     def site(
         self, spec: SiteSpec, tokens: ir.Value, context: ir.Value, image: ir.Value
     ) -> tuple[ir.Value, list[ir.Value]]:
-        """The attention's output [B, T, C], and further values that somebody else needs."""
+        """The attention's output [B, T, C], and values with a second consumer."""
         name = spec.name
         source = image if spec.image_prompt else context if spec.context else tokens
         if spec.cast_context:
             source = self.node("Cast", [source], name, to=int(FLOAT))
         values = context if spec.context_values else source
         kv_width = CHANNELS * spec.kv_heads // HEADS
-        # Queries are stretched, so that attention is peaked.
+        # Large queries make attention peaked.
         q = self.project(tokens, CHANNELS, 2.0, f"{name}.to_q", spec.bias) if spec.projected else tokens
         k = self.project(source, kv_width, 0.7, f"{name}.to_k", spec.bias)
         v = self.project(values, kv_width, 0.7, f"{name}.to_v", spec.bias)
@@ -130,7 +130,7 @@ class _Builder:
 
 
 def _width(x: ir.Value) -> int:
-    """Channels of [B, T, C]: of an input as it says, of all else `CHANNELS`."""
+    """Channels of [B, T, C]: the declared ones of an input, else `CHANNELS`."""
     width = x.shape[2] if x.producer() is None and x.shape is not None else CHANNELS
     assert isinstance(width, int)
     return width
@@ -141,7 +141,7 @@ def float_input(name: str, shape: Sequence[int | str]) -> ir.Value:
 
 
 def build_model(specs: Sequence[SiteSpec], levels: int = 1, text_width: int = CHANNELS) -> ir.Model:
-    """`sample` [B, 8, H, W], `encoder_hidden_states` [B, L, 8] -> `out_sample`, all sites' tokens in a row.
+    """`sample` [B, 8, H, W], `encoder_hidden_states` [B, L, 8] -> `out_sample`, all tokens joined.
 
     Args:
         specs: The sites, in graph order.
@@ -179,7 +179,7 @@ def build_model(specs: Sequence[SiteSpec], levels: int = 1, text_width: int = CH
 def feeds(
     batch: int = 2, height: int = 4, width: int = 6, tokens: int = 5, text_width: int = CHANNELS
 ) -> dict[str, Any]:
-    """Inputs of a small model; members of the batch differ."""
+    """Inputs of a small model; samples of the batch differ."""
     random = np.random.default_rng(1)
     return {
         "sample": random.standard_normal((batch, CHANNELS, height, width), dtype=np.float32),
@@ -197,12 +197,12 @@ def op_counts(model: ir.Model) -> dict[str, int]:
 
 
 def graph_bytes(model: ir.Model) -> bytes:
-    """The whole model, serialised: two models with the same bytes are the same."""
+    """The serialized model, equal for equal models."""
     return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
 def finished(model: ir.Model) -> ir.Model:
-    """The model itself with all functions of SWS lowered, folded and cleaned, as exports end."""
+    """`model` with all SWS functions lowered, folded and cleaned, as at the end of an export."""
     LowerFunctions()(model)
     FoldConstants()(model)
     CleanGraph()(model)

@@ -1,4 +1,4 @@
-"""The fused guard with branches in a whole graph: what each pass makes of `If` nodes."""
+"""`If` nodes of the fused guard in a whole graph, after each pass."""
 
 import collections
 
@@ -37,13 +37,13 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 
 @pytest.mark.parametrize("intensity", [1.0, 0.0])
-def test_branches_change_no_number(run_onnx: RunOnnx, intensity: float) -> None:
+def test_branches_do_not_change_results(run_onnx: RunOnnx, intensity: float) -> None:
     straight, model = finished(branches=False), finished()
     values = sws_feeds(model, intensity=intensity)
     assert_close(run_onnx(model, values), run_onnx(straight, values))
 
 
-def test_intensity_zero_is_the_plain_graph_bit_for_bit(run_onnx: RunOnnx) -> None:
+def test_intensity_zero_equals_the_plain_graph_bit_for_bit(run_onnx: RunOnnx) -> None:
     plain = two_grids()
     CleanGraph()(plain)
     model = finished()
@@ -56,7 +56,7 @@ def test_intensity_zero_is_the_plain_graph_bit_for_bit(run_onnx: RunOnnx) -> Non
     assert np.abs(beside[1] - expected[1]).max() > 1e-4
 
 
-def test_lowering_and_cleaning_change_no_number(run_onnx: RunOnnx) -> None:
+def test_lowering_and_cleaning_do_not_change_results(run_onnx: RunOnnx) -> None:
     model = with_branches()
     values = sws_feeds(model)
     expected = run_onnx(model, values)
@@ -66,7 +66,7 @@ def test_lowering_and_cleaning_change_no_number(run_onnx: RunOnnx) -> None:
     assert_close(run_onnx(model, values), expected)
 
 
-def test_no_name_is_used_twice_anywhere() -> None:
+def test_names_are_unique() -> None:
     model = finished()
     names = [value.name for node in model.graph.all_nodes() for value in node.outputs]
     names += [value.name for value in (*model.graph.inputs, *model.graph.initializers.values())]
@@ -86,7 +86,7 @@ def test_constants_of_branches_are_shared_with_the_graph() -> None:
     assert max(collections.Counter(contents).values()) == 1
 
 
-def test_what_only_a_branch_uses_stays_and_what_none_uses_goes() -> None:
+def test_values_used_by_branches_are_kept_and_unused_ones_removed() -> None:
     model = finished()
     graphs = set(model.graphs())
     for node in model.graph.all_nodes():
@@ -97,7 +97,7 @@ def test_what_only_a_branch_uses_stays_and_what_none_uses_goes() -> None:
             assert any(value.uses() or value.is_graph_output() for value in node.outputs), node
 
 
-def test_notes_in_branches_are_cleared() -> None:
+def test_metadata_in_branches_is_cleared() -> None:
     model = with_branches()
     LowerFunctions()(model)
     (first, *_) = subgraphs(model)
@@ -114,7 +114,7 @@ def test_a_second_run_changes_nothing() -> None:
     assert graph_bytes(model) == before
 
 
-def test_a_copy_read_from_its_bytes_is_the_same(run_onnx: RunOnnx) -> None:
+def test_a_serialized_copy_is_equal(run_onnx: RunOnnx) -> None:
     model = finished()
     copy = ir.from_proto(onnx.ModelProto.FromString(graph_bytes(model)))
     assert graph_bytes(copy) == graph_bytes(model)
@@ -128,7 +128,7 @@ def test_the_example_is_valid_onnx(shapes_model: ShapesModel, precision: str) ->
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
-def test_the_float32_twin_has_bfloat16_in_its_weights_alone(shapes_model: ShapesModel) -> None:
+def test_the_float32_copy_has_bfloat16_weights_only(shapes_model: ShapesModel) -> None:
     model = finished(model=shapes_model("bf16"))
     bfloat16 = ir.DataType.BFLOAT16
     assert any(value.dtype == bfloat16 for value in model.graph.initializers.values())

@@ -1,4 +1,4 @@
-"""Small grids of known size get the dense product, all others keep their tiles."""
+"""Small grids of static size get the dense product, others keep the tiles."""
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +16,7 @@ TILES, DENSE = "sws.BandedTransport", "sws.DenseTransport"
 
 
 def opened(sizes: dict[str, int]) -> ir.Model:
-    """Two sites on the latent's grid and one on half of it, the transports still calls."""
+    """Two sites on the latent's grid and one on half of it; transports are function calls."""
     model = inserted(two_grids())
     SetStaticShapes(sizes)(model)
     LowerFunctions(frozenset({"BandedTransport"}))(model)
@@ -31,13 +31,13 @@ def calls(model: ir.Model) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("limit", "left"), [(1024, (0, 3)), (96, (0, 3)), (95, (2, 1)), (24, (2, 1)), (23, (3, 0))]
 )
-def test_the_calls_it_leaves(limit: int, left: tuple[int, int]) -> None:
+def test_remaining_calls(limit: int, left: tuple[int, int]) -> None:
     model = opened(SIZES)
     assert ChooseTransport(limit)(model).modified == (left[1] > 0)
     assert calls(model) == left
 
 
-def test_a_grid_has_one_matrix_that_its_sites_share() -> None:
+def test_sites_of_a_grid_share_one_matrix() -> None:
     """Concat of keys and values, the product and Split a site; the rest once a grid."""
     grids = {}
     for names in (1, 2):
@@ -54,7 +54,7 @@ def test_a_grid_has_one_matrix_that_its_sites_share() -> None:
     assert grids[1]["Slice"] == grids[2]["Slice"] == 4
 
 
-def test_numbers_stay(run_onnx: RunOnnx) -> None:
+def test_results_do_not_change(run_onnx: RunOnnx) -> None:
     tiles, dense = finished(opened(SIZES)), opened(SIZES)
     ChooseTransport()(dense)
     finished(dense)
@@ -66,7 +66,7 @@ def test_numbers_stay(run_onnx: RunOnnx) -> None:
 
 
 @pytest.mark.parametrize("sizes", [{}, {"height": 8}])
-def test_a_grid_of_unknown_size_keeps_its_tiles(sizes: dict[str, int]) -> None:
+def test_a_grid_of_dynamic_size_keeps_its_tiles(sizes: dict[str, int]) -> None:
     model = opened(sizes)
     before = graph_bytes(model)
     assert not ChooseTransport()(model).modified
@@ -74,7 +74,7 @@ def test_a_grid_of_unknown_size_keeps_its_tiles(sizes: dict[str, int]) -> None:
 
 
 def test_a_plugin_keeps_its_call() -> None:
-    """Inside `sws.Attention`, as graphs for TensorRT have it until plugins are kept, nothing is chosen."""
+    """A call inside `sws.Attention`, as in graphs for TensorRT with plugins, is not changed."""
     model = inserted(two_grids())
     SetStaticShapes(SIZES)(model)
     assert not ChooseTransport()(model).modified

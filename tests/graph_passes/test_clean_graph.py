@@ -1,4 +1,4 @@
-"""The clean-up removes what is dead, double or of this machine, and nothing else."""
+"""Unused and duplicate nodes and metadata of the exporter are removed, and nothing else."""
 
 import numpy as np
 import onnx_ir as ir
@@ -36,11 +36,11 @@ def graph_of(*nodes: ir.Node, outputs: list[ir.Value], x: ir.Value) -> ir.Model:
     return ir.Model(graph, ir_version=11)
 
 
-def test_the_nodes_it_leaves() -> None:
+def test_remaining_nodes() -> None:
     model = lowered()
     assert CleanGraph()(model).modified
     counts = op_counts(model)
-    # Of the plain graph only the cross-attention is alive.
+    # Of the plain attention nodes only the cross-attention is used.
     assert counts["Attention"] == 4
     assert "Constant" not in counts
     assert "Identity" not in counts
@@ -49,7 +49,7 @@ def test_the_nodes_it_leaves() -> None:
     assert all(node.outputs[0].uses() or node.outputs[0].is_graph_output() for node in model.graph)
 
 
-def test_numbers_and_interface_stay(run_onnx: RunOnnx) -> None:
+def test_results_and_interface_do_not_change(run_onnx: RunOnnx) -> None:
     model = lowered()
     values, before = sws_feeds(model), interface(model)
     expected = run_onnx(model, values)
@@ -68,7 +68,7 @@ def test_a_second_run_changes_nothing() -> None:
     assert graph_bytes(model) == before
 
 
-def test_notes_of_the_exporter_are_gone() -> None:
+def test_metadata_of_the_exporter_is_removed() -> None:
     model = build_model([SiteSpec()])
     secret = "/home/somebody/unet.py, line 7"
     model.graph.doc_string = model.doc_string = secret
@@ -100,7 +100,7 @@ def test_equal_outputs_stay_two_outputs(run_onnx: RunOnnx) -> None:
     assert (results["b"] == -1).all()
 
 
-def test_an_input_that_is_an_output_too_stays_both(run_onnx: RunOnnx) -> None:
+def test_an_input_that_is_also_an_output_is_kept(run_onnx: RunOnnx) -> None:
     x = float_input("x", [2, 3])
     copy = ir.node("Identity", [x])
     copy.outputs[0].name = "y"
@@ -112,7 +112,7 @@ def test_an_input_that_is_an_output_too_stays_both(run_onnx: RunOnnx) -> None:
 
 
 @pytest.mark.parametrize(("op_type", "left"), [("RandomNormalLike", 2), ("Neg", 1)])
-def test_only_what_is_the_same_is_shared(op_type: str, left: int) -> None:
+def test_only_equal_nodes_are_shared(op_type: str, left: int) -> None:
     x = float_input("x", [2, 3])
     first, second = ir.node(op_type, [x]), ir.node(op_type, [x])
     total = ir.node("Add", [first.outputs[0], second.outputs[0]])
@@ -137,7 +137,7 @@ def test_only_equal_constants_are_shared(run_onnx: RunOnnx, same: bool) -> None:
     assert (results[str(model.graph.outputs[0].name)] == (4 if same else 5)).all()
 
 
-def test_live_nodes_of_a_plain_graph_stay() -> None:
+def test_used_nodes_of_a_plain_graph_are_kept() -> None:
     model = build_model([SiteSpec()])
     CleanGraph()(model)
     live = op_counts(model)

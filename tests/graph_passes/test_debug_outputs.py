@@ -1,4 +1,4 @@
-"""Outputs that tell what each site did: which there are, what they hold, what they leave alone."""
+"""Debug outputs of the sites: names, values, and no change of the other outputs."""
 
 import numpy as np
 import onnx_ir as ir
@@ -26,9 +26,9 @@ def lowered(model: ir.Model) -> ir.Model:
     return model
 
 
-def test_the_nodes_and_outputs_it_adds() -> None:
+def test_added_nodes_and_outputs() -> None:
     plain, model = inserted(two_grids()), debugged()
-    # As many squeezes as a site has figures.
+    # One Squeeze for each metric of a site.
     added = {"Concat": 2, "Split": 1, "Constant": 1, "Squeeze": 6, "Identity": 1}
     assert op_counts(model) == {**op_counts(plain), **added}
     assert "SiteMetrics" in [name for _, name, _ in model.functions]
@@ -39,12 +39,12 @@ def test_the_nodes_and_outputs_it_adds() -> None:
     assert {value.dtype for value in outputs} == {ir.DataType.FLOAT}
 
 
-def test_columns_go_by_grid_and_then_by_place() -> None:
+def test_columns_are_ordered_by_grid_and_site() -> None:
     names = [site.name for site in debug_order(find_sites(two_grids())[0])]
     assert names == [site_name("down_blocks.0"), site_name("up_blocks.1"), site_name("mid_block")]
 
 
-def test_the_other_outputs_stay_as_they_are(run_onnx: RunOnnx) -> None:
+def test_other_outputs_do_not_change(run_onnx: RunOnnx) -> None:
     model = inserted(two_grids(), form="fused")
     feeds = sws_feeds(model)
     expected, found = run_onnx(lowered(model), feeds), run_onnx(lowered(debugged()), feeds)
@@ -52,13 +52,13 @@ def test_the_other_outputs_stay_as_they_are(run_onnx: RunOnnx) -> None:
         np.testing.assert_array_equal(found[name], values)
 
 
-def test_without_the_option_nothing_is_there() -> None:
+def test_without_the_option_there_are_none() -> None:
     model = inserted(two_grids(), form="fused")
     assert b"sws_debug" not in graph_bytes(model)
     assert b"SiteMetrics" not in graph_bytes(model)
 
 
-def test_figures_obey_the_method(run_onnx: RunOnnx) -> None:
+def test_metrics_are_consistent(run_onnx: RunOnnx) -> None:
     model = lowered(debugged())
     feeds = sws_feeds(model, sigma=3.0)
     feeds["intensity"] = np.array([1.0, 0.0], np.float32)
@@ -83,7 +83,7 @@ def test_figures_obey_the_method(run_onnx: RunOnnx) -> None:
         assert np.abs(found[name][untold]).max() < 1e-5
 
 
-def test_spelled_out_they_are_the_same(run_onnx: RunOnnx) -> None:
+def test_decomposed_attention_gives_the_same_metrics(run_onnx: RunOnnx) -> None:
     plain, spelled_out = debugged(), debugged()
     assert DecomposeGuardAttention()(spelled_out).modified
     body = [node.op_type for node in spelled_out.functions["sws", "SiteMetrics", ""]]

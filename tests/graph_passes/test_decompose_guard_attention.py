@@ -1,4 +1,4 @@
-"""The fused guard's attentions are spelled out for a runtime that cannot build them."""
+"""Attention nodes of the fused guard are decomposed for a runtime that cannot build them."""
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +19,7 @@ def guard_ops(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.functions["sws", "KeyGuard", ""]]
 
 
-def test_the_guard_holds_no_attention_and_the_sites_keep_theirs() -> None:
+def test_only_the_guard_is_decomposed() -> None:
     model = fused()
     attentions = guard_ops(model).count("Attention")
     assert attentions == 4
@@ -33,7 +33,7 @@ def test_the_guard_holds_no_attention_and_the_sites_keep_theirs() -> None:
     assert op_counts(model)["Attention"] == 7
 
 
-def test_the_numbers_stay_the_same(run_onnx: RunOnnx) -> None:
+def test_results_do_not_change(run_onnx: RunOnnx) -> None:
     expected, found = fused(), fused()
     DecomposeGuardAttention()(found)
     for model in (expected, found):
@@ -48,7 +48,7 @@ def test_the_numbers_stay_the_same(run_onnx: RunOnnx) -> None:
     assert np.abs(still["out_sample"] - before["out_sample"]).max() > 1e-4
 
 
-def test_the_literal_guard_and_a_plain_graph_are_left_alone() -> None:
+def test_the_literal_guard_and_a_plain_graph_do_not_change() -> None:
     assert not DecomposeGuardAttention()(inserted(two_grids())).modified
     assert not DecomposeGuardAttention()(two_grids()).modified
 

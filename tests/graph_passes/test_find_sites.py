@@ -1,4 +1,4 @@
-"""Which attention nodes SWS can take, on which grid, and why it leaves the others."""
+"""Attention sites, their grids, and the reasons for which other attention nodes are skipped."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from tests.graph_passes.small_models import (
 )
 
 
-def test_a_self_attention_site_is_read_completely() -> None:
+def test_a_self_attention_site() -> None:
     model = build_model([SiteSpec(attributes=(("scale", 0.25),))])
     (site,), skipped = find_sites(model)
     assert skipped == []
@@ -34,7 +34,7 @@ def test_a_self_attention_site_is_read_completely() -> None:
 
 
 @pytest.mark.parametrize("cast", [False, True])
-def test_cross_attention_is_taken_where_it_is_asked_for(cast: bool) -> None:
+def test_cross_attention_on_request(cast: bool) -> None:
     cross = site_name("down_blocks.0").replace("attn1", "attn2")
     model = build_model([SiteSpec(), SiteSpec(name=cross, context=True, cast_context=cast)], levels=2)
     (own, text), skipped = find_sites(model, cross_attention=True)
@@ -47,13 +47,13 @@ def test_cross_attention_is_taken_where_it_is_asked_for(cast: bool) -> None:
 @pytest.mark.parametrize(
     "change", [{"image_prompt": True}, {"context_values": True}, {"context": True, "masked": True}]
 )
-def test_other_keys_stay_skipped_where_cross_attention_is_asked_for(change: dict[str, Any]) -> None:
+def test_keys_that_are_not_the_text_are_skipped(change: dict[str, Any]) -> None:
     model = build_model([SiteSpec(**change)])
     assert find_sites(model, cross_attention=True) == find_sites(model)
     assert len(find_sites(model)[1]) == 1
 
 
-def test_a_text_that_is_worked_on_before_is_another_tensor() -> None:
+def test_a_text_changed_by_another_node_is_not_the_text() -> None:
     model = build_model([SiteSpec(context=True, cast_context=True)])
     next(node for node in model.graph if node.op_type == "Cast").op_type = "Neg"
     _, (skipped,) = find_sites(model, cross_attention=True)
@@ -65,7 +65,7 @@ def test_scale_defaults_to_the_root_of_the_head_size() -> None:
     assert site.scale == 1 / math.sqrt(CHANNELS // HEADS)
 
 
-def test_projections_with_bias_are_projections() -> None:
+def test_projections_with_bias() -> None:
     (site,), _ = find_sites(build_model([SiteSpec(bias=True)]))
     assert site.q.producer().op_type == "Add"
 
@@ -105,27 +105,27 @@ def test_a_near_miss_is_skipped_with_its_reason(change: dict[str, Any], reason: 
 @pytest.mark.parametrize(
     "name", ["node_42", "text_model.encoder.layers.0.attn1", "down_blocks.0.attentions.0"]
 )
-def test_an_attention_of_unknown_place_is_skipped_under_its_node_name(name: str) -> None:
+def test_an_attention_without_a_module_path_is_skipped(name: str) -> None:
     sites, (skipped,) = find_sites(build_model([SiteSpec(name=name)]))
     assert sites == []
     assert skipped.name == f"{name}/Attention"
     assert skipped.reason == "its name does not contain the block of the UNet that it belongs to"
 
 
-def test_an_attention_of_another_domain_is_none_of_ours() -> None:
+def test_an_attention_of_another_domain_is_ignored() -> None:
     model = build_model([SiteSpec()])
     next(node for node in model.graph if node.op_type == "Attention").domain = "com.microsoft"
     assert find_sites(model) == ([], [])
 
 
-def test_names_with_slashes_are_module_paths_too() -> None:
+def test_names_with_slashes_are_module_paths() -> None:
     slashed = "/unet/" + site_name("up_blocks.1").replace(".", "/").replace("/0", ".0").replace("/1", ".1")
     assert slashed == "/unet/up_blocks.1/attentions.0/transformer_blocks.0/attn1"
     (site,), _ = find_sites(build_model([SiteSpec(name=slashed)], levels=3))
     assert (site.name, site.factor) == (site_name("up_blocks.1"), 2)
 
 
-# Blocks with attention, and the factor of their grid, of the UNets that people use.
+# Blocks with attention and the factor of their grid, of common UNets.
 SD15 = {"down_blocks.0": 1, "down_blocks.1": 2, "down_blocks.2": 4, "mid_block": 8} | {
     "up_blocks.1": 4,
     "up_blocks.2": 2,
@@ -138,7 +138,7 @@ REFINER = {"down_blocks.1": 2, "down_blocks.2": 4, "mid_block": 8, "up_blocks.1"
 @pytest.mark.parametrize(
     ("levels", "factors"), [(4, SD15), (3, SDXL), (4, REFINER)], ids=["sd15", "sdxl", "refiner"]
 )
-def test_a_block_tells_the_grid(levels: int, factors: dict[str, int]) -> None:
+def test_the_grid_follows_from_the_block(levels: int, factors: dict[str, int]) -> None:
     specs = [SiteSpec(name=site_name(block), factor=factor) for block, factor in factors.items()]
     sites, skipped = find_sites(build_model(specs, levels))
     assert skipped == []
@@ -148,7 +148,7 @@ def test_a_block_tells_the_grid(levels: int, factors: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_example_has_its_self_attention_found(shapes_model: ShapesModel, precision: str) -> None:
+def test_self_attention_of_the_example_is_found(shapes_model: ShapesModel, precision: str) -> None:
     sites, skipped = find_sites(shapes_model(precision))
     assert {site.name: (site.factor, site.heads) for site in sites} == {
         site_name("down_blocks.1"): (2, 2),

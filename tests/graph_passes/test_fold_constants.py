@@ -1,4 +1,4 @@
-"""What depends on sizes alone is computed while exporting; weights are not touched."""
+"""Nodes that depend on sizes alone are folded; weights are not read."""
 
 import numpy as np
 import onnx_ir as ir
@@ -40,8 +40,8 @@ def folded(sizes: dict[str, int]) -> ir.Model:
 
 
 @pytest.mark.parametrize("sizes", [SIZES, SIZES | {"batch": 2}])
-def test_the_nodes_it_leaves(sizes: dict[str, int]) -> None:
-    """Nothing is left that reads a size, whether the batch is known or not."""
+def test_remaining_nodes(sizes: dict[str, int]) -> None:
+    """No node reads a size, whether the batch is static or not."""
     counts = op_counts(folded(sizes))
     assert not ON_SIZES & counts.keys()
     # Of each grid: two rounds after the blend, whose first diffusion is of Sinkhorn's factors and constant,
@@ -66,7 +66,7 @@ def test_the_transports_of_the_scales_are_constants() -> None:
     ]
 
 
-def test_numbers_stay(run_onnx: RunOnnx) -> None:
+def test_results_do_not_change(run_onnx: RunOnnx) -> None:
     plain, model = lowered({}), folded(SIZES)
     values = sws_feeds(plain, height=8, width=12)
     state = np.random.default_rng(3).random((2, 145, 8, 12), dtype=np.float32) / 145
@@ -85,14 +85,14 @@ def test_a_second_run_changes_nothing() -> None:
     assert graph_bytes(model) == before
 
 
-def test_sizes_that_are_not_known_are_left() -> None:
-    """Tiles of a grid whose width may be any are counted while the graph runs."""
+def test_dynamic_sizes_are_not_folded() -> None:
+    """The number of tiles of a grid with dynamic width is computed at run time."""
     counts = op_counts(folded({"height": 8, "tokens": 5}))
     assert {"Shape", "Range"} <= counts.keys()
 
 
 def weighted(weight: np.ndarray, op_type: str) -> ir.Model:
-    """x times a weight, which a node without other inputs changes first."""
+    """x times a weight, after a node whose only input is the weight."""
     x = float_input("x", [2, 6])
     tensor = ir.tensor(weight, name="weight")
     held = ir.Value(name="weight", type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
@@ -126,7 +126,7 @@ def test_weights_are_not_read() -> None:
     assert held.const_value is model.graph.initializers["weight"].const_value
 
 
-def test_integers_are_no_weights(run_onnx: RunOnnx) -> None:
+def test_integers_are_folded(run_onnx: RunOnnx) -> None:
     model = weighted(np.arange(36).reshape(6, 6), "Transpose")
     values = {"x": np.ones((2, 6), np.float32)}
     expected = run_onnx(model, values)["y"]

@@ -1,4 +1,4 @@
-"""Cross-attention sites become calls of the node's functions, one handing the state to the next."""
+"""Cross-attention sites become function calls that pass the state from site to site."""
 
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +71,7 @@ def node_feeds(
     }
 
 
-def test_the_nodes_it_leaves() -> None:
+def test_remaining_nodes() -> None:
     plain, model = two_grids(), inserted(two_grids())
     added = {"sws.ComfyUINodeSchedule": 1, "sws.ComfyUINodeTransport": 1, "sws.ComfyUINodeAttention": 3}
     assert op_counts(model) == {**op_counts(plain), **added}
@@ -80,7 +80,7 @@ def test_the_nodes_it_leaves() -> None:
 
 
 @pytest.mark.parametrize("text_width", [6, 12])
-def test_other_widths_get_one_basis_and_one_set_of_keys(text_width: int) -> None:
+def test_sites_of_other_widths_share_a_basis_and_keys(text_width: int) -> None:
     model = inserted(two_grids(text_width))
     counts = op_counts(model)
     assert counts["sws.ComfyUINodeKeys"] == 1
@@ -94,7 +94,7 @@ def test_other_widths_get_one_basis_and_one_set_of_keys(text_width: int) -> None
     )
 
 
-def test_sites_hand_the_state_on_in_graph_order() -> None:
+def test_the_state_passes_in_graph_order() -> None:
     model = inserted(two_grids())
     calls = [node for node in model.graph if node.op_type == "ComfyUINodeAttention"]
     assert [call.name for call in calls] == [f"sws/{spec.name}" for spec in (FIRST, SECOND, THIRD)]
@@ -104,7 +104,7 @@ def test_sites_hand_the_state_on_in_graph_order() -> None:
     assert calls[-1].outputs[1] is model.graph.outputs[-1]
 
 
-def test_the_interface_it_adds() -> None:
+def test_added_inputs_and_outputs() -> None:
     model = inserted(two_grids())
     interface = {
         value.name: (value.dtype, [getattr(dim, "value", dim) for dim in value.shape])
@@ -120,7 +120,7 @@ def test_the_interface_it_adds() -> None:
     }
 
 
-def test_a_graph_of_one_text_length_has_a_state_of_that_length() -> None:
+def test_a_static_text_length_gives_a_static_state() -> None:
     model = two_grids()
     model.graph.inputs[1].shape = ir.Shape(["batch", 77, CHANNELS])
     inserted(model)
@@ -135,7 +135,7 @@ def test_at_sigma_max_it_is_the_plain_graph(run_onnx: RunOnnx, text_width: int) 
     assert (found["sws_state_text_out"] == 0).all()
 
 
-def test_each_site_changes_its_own_tokens_and_no_others(run_onnx: RunOnnx) -> None:
+def test_each_site_changes_its_own_tokens_only(run_onnx: RunOnnx) -> None:
     expected = run_onnx(two_grids(), feeds())["out_sample"]
     found = run_onnx(inserted(two_grids()), node_feeds())["out_sample"]
     # 24 tokens a site on the latent's grid of 4 x 6, and 6 on half of it.
@@ -145,7 +145,7 @@ def test_each_site_changes_its_own_tokens_and_no_others(run_onnx: RunOnnx) -> No
     assert min(down.min(), middle.min(), up.min()) > 1e-4
 
 
-def test_sites_that_are_not_given_keep_the_plain_attention(run_onnx: RunOnnx) -> None:
+def test_unselected_sites_do_not_change(run_onnx: RunOnnx) -> None:
     expected = run_onnx(two_grids(), feeds())["out_sample"]
     model = inserted(two_grids(), take=lambda name: name.startswith("mid"))
     found = run_onnx(model, node_feeds())
@@ -155,7 +155,7 @@ def test_sites_that_are_not_given_keep_the_plain_attention(run_onnx: RunOnnx) ->
 
 @pytest.mark.parametrize("text_width", [6, CHANNELS, 12])
 def test_two_steps_of_the_first_site_equal_the_reference(run_onnx: RunOnnx, text_width: int) -> None:
-    """All sites but one are left alone, so that the graph is that site; weights are read from the graph."""
+    """SWS at one site only; the weights are read from the graph."""
     plain = two_grids(text_width)
     (site,) = (s for s in find_sites(plain, cross_attention=True)[0] if s.name == FIRST.name)
     weights = [
@@ -189,7 +189,7 @@ def test_two_steps_of_the_first_site_equal_the_reference(run_onnx: RunOnnx, text
         np.testing.assert_allclose(state[0], kept.numpy(), rtol=1e-5, atol=1e-8)
 
 
-def test_lowered_it_computes_the_same_and_holds_no_function(run_onnx: RunOnnx) -> None:
+def test_lowering_does_not_change_results_and_leaves_no_function(run_onnx: RunOnnx) -> None:
     expected = run_onnx(inserted(two_grids(12)), node_feeds(text_width=12))
     model = inserted(two_grids(12))
     LowerFunctions()(model)
@@ -204,7 +204,7 @@ def test_lowered_it_computes_the_same_and_holds_no_function(run_onnx: RunOnnx) -
     assert graph_bytes(model) == before
 
 
-def test_debug_outputs_tell_of_each_site_and_change_nothing_else(run_onnx: RunOnnx) -> None:
+def test_debug_outputs_do_not_change_other_outputs(run_onnx: RunOnnx) -> None:
     expected = run_onnx(inserted(two_grids(12)), node_feeds(text_width=12))
     model = two_grids(12)
     sites = [s for s in find_sites(model, cross_attention=True)[0] if "attn2" in s.name]
@@ -235,7 +235,7 @@ def test_no_sites_no_change() -> None:
     assert graph_bytes(model) == before
 
 
-def test_a_graph_that_has_sws_is_refused_and_left_alone() -> None:
+def test_a_graph_with_sws_is_refused_and_not_changed() -> None:
     model = inserted(two_grids())
     before = graph_bytes(model)
     sites = find_sites(two_grids(), cross_attention=True)[0][1:]
@@ -244,7 +244,7 @@ def test_a_graph_that_has_sws_is_refused_and_left_alone() -> None:
     assert graph_bytes(model) == before
 
 
-def test_projections_that_cannot_be_found_are_named_and_nothing_changes() -> None:
+def test_missing_projections_are_named_and_the_graph_is_not_changed() -> None:
     model = two_grids(bias=True)
     before = graph_bytes(model)
     sites = [s for s in find_sites(model, cross_attention=True)[0] if "attn2" in s.name]

@@ -1,4 +1,4 @@
-"""Sites become calls of the SWS functions, with one transport and one state a grid."""
+"""Sites become calls of the SWS functions, with one transport and one state per grid."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -54,7 +54,7 @@ def inserted(
     parameters: SwsParameters | None = None,
     debug_outputs: bool = False,
 ) -> ir.Model:
-    """The model itself with SWS at the sites that `take` is true of."""
+    """`model` with SWS at the sites for which `take` is true."""
     sites = [site for site in find_sites(model, cross_attention=cross)[0] if take(site.name)]
     guard = GuardOptions(form, rows)
     insertion = InsertSws(
@@ -81,7 +81,7 @@ def sws_feeds(model: ir.Model, sigma: float = 3.0, intensity: float = 1.0, **siz
     return values
 
 
-def test_the_nodes_it_leaves() -> None:
+def test_remaining_nodes() -> None:
     plain, model = two_grids(), inserted(two_grids())
     added = {"sws.Schedule": 1, "sws.Transport": 2, "sws.Attention": 3}
     assert op_counts(model) == {**op_counts(plain), **added}
@@ -104,7 +104,7 @@ def test_sites_of_one_grid_share_one_transport() -> None:
     assert calls["sws/" + site_name("mid_block")].inputs[3] is coarse
 
 
-def test_the_interface_it_adds() -> None:
+def test_added_inputs_and_outputs() -> None:
     model = inserted(two_grids())
     interface = {
         value.name: (value.dtype, [str(getattr(dim, "value", dim)) for dim in value.shape])
@@ -141,7 +141,7 @@ def test_cross_attention_gets_a_transport_of_the_text() -> None:
     ]
 
 
-def test_a_text_of_fixed_length_gives_a_state_of_that_length() -> None:
+def test_a_static_text_length_gives_a_static_state() -> None:
     model = two_grids()
     model.graph.inputs[1].shape = ir.Shape(["batch", 77, 8])
     state = inserted(model, cross=True).graph.inputs[-1]
@@ -157,7 +157,7 @@ def test_cross_attention_needs_the_inputs_shapes(index: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [Fraction(1), Fraction(1, 8)])
-def test_cross_attention_changes_its_own_tokens_alone(run_onnx: RunOnnx, rows: Fraction) -> None:
+def test_cross_attention_changes_its_own_tokens_only(run_onnx: RunOnnx, rows: Fraction) -> None:
     expected = run_onnx(two_grids(), feeds())["out_sample"]
     model = inserted(two_grids(), take=lambda name: name == CROSS, cross=True, rows=rows)
     assert [value.name for value in model.graph.outputs] == ["out_sample", "sws_state_text_out"]
@@ -178,7 +178,7 @@ def test_intensity_zero_is_the_plain_graph(run_onnx: RunOnnx) -> None:
     assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
-def test_each_site_changes_its_own_tokens_and_no_others(run_onnx: RunOnnx) -> None:
+def test_each_site_changes_its_own_tokens_only(run_onnx: RunOnnx) -> None:
     expected = run_onnx(two_grids(), feeds())["out_sample"]
     model = inserted(two_grids())
     found = run_onnx(model, sws_feeds(model))["out_sample"]
@@ -189,7 +189,7 @@ def test_each_site_changes_its_own_tokens_and_no_others(run_onnx: RunOnnx) -> No
     assert min(down.min(), middle.min(), up.min()) > 1e-4
 
 
-def test_sites_that_are_not_given_keep_the_plain_attention(run_onnx: RunOnnx) -> None:
+def test_unselected_sites_do_not_change(run_onnx: RunOnnx) -> None:
     expected = run_onnx(two_grids(), feeds())["out_sample"]
     model = inserted(two_grids(), take=lambda name: name.startswith("mid"))
     assert op_counts(model)["sws.Transport"] == 1
@@ -199,7 +199,7 @@ def test_sites_that_are_not_given_keep_the_plain_attention(run_onnx: RunOnnx) ->
     assert same.tolist() == [True] * 48 + [False] * 6 + [True] * 24
 
 
-def test_state_out_is_a_transport_whose_rows_are_shares(run_onnx: RunOnnx) -> None:
+def test_the_next_state_is_a_transport_with_rows_of_sum_1(run_onnx: RunOnnx) -> None:
     model = inserted(two_grids())
     results = run_onnx(model, sws_feeds(model, batch=3))
     assert results["sws_state_d1_out"].shape == (3, BAND, 4, 6)
@@ -216,7 +216,7 @@ def test_no_sites_no_change() -> None:
     assert graph_bytes(model) == before
 
 
-def test_a_graph_that_has_sws_is_refused_and_left_alone() -> None:
+def test_a_graph_with_sws_is_refused_and_not_changed() -> None:
     model = inserted(two_grids())
     before = graph_bytes(model)
     with pytest.raises(GraphError, match="has SWS already"):
@@ -238,7 +238,7 @@ def test_a_graph_with_an_input_called_sigma_is_refused() -> None:
         inserted(model)
 
 
-def test_the_example_gets_one_state_a_grid(shapes_model: ShapesModel) -> None:
+def test_the_example_gets_one_state_per_grid(shapes_model: ShapesModel) -> None:
     model = inserted(shapes_model("fp16"))
     counts = op_counts(model)
     assert {name: counts[name] for name in counts if name.startswith("sws.")} == {

@@ -1,4 +1,4 @@
-"""SWS functions are inlined for a target, except those it has plugins for."""
+"""SWS functions are inlined, except those for which the target has plugins."""
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +22,7 @@ def _with_node(op_type: str, domain: str = "") -> ir.Model:
     return model
 
 
-def test_nothing_of_the_domain_is_left() -> None:
+def test_no_operator_of_the_domain_remains() -> None:
     model = inserted(two_grids())
     assert LowerFunctions()(model).modified
     assert {node.domain for node in model.graph} == {""}
@@ -34,7 +34,7 @@ def test_nothing_of_the_domain_is_left() -> None:
     assert {"Loop", "If", "Scan"}.isdisjoint(counts)
 
 
-def test_kept_operators_stay_with_their_definitions() -> None:
+def test_kept_operators_keep_their_functions() -> None:
     model = inserted(two_grids())
     LowerFunctions(PLUGIN_OPERATORS)(model)
     counts = op_counts(model)
@@ -46,8 +46,8 @@ def test_kept_operators_stay_with_their_definitions() -> None:
     assert model.graph.opset_imports == {"": 23, "sws": 1}
 
 
-def test_kept_operators_carry_what_their_plugins_need() -> None:
-    """A plugin does not see the body, where these constants are built in."""
+def test_kept_operators_have_the_attributes_of_their_plugins() -> None:
+    """A plugin does not read the body, which contains these constants."""
     model = inserted(two_grids(), parameters=SwsParameters(key_cap=0.25, bisection_steps=5))
     LowerFunctions(PLUGIN_OPERATORS)(model)
     guards = [node for node in model.graph if node.op_type == "KeyGuard"]
@@ -56,13 +56,13 @@ def test_kept_operators_carry_what_their_plugins_need() -> None:
     assert {node.attributes.get_float("key_cap") for node in guards} == {0.25}
     assert {node.attributes.get_int("bisection_steps") for node in guards} == {5}
     assert {node.attributes.get_int("radius") for node in transports} == {8}
-    # Keys and values as they are: no node joins them for the plugin.
+    # Keys and values are not concatenated for the plugin.
     assert {node.attributes.get_int("tensors") for node in transports} == {2}
     assert {(len(node.inputs), len(node.outputs)) for node in transports} == {(3, 2)}
 
 
 @pytest.mark.parametrize("kept", [frozenset[str](), PLUGIN_OPERATORS], ids=["all", "plugins"])
-def test_the_numbers_stay_the_same(run_onnx: RunOnnx, kept: frozenset[str]) -> None:
+def test_results_do_not_change(run_onnx: RunOnnx, kept: frozenset[str]) -> None:
     model = inserted(two_grids())
     values = sws_feeds(model)
     expected = run_onnx(model, values)
@@ -73,7 +73,7 @@ def test_the_numbers_stay_the_same(run_onnx: RunOnnx, kept: frozenset[str]) -> N
         assert np.abs(found[name] - value).max() <= 1e-6 * np.abs(value).max(), name
 
 
-def test_functions_of_another_domain_are_left_alone(run_onnx: RunOnnx) -> None:
+def test_functions_of_other_domains_do_not_change(run_onnx: RunOnnx) -> None:
     model = build_model([SiteSpec()])
     x = ir.Value(name="x")
     double = ir.node("Add", [x, x])
@@ -102,19 +102,19 @@ def test_a_second_run_changes_nothing(kept: frozenset[str]) -> None:
 
 
 @pytest.mark.parametrize("op_type", ["Loop", "Scan"])
-def test_loops_are_not_ensured(op_type: str) -> None:
+def test_loops_violate_the_postcondition(op_type: str) -> None:
     with pytest.raises(PostconditionError, match=f"node the_node: a function was lowered to a {op_type}"):
         LowerFunctions()(_with_node(op_type))
 
 
-def test_a_call_without_its_function_is_not_ensured_unless_it_is_kept() -> None:
+def test_a_call_without_a_function_violates_the_postcondition_unless_kept() -> None:
     model = _with_node("KeyGuard", "sws")
     LowerFunctions(PLUGIN_OPERATORS)(model)
     with pytest.raises(PostconditionError, match=r"node the_node: sws\.KeyGuard is left after lowering"):
         LowerFunctions()(model)
 
 
-def test_a_plain_graph_has_no_loops_in_subgraphs_either() -> None:
+def test_a_plain_graph_with_a_loop_in_a_subgraph_is_refused() -> None:
     outer = ir.node("SequenceMap", [], name="outer")
     inner = ir.Graph([], [], nodes=[ir.node("Loop", [], name="hidden")])
     outer.attributes["body"] = ir.AttrGraph("body", inner)
@@ -124,13 +124,13 @@ def test_a_plain_graph_has_no_loops_in_subgraphs_either() -> None:
         require_plain(model)
 
 
-def test_operators_of_other_domains_pass() -> None:
+def test_operators_of_other_domains_are_allowed() -> None:
     for model in (_with_node("Loop", "somebody.else"), _with_node("Relu")):
         require_plain(model)
         LowerFunctions()(model)
 
 
-def test_branches_pass_as_they_bound_the_work_of_a_step() -> None:
+def test_branches_are_allowed() -> None:
     require_plain(_with_node("If"))
     LowerFunctions().ensures(_with_node("If"))
 

@@ -11,7 +11,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def _scoped_model(*scopes: str) -> ir.Model:
-    """Nodes without names that carry the exporter's note; an empty text means no note."""
+    """Nodes without names and with the exporter's metadata; an empty text means none."""
     model = build_model([SiteSpec()])
     for node, note in zip(list(model.graph), scopes, strict=False):
         node.name = "was"
@@ -71,7 +71,7 @@ def test_a_second_run_changes_nothing() -> None:
     assert graph_bytes(model) == before
 
 
-def test_the_example_tells_each_node_from_the_others(shapes_model: ShapesModel) -> None:
+def test_node_names_of_the_example_are_unique(shapes_model: ShapesModel) -> None:
     model = shapes_model("fp32")
     names = [node.name for node in model.graph]
     assert len(set(names)) == len(names)

@@ -1,4 +1,4 @@
-"""What does not depend on a site is in the finished graph once a step or once a grid, however many sites."""
+"""Nodes that do not depend on the site occur once per graph or grid, for any number of sites."""
 
 import collections
 from fractions import Fraction
@@ -26,7 +26,7 @@ ON_TOKENS = {"Conv", "ConvTranspose", "Range", "Expand", "Reciprocal", "ReducePr
 
 
 def finished(factors: list[int], sizes: dict[str, int], target: str = "onnxruntime") -> ir.Model:
-    """A graph with a site for each of the downsamplings given."""
+    """A graph with a site for each downsampling factor."""
     names = {factor: iter(paths) for factor, paths in NAMES.items()}
     specs = [SiteSpec(name=site_name(next(names[factor])), factor=factor) for factor in factors]
     model = build_model(specs, levels=2)
@@ -49,7 +49,7 @@ def all_counts(model: ir.Model) -> collections.Counter[str]:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("sizes", [{}, SIZES])
-def test_a_further_site_adds_nothing_of_the_transport(sizes: dict[str, int], target: str) -> None:
+def test_another_site_adds_no_transport(sizes: dict[str, int], target: str) -> None:
     two, three, four = (all_counts(finished([1] * count, sizes, target)) for count in (2, 3, 4))
     assert two["Conv"] > 0
     for op_type in ON_TOKENS:
@@ -59,7 +59,7 @@ def test_a_further_site_adds_nothing_of_the_transport(sizes: dict[str, int], tar
 
 
 @pytest.mark.parametrize("sizes", [{}, SIZES])
-def test_a_further_grid_adds_a_transport_and_no_schedule(sizes: dict[str, int]) -> None:
+def test_another_grid_adds_a_transport_and_no_schedule(sizes: dict[str, int]) -> None:
     one, two = (all_counts(finished(factors, sizes)) for factors in ([1], [1, 2]))
     for op_type in ONCE_A_GRID:
         assert two[op_type] == 2 * one[op_type]
@@ -69,7 +69,7 @@ def test_a_further_grid_adds_a_transport_and_no_schedule(sizes: dict[str, int]) 
 
 
 @pytest.mark.parametrize("sizes", [{}, SIZES])
-def test_blend_and_momentum_are_once_a_grid(sizes: dict[str, int]) -> None:
+def test_blend_and_momentum_occur_once_per_grid(sizes: dict[str, int]) -> None:
     model = finished([1, 1, 2], sizes)
     states = [value for value in model.graph.inputs if str(value.name).startswith("sws_state")]
     assert len(states) == 2
@@ -83,10 +83,10 @@ def test_blend_and_momentum_are_once_a_grid(sizes: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize("sizes", [{}, {"height": 32, "width": 32, "tokens": 77}])
-def test_nothing_is_unused_or_done_twice(
+def test_no_node_is_unused_or_duplicate(
     shapes_model: ShapesModel, sizes: dict[str, int], target: str
 ) -> None:
-    """On the example in float16, whose statistics are float32: no Cast is made twice, none is undone."""
+    """The example in float16, whose statistics are float32: no Cast is repeated or reverted."""
     model = shapes_model("fp16")
     rewrite(model, SwsParameters(), (), GuardOptions("fused"), TARGETS[target], SilentProgress(), sizes=sizes)
     casts = collections.Counter()
@@ -102,8 +102,8 @@ def test_nothing_is_unused_or_done_twice(
         assert value.uses(), value.name
 
 
-def test_the_plain_graph_has_none_of_it() -> None:
-    """The counts above count what SWS adds."""
+def test_the_plain_graph_has_none_of_these_nodes() -> None:
+    """The nodes counted above belong to SWS."""
     model = build_model([SiteSpec()])
     assert not ON_TOKENS & op_counts(model).keys()
     assert not InsertSws([], SwsParameters(), TARGETS["tensorrt"], GuardOptions())(model).modified

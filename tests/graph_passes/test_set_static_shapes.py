@@ -1,4 +1,4 @@
-"""Known sizes become numbers in every shape, and nothing else changes."""
+"""Static sizes replace symbols in every shape; nothing else changes."""
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +25,7 @@ def graph_with(dim: str | int | None) -> ir.Model:
     return ir.Model(ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 23}), ir_version=10)
 
 
-def test_the_shapes_it_leaves() -> None:
+def test_remaining_shapes() -> None:
     model = inserted(two_grids())
     before = op_counts(model)
     assert SetStaticShapes(SIZES)(model).modified
@@ -37,7 +37,7 @@ def test_the_shapes_it_leaves() -> None:
     assert found["sws_state_d2"] == found["sws_state_d2_out"] == "[batch,145,2,3]"
 
 
-def test_numbers_stay_and_other_sizes_are_refused(run_onnx: RunOnnx) -> None:
+def test_results_do_not_change_and_other_sizes_are_refused(run_onnx: RunOnnx) -> None:
     model = inserted(two_grids())
     LowerFunctions()(model)
     feeds = sws_feeds(model, batch=3)
@@ -62,7 +62,7 @@ def test_expressions(dim: str, fixed: str) -> None:
 @pytest.mark.parametrize(
     "dim", ["batch", "batch*height", "height/3", "heights", "height+1", "height/width", 7, None]
 )
-def test_what_is_not_known_stays(dim: str | int | None) -> None:
+def test_unspecified_sizes_stay_dynamic(dim: str | int | None) -> None:
     model = graph_with(dim)
     before = graph_bytes(model)
     assert not SetStaticShapes(SIZES)(model).modified

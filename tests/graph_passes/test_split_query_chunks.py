@@ -1,4 +1,4 @@
-"""Sites of many tokens get attentions that each take a part of the query rows."""
+"""Attention of sites with many tokens is partitioned into query chunks."""
 
 from fractions import Fraction
 
@@ -15,7 +15,7 @@ from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 SIZES = {"height": 8, "width": 12}
 FOUR_CHUNKS = 8 * 12 * 8 * 12 // 4
-"""Logits a part, of which the finer grid has four times as many and the coarser one a quarter."""
+"""Logits per chunk; the finer grid has four times as many, the coarser a quarter."""
 
 
 def fused(sizes: dict[str, int], rows: Fraction = Fraction(1), cap: float = 0.3) -> ir.Model:
@@ -65,13 +65,13 @@ def test_the_guard_is_split_by_the_rows_that_it_sees() -> None:
     (guard,) = (node for node in site if node.op_type == "KeyGuard")
     assert guard.overload == "query_chunks_2"
     assert ("sws", "KeyGuard", "query_chunks_2") in model.functions
-    # The attentions of two sites in four parts of 24 rows, and the coarser grid's, which has no more.
+    # Attention of two sites in four chunks of 24 rows, and of the coarser grid in one.
     queries = [node.inputs[0] for node in finished(model).graph if node.op_type == "Attention"]
     rows = [value.shape[2] for value in queries if value is not None and value.shape is not None]
     assert rows.count(24) == 2 * 4 + 1
 
 
-def test_sites_of_unknown_size_and_small_ones_stay_whole() -> None:
+def test_sites_of_dynamic_size_and_small_sites_are_not_split() -> None:
     for model in (fused({}), fused({"height": 8}), fused(SIZES)):
         before = graph_bytes(model)
         assert not SplitQueryChunks()(model).modified

@@ -1,4 +1,4 @@
-"""The float32 twin of a bfloat16 graph: weights as stored, everything else in float32."""
+"""The float32 copy of a bfloat16 graph: weights stay bfloat16, all else is float32."""
 
 import collections
 
@@ -36,24 +36,24 @@ def operators(graph: ir.Graph) -> dict[str, int]:
     return dict(collections.Counter(node.op_type for node in graph))
 
 
-def test_one_cast_a_weight_and_no_other_operator() -> None:
-    twin = model(BF16)
-    before = operators(twin.graph)
-    assert UpcastBfloat16()(twin).modified
-    assert operators(twin.graph) == before | {"Cast": 2}
-    assert twin.graph.initializers["w"].dtype == BF16
-    assert all(output.dtype == FLOAT for node in twin.graph for output in node.outputs)
+def test_one_cast_per_weight_and_no_other_operator() -> None:
+    graph = model(BF16)
+    before = operators(graph.graph)
+    assert UpcastBfloat16()(graph).modified
+    assert operators(graph.graph) == before | {"Cast": 2}
+    assert graph.graph.initializers["w"].dtype == BF16
+    assert all(output.dtype == FLOAT for node in graph.graph for output in node.outputs)
 
 
-def test_it_computes_what_rounded_weights_in_float32_do(run_onnx: RunOnnx) -> None:
-    twin = model(BF16)
-    UpcastBfloat16()(twin)
+def test_results_equal_float32_with_rounded_weights(run_onnx: RunOnnx) -> None:
+    graph = model(BF16)
+    UpcastBfloat16()(graph)
     x = np.random.default_rng(1).standard_normal((2, 4)).astype(np.float32)
-    np.testing.assert_array_equal(run_onnx(twin, {"x": x})["v5"], run_onnx(model(FLOAT), {"x": x})["v5"])
+    np.testing.assert_array_equal(run_onnx(graph, {"x": x})["v5"], run_onnx(model(FLOAT), {"x": x})["v5"])
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, ir.DataType.FLOAT16])
-def test_other_precisions_are_left_alone(dtype: ir.DataType) -> None:
+def test_other_precisions_do_not_change(dtype: ir.DataType) -> None:
     other = model(dtype)
     before = ir.to_proto(other).SerializeToString()
     assert not UpcastBfloat16()(other).modified
@@ -61,8 +61,8 @@ def test_other_precisions_are_left_alone(dtype: ir.DataType) -> None:
 
 
 def test_a_second_run_changes_nothing() -> None:
-    twin = model(BF16)
-    UpcastBfloat16()(twin)
-    before = ir.to_proto(twin).SerializeToString()
-    assert not UpcastBfloat16()(twin).modified
-    assert ir.to_proto(twin).SerializeToString() == before
+    graph = model(BF16)
+    UpcastBfloat16()(graph)
+    before = ir.to_proto(graph).SerializeToString()
+    assert not UpcastBfloat16()(graph).modified
+    assert ir.to_proto(graph).SerializeToString() == before

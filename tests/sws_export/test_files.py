@@ -1,4 +1,4 @@
-"""Files are complete or not there, whatever goes wrong."""
+"""Staged files and their publication: complete files or none, and errors of the destination."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ def _refuse_with(code: int) -> Any:
 
 
 def _stage(out: Path, action: Callable[[Path], object]) -> None:
-    """Write half a file below a staged directory, then do `action` there."""
+    """Write part of a file in a staged directory, then call `action` with it."""
     with staged_directory(out) as scratch:
         (scratch / "deep").mkdir()
         (scratch / "deep" / "part").write_bytes(b"half")
@@ -31,7 +31,7 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-def test_scratch_lies_beside_the_output_and_is_gone_at_the_end(tmp_path: Path) -> None:
+def test_the_staged_directory_is_beside_the_output_and_removed(tmp_path: Path) -> None:
     with staged_directory(tmp_path / "a.plan") as scratch:
         assert scratch.is_dir()
         assert scratch.parent == tmp_path
@@ -40,9 +40,7 @@ def test_scratch_lies_beside_the_output_and_is_gone_at_the_end(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit, FileNotFoundError])
-def test_nothing_is_left_after_an_exception_and_the_old_file_stays(
-    tmp_path: Path, failure: type[BaseException]
-) -> None:
+def test_an_exception_leaves_the_old_file_only(tmp_path: Path, failure: type[BaseException]) -> None:
     out = tmp_path / "a.plan"
     out.write_bytes(b"old")
     with pytest.raises(failure):
@@ -51,13 +49,13 @@ def test_nothing_is_left_after_an_exception_and_the_old_file_stays(
     assert out.read_bytes() == b"old"
 
 
-def test_an_error_that_is_not_about_the_output_is_not_dressed_up(tmp_path: Path) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), staged_directory(tmp_path / "a.plan"):
         (tmp_path / "some other file").read_bytes()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_while_writing_is_said_so(tmp_path: Path, code: int) -> None:
+def test_a_full_disk_while_writing(tmp_path: Path, code: int) -> None:
     out = tmp_path / "a.plan"
     expected = f"cannot write {out}: the disk is full .* GB free in .*; free some space"
     with pytest.raises(OutputError, match=expected):
@@ -66,13 +64,13 @@ def test_a_full_disk_while_writing_is_said_so(tmp_path: Path, code: int) -> None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_device_that_is_full_is_said_so(tmp_path: Path) -> None:
+def test_a_full_device(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the disk is full"), staged_directory(tmp_path / "a.plan"):
         Path("/dev/full").write_bytes(b"x")
 
 
 @pytest.mark.parametrize("place", ["missing/a.plan", "file/a.plan"])
-def test_a_place_that_cannot_hold_files_is_refused(tmp_path: Path, place: str) -> None:
+def test_a_path_that_is_not_a_directory_is_an_error(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     expected = r"cannot write .*a\.plan: .*choose an --out in a directory"
     with pytest.raises(OutputError, match=expected), staged_directory(tmp_path / place):
@@ -80,22 +78,22 @@ def test_a_place_that_cannot_hold_files_is_refused(tmp_path: Path, place: str) -
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_permission_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="Permission denied"), staged_directory(tmp_path / "a.plan"):
         pytest.fail("there is nothing to write to")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_the_system_refusing_a_directory_is_an_output_error(
+def test_a_directory_that_cannot_be_created_is_an_output_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    monkeypatch.setattr("sws_export.files.tempfile.mkdtemp", _refuse_with(code))
+    monkeypatch.setattr("tempfile.mkdtemp", _refuse_with(code))
     with pytest.raises(OutputError, match=os.strerror(code)), staged_directory(tmp_path / "a.plan"):
         pytest.fail("there is nothing to write to")
 
 
-def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
+def test_publishing_replaces_files(tmp_path: Path) -> None:
     out = tmp_path / "a.plan"
     out.write_bytes(b"old")
     with out.open("rb") as reader, staged_directory(out) as scratch:
@@ -106,8 +104,8 @@ def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_what_becomes_obsolete_goes_when_the_new_files_are_there(tmp_path: Path) -> None:
-    """The weights of a large graph that a small one replaces."""
+def test_obsolete_files_are_removed_after_the_moves(tmp_path: Path) -> None:
+    """As the weights of a large graph that a small graph replaces."""
     graph, weights = tmp_path / "g.onnx", tmp_path / "g.onnx.data"
     graph.write_bytes(b"large")
     weights.write_bytes(b"weights")
@@ -118,9 +116,7 @@ def test_what_becomes_obsolete_goes_when_the_new_files_are_there(tmp_path: Path)
     assert graph.read_bytes() == b"small"
 
 
-def test_publish_makes_the_bytes_durable_before_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_flushed_before_they_are_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, staged = tmp_path / "a.plan", tmp_path / "staged"
     staged.write_bytes(b"new")
     seen: list[tuple[str, bool]] = []
@@ -136,7 +132,7 @@ def test_publish_makes_the_bytes_durable_before_the_name(
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace"])
-def test_a_full_disk_while_publishing_leaves_the_old_file(
+def test_a_full_disk_during_publishing_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     out = tmp_path / "a.plan"
@@ -148,7 +144,7 @@ def test_a_full_disk_while_publishing_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_directory_in_the_way_is_refused(tmp_path: Path) -> None:
+def test_a_directory_at_the_destination_is_an_error(tmp_path: Path) -> None:
     out = tmp_path / "a.plan"
     out.mkdir()
     staged = tmp_path / "staged"
@@ -158,7 +154,7 @@ def test_a_directory_in_the_way_is_refused(tmp_path: Path) -> None:
     assert out.is_dir()
 
 
-def test_an_unforeseen_failure_keeps_its_own_error(tmp_path: Path) -> None:
+def test_an_unexpected_error_is_not_changed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.EIO)) as failure, output_errors(tmp_path / "a"):
         _refuse_with(errno.EIO)()
     assert not isinstance(failure.value, OutputError)

@@ -1,4 +1,4 @@
-"""What `inspect` says of each kind of file."""
+"""`inspect` on each kind of file."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def test_a_checkpoint(random_unet: Path) -> None:
         assert facts["config"]["cross_attention_dim"] == 16
 
 
-def test_a_graph_of_ours(traced: Path) -> None:
+def test_a_graph_with_a_manifest(traced: Path) -> None:
     facts = inspect_file(traced)
     assert facts["kind"] == "onnx"
     assert facts["opset"] == 23
@@ -32,7 +32,7 @@ def test_a_graph_of_ours(traced: Path) -> None:
     assert "warnings" not in facts
 
 
-def test_a_graph_from_elsewhere(traced: Path, tmp_path: Path) -> None:
+def test_a_graph_without_a_manifest(traced: Path, tmp_path: Path) -> None:
     model = ir.load(traced)
     model.metadata_props.clear()
     ir.save(model, tmp_path / "g.onnx")
@@ -91,6 +91,6 @@ def test_other_files_are_refused(tmp_path: Path, name: str, content: bytes) -> N
         inspect_file(tmp_path / name)
 
 
-def test_nothing(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(SwsExportError, match="absent: no such file or directory"):
         inspect_file(tmp_path / "absent")

@@ -1,4 +1,4 @@
-"""ONNX models on disk: small ones whole, large ones with their weights beside them."""
+"""ONNX models on disk: small ones in one file, large ones with external data."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from tests.graph_passes.small_models import SiteSpec, build_model, feeds
 
 
 class _Counting(SilentProgress):
-    """Adds up what is reported as written."""
+    """Sums the bytes that are reported as written."""
 
     def __init__(self) -> None:
         self.total: float | None = None
@@ -41,7 +41,7 @@ class _Counting(SilentProgress):
 
 
 def _external_model(directory: Path) -> ir.Model:
-    """A small model with a further weight, which lies in another file as after an export."""
+    """A small model with one more weight, which is external data."""
     model = build_model([SiteSpec()])
     array = np.arange(1000, dtype=np.float32)
     source = directory / "weights.bin"
@@ -82,7 +82,7 @@ def test_a_small_model_is_one_file(tmp_path: Path, run_onnx: RunOnnx) -> None:
     _check_saved(out, run_onnx)
 
 
-def test_a_large_model_has_its_weights_beside_it(
+def test_a_large_model_has_external_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_onnx: RunOnnx
 ) -> None:
     monkeypatch.setattr(onnx_files, "EMBED_LIMIT", 100)
@@ -114,12 +114,12 @@ def test_the_same_model_gives_the_same_bytes(
     assert written[0] == written[1]
 
 
-def test_a_write_that_fails_is_an_oserror(tmp_path: Path) -> None:
+def test_a_failed_write_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No such file|not exist"):
         save_onnx(build_model([SiteSpec()]), tmp_path / "missing" / "m.onnx", SilentProgress())
 
 
-def test_bfloat16_weights_survive(tmp_path: Path) -> None:
+def test_bfloat16_weights_are_saved(tmp_path: Path) -> None:
     import ml_dtypes
 
     array = np.array([1.0, 2.5, -3.0], ml_dtypes.bfloat16)
@@ -139,10 +139,8 @@ def test_bfloat16_weights_survive(tmp_path: Path) -> None:
     assert loaded.const_value.tobytes() == array.tobytes()
 
 
-def test_weights_of_another_graph_are_not_written_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of two equal weights each graph has kept another one: that is stored in the graph itself."""
+def test_shared_weights_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two equal weights the graphs keep different ones, and the second is stored in its graph."""
     monkeypatch.setattr(onnx_files, "EMBED_LIMIT", 0)
     (tmp_path / "source").mkdir()
     general = _external_model(tmp_path / "source")

@@ -1,4 +1,4 @@
-"""Parameters as a user writes them."""
+"""Parameters of the method as text."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from sws_export.parameters import SwsParameters, check_parameters, parse_paramet
 from sws_export.presets import PRESETS, Preset, preset_named
 
 
-def test_nothing_said_is_the_published_method() -> None:
+def test_defaults_are_the_published_method() -> None:
     assert parse_parameters([]) == SwsParameters()
     check_parameters(SwsParameters())
 
@@ -49,7 +49,7 @@ def test_every_parameter_is_among_those_tested_above() -> None:
     assert tested == {field.name for field in dataclasses.fields(SwsParameters)}
 
 
-def test_the_last_of_two_wins() -> None:
+def test_the_last_value_is_used() -> None:
     assert parse_parameters(["beta=0.1", "beta=0.2"]).beta == 0.2
 
 
@@ -79,7 +79,7 @@ def test_the_last_of_two_wins() -> None:
         ("scales=a,b,c", "--sws scales: expected three integers as in 2,4,8, found 'a,b,c'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_the_way_out(text: str, message: str) -> None:
+def test_errors_name_the_allowed_values(text: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         parse_parameters([text])
 
@@ -96,7 +96,7 @@ def test_any_text_is_a_parameter_or_an_option_error(name: str, text: str) -> Non
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
-def test_what_is_described_can_be_read_again(preset: Preset) -> None:
+def test_recorded_parameters_are_read_again(preset: Preset) -> None:
     parameters = SwsParameters(beta=0.3, kl_floor=0.5)
     described = json.loads(json.dumps(preset.used_parameters(parameters)))
     assert recorded_parameters(described) == parameters

@@ -11,7 +11,7 @@ from sws_export.stage_timings import measure_stage
 SIZE = 300_000_000
 
 
-def test_a_stage_has_its_own_peak_and_the_next_one_does_not_inherit_it() -> None:
+def test_peak_memory_is_measured_per_stage() -> None:
     with measure_stage("large") as large:
         np.ones(SIZE, np.uint8)
     with measure_stage("small") as small:
@@ -21,17 +21,17 @@ def test_a_stage_has_its_own_peak_and_the_next_one_does_not_inherit_it() -> None
     assert large.peak_memory - small.peak_memory > SIZE // 2
 
 
-def test_the_larger_figure_of_a_child_process_stays() -> None:
+def test_the_larger_peak_of_a_child_process_is_kept() -> None:
     with measure_stage("build") as timing:
         timing.peak_memory = 10**15
     assert timing.peak_memory == 10**15
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc can give memory back on request")
-def test_memory_that_a_stage_freed_is_given_back() -> None:
+def test_freed_memory_is_returned_to_the_system() -> None:
     process = psutil.Process()
     with measure_stage("many small objects"):
-        # Small blocks come from the heap, which glibc keeps when they are freed.
+        # Small blocks come from the heap, which glibc does not shrink when they are freed.
         blocks = [bytearray(4000) for _ in range(SIZE // 4000)]
         last = bytearray(4000)
         del blocks

@@ -1,4 +1,4 @@
-"""Code for Windows, run here with the platform's name replaced; and paths of Windows."""
+"""Branches for Windows with the platform replaced, and Windows paths."""
 
 import os
 import sys

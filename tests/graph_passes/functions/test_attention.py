@@ -1,4 +1,4 @@
-"""A whole site: guards that see a lattice of query rows, and the bypass."""
+"""A whole site: guards on a lattice of query rows, and the bypass."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -48,7 +48,7 @@ def run(call: Call, q: Array, amplitude: float = 1.0) -> Array:
 
 
 def queries_alike_in_cells(rows: int, columns: int) -> Array:
-    """Queries [1, T, C] that are the same all over each cell of the grid."""
+    """Queries [1, T, C], constant within each cell of the grid."""
     rng = np.random.default_rng(0)
     cells = rng.standard_normal((HEIGHT // rows, WIDTH // columns, CHANNELS), dtype=np.float32)
     return 2 * cells.repeat(rows, 0).repeat(columns, 1).reshape(1, TOKENS, CHANNELS)
@@ -57,8 +57,8 @@ def queries_alike_in_cells(rows: int, columns: int) -> Array:
 @pytest.mark.parametrize(
     ("share", "cell"), [("1/2", (1, 2)), ("1/4", (2, 2)), ("1/8", (4, 2)), ("1/16", (4, 4))]
 )
-def test_lattice_sees_one_row_of_each_cell(share: str, cell: tuple[int, int]) -> None:
-    """The longest and the shortest query count twice, which moves means by little."""
+def test_the_lattice_has_one_row_of_each_cell(share: str, cell: tuple[int, int]) -> None:
+    """The longest and the shortest query are added, which changes means slightly."""
     q = queries_alike_in_cells(*cell)
     expected = run(site(Fraction(1)), q)
     assert np.abs(run(site(Fraction(share)), q) - expected).max() < 0.02
@@ -79,7 +79,7 @@ def sampling(dtype: ir.DataType, strides: tuple[int, int]) -> Call:
 @pytest.mark.parametrize("strides", [(1, 2), (2, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize("grid", [(12, 8), (7, 13), (1, 9), (2, 1)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_rows_are_a_lattice_and_two_of_each_head(
+def test_rows_are_the_lattice_and_two_of_each_head(
     dtype: type, grid: tuple[int, int], strides: tuple[int, int]
 ) -> None:
     rng = np.random.default_rng(0)
@@ -100,8 +100,8 @@ def test_rows_are_a_lattice_and_two_of_each_head(
             assert (shortest == heads[sample, lengths[sample, :, head].argmin(), head]).all()
 
 
-def test_the_range_of_entropies_survives_sampling() -> None:
-    """One certain row that the lattice does not meet: without it all others would seem much less certain."""
+def test_sampling_keeps_the_range_of_entropies() -> None:
+    """One row of low entropy is not on the lattice; without it the uncertainty of all others rises."""
     q = np.random.default_rng(0).standard_normal((1, TOKENS, CHANNELS), dtype=np.float32)
     q *= np.linspace(0.8, 1.2, TOKENS, dtype=np.float32)[:, None]
     certain, others = 2 * WIDTH + 2, np.arange(TOKENS) != 2 * WIDTH + 2
@@ -113,13 +113,13 @@ def test_the_range_of_entropies_survives_sampling() -> None:
     assert np.abs(some - all_rows)[:, others].max() < 0.8 * moved
 
 
-def test_lattice_is_an_approximation() -> None:
+def test_the_lattice_is_an_approximation() -> None:
     q = 2 * np.random.default_rng(0).standard_normal((1, TOKENS, CHANNELS), dtype=np.float32)
     all_rows, some = run(site(Fraction(1)), q), run(site(Fraction(1, 8)), q)
     assert 1e-4 < np.abs(all_rows - some).max() < 0.3
 
 
-def test_both_guards_give_the_same_site() -> None:
+def test_both_guards_give_the_same_output() -> None:
     q = 2 * np.random.default_rng(0).standard_normal((1, TOKENS, CHANNELS), dtype=np.float32)
     literal = run(site(Fraction(1), "literal"), q)
     np.testing.assert_allclose(run(site(Fraction(1)), q), literal, atol=1e-5)
@@ -142,7 +142,7 @@ def cross_site(rows: Fraction, form: GuardForm = "literal") -> Call:
 
 
 def run_cross(call: Call, q: Array, text: int, kappa: float = 0.02) -> Array:
-    """The text is shorter or longer than the image; members differ in it and in their amplitude."""
+    """The text is shorter or longer than the image; samples differ in text and amplitude."""
     rng = np.random.default_rng(1)
     k, v = (2 * rng.standard_normal((2, text, CHANNELS), dtype=np.float32) for _ in range(2))
     band = np.zeros((2, 145, 1, text), np.float32)
@@ -171,8 +171,10 @@ def test_both_guards_give_the_same_cross_attention(text: int, kappa: float) -> N
 
 @pytest.mark.parametrize("form", ["fused", "literal"])
 @pytest.mark.parametrize(("row", "seen"), [((2, 1), False), ((1, 1), True)])
-def test_lattice_of_cross_attention_is_the_images(row: tuple[int, int], seen: bool, form: GuardForm) -> None:
-    """A query of the same length in another direction changes the other rows where the guard sees it."""
+def test_the_lattice_of_cross_attention_is_on_the_image_grid(
+    row: tuple[int, int], seen: bool, form: GuardForm
+) -> None:
+    """A query of another direction on the lattice changes the other rows."""
     q = np.random.default_rng(0).standard_normal((1, TOKENS, CHANNELS), dtype=np.float32)
     q[:, 0] *= 5.0  # the longest and the shortest, which are seen in any case
     q[:, 2] *= 0.05

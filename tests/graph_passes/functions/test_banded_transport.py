@@ -1,4 +1,4 @@
-"""Transport by tiles, and as one product, against a matrix made entry by entry, on grids of all kinds."""
+"""Tiled and dense transport against a matrix computed entry by entry."""
 
 from collections.abc import Callable
 from functools import cache
@@ -48,13 +48,13 @@ def random_band(height: int, width: int) -> Array:
 
 
 def _inside(dy: int, dx: int, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Which tokens an offset does not lead off the grid."""
+    """Tokens whose neighbour at an offset is on the grid."""
     y, x = np.mgrid[:height, :width]
     return (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
 
 
 def dense(band: Array) -> Array:
-    """[B, T, T], entry by entry as the contract says it."""
+    """[B, T, T], entry by entry."""
     batch, _, height, width = band.shape
     matrix = np.zeros((batch, height, width, height, width), np.float32)
     for j, (dy, dx) in enumerate(diamond_offsets(STATE_RADIUS)):

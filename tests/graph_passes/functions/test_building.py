@@ -10,7 +10,7 @@ from tests.graph_passes.functions.calls import FLOAT, Call
 
 
 def nested() -> ir.Function:
-    """y = x + s where any x > 0, and 3 x + s where besides any x > 1; else -x. z is x, each time."""
+    """y = 3 x + s if any x > 1, x + s if any x > 0, else -x; z = x."""
 
     def body(op: Op, x, offset):  # type: ignore[no-untyped-def]
         scale = op.Constant(value_float=ir.RefAttr("value_float", "s", ir.AttributeType.FLOAT))
@@ -35,20 +35,20 @@ def run(x: list[float]) -> tuple[list[float], list[float]]:
     return y.tolist(), z.tolist()
 
 
-def test_one_branch_gives_the_values() -> None:
+def test_the_branch_taken_gives_the_values() -> None:
     assert run([-2.0, -1.0]) == ([2.0, 1.0], [-2.0, -1.0])
     assert run([-2.0, 1.0]) == ([8.5, 11.5], [-2.0, 1.0])
     assert run([-2.0, 2.0]) == ([4.5, 16.5], [-2.0, 2.0])
 
 
-def test_only_the_branch_taken_runs() -> None:
+def test_only_the_branch_taken_is_executed() -> None:
     offset = np.array([0.5], np.float32)
     assert call().executed(x=np.array([-1.0], np.float32), offset=offset)["Neg"] == 1
     assert call().executed(x=np.array([1.0], np.float32), offset=offset)["Neg"] == 0
 
 
 def test_names_are_unique_in_and_out_of_branches() -> None:
-    """A name inside hides none outside, in the function and where it is inlined twice."""
+    """In the function, and in a graph into which it is inlined twice."""
     function = nested()
     names = [value.name for node in function.all_nodes() for value in node.outputs]
     names += [value.name for value in function.inputs]

@@ -1,4 +1,4 @@
-"""The node's functions in ONNX Runtime against the eager reference in float64."""
+"""The functions of `comfyui-node` in ONNX Runtime against the eager reference in float64."""
 
 from functools import cache
 from typing import Any
@@ -74,7 +74,7 @@ def test_transport(tokens: int, u: float) -> None:
     np.testing.assert_allclose(found[0], expected.numpy(), rtol=1e-5, atol=1e-9)
 
 
-def test_transport_takes_its_parameters() -> None:
+def test_parameters_of_the_transport() -> None:
     parameters = SwsParameters(tau=0.7, sinkhorn_iters=1)
     (found,) = call("ComfyUINodeTransport", parameters)(text=np.zeros((1, 9, 3), np.float32), u=numbers(0.5))
     expected = fresh_transport(9, torch.tensor([0.5], dtype=torch.float64), parameters)
@@ -100,7 +100,7 @@ WIDTHS = [(6, 6), (6, 9), (9, 6)]
 
 
 def case(width: int, text_width: int, batch: int, tokens: int) -> tuple[Array, Array]:
-    """Hidden states and text whose rows differ in how certain their attention is."""
+    """Hidden states and text whose rows differ in entropy."""
     random = np.random.default_rng(3)
     hidden = random.standard_normal((batch, 20, width)) * np.linspace(0.2, 3.0, batch * 20).reshape(
         batch, 20, 1
@@ -161,7 +161,7 @@ def test_guard(
 
 @pytest.mark.parametrize("budget", [5.0, 8.0, 10.0])
 def test_weights_below_the_floor(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens that change places take weights of 1e-20 to 1: what that costs, the floor of 1e-8 decides."""
+    """Swapped tokens change weights from 1e-20 to 1; the floor of 1e-8 bounds their KL divergence."""
     parameters = SwsParameters(kl_floor=budget, kl_slope=0.0, key_cap=4.5)
     hidden, text = case(6, 6, 2, 7)
     hidden *= 15
@@ -193,7 +193,7 @@ def free_share(caps: tuple[float, float]) -> float:
     return float(found.alpha_k / (0.3 * found.amplitude * 127 / 128))
 
 
-def test_some_caps_bind_and_some_do_not() -> None:
+def test_some_budgets_bind() -> None:
     free, tight, tighter, none = (free_share(caps) for caps in CAPS)
     assert free > 0.999
     assert 0.002 < tighter < tight < 0.999
@@ -202,7 +202,7 @@ def test_some_caps_bind_and_some_do_not() -> None:
 
 @pytest.mark.parametrize("intensity", [0.0, 0.9])
 @pytest.mark.parametrize("widths", WIDTHS)
-def test_mixing_after_the_projections_is_mixing_before(widths: tuple[int, int], intensity: float) -> None:
+def test_mixing_commutes_with_the_projections(widths: tuple[int, int], intensity: float) -> None:
     hidden, text = case(*widths, 2, 7)
     random = np.random.default_rng(5)
     to_q = random.standard_normal((widths[0], 8)).astype(np.float32)
@@ -228,7 +228,7 @@ def test_mixing_after_the_projections_is_mixing_before(widths: tuple[int, int], 
     np.testing.assert_allclose(transport[0], expected.transport.numpy(), rtol=1e-5, atol=1e-8)
 
 
-def test_half_precision_has_a_guard_in_float32() -> None:
+def test_the_guard_of_float16_is_float32() -> None:
     hidden, text = case(6, 6, 2, 7)
     hidden, text = hidden.astype(np.float16), text.astype(np.float16)
     previous = np.random.default_rng(1).random((1, 7, 7), dtype=np.float32)

@@ -1,6 +1,7 @@
-"""The fused guards land on the literal guard's step: on the worst cases, not on the average."""
+"""The fused guards find the step of the literal guard, on worst cases."""
 
 import collections
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -135,9 +136,16 @@ CASES: dict[str, Callable[[Tokens], Tokens]] = {
 }
 
 
-@pytest.mark.parametrize("kappa", [0.09, 0.02, 0.003])
-@pytest.mark.parametrize("count", [64, 250])
-@pytest.mark.parametrize("key_cap", [0.3, 1.0])
+def grid_of_budgets() -> list[Any]:
+    """(key_cap, tokens, kappa): each value in default tests, all combinations in slow ones."""
+    default = {(0.3, 64, 0.09), (1.0, 64, 0.003), (1.0, 250, 0.02)}
+    combinations = itertools.product((0.3, 1.0), (64, 250), (0.09, 0.02, 0.003))
+    return [
+        pytest.param(*values, marks=() if values in default else pytest.mark.slow) for values in combinations
+    ]
+
+
+@pytest.mark.parametrize(("key_cap", "count", "kappa"), grid_of_budgets())
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_same_step(target: str, case: str, key_cap: float, count: int, kappa: float) -> None:
@@ -150,7 +158,7 @@ def test_same_step(target: str, case: str, key_cap: float, count: int, kappa: fl
     assert np.abs(found_share - share).max() < 1e-4
 
 
-def assert_proven(tokens: Tokens, inputs: dict[str, Array], parameters: SwsParameters, **size: int) -> int:
+def assert_exact(tokens: Tokens, inputs: dict[str, Array], parameters: SwsParameters, **size: int) -> int:
     """Check a guard with branches against float64, sample by sample; how many budgets bind."""
     call = guard("fused", parameters, **size)
     alpha, value_share = call(q=tokens[0], k=tokens[1], k_perm=tokens[2], **inputs)
@@ -173,11 +181,11 @@ def assert_proven(tokens: Tokens, inputs: dict[str, Array], parameters: SwsParam
 
 @pytest.mark.parametrize("kappa", [0.09, 0.01, 0.003])
 @pytest.mark.parametrize("key_cap", [0.3, 1.0])
-def test_step_is_proven_where_three_evaluations_miss_it(key_cap: float, kappa: float) -> None:
+def test_the_step_is_exact_where_three_evaluations_miss_it(key_cap: float, kappa: float) -> None:
     parameters, binding = SwsParameters(key_cap=key_cap), 0
     for seed in range(12):
         q, k, k_perm = noise(48 + 8 * (seed % 3), seed)
-        binding += assert_proven((log_normal(q, seed), k, k_perm), per_sample(kappa), parameters)
+        binding += assert_exact((log_normal(q, seed), k, k_perm), per_sample(kappa), parameters)
     assert binding >= 1
 
 
@@ -188,7 +196,7 @@ def log_normal(q: Array, seed: int) -> Array:
 
 
 def test_three_evaluations_do_miss_steps() -> None:
-    """benchmarks/README.md says how often; this keeps the case above honest."""
+    """The case above tests something; benchmarks/README.md has the frequency."""
     parameters, missed = SwsParameters(key_cap=1.0), 0
     for seed in range(12):
         q, k, k_perm = noise(48, seed)
@@ -202,7 +210,7 @@ def test_three_evaluations_do_miss_steps() -> None:
 
 
 @pytest.mark.parametrize("factor", [60.0, 300.0])
-def test_rows_of_any_logits_are_read(factor: float) -> None:
+def test_large_logits(factor: float) -> None:
     q, k, k_perm = noise(64)
     tokens = (np.float32(factor) * q, k, k_perm)
     inputs = per_sample(0.05)
@@ -210,14 +218,14 @@ def test_rows_of_any_logits_are_read(factor: float) -> None:
     for i in range(2):
         oracle = Oracle(*(x[i] for x in tokens), HEADS, float(inputs["tau_q"][i]))
         mix = value_share[i] / inputs["value_gain"][i]
-        # Logits of 1000 are known to a ten-thousandth in float32.
+        # Logits of 1000 have an error of 1e-4 in float32.
         assert abs(mix - inputs["amplitude"][i] * oracle.entropy_factor()) < 3e-7 * oracle.largest_logit()
         step = alpha[i] / (0.3 * mix / 128)
         assert abs(step - oracle.largest_step(float(mix), float(inputs["kappa"][i]), SwsParameters())) < 1.01
 
 
-def test_a_row_beyond_every_eighth_key_is_read() -> None:
-    """Two keys share its weight, hundreds of nats above all those that the bounds look at."""
+def test_a_peak_between_the_surveyed_keys() -> None:
+    """Two keys have all the weight, hundreds of nats above the keys that the bounds evaluate."""
     q, k, k_perm = noise(64)
     k = k.copy()
     k[:, [3, 5]] += 100
@@ -227,14 +235,14 @@ def test_a_row_beyond_every_eighth_key_is_read() -> None:
     assert oracle.largest_logit() > 200
     assert 0.2 < oracle.entropy().max() < 0.7
     assert value_share[0] / 0.6 == pytest.approx(oracle.entropy_factor(), abs=1e-3)
-    _, stored = guard("fused", target=MATERIALIZED)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
-    assert stored[0] / 0.6 == pytest.approx(oracle.entropy_factor(), abs=1e-3)
-    _, misread = guard("fused", target=BRANCHLESS)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
-    assert abs(misread[0] / 0.6 - oracle.entropy_factor()) > 1e-2
+    _, materialized = guard("fused", target=MATERIALIZED)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
+    assert materialized[0] / 0.6 == pytest.approx(oracle.entropy_factor(), abs=1e-3)
+    _, branchless = guard("fused", target=BRANCHLESS)(q=q, k=k, k_perm=k_perm, **per_sample(0.05))
+    assert abs(branchless[0] / 0.6 - oracle.entropy_factor()) > 1e-2
 
 
 def test_budgets_bind_in_the_cases() -> None:
-    """Otherwise the test of equal steps would only ever see the last step."""
+    """Otherwise `test_same_step` would compare the last step only."""
     parameters = SwsParameters(key_cap=1.0)
     found = [steps(guard("fused", parameters), CASES[case](noise(64)), 0.02, parameters)[0] for case in CASES]
     assert sum((step < 127).any() for step in found) >= 6
@@ -252,8 +260,8 @@ def test_same_step_on_other_grids(bisection_steps: int) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_samples_do_not_see_each_other(target: str) -> None:
-    """One budget binds, one does not, one sample is gated, one has no amplitude; each as if it were alone."""
+def test_samples_are_independent(target: str) -> None:
+    """One budget binds, one does not, one sample is gated, one has no amplitude."""
     call = guard("fused", target=target)
     q, k, k_perm = (np.repeat(x[:1], 4, 0) for x in noise(64))
     q *= np.array([16, 1, 16, 4], np.float32)[:, None, None]
@@ -279,7 +287,7 @@ def test_samples_do_not_see_each_other(target: str) -> None:
         np.testing.assert_allclose([alone[0][0], alone[1][0]], [alpha[i], value_share[i]], rtol=3e-5)
 
 
-def test_a_sample_that_is_not_a_number_does_not_reach_its_neighbour() -> None:
+def test_nan_stays_in_its_sample() -> None:
     q, k, k_perm = noise(64)
     q = 16 * q
     expected, _ = guard("fused")(q=q, k=k, k_perm=k_perm, **per_sample(0.003))
@@ -306,10 +314,10 @@ def attentions(q_factor: float, key_cap: float = 0.3, **changed: float) -> int:
     return executed["Attention"]
 
 
-def test_what_decides_nothing_is_not_computed() -> None:
+def test_unneeded_attentions_are_not_executed() -> None:
     assert attentions(4, amplitude=0) == 0
     assert attentions(4, key_gate=0) == 1
-    # The bound settles it, one evaluation does, several are needed.
+    # The bound decides, one evaluation decides, several are needed.
     assert attentions(1, amplitude=0.05) == 1
     assert attentions(1) == 2
     assert 4 <= attentions(4, key_cap=1.0, kappa=0.01) <= 6
@@ -318,7 +326,7 @@ def test_what_decides_nothing_is_not_computed() -> None:
 def test_extreme_logits_take_one_more_pass_and_large_ones_none() -> None:
     assert attentions(20, amplitude=0.01) == 1
     assert attentions(300, amplitude=1e-4) == 2
-    # Each evaluation then takes one more, where shares are so large that logits change by 60 nats.
+    # Shares so large that logits change by 60 nats need one more attention per evaluation.
     assert attentions(3000, key_cap=1.0, kappa=100) == 4
 
 
@@ -330,7 +338,7 @@ def test_extreme_logits_take_one_more_pass_and_large_ones_none() -> None:
     factor=st.floats(0.01, 30),
     share=st.floats(0, 1),
 )
-def test_no_divergence_exceeds_its_bound(
+def test_the_bound_is_an_upper_bound(
     seed: int, count: int, spread: float, factor: float, share: float
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -344,8 +352,8 @@ def test_no_divergence_exceeds_its_bound(
         assert oracle.divergence(float(shares[i])) <= bound[i] * (1 + 1e-5) + 1e-12
 
 
-def test_the_bound_is_reached_by_two_keys_and_flat_rows() -> None:
-    """Where half of the weight lies at either end of the range, to the second order in the share."""
+def test_the_bound_is_sharp_for_two_keys_and_flat_rows() -> None:
+    """Half of the weight at either end of the range, to second order in the share."""
     q = np.ones((2, 1, WIDTH), np.float32)
     k = np.zeros((2, 2, WIDTH), np.float32)
     k_perm = np.stack([np.ones(WIDTH), -np.ones(WIDTH)])[None].repeat(2, 0).astype(np.float32)
@@ -377,7 +385,7 @@ def divergence_bound() -> Call:
 
 
 @pytest.mark.parametrize("form", ["literal", "fused"])
-def test_nothing_is_mixed_without_amplitude_or_gate(form: GuardForm) -> None:
+def test_zero_amplitude_or_gate_mixes_no_keys(form: GuardForm) -> None:
     q, k, k_perm = noise(64)
     inputs = per_sample(0.05) | {"amplitude": np.array([0, 1], np.float32)}
     inputs["key_gate"] = np.array([1, 0], np.float32)
@@ -395,7 +403,7 @@ def test_equal_keys_give_finite_results(form: GuardForm) -> None:
     assert np.isfinite([alpha, value_share]).all()
 
 
-def test_rows_too_peaked_for_the_straight_line_form_stay_within_their_cap() -> None:
+def test_branchless_guard_stays_within_its_cap_on_peaked_rows() -> None:
     q, k, k_perm = noise(64)
     call = guard("fused", target=BRANCHLESS)
     alpha, value_share = call(q=300 * q, k=k, k_perm=k_perm, **per_sample(0.05))
@@ -427,11 +435,11 @@ def test_float16_inputs(target: str, case: str) -> None:
 def test_bfloat16_inputs(case: str, kappa: float) -> None:
     """ONNX Runtime has no bfloat16: its numbers in float32, whose products are exact, as in the model."""
     tokens = tuple(as_bfloat16(x) for x in CASES[case](noise(64)))
-    assert_proven(tokens, per_sample(kappa), SwsParameters(key_cap=1.0))  # type: ignore[arg-type]
+    assert_exact(tokens, per_sample(kappa), SwsParameters(key_cap=1.0))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("float16", 0), ("bfloat16", 1)])
-def test_rounding_operands_to_16_bit_hardly_moves_the_step(dtype: str, largest: int) -> None:
+def test_16_bit_operands_move_the_step_by_one_at_most(dtype: str, largest: int) -> None:
     """What tensor cores do: products of 16-bit queries and mixed keys, accumulated in float32."""
     narrow = as_bfloat16 if dtype == "bfloat16" else lambda x: x.astype(np.float16).astype(np.float32)
     parameters = SwsParameters(key_cap=1.0)
@@ -456,16 +464,16 @@ def as_bfloat16(x: Array) -> Array:
     return nearest.astype(np.uint32).view(np.float32)
 
 
-def test_fused_guards_store_no_logits() -> None:
+def test_fused_guards_materialize_no_logits() -> None:
     for target in (BRANCHLESS, "onnxruntime"):
         kinds = [node.op_type for node in guard("fused", target=target).model.graph.all_nodes()]
         assert not {"Softmax", "LogSoftmax"} & set(kinds)
-    straight = [node.op_type for node in guard("fused", target=BRANCHLESS).model.graph]
-    assert straight.count("Attention") == 4
-    assert "If" not in straight
+    branchless = [node.op_type for node in guard("fused", target=BRANCHLESS).model.graph]
+    assert branchless.count("Attention") == 4
+    assert "If" not in branchless
 
 
-def test_the_stored_form_is_products_and_softmax_alone() -> None:
+def test_materialized_logits_use_products_and_softmax_only() -> None:
     """Slices and paddings of dynamic shapes are a dozen layers each in TensorRT."""
     kinds = collections.Counter(
         node.op_type for node in guard("fused", target=MATERIALIZED).model.graph.all_nodes()
@@ -476,7 +484,7 @@ def test_the_stored_form_is_products_and_softmax_alone() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1024, 4096, 16384])
-def test_step_is_proven_at_real_sizes(count: int) -> None:
+def test_the_step_is_exact_at_real_sizes(count: int) -> None:
     """A head of 8 channels, against float64 a thousand rows at a time."""
     parameters, size = SwsParameters(), 8
     for factor, kappa in ((2.0, 0.05), (4.0, 0.003)):

@@ -1,4 +1,4 @@
-"""Entropy and KL divergence of a site, against float64 with every logit stored."""
+"""Entropy and KL divergence of a site against float64 with materialized logits."""
 
 from collections.abc import Callable
 from functools import cache
@@ -53,7 +53,7 @@ CASES: dict[str, Callable[[int], Tokens]] = {
 
 
 @cache
-def figures(dtype: ir.DataType = FLOAT) -> Call:
+def metrics(dtype: ir.DataType = FLOAT) -> Call:
     tokens = ["batch", "tokens", WIDTH]
     return Call(
         build_functions(
@@ -87,7 +87,7 @@ def by_definition(q: Array, k: Array, k_perm: Array, alpha: Array = ALPHA) -> Fl
 
 def found(tokens: Tokens, alpha: Array = ALPHA, dtype: ir.DataType = FLOAT) -> Array:
     q, k, k_perm = (x.astype(dtype.numpy()) for x in tokens)
-    (values,) = figures(dtype)(q=q, k=k, k_perm=k_perm, tau_q=TAU, alpha_k=alpha)
+    (values,) = metrics(dtype)(q=q, k=k, k_perm=k_perm, tau_q=TAU, alpha_k=alpha)
     assert values.shape == (len(q), 4)
     assert values.dtype == np.float32
     return values
@@ -95,24 +95,24 @@ def found(tokens: Tokens, alpha: Array = ALPHA, dtype: ir.DataType = FLOAT) -> A
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("count", [12, 96, 300])
-def test_figures_are_those_of_the_definition(case: Callable[[int], Tokens], count: int) -> None:
+def test_metrics_equal_the_definition(case: Callable[[int], Tokens], count: int) -> None:
     tokens = case(count)
     np.testing.assert_allclose(found(tokens), by_definition(*tokens), rtol=2e-4, atol=2e-4)
 
 
-def test_nothing_mixed_is_no_divergence() -> None:
+def test_no_mixing_gives_no_divergence() -> None:
     tokens = noise(96, 16.0)
     assert np.abs(found(tokens, np.zeros(2, np.float32))[:, 3]).max() < 1e-4
 
 
-def test_the_second_sample_does_not_see_the_first() -> None:
+def test_samples_are_independent() -> None:
     one, other = noise(96, seed=1), noise(96, seed=2)
     mixed: Tokens = tuple(np.stack([a[0], b[1]]) for a, b in zip(one, other, strict=True))  # type: ignore[assignment]
     np.testing.assert_allclose(found(mixed)[1], found(other)[1], rtol=1e-6)
     assert np.abs(found(mixed)[0] - found(other)[0]).max() > 1e-3
 
 
-def test_float16_tokens_have_figures_in_float32() -> None:
+def test_metrics_of_float16_tokens_are_float32() -> None:
     q, k, k_perm = (x.astype(np.float16) for x in noise(96, 4.0))
     expected = by_definition(q, k, k_perm)
     np.testing.assert_allclose(found((q, k, k_perm), dtype=ir.DataType.FLOAT16), expected, atol=2e-4)

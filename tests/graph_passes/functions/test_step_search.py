@@ -1,4 +1,4 @@
-"""The searches for a step, with tables in place of divergences."""
+"""The step searches, on tables of divergences."""
 
 import collections
 
@@ -40,7 +40,7 @@ def expected(table: Array, kappa: Array) -> list[int]:
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[int, Array, Array]:
-    """Rising tables of every kind: smooth, with jumps, with plateaus; and budgets anywhere in them."""
+    """Rising tables, smooth or with jumps or plateaus, and budgets within their range."""
     halvings = draw(st.sampled_from(sorted(CALLS)))
     size = 2**halvings
     rows, budgets = [], []
@@ -62,7 +62,7 @@ def tables(draw: st.DrawFn) -> tuple[int, Array, Array]:
 
 @settings(max_examples=300, deadline=None)
 @given(tables())
-def test_the_step_is_found_whatever_the_divergence_looks_like(case: tuple[int, Array, Array]) -> None:
+def test_the_step_of_any_rising_divergence(case: tuple[int, Array, Array]) -> None:
     halvings, table, kappa = case
     (found,) = CALLS[halvings](table=table, kappa=kappa)
     assert found.tolist() == expected(table, kappa)
@@ -76,7 +76,7 @@ def test_every_step_is_found(halvings: int) -> None:
     assert found.tolist() == list(range(size))
 
 
-def test_a_smooth_divergence_takes_few_evaluations_and_a_cliff_no_more_than_halving_and_two() -> None:
+def test_number_of_evaluations() -> None:
     """One evaluation is that at the last step."""
     n = np.arange(128.0)
     smooth = np.array([(n / 127) ** 2 * 0.3], np.float32)
@@ -95,14 +95,14 @@ def test_a_smooth_divergence_takes_few_evaluations_and_a_cliff_no_more_than_halv
     assert max(cliffs) <= 1 + 7 + 2
 
 
-def test_no_evaluation_is_skipped_for_a_sample_beside_one_that_is_done() -> None:
+def test_samples_are_searched_independently() -> None:
     n = np.arange(128)
     table = np.array([n > 127, n > 3, n > 90], np.float32)
     (found,) = CALLS[7](table=table, kappa=np.full(3, 0.5, np.float32))
     assert found.tolist() == [127, 3, 90]
 
 
-def test_three_evaluations_find_the_step_of_a_power() -> None:
+def test_three_evaluations_find_the_step_of_a_power_law() -> None:
     call = search(7, proven=False)
     n = np.arange(128.0)
     for power in (1.6, 2.0, 2.4):
@@ -112,7 +112,7 @@ def test_three_evaluations_find_the_step_of_a_power() -> None:
             assert found.tolist() == expected(table, np.array([kappa], np.float32))
 
 
-def test_the_straight_line_search_has_no_branches() -> None:
+def test_the_branchless_search_has_no_branches() -> None:
     kinds = collections.Counter(node.op_type for node in search(7, proven=False).model.graph)
     assert kinds["If"] == 0
     assert kinds["GatherElements"] == 3

@@ -1,4 +1,4 @@
-"""A digest is recalled for a file that has certainly not changed."""
+"""Remembered digests: returned only for files that cannot have changed."""
 
 import os
 import time
@@ -8,12 +8,10 @@ import pytest
 
 from sws_export.cache.digests import DigestCache, file_stamps
 
-SHA256 = "ab" * 32
-
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that counts as old."""
+    """A file old enough for its digest to be remembered."""
     monkeypatch.setattr("sws_export.cache.digests.RECENT_SECONDS", -1.0)
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
@@ -26,26 +24,26 @@ def digests(tmp_path: Path) -> DigestCache:
 
 
 def remember(digests: DigestCache, *files: Path) -> None:
-    digests.put(files, *file_stamps(files), SHA256)
+    digests.put(files, *file_stamps(files), "abc")
 
 
-def test_an_unchanged_file_is_recalled(digests: DigestCache, file: Path) -> None:
+def test_an_unchanged_file_is_a_hit(digests: DigestCache, file: Path) -> None:
     assert digests.get([file]) is None
     remember(digests, file)
-    assert digests.get([file]) == SHA256
+    assert digests.get([file]) == "abc"
     assert DigestCache(None).get([file]) is None
 
 
-def test_several_files_count_together(digests: DigestCache, file: Path, tmp_path: Path) -> None:
+def test_several_files_are_one_entry(digests: DigestCache, file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"more")
     remember(digests, file, other)
-    assert digests.get([file, other]) == SHA256
+    assert digests.get([file, other]) == "abc"
     assert digests.get([file]) is None
 
 
-def test_times_that_were_set_back_do_not_deceive(digests: DigestCache, file: Path) -> None:
-    """The same size, and the same mtime as after `cp -p` or `touch -r`: ctime tells."""
+def test_a_restored_mtime_is_a_miss(digests: DigestCache, file: Path) -> None:
+    """Same size and mtime, as after `cp -p` or `touch -r`; ctime differs."""
     remember(digests, file)
     before = file.stat()
     time.sleep(0.02)
@@ -60,7 +58,7 @@ def test_times_that_were_set_back_do_not_deceive(digests: DigestCache, file: Pat
     assert digests.get([file]) is None
 
 
-def test_another_file_in_its_place_is_not_it(digests: DigestCache, file: Path, tmp_path: Path) -> None:
+def test_a_replaced_file_is_a_miss(digests: DigestCache, file: Path, tmp_path: Path) -> None:
     remember(digests, file)
     other = tmp_path / "new"
     other.write_bytes(b"weights")
@@ -68,15 +66,15 @@ def test_another_file_in_its_place_is_not_it(digests: DigestCache, file: Path, t
     assert digests.get([file]) is None
 
 
-def test_a_file_that_changed_while_it_was_hashed_is_not_remembered(digests: DigestCache, file: Path) -> None:
+def test_a_file_changed_during_hashing_is_not_stored(digests: DigestCache, file: Path) -> None:
     before = file_stamps([file])
     time.sleep(0.02)
     file.write_bytes(b"longer weights")
-    digests.put([file], *before, SHA256)
+    digests.put([file], *before, "abc")
     assert digests.get([file]) is None
 
 
-def test_a_file_written_just_now_is_not_remembered(
+def test_a_recent_file_is_not_stored(
     digests: DigestCache, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sws_export.cache.digests.RECENT_SECONDS", 2.0)
@@ -84,14 +82,14 @@ def test_a_file_written_just_now_is_not_remembered(
     assert digests.get([file]) is None
 
 
-def test_a_damaged_memory_is_none(digests: DigestCache, file: Path, tmp_path: Path) -> None:
+def test_a_damaged_entry_is_a_miss(digests: DigestCache, file: Path, tmp_path: Path) -> None:
     remember(digests, file)
     (memory,) = (tmp_path / "digests").iterdir()
     memory.write_text("{")
     assert digests.get([file]) is None
 
 
-def test_what_was_forgotten_is_not_recalled(digests: DigestCache, file: Path) -> None:
+def test_an_evicted_digest_is_a_miss(digests: DigestCache, file: Path) -> None:
     remember(digests, file)
     digests.evict([file])
     assert digests.get([file]) is None

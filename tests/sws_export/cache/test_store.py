@@ -1,4 +1,4 @@
-"""Entries are found whole or not at all, whoever else works in the directory."""
+"""Cache entries are complete or absent, also with several processes in the directory."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def store(cache: Cache, key: str = KEY, size: int = 1000, said: RecordingProgress | None = None) -> Path:
-    """Keep a file of `size` bytes; returns it."""
+    """Store a file of `size` bytes; returns it."""
     assert cache.root is not None
     file = cache.root.parent / f"{key[:4]}.plan"
     file.unlink(missing_ok=True)
@@ -43,7 +43,7 @@ def keys(cache: Cache) -> set[str]:
     return {entry.key for entry in cache.entries()}
 
 
-def test_what_was_stored_is_found_and_taken(cache: Cache, tmp_path: Path) -> None:
+def test_a_stored_entry_is_found_and_extracted(cache: Cache, tmp_path: Path) -> None:
     assert cache.get("engine", KEY) is None
     file = store(cache)
     entry = cache.get("engine", KEY)
@@ -54,7 +54,7 @@ def test_what_was_stored_is_found_and_taken(cache: Cache, tmp_path: Path) -> Non
     assert (tmp_path / "taken").read_bytes() == b"a" * 1000
 
 
-def test_no_directory_or_no_size_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_directory_or_size_0_disables_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWS_EXPORT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SWS_EXPORT_CACHE_SIZE", "0")
     for none in (open_cache(), open_cache(enabled=False)):
@@ -74,13 +74,13 @@ def test_the_size_is_set_by_the_environment(monkeypatch: pytest.MonkeyPatch, tex
     assert open_cache().limit == size
 
 
-def test_a_wrong_size_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malformed_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWS_EXPORT_CACHE_SIZE", "much")
     with pytest.raises(OptionError, match="SWS_EXPORT_CACHE_SIZE=much: expected a size such as 500MB"):
         open_cache()
 
 
-def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SWS_EXPORT_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "sws-export" / "results"
@@ -103,7 +103,7 @@ def cut(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip_byte, cut, Path.unlink])
 @pytest.mark.parametrize("name", ["entry.json", "aaaa.plan"])
-def test_damage_is_found_and_removed(
+def test_a_damaged_entry_is_removed(
     cache: Cache, tmp_path: Path, name: str, damage: Callable[[Path], object]
 ) -> None:
     file = store(cache)
@@ -118,7 +118,7 @@ def test_damage_is_found_and_removed(
     assert cache.get("engine", KEY) is not None
 
 
-def test_a_changed_fact_is_damage(cache: Cache) -> None:
+def test_changed_metadata_is_damage(cache: Cache) -> None:
     store(cache)
     file = cache.entries()[0].directory / "entry.json"
     changed = json.loads(file.read_text())
@@ -131,7 +131,7 @@ def test_a_changed_fact_is_damage(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("clone", [True, False])
-def test_two_artefacts_are_never_one_file(
+def test_artefacts_never_share_a_file(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clone: bool
 ) -> None:
     if not clone:
@@ -143,14 +143,14 @@ def test_two_artefacts_are_never_one_file(
     assert cache.extract(entry, first.name, second)
     second.write_bytes(b"other")
     assert first.read_bytes() == b"a" * 1000
-    # In the place of the first it may be the same file again: there is one artefact as before.
+    # A file that replaces the first artefact may be shared: there is still one artefact.
     third = tmp_path / "third"
     assert cache.extract(entry, first.name, third, replaces=first)
     third.replace(first)
     assert first.read_bytes() == b"a" * 1000
 
 
-def test_an_overwritten_artefact_damages_nothing_unseen(
+def test_damage_by_an_overwritten_artefact_is_found(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharing, "_clone", lambda *_: False)
@@ -192,7 +192,7 @@ def test_a_full_disk_is_a_warning(cache: Cache, monkeypatch: pytest.MonkeyPatch)
 # Size
 
 
-def test_what_was_used_longest_ago_goes_first(cache: Cache) -> None:
+def test_the_least_recently_used_entry_is_evicted_first(cache: Cache) -> None:
     for number, key in enumerate("abc"):
         store(cache, key * 64, 3000)
         os.utime(cache.entries()[0].directory / "entry.json", (number + 1, number + 1))
@@ -201,7 +201,7 @@ def test_what_was_used_longest_ago_goes_first(cache: Cache) -> None:
     assert keys(cache) == {"a" * 64, "c" * 64, "d" * 64}
 
 
-def test_what_is_larger_than_the_cache_is_not_kept(cache: Cache) -> None:
+def test_an_entry_larger_than_the_cache_is_not_stored(cache: Cache) -> None:
     store(cache, "b" * 64)
     said = RecordingProgress(SilentProgress())
     store(cache, size=10_001, said=said)
@@ -217,7 +217,7 @@ def test_an_entry_in_use_may_be_removed(cache: Cache, tmp_path: Path) -> None:
     store(cache, "b" * 64, 9000)
     assert keys(cache) == {"b" * 64}
     assert (tmp_path / "taken").read_bytes() == b"a" * 9000
-    # Found before, and gone now: a miss, no error.
+    # A miss and no error, though it was found before.
     assert not cache.extract(entry, file.name, tmp_path / "again")
 
 
@@ -236,7 +236,7 @@ def test_clear_removes_everything(cache: Cache, tmp_path: Path) -> None:
 
 
 def _store_slowly(root: Path, started: Any) -> None:
-    """Die in the middle of storing."""
+    """Store an entry and block until the process is killed."""
 
     def wait(*_: Any, **__: Any) -> None:
         started.set()
@@ -248,7 +248,7 @@ def _store_slowly(root: Path, started: Any) -> None:
     store(Cache(root, 10_000))
 
 
-def test_a_process_killed_while_storing_leaves_nothing_to_be_found(cache: Cache) -> None:
+def test_a_process_killed_while_storing_leaves_no_entry(cache: Cache) -> None:
     context = multiprocessing.get_context("spawn")
     started = context.Event()
     process = context.Process(target=_store_slowly, args=(cache.root, started))
@@ -261,7 +261,7 @@ def test_a_process_killed_while_storing_leaves_nothing_to_be_found(cache: Cache)
     (left,) = entries.iterdir()
     assert cache.get("engine", KEY) is None
     assert cache.entries() == []
-    # It is removed once it is certain that nobody is at work on it.
+    # The partial entry is removed once no process can be writing it.
     store(cache)
     assert left.exists()
     os.utime(left, (1, 1))
@@ -281,7 +281,7 @@ def _make_once(root: Path, barrier: Any, results: Any) -> None:
             results.put("found")
 
 
-def test_one_process_makes_and_the_other_waits(cache: Cache) -> None:
+def test_one_process_computes_while_the_other_waits(cache: Cache) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     processes = [context.Process(target=_make_once, args=(cache.root, barrier, results)) for _ in range(2)]
@@ -292,7 +292,7 @@ def test_one_process_makes_and_the_other_waits(cache: Cache) -> None:
         process.join(60)
 
 
-def test_storing_twice_keeps_one(cache: Cache) -> None:
+def test_storing_twice_keeps_one_entry(cache: Cache) -> None:
     store(cache)
     said = RecordingProgress(SilentProgress())
     store(cache, said=said)
@@ -304,7 +304,7 @@ def test_storing_twice_keeps_one(cache: Cache) -> None:
 # Keys
 
 
-def test_keys_depend_on_every_value_and_on_no_order() -> None:
+def test_keys_depend_on_values_and_not_on_their_order() -> None:
     assert cache_key({"a": 1, "b": [2.5, None]}) == cache_key({"b": [2.5, None], "a": 1})
     assert len({cache_key(parts) for parts in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"})}) == 4
 

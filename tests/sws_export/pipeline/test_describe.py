@@ -52,7 +52,7 @@ def described(sws: bool = True, rewrite: RewriteReport = REWRITE) -> GraphDescri
     )
 
 
-def test_what_the_graph_decides() -> None:
+def test_fields_from_the_graph() -> None:
     found = described()
     assert found["format"] == 2
     assert found["target"] == "tensorrt-rtx"
@@ -90,7 +90,7 @@ def test_what_the_graph_decides() -> None:
     assert (found["preset"], found["shared_inputs"]) == ("sws", [])
 
 
-def test_what_is_other_with_the_node() -> None:
+def test_fields_of_comfyui_node() -> None:
     rewrite = RewriteReport(
         {TEXT: ("b.attn2",)}, (), (state_pair(TEXT),), 10, preset=preset_named("comfyui-node", "sigma")
     )
@@ -111,7 +111,7 @@ def test_a_plain_graph() -> None:
     assert (found["preset"], found["shared_inputs"]) == (None, [])
 
 
-def test_the_description_survives_inside_a_graph(tmp_path: Path) -> None:
+def test_the_description_is_embedded_in_the_graph(tmp_path: Path) -> None:
     model = ir.Model(ir.Graph([], [], nodes=[], name="empty"), ir_version=10)
     ir.save(model, tmp_path / "g.onnx")
     assert read_embedded(tmp_path / "g.onnx") is None

@@ -1,4 +1,4 @@
-"""What an export is expected to need."""
+"""Estimates of memory, disk, time and engine size before an export."""
 
 import dataclasses
 import shutil
@@ -32,7 +32,7 @@ def needs(model: Path, out: Path, *, engine: bool = False, **options: Any) -> Pr
     )
 
 
-def test_stages_that_are_left_out_need_nothing(random_unet: Path, tmp_path: Path) -> None:
+def test_skipped_stages_need_no_memory(random_unet: Path, tmp_path: Path) -> None:
     assert needs(random_unet, tmp_path, validate=False).memory.keys() == {"export"}
     assert needs(random_unet, tmp_path).memory.keys() == {"export", "validation"}
     assert needs(random_unet, tmp_path, engine=True).memory.keys() == {"export", "validation", "engine build"}
@@ -47,10 +47,10 @@ def test_the_graph_is_as_large_as_its_weights(random_unet: Path, tmp_path: Path)
     assert needs(random_unet, tmp_path, engine=True).disk == 2 * full.graph_size
 
 
-def test_shortages_are_told(random_unet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shortages(random_unet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert needs(random_unet, tmp_path).shortages() == []
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("sws_export.pipeline.preflight.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     (said,) = needs(random_unet, tmp_path).shortages()
     assert said == "about 0.0 GB of disk are needed, 0.0 GB are free"
     few = Preflight({"export": 1, "engine build": 6 * 10**9}, 10**9, 10**9, 4 * 10**9, 2 * 10**9)
@@ -59,7 +59,7 @@ def test_shortages_are_told(random_unet: Path, tmp_path: Path, monkeypatch: pyte
     ]
 
 
-def test_needs_in_words() -> None:
+def test_memory_and_disk_as_text() -> None:
     found = Preflight(
         {"export": 800_000_000, "validation": 2 * 10**9}, 10**9, 5 * 10**8, 4 * 10**9, 2 * 10**9
     )
@@ -79,7 +79,7 @@ def test_validation_needs_no_disk_and_holds_a_small_graph_several_times(
 
 
 def of_size(parameters: int, path: Path, *, converts: bool = False) -> Any:
-    """As much of a source as the preflight looks at: float16 weights in a file of holes."""
+    """The attributes of a source that the preflight reads: float16 weights in a sparse file."""
     with path.open("wb") as file:
         file.truncate(2 * parameters)
     return SimpleNamespace(
@@ -90,13 +90,13 @@ def of_size(parameters: int, path: Path, *, converts: bool = False) -> Any:
 @pytest.mark.parametrize(
     ("parameters", "plain", "seconds", "size"),
     [
-        # What benchmarks/README.md has: SD1.5 to a plan, plain and with SWS, and the plan of SDXL.
+        # From benchmarks/README.md: SD1.5 to a plan, plain and with SWS, and the plan of SDXL.
         (859_500_000, True, 41.4, 1_745_052_116),
         (859_500_000, False, 67.3, 1_797_284_324),
         (2_567_000_000, False, None, 5_210_000_000),
     ],
 )
-def test_time_and_engine_size_are_near_what_was_measured(
+def test_time_and_engine_size_are_near_the_measured_values(
     tmp_path: Path, parameters: int, plain: bool, seconds: float | None, size: int
 ) -> None:
     source = of_size(parameters, tmp_path / "weights")
@@ -144,7 +144,7 @@ def test_conversion_takes_time(tmp_path: Path) -> None:
     assert kept.engine_size is None
 
 
-def test_what_is_cached_needs_nothing(tmp_path: Path) -> None:
+def test_cached_results_need_no_time(tmp_path: Path) -> None:
     source = of_size(10**9, tmp_path / "w")
     graph = preflight(source, ENGINE, ExportOptions(), tmp_path / "e.plan", ("graph",))
     assert graph.memory.keys() == graph.seconds.keys() == {"engine build"}
@@ -153,7 +153,7 @@ def test_what_is_cached_needs_nothing(tmp_path: Path) -> None:
     assert both.describe()[0] == "in the cache: graph, engine"
 
 
-def test_time_and_engine_in_words(tmp_path: Path) -> None:
+def test_time_and_engine_as_text(tmp_path: Path) -> None:
     found = preflight(of_size(2 * 10**9, tmp_path / "w"), ENGINE, ExportOptions(), tmp_path / "e.plan")
     time, engine = found.describe()[2:]
     assert time.startswith(

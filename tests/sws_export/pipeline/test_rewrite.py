@@ -1,4 +1,4 @@
-"""Which sites a rewrite takes, what it says of them, and which graphs it refuses."""
+"""Sites of a rewrite, its messages, and the graphs that it refuses."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ SECOND_UP = UP.replace("attentions.0", "attentions.1")
 
 
 class Listener(SilentProgress):
-    """Remembers remarks."""
+    """Records messages."""
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
@@ -68,7 +68,7 @@ def test_a_pattern_that_matches_nothing(traced: Path) -> None:
         rewritten(traced, "mid_block.*", "down_blocks.0.*")
 
 
-def test_a_pattern_takes_cross_attention_in(traced: Path) -> None:
+def test_a_pattern_selects_cross_attention(traced: Path) -> None:
     model, report, remarks = rewritten(traced, "mid_block.*", "up_blocks.*.attn2")
     cross = tuple(name.replace("attn1", "attn2") for name in (MID, UP, SECOND_UP))
     assert report.sites == {Grid(2): (MID,), TEXT: cross}
@@ -96,7 +96,7 @@ def test_a_graph_with_sws_is_refused(traced: Path) -> None:
         rewrite(model, SwsParameters(), (), GuardOptions(), TARGETS["tensorrt-rtx"], SilentProgress())
 
 
-def test_reasons_are_counted_where_no_site_is_left(traced: Path) -> None:
+def test_reasons_are_counted_if_no_site_remains(traced: Path) -> None:
     model = ir.load(traced)
     for node in model.graph:
         if node.op_type == "Attention":

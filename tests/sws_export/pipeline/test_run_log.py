@@ -1,4 +1,4 @@
-"""The log of a run: what reaches the user, what is measured, what is replayed."""
+"""The log of a run: messages, timings, and their replay from the cache."""
 
 import pytest
 
