@@ -19,15 +19,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any, Literal
 
 import filelock
-import msgspec
-from msgspec import Meta
 
 from sws_export.cache.digests import DigestCache
 from sws_export.cache.sharing import share_file
-from sws_export.documents import FileName, Sha256, check_document, parse_json, read_text
 from sws_export.progress import Progress
 
 Kind = Literal["graph", "validation", "engine"]
@@ -77,20 +74,6 @@ class Entry:
     def label(self) -> str:
         """Short description for `sws-export cache list`."""
         return str(self.metadata.get("label", ""))
-
-
-class StoredContent(TypedDict):
-    """What the checksum of an entry covers."""
-
-    metadata: dict[str, Any]
-    files: Annotated[dict[FileName, FileDigest], Meta(max_length=16)]
-
-
-class StoredEntry(TypedDict):
-    """The content of an `entry.json`."""
-
-    content: StoredContent
-    sha256: Sha256
 
 
 class Cache:
@@ -292,13 +275,13 @@ def _read(directory: Path) -> Entry | None:
     file = directory / _ENTRY
     kind, _, key = directory.name.partition("-")
     try:
-        stored = check_document(parse_json(read_text(file)), StoredEntry)
+        stored = json.loads(file.read_text("utf-8"))
         content = stored["content"]
-        if parse_json(_with_checksum(content)) != stored or kind not in KINDS:
+        if json.loads(_with_checksum(content)) != stored or kind not in KINDS:
             return None
-        files = msgspec.convert(content["files"], dict[str, FileDigest])
+        files = {name: FileDigest(**digest) for name, digest in content["files"].items()}
         if any((directory / name).stat().st_size != digest.bytes for name, digest in files.items()):
             return None
         return Entry(kind, key, content["metadata"], files, directory, file.stat().st_mtime)
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

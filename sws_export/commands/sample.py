@@ -2,15 +2,10 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
-from sws_export.commands.shared import (
-    add_host_code_option,
-    add_output_options,
-    make_progress,
-    print_json,
-    print_line,
-)
+from sws_export.commands.shared import add_host_code_option, add_output_options, make_progress, print_json
 
 
 def run(arguments: list[str]) -> int:
@@ -69,5 +64,5 @@ def run(arguments: list[str]) -> int:
         print_json({"file": str(parsed.out), "effects": [dataclasses.asdict(effect) for effect in effects]})
     elif not parsed.quiet:
         print_effects(console, effects)
-        print_line(f"wrote {parsed.out}")
+        print(f"wrote {parsed.out}", file=sys.stderr)
     return 0

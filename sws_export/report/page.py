@@ -1,15 +1,14 @@
-"""The report as one HTML page, with its styles and images embedded.
+"""The report as one HTML page, with its styles and images embedded."""
 
-Its templates are `report.html` and `charts.html`.
-"""
-
+import html
 from collections.abc import Callable
+from importlib.resources import files
+from string import Template
 
 import numpy as np
-from markupsafe import Markup
 
 from sws_export.engines.gpu_memory import GpuMemory
-from sws_export.report.charts import figure, heat_map, line_chart, picture, spread
+from sws_export.report.charts import figure, heat_map, line_chart, picture, spread, table
 from sws_export.report.explanation import Explanation, SiteMetrics, StepMetrics
 from sws_export.report.site_labels import site_labels
 from sws_export.report.tables import (
@@ -20,7 +19,6 @@ from sws_export.report.tables import (
     steps_table,
     validation_table,
 )
-from sws_export.report.templates import MACROS, PAGE
 
 _SHOWN_STEPS = 4
 _MAX_TICKS = 6
@@ -28,13 +26,13 @@ _MAX_TICKS = 6
 _Value = Callable[[SiteMetrics, StepMetrics], float]
 _MAPS: tuple[tuple[str, str, str, _Value], ...] = (
     (
-        Markup("Keys mixed, α<sub>k</sub>"),
+        "Keys mixed, α<sub>k</sub>",
         "Share of each key that comes from its neighbourhood. 0 if u is at least u_stop.",
         ".1%",
         lambda site, _: site.alpha_k,
     ),
     (
-        Markup("Values mixed, a<sub>v</sub>"),
+        "Values mixed, a<sub>v</sub>",
         "Share of each value that comes from its neighbourhood.",
         ".1%",
         lambda site, _: site.a_v,
@@ -68,24 +66,24 @@ _MAPS: tuple[tuple[str, str, str, _Value], ...] = (
 
 def render(explanation: Explanation) -> str:
     """The page as text."""
-    return PAGE.render(
-        title=explanation.artefact,
+    template = Template(files("sws_export.report").joinpath("report.html").read_text("utf-8"))
+    return template.substitute(
+        title=html.escape(explanation.artefact),
         facts=_facts(explanation),
         highlights=_highlights(explanation),
         charts=_charts(explanation),
-        from_artefact=explanation.metrics_source == "artefact",
-        maps=[_map(explanation, *column) for column in _MAPS],
+        source=_source(explanation),
+        maps="".join(_map(explanation, *column) for column in _MAPS),
         numbers=_site_numbers(explanation),
-        transports=[_transports(explanation, name) for name in explanation.steps[0].states],
+        transports="".join(_transports(explanation, name) for name in explanation.steps[0].states),
         steps=steps_table(explanation),
-        validation=explanation.manifest.get("validation"),
-        validation_table=validation_table(explanation),
+        validation=validation_table(explanation),
         stages=stages_table(explanation),
         parameters=parameters_list(explanation),
     )
 
 
-def _facts(explanation: Explanation) -> Markup:
+def _facts(explanation: Explanation) -> str:
     manifest, sizes = explanation.manifest, explanation.sizes
     source = manifest["source"]
     entries = {
@@ -111,7 +109,7 @@ def _gpu_memory(explanation: Explanation) -> dict[str, str]:
     return {"engine": memory.describe(memory.largest)}
 
 
-def _highlights(explanation: Explanation) -> Markup:
+def _highlights(explanation: Explanation) -> str:
     """The most important numbers, with the site and step of each."""
     steps = explanation.steps
     effect = max(range(len(steps)), key=lambda index: steps[index].effect)
@@ -128,7 +126,10 @@ def _highlights(explanation: Explanation) -> Markup:
         )
     typical = float(np.median([step.seconds for step in steps]))
     entries.append(("time of a step", duration(typical), "median, on this machine"))
-    return MACROS.definitions([(name, [value, where]) for name, value, where in entries])
+    return "".join(
+        f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd><dd>{html.escape(where)}</dd></div>"
+        for name, value, where in entries
+    )
 
 
 def _peak(explanation: Explanation, value: _Value) -> tuple[str, str]:
@@ -149,7 +150,7 @@ def _ticks(explanation: Explanation) -> list[str]:
     return [f"{step.sigma:.2g}" if index in shown else "" for index, step in enumerate(explanation.steps)]
 
 
-def _charts(explanation: Explanation) -> list[Markup]:
+def _charts(explanation: Explanation) -> str:
     steps, ticks = explanation.steps, _ticks(explanation)
     norms = {
         name.removeprefix("sws_state_"): [float(np.linalg.norm(step.states[name])) for step in steps]
@@ -184,9 +185,18 @@ def _charts(explanation: Explanation) -> list[Markup]:
         ),
         ("State norms", "Norm of the transport of each grid: low if tokens are spread widely.", norms, ".1f"),
     ]
-    return [
+    return "".join(
         figure(title, meaning, line_chart(series, ticks, unit)) for title, meaning, series, unit in charts
-    ]
+    )
+
+
+def _source(explanation: Explanation) -> str:
+    if explanation.metrics_source == "artefact":
+        return "The metrics are debug outputs of the artefact."
+    return (
+        "The metrics are those of the eager reference for the same inputs; the column <i>error</i> below is "
+        "the difference of the artefact from it."
+    )
 
 
 def _values(explanation: Explanation, value: _Value) -> dict[str, list[float]]:
@@ -196,14 +206,14 @@ def _values(explanation: Explanation, value: _Value) -> dict[str, list[float]]:
     }
 
 
-def _map(explanation: Explanation, title: str, meaning: str, unit: str, value: _Value) -> Markup:
+def _map(explanation: Explanation, title: str, meaning: str, unit: str, value: _Value) -> str:
     rows = _values(explanation, value)
     largest = max(max(row) for row in rows.values())
     return figure(title, meaning, heat_map(rows, _ticks(explanation), largest, unit))
 
 
-def _site_numbers(explanation: Explanation) -> list[tuple[str, Markup]]:
-    """The values of the maps as tables, with their titles."""
+def _site_numbers(explanation: Explanation) -> str:
+    """The values of the maps as tables."""
     head = ["site", *(str(number) for number in range(1, len(explanation.steps) + 1))]
     parts = []
     for title, _, unit, value in _MAPS:
@@ -211,11 +221,11 @@ def _site_numbers(explanation: Explanation) -> list[tuple[str, Markup]]:
             [label, *(format(number, unit) for number in row)]
             for label, row in _values(explanation, value).items()
         ]
-        parts.append((title, MACROS.table(head, rows)))
-    return parts
+        parts.append(f"<h3>{title}</h3>{table(head, rows)}")
+    return "".join(parts)
 
 
-def _transports(explanation: Explanation, name: str) -> Markup:
+def _transports(explanation: Explanation, name: str) -> str:
     """Transport of the selected tokens of a grid, at some steps."""
     steps = explanation.steps
     shown = sorted(
@@ -232,9 +242,13 @@ def _transports(explanation: Explanation, name: str) -> Markup:
         for token, label in positions.items()
     ]
     largest = max(float(shares.max()) for _, drawn in rows for shares in drawn)
-    images = [
-        (label, [picture(shares, largest, f"{label} token") for shares in drawn]) for label, drawn in rows
-    ]
-    content = MACROS.pictures([(index + 1, f"{steps[index].sigma:.2g}") for index in shown], images)
-    title = f"{name.removeprefix('sws_state_')}: {height} × {width} tokens"
+    head = "".join(f'<th scope="col">step {index + 1}<br>σ {steps[index].sigma:.2g}</th>' for index in shown)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(label)}</th>'
+        + "".join(f"<td>{picture(shares, largest, f'{html.escape(label)} token')}</td>" for shares in drawn)
+        + "</tr>"
+        for label, drawn in rows
+    )
+    content = f'<table class="pictures"><tr><th></th>{head}</tr>{body}</table>'
+    title = f"{html.escape(name.removeprefix('sws_state_'))}: {height} × {width} tokens"
     return figure(title, "", content, note=f"maximum: {largest:.2f}")

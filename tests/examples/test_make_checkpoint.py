@@ -12,8 +12,8 @@ from sws_export.progress import SilentProgress
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "ldm"])
-@pytest.mark.parametrize("family", ["tiny", "sdxl", "ssd1b", "tiny-sd", "sdxl-lcm"])
-def test_twins_are_whole_and_the_same_each_time(family: str, layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["tiny", "tiny-sd", "sdxl-lcm"])
+def test_twins_are_complete_and_reproducible(family: str, layout: str, tmp_path: Path) -> None:
     config = family_config(family, twin=True)
     first = write_checkpoint(tmp_path / "a" / "x.safetensors", config, layout)
     write_checkpoint(tmp_path / "a", config, "diffusers")

@@ -57,7 +57,7 @@ def test_edges_are_anti_aliased_and_the_area_is_right(shape: str) -> None:
     assert ((cover > 0.0) & (cover < 1.0)).sum() >= 8
 
 
-def test_every_object_is_drawn_where_and_as_its_prompt_says() -> None:
+def test_objects_are_drawn_as_the_prompt_says() -> None:
     for colour, rgb in scenes.COLOURS.items():
         for shape in scenes.SHAPES:
             for position, (x, y) in scenes.POSITIONS.items():
@@ -67,7 +67,7 @@ def test_every_object_is_drawn_where_and_as_its_prompt_says() -> None:
                 assert check.recognise(picture) == frozenset(scene)
 
 
-def test_recogniser_reads_jittered_noisy_scenes_and_tells_wrong_ones() -> None:
+def test_recogniser_reads_jittered_noisy_scenes_and_rejects_wrong_ones() -> None:
     rng = np.random.default_rng(3)
     drawn = [scenes.random_scene(rng) for _ in range(60)]
     noise = 0.1 * rng.standard_normal((60, 3, 32, 32)).astype(np.float32)
@@ -78,7 +78,7 @@ def test_recogniser_reads_jittered_noisy_scenes_and_tells_wrong_ones() -> None:
     assert check.accuracy([SCENE], green_square) == check.Accuracy(0.5, 0.0, 0.0, 0.0)
 
 
-def test_prompts_and_scenes_are_two_ways_to_say_the_same() -> None:
+def test_prompts_and_scenes_convert_into_each_other() -> None:
     assert prompts.describe(SCENE) == "red circle left and blue cross top-right"
     assert prompts.parse("Red circle LEFT and blue cross top-right") == SCENE
     rng = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_prompts_and_scenes_are_two_ways_to_say_the_same() -> None:
         assert prompts.parse(prompts.describe(scene)) == scene
 
 
-def test_embedding_is_fixed_and_tells_prompts_apart() -> None:
+def test_embedding_is_fixed_and_separates_prompts() -> None:
     said = ["", "red circle left", "red circle right", "red circle left and blue cross top"]
     words = prompts.embed_all(said)
     assert words.shape == (4, prompts.TOKENS, prompts.WIDTH)
@@ -196,6 +196,7 @@ def test_grid_shows_each_picture_in_its_cell() -> None:
     assert image.getpixel((int(2 * (34 + x)), int(2 * (1 + y)))) == (25, 51, 242)
 
 
+@pytest.mark.slow
 def test_interrupted_training_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sws_export.cli import main
 
 from examples.shapes import sample as plain
 from examples.shapes.pipeline import ShapesPipeline
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SwsOptions, export
 from sws_export.adapters.diffusers import SWSUNet
 from tests import export_runs
 from tests.conftest import ShapesOnnx
@@ -26,7 +27,9 @@ def shapes_sws(tmp_path_factory: pytest.TempPathFactory, shapes_onnx: ShapesOnnx
     return export_runs.shared(
         tmp_path_factory,
         "shapes_sws.onnx",
-        lambda path: export(shapes_onnx("fp32"), path, ExportOptions(validate=False)),
+        lambda path: export(
+            shapes_onnx("fp32"), path, ExportOptions(sws=SwsOptions(guard="literal"), validate=False)
+        ),
     )
 
 
@@ -49,15 +52,16 @@ def test_it_draws_and_measures(shapes_sws: Path, tmp_path: Path) -> None:
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 100
 
 
-def test_the_figures_are_said(shapes_sws: Path, tmp_path: Path) -> None:
-    arguments = ["--steps", 2, "--prompt", "red circle center", "--intensity", 0, "--intensity", 1]
-    done = run_command(
-        "sample", shapes_sws, plain.HERE, "--trust-code", "--out", tmp_path / "x.png", *arguments
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert re.search(r"^0 +0\.0000 +0\.\d{4} +\d\.\d{4}", done.stderr, re.MULTILINE)
-    assert re.search(r"^1 +0\.\d{4} +0\.\d{4} +\d\.\d{4}", done.stderr, re.MULTILINE)
+def test_the_metrics_are_printed(
+    shapes_sws: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", str(shapes_sws), str(plain.HERE), "--trust-code", "--out", str(tmp_path / "x.png")]
+    command += ["--steps", "2", "--prompt", "red circle center", "--intensity", "0", "--intensity", "1"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.search(r"^0 +0\.0000 +0\.\d{4} +\d\.\d{4}", err, re.MULTILINE)
+    assert re.search(r"^1 +0\.\d{4} +0\.\d{4} +\d\.\d{4}", err, re.MULTILINE)
 
 
 @pytest.fixture
@@ -111,12 +115,15 @@ def test_the_pipeline_is_the_plain_sampler(pipe: ShapesPipeline) -> None:
     ],
 )
 def test_errors_are_one_line(
-    shapes_sws: Path, tmp_path: Path, prompt: str, trust: bool, message: str
+    shapes_sws: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    prompt: str,
+    trust: bool,
+    message: str,
 ) -> None:
-    trusted = ["--trust-code"] if trust else []
-    done = run_command(
-        "sample", shapes_sws, plain.HERE, *trusted, "--out", tmp_path / "x.png", "--prompt", prompt
-    )
-    assert done.returncode == 1
-    assert message in error_line(done.stderr)
+    command = ["sample", str(shapes_sws), str(plain.HERE), "--out", str(tmp_path / "x.png")]
+    command += ["--prompt", prompt, *(["--trust-code"] if trust else [])]
+    assert main(command) == 1
+    assert message in error_line(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Small artefacts that many tests read, inputs for them, and exports that do not trace again."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from sws_export import ExportOptions, SwsOptions, export
-from sws_export.checkpoint import Checkpoint
+from sws_export.checkpoint import Checkpoint, open_checkpoint
+from sws_export.progress import Progress, SilentProgress
 from sws_export.tensors import Precision
 from tests import export_runs
 
@@ -56,7 +58,9 @@ def metrics_graph(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -
     return export_runs.shared(
         tmp_path_factory,
         "metrics.onnx",
-        lambda path: export(random_unet, path, ExportOptions(sws=SwsOptions(debug_outputs=True))),
+        lambda path: export(
+            random_unet, path, ExportOptions(sws=SwsOptions(guard="literal", debug_outputs=True))
+        ),
     )
 
 
@@ -180,15 +184,28 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Pat
 
 
 @pytest.fixture(scope="module")
-def quick_trace(traced: Path) -> Iterator[None]:
-    """To the end of the module, float32 exports of `random_unet` load its traced graph from disk."""
-    from sws_export.tracing.export_unet import export_plain
+def quick_trace(random_unet: Path, traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """To the end of the module, exports load a trace of `random_unet` and the weights of the checkpoint."""
+    from sws_export.onnx_files import save_onnx
+    from sws_export.tracing.export_unet import export_plain, plain_weights
 
-    def load(checkpoint: Checkpoint, precision: Precision, *rest: Any, **named: Any) -> ir.Model:
+    def trace(precision: Precision, path: Path) -> None:
+        save_onnx(export_plain(open_checkpoint(random_unet), precision), path, SilentProgress())
+
+    def load(
+        checkpoint: Checkpoint, precision: Precision, progress: Progress, fused: Any, *, controlnet: bool
+    ) -> ir.Model:
+        if controlnet:
+            return export_plain(checkpoint, precision, progress, fused, controlnet=True)
+        file = traced
         if precision != "fp32":
-            return export_plain(checkpoint, precision, *rest, **named)
-        model = ir.load(traced)
+            name, make = f"traced-{precision}.onnx", functools.partial(trace, precision)
+            file = export_runs.shared(tmp_path_factory, name, make)
+        model = ir.load(file)
         model.metadata_props.clear()
+        weights = plain_weights(checkpoint, precision, fused)
+        for name, value in model.graph.initializers.items():
+            value.const_value = weights.get(name, value.const_value)
         return model
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Whatever a user does wrong: one clear line, exit code 1, and no file or scratch directory left behind."""
+"""Errors of users: one line, exit code 1, and neither a file nor a scratch directory left behind."""
 
 import errno
 import json
@@ -19,6 +19,7 @@ from sws_export.cli import main
 from tests.export_runs import COMMAND, error_line, listing, make_unet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+SMALL = ("--sites", "mid_block.*.attn1", "--guard", "literal", "--no-validate", "--quiet")
 
 pytestmark = pytest.mark.usefixtures("quick_trace")
 
@@ -27,7 +28,7 @@ Refuse = Callable[..., str]
 
 @pytest.fixture
 def refuse(out: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
-    """Run the command, expect it to refuse, and give back what it says."""
+    """Run the command, expect it to fail, and return its error line."""
 
     def run(model: Path | str, *options: str, name: str = "graph.onnx") -> str:
         before = listing(out)
@@ -96,7 +97,7 @@ def test_another_architecture(refuse: Refuse, copied: Path) -> None:
     )
 
 
-def test_a_configuration_of_another_unet(refuse: Refuse, copied: Path) -> None:
+def test_a_configuration_that_does_not_fit(refuse: Refuse, copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 24}))
     said = refuse(copied)
@@ -112,7 +113,7 @@ def test_weights_that_are_not_finite(refuse: Refuse, copied: Path, value: float,
     assert f"contains {kind} at index [1, 2, 0, 1]" in said
 
 
-def test_a_weight_that_the_precision_cannot_hold(refuse: Refuse, copied: Path) -> None:
+def test_a_weight_out_of_the_range_of_the_precision(refuse: Refuse, copied: Path) -> None:
     change_weight(copied, 1e5)
     said = refuse(copied, "--precision", "fp16")
     assert "mid_block.resnets.0.conv1.weight: a weight of 1e+05 exceeds the range of fp16" in said
@@ -120,7 +121,7 @@ def test_a_weight_that_the_precision_cannot_hold(refuse: Refuse, copied: Path) -
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt"])
-def test_files_that_execute_code(refuse: Refuse, tmp_path: Path, suffix: str) -> None:
+def test_pickle_files(refuse: Refuse, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"model{suffix}"
     file.write_bytes(b"\x80\x04.")
     said = refuse(file)
@@ -128,7 +129,7 @@ def test_files_that_execute_code(refuse: Refuse, tmp_path: Path, suffix: str) ->
     assert "safetensors" in said
 
 
-def test_a_graph_that_is_none(refuse: Refuse, tmp_path: Path) -> None:
+def test_a_file_that_is_not_onnx(refuse: Refuse, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"<!DOCTYPE html>")
     assert "model.onnx is not an ONNX model or is damaged" in refuse(tmp_path / "model.onnx")
 
@@ -139,9 +140,7 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         if node.op_type == "Attention":
             node.domain = "elsewhere"
     ir.save(model, tmp_path / "none.onnx")
-    assert "the graph has neither Attention nodes nor attention of MatMul, Softmax and" in refuse(
-        tmp_path / "none.onnx"
-    )
+    assert "the graph has no Attention node" in refuse(tmp_path / "none.onnx")
 
 
 # Options
@@ -184,7 +183,7 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         ),
     ],
 )
-def test_options_of_the_graph(refuse: Refuse, random_unet: Path, option: tuple[str, ...], said: str) -> None:
+def test_graph_options(refuse: Refuse, random_unet: Path, option: tuple[str, ...], said: str) -> None:
     assert said in refuse(random_unet, *option)
 
 
@@ -206,20 +205,20 @@ def test_options_of_the_graph(refuse: Refuse, random_unet: Path, option: tuple[s
         (("--vae-scale", "0"), "--vae-scale"),
     ],
 )
-def test_options_of_the_engine(refuse: Refuse, random_unet: Path, option: tuple[str, ...], said: str) -> None:
+def test_engine_options(refuse: Refuse, random_unet: Path, option: tuple[str, ...], said: str) -> None:
     given = ("--vae-scale", "1") if "--vae-scale" not in option else ()
     assert said in refuse(random_unet, *given, *option, name="engine.plan")
 
 
-def test_an_unknown_number_of_pixels(refuse: Refuse, random_unet: Path) -> None:
+def test_pixels_without_a_vae_scale(refuse: Refuse, random_unet: Path) -> None:
     assert "add --vae-scale 8" in refuse(random_unet, "--height", "64", name="engine.plan")
 
 
-def test_options_that_a_graph_cannot_take(refuse: Refuse, traced: Path) -> None:
+def test_options_without_meaning_for_an_onnx_source(refuse: Refuse, traced: Path) -> None:
     assert "is a graph already" in refuse(traced, "--precision", "fp16")
 
 
-# The place
+# The destination
 
 
 def test_an_unknown_suffix(refuse: Refuse, random_unet: Path) -> None:
@@ -228,28 +227,28 @@ def test_an_unknown_suffix(refuse: Refuse, random_unet: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["absent/graph.onnx", "file/graph.onnx"])
-def test_a_directory_that_is_none(refuse: Refuse, random_unet: Path, out: Path, place: str) -> None:
+def test_a_missing_directory(refuse: Refuse, random_unet: Path, out: Path, place: str) -> None:
     (out / "file").write_text("")
     said = refuse(random_unet, name=place)
     assert f"cannot write {out / place}: " in said
     assert "choose an --out" in said
 
 
-def test_a_place_where_nothing_can_be_created(refuse: Refuse, random_unet: Path) -> None:
+def test_a_directory_that_is_not_writable(refuse: Refuse, random_unet: Path) -> None:
     assert "cannot write /proc/graph.onnx" in refuse(random_unet, name="/proc/graph.onnx")
 
 
-def test_a_name_that_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
+def test_out_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
     (out / "graph.onnx").mkdir()
     assert "graph.onnx: it is a directory" in refuse(random_unet)
 
 
-def test_a_manifest_that_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
+def test_the_manifest_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
     (out / "graph.onnx.json").mkdir()
     assert "graph.onnx.json: it is a directory" in refuse(random_unet)
 
 
-def test_a_graph_to_keep_that_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
+def test_the_kept_graph_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
     (out / "engine.onnx").mkdir()
     said = refuse(random_unet, "--keep-onnx", "--vae-scale", "1", name="engine.plan")
     assert "engine.onnx: it is a directory" in said
@@ -280,7 +279,7 @@ def test_the_model_itself_is_not_overwritten(refuse: Refuse, traced: Path, out: 
     [
         "sws_export.pipeline.graph.save_onnx",
         "sws_export.pipeline.run.write_manifest",
-        "sws_export.files.os.fsync",
+        "os.fsync",
     ],
 )
 def test_a_full_disk(
@@ -295,7 +294,7 @@ def test_a_full_disk(
         raise OSError(number, "no room")
 
     monkeypatch.setattr(function, full)
-    said = refuse(random_unet, "--no-validate")
+    said = refuse(random_unet, *SMALL)
     assert said.startswith(f"cannot write {out}/graph.onnx: the disk is full (")
     assert "free some space or choose another --out" in said
 
@@ -307,35 +306,31 @@ def test_a_full_disk_in_the_engine_build(
         raise OSError(errno.ENOSPC, "no room")
 
     monkeypatch.setattr("sws_export.pipeline.engine.build_engine", full)
-    said = refuse(random_unet, "--no-validate", "--vae-scale", "1", name="engine.plan")
+    said = refuse(random_unet, *SMALL, "--vae-scale", "1", name="engine.plan")
     assert "engine.plan: the disk is full (" in said
 
 
-def test_a_limit_on_the_size_of_files(traced: Path, out: Path) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    done = subprocess.run(
-        [COMMAND, traced, "--out", out / "graph.onnx", "--no-validate", "--quiet"],
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert f"cannot write {out}/graph.onnx: " in error_line(done.stderr)
-    assert listing(out) == {}
+def test_a_limit_on_the_size_of_files(refuse: Refuse, random_unet: Path, out: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        said = refuse(random_unet, *SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot write {out}/graph.onnx: " in said
 
 
 @pytest.mark.skipif(
     sys.platform != "linux" or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
     reason="no namespaces in which a small disk could be mounted",
 )
-@pytest.mark.parametrize(("name", "megabytes"), [("graph.onnx", 2), ("engine.plan", 12)])
+@pytest.mark.parametrize(
+    ("name", "megabytes"), [("graph.onnx", 2), pytest.param("engine.plan", 12, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_is_too_small(traced: Path, out: Path, name: str, megabytes: int) -> None:
     command = f"""
         mount -t tmpfs -o size={megabytes}m none {out}
-        {COMMAND} {traced} --out {out}/{name} --no-validate --quiet --vae-scale 1 --height 16 --width 16
+        {COMMAND} {traced} --out {out}/{name} {" ".join(SMALL)} --vae-scale 1 --height 16 --width 16
         echo "exit code $?"
         ls -A {out}
     """
@@ -344,23 +339,21 @@ def test_a_disk_that_is_too_small(traced: Path, out: Path, name: str, megabytes:
     assert "the disk is full" in error_line(done.stderr)
 
 
-def test_a_disk_too_small_is_foretold(
+def test_a_shortage_of_disk_is_a_warning(
     random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(out)
-    monkeypatch.setattr(
-        "sws_export.pipeline.preflight.shutil.disk_usage", lambda _: usage._replace(free=1000)
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
     assert main([str(random_unet), "--out", str(out / "graph.onnx"), "--dry-run", "--quiet"]) == 0
     assert "GB of disk are needed" in capsys.readouterr().err
 
 
-def test_the_random_unet_is_fine_otherwise(random_unet: Path, out: Path) -> None:
-    """What the tests above refuse is refused for the reason that they give."""
-    assert main([str(random_unet), "--out", str(out / "graph.onnx"), "--quiet"]) == 0
+def test_the_random_unet_is_exported_otherwise(random_unet: Path, out: Path) -> None:
+    """The tests above fail for the reason that they name."""
+    assert main([str(random_unet), "--out", str(out / "graph.onnx"), *SMALL]) == 0
     assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
 
 
-def test_a_unet_with_an_input_that_is_not_offered(refuse: Refuse, tmp_path: Path) -> None:
+def test_a_unet_with_an_unsupported_input(refuse: Refuse, tmp_path: Path) -> None:
     unet = make_unet(tmp_path / "unet", encoder_hid_dim_type="text_proj", encoder_hid_dim=12)
     assert "encoder_hid_dim_type = 'text_proj'" in refuse(unet)

@@ -1,14 +1,13 @@
-"""A second run finds what the first one made, and makes what is another."""
+"""Cache hits and misses of the export stages, damaged entries, and interrupts."""
 
-import importlib
 import json
 import shutil
 import signal
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,34 +16,33 @@ from sws_export.cli import main
 from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsParameters, export
 from sws_export.cache import Cache, open_cache
 from sws_export.cache.digests import DigestCache
-from sws_export.checkpoint import Checkpoint, verify_weights
 from sws_export.engines.build import EngineReport, log_warnings
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline.run import ExportReport
 from sws_export.progress import RecordingProgress, SilentProgress
-from sws_export.tensors import Precision
-from sws_export.tracing.export_unet import export_plain, plain_weights
 from sws_export.validation import OutputDifference, ValidationReport
-from tests.export_runs import listing, with_options
+from tests.export_runs import ONE_SITE, listing, with_options
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 SIDE = "16:16:32"
+GRAPH = ExportOptions(sws=ONE_SITE)
+UNVALIDATED = with_options(GRAPH, validate=False)
 PLAN = ExportOptions(
+    source=SourceOptions(precision="fp32"),
+    sws=ONE_SITE,
     sizes=SizeOptions(vae_scale=1, height=SIDE, width=SIDE, tokens="1:77:77"),
     engine=EngineOptions(compute_capabilities=("8.9",)),
 )
 STAGES = ["check", "validate", "export", "rewrite", "save", "digest"]
-"""In the order in which the cache finds them."""
+"""In the order in which the cache returns them."""
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    """An empty cache, for which every file is old enough to be remembered."""
-    monkeypatch.setenv("SWS_EXPORT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("SWS_EXPORT_CACHE_SIZE", "1GB")
-    monkeypatch.setattr("sws_export.cache.digests.RECENT_SECONDS", -1.0)
+    """An empty cache, which remembers the digests of recent files too."""
+    configure(monkeypatch, tmp_path / "cache")
     return open_cache()
 
 
@@ -56,7 +54,7 @@ def model(random_unet: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Engines are a few bytes; the list grows with each that is built."""
+    """The shapes of each engine that was built; engines are a few bytes."""
     calls: list[Any] = []
 
     def build(graph: Path, out: Path, shapes: Any, options: Any, progress: Any) -> EngineReport:
@@ -71,22 +69,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, traced: Path) -> None:
-    """Graphs in float32 are read from disk in place of being traced; their weights are the checkpoint's.
-
-    Their comparison with the reference is not repeated here: what it found is made up.
-    """
-
-    def load(checkpoint: Checkpoint, precision: Precision, *rest: Any, **named: Any) -> ir.Model:
-        if precision != "fp32" or named.get("controlnet"):
-            return export_plain(checkpoint, precision, *rest, **named)
-        model = ir.load(traced)
-        model.metadata_props.clear()
-        weights = plain_weights(checkpoint, precision, rest[1])
-        for name, value in model.graph.initializers.items():
-            value.const_value = weights.get(name, value.const_value)
-        return model
+@pytest.fixture(autouse=True, scope="module")
+def _validation(quick_trace: None) -> Iterator[None]:
+    """Exports load a trace, and the result of their validation is made up."""
 
     def compare(graph: Path, *_: Any) -> ValidationReport:
         assert graph.is_file()
@@ -94,8 +79,25 @@ def _quick(monkeypatch: pytest.MonkeyPatch, traced: Path) -> None:
         outputs = (OutputDifference("out_sample", 1.25e-6, 1e-7, 1e-6, 2e-4),)
         return ValidationReport("the reference", ("a remark",), 5, sizes, outputs, 0.123456)
 
-    monkeypatch.setattr("sws_export.sources.checkpoint.export_plain", load)
-    monkeypatch.setattr("sws_export.sources.checkpoint.validate_against_reference", compare)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sws_export.sources.checkpoint.validate_against_reference", compare)
+        yield
+
+
+@pytest.fixture(scope="module")
+def filled(_validation: None, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory with the graph of `random_unet` for `UNVALIDATED`."""
+    directory = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as patch:
+        configure(patch, directory / "cache")
+        export(random_unet, directory / "graph.onnx", UNVALIDATED)
+    return directory / "cache"
+
+
+def configure(patch: pytest.MonkeyPatch, directory: Path) -> None:
+    patch.setenv("SWS_EXPORT_CACHE_DIR", str(directory))
+    patch.setenv("SWS_EXPORT_CACHE_SIZE", "1GB")
+    patch.setattr("sws_export.cache.digests.RECENT_SECONDS", -1.0)
 
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -106,7 +108,7 @@ def cached(report: ExportReport) -> list[str]:
 
 
 def change_weights(model: Path) -> None:
-    """Another last weight; everything else about the file, its length and its header, stays."""
+    """Change the last weight; length and header of the file stay."""
     with (model / WEIGHTS).open("r+b") as stream:
         stream.seek(-4, 2)
         stream.write(struct.pack("<f", 0.5))
@@ -126,65 +128,64 @@ def write_lora(file: Path, value: float) -> Path:
 # Hits
 
 
-def test_the_same_graph_again(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = export(model, out / "graph.onnx")
+def test_a_second_export_restores_the_graph(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = export(model, out / "graph.onnx", GRAPH)
     before = listing(out)
     assert cached(first) == []
     for name in ("check_tensors", "verify_weights", "export_plain", "validate_against_reference"):
         monkeypatch.setattr(f"sws_export.sources.checkpoint.{name}", None)
     said = RecordingProgress(SilentProgress())
-    second = export(model, out / "graph.onnx", progress=said)
+    second = export(model, out / "graph.onnx", GRAPH, said)
     assert cached(second) == STAGES
     after = listing(out)
     assert after["graph.onnx"] == before["graph.onnx"]
     assert any("graph: from the cache" in text for _, text in said.lines)
     assert any(text.startswith("SWS at ") for _, text in said.lines)
-    # As complete as that of the first: all but what this run cost is the same.
+    # The report is as complete as the first, apart from the timings.
     assert second.validation == first.validation
     assert {timing.name for timing in second.stages} - {"restore"} == {timing.name for timing in first.stages}
     assert second.manifest | {"stages": []} == first.manifest | {"stages": []}
     assert json.loads((out / "graph.onnx.json").read_text()) == second.manifest
 
 
-def test_large_weights_in_a_file_of_their_own(
+def test_external_weights_are_restored(
     model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, cache: Cache
 ) -> None:
     monkeypatch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**20)
-    export(model, out / "graph.onnx")
+    export(model, out / "graph.onnx", GRAPH)
     before = listing(out)
     assert sum(entry.size for entry in cache.entries()) < 2**20, "weights are not kept"
-    report = export(model, out / "graph.onnx")
+    report = export(model, out / "graph.onnx", GRAPH)
     assert "export" in cached(report)
     after = listing(out)
     assert after.keys() == before.keys() == {"graph.onnx", "graph.onnx.data", "graph.onnx.json"}
     assert all(after[name] == before[name] for name in ("graph.onnx", "graph.onnx.data"))
 
 
-def test_a_small_graph_takes_the_old_weights_away(
+def test_a_restored_small_graph_removes_old_external_weights(
     model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ExportOptions(validate=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**20)
-        export(model, out / "graph.onnx", options)
-    export(model, out / "graph.onnx", options)
+        export(model, out / "graph.onnx", UNVALIDATED)
+    export(model, out / "graph.onnx", UNVALIDATED)
     assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
 
 
-def test_converted_weights(model: Path, out: Path) -> None:
-    half = ExportOptions(source=SourceOptions(precision="fp16"))
+def test_converted_weights_are_restored(model: Path, out: Path) -> None:
+    half = with_options(UNVALIDATED, precision="fp16")
     export(model, out / "a.onnx", half)
     assert "export" in cached(export(model, out / "b.onnx", half))
     assert (out / "a.onnx").read_bytes() == (out / "b.onnx").read_bytes()
 
 
-def test_a_plain_graph_as_the_source(traced: Path, out: Path) -> None:
-    export(traced, out / "a.onnx")
-    assert "rewrite" in cached(export(traced, out / "b.onnx"))
+def test_an_onnx_source_is_cached(traced: Path, out: Path) -> None:
+    export(traced, out / "a.onnx", UNVALIDATED)
+    assert "rewrite" in cached(export(traced, out / "b.onnx", UNVALIDATED))
     assert (out / "a.onnx").read_bytes() == (out / "b.onnx").read_bytes()
 
 
-def test_the_same_engine_again(model: Path, out: Path, built: list[Any]) -> None:
+def test_a_second_export_restores_the_engine(model: Path, out: Path, built: list[Any]) -> None:
     said, again = RecordingProgress(SilentProgress()), RecordingProgress(SilentProgress())
     first = export(model, out / "e.plan", PLAN, said)
     second = export(model, out / "e.plan", PLAN, again)
@@ -210,7 +211,7 @@ def test_a_changed_profile_builds_only_the_engine(model: Path, out: Path, built:
     assert "build" in cached(export(model, out / "e.plan", PLAN))
 
 
-def test_a_size_of_one_number_is_of_the_graph_and_its_validation_is_not_repeated(
+def test_a_static_size_makes_another_graph_with_the_same_validation(
     model: Path, out: Path, built: list[Any]
 ) -> None:
     export(model, out / "e.plan", PLAN)
@@ -227,18 +228,19 @@ def test_a_size_of_one_number_is_of_the_graph_and_its_validation_is_not_repeated
     assert again.validation == report.validation
 
 
-def test_the_graph_beside_a_known_engine(model: Path, out: Path, built: list[Any]) -> None:
+def test_keep_onnx_with_a_cached_engine(model: Path, out: Path, built: list[Any]) -> None:
     export(model, out / "e.plan", PLAN)
     export(model, out / "e.plan", with_options(PLAN, keep_onnx=True))
     assert len(built) == 1
     assert sorted(listing(out)) == ["e.onnx", "e.onnx.json", "e.plan", "e.plan.json"]
 
 
-def test_the_log_the_summary_and_json_say_so(
+def test_log_and_json_name_cached_stages(
     model: Path, out: Path, built: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(model), "--out", str(out / "e.plan"), "--vae-scale", "1", "--json"]
-    command += ["--height", SIDE, "--width", SIDE, "--tokens", "1:77:77"]
+    command += ["--sites", *ONE_SITE.sites, "--guard", "literal"]
+    command += [*("--height", SIDE), *("--width", SIDE), *("--tokens", "1:77:77")]
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["cached"] == []
     assert main(command) == 0
@@ -249,14 +251,14 @@ def test_the_log_the_summary_and_json_say_so(
 
 # Misses
 
-GRAPH_CHANGES: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
     "precision": {"precision": "fp16"},
     "parameters": {"parameters": SwsParameters(beta=0.5)},
     "sites": {"sites": ("up_blocks.*.attn1",)},
-    "guard": {"guard": "literal"},
+    "guard": {"guard": "fused"},
     "guard_rows": {"guard_rows": "1/2"},
     "guard_branches": {"guard_branches": "off"},
-    "plain": {"plain": True},
+    "plain": {"plain": True, "sites": (), "guard": None},
     "controlnet": {"controlnet": True},
     "prediction_type": {"prediction_type": "v_prediction"},
     "attention_head_dim": {"attention_head_dim": (4,)},
@@ -266,34 +268,51 @@ GRAPH_CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", GRAPH_CHANGES)
-def test_another_option_is_another_graph(name: str, model: Path, out: Path) -> None:
-    options = ExportOptions(validate=False)
-    export(model, out / "graph.onnx", options)
-    assert "export" in cached(export(model, out / "graph.onnx", options))
-    changed = with_options(options, **GRAPH_CHANGES[name])
-    assert cached(export(model, out / "graph.onnx", changed)) == []
+@pytest.fixture
+def find(filled: Path, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What a dry run with some options changed finds in the cache `filled`."""
+    configure(monkeypatch, filled)
+
+    def find(**changes: Any) -> tuple[str, ...]:
+        options = with_options(UNVALIDATED, dry_run=True, **changes)
+        return export(random_unet, out / "graph.onnx", options).preflight.cached
+
+    return find
 
 
-def test_other_weights_are_another_graph(model: Path, out: Path) -> None:
-    options = ExportOptions(validate=False)
-    export(model, out / "graph.onnx", options)
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_option_is_a_miss(name: str, find: Callable[..., Any]) -> None:
+    assert find() == ("graph",)
+    assert find(**CHANGES[name]) == ()
+
+
+@pytest.mark.parametrize(
+    ("function", "value"), [("code_version", "other"), ("library_versions", {"torch": "other"})]
+)
+def test_another_version_is_a_miss(
+    find: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, function: str, value: object
+) -> None:
+    monkeypatch.setattr(f"sws_export.pipeline.cached.{function}", lambda *_: value)
+    assert find() == ()
+
+
+def test_changed_weights_are_a_miss(model: Path, out: Path) -> None:
+    export(model, out / "graph.onnx", UNVALIDATED)
     change_weights(model)
-    assert cached(export(model, out / "graph.onnx", options)) == []
+    assert cached(export(model, out / "graph.onnx", UNVALIDATED)) == []
 
 
-def test_another_configuration_is_another_graph(model: Path, out: Path) -> None:
-    options = ExportOptions(validate=False)
-    export(model, out / "graph.onnx", options)
+def test_a_changed_configuration_is_a_miss(model: Path, out: Path) -> None:
+    export(model, out / "graph.onnx", UNVALIDATED)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-6}))
-    assert cached(export(model, out / "graph.onnx", options)) == []
+    assert cached(export(model, out / "graph.onnx", UNVALIDATED)) == []
 
 
-def test_another_lora_is_another_graph(model: Path, out: Path, tmp_path: Path) -> None:
+def test_a_changed_lora_or_scale_is_a_miss(model: Path, out: Path, tmp_path: Path) -> None:
     file = write_lora(tmp_path / "lora.safetensors", 0.1)
-    with_lora = ExportOptions(source=SourceOptions(loras=(str(file),)), validate=False)
-    export(model, out / "graph.onnx", ExportOptions(validate=False))
+    with_lora = with_options(UNVALIDATED, loras=(str(file),))
+    export(model, out / "graph.onnx", UNVALIDATED)
     first = export(model, out / "graph.onnx", with_lora)
     before = (out / "graph.onnx").read_bytes()
     assert cached(first) == []
@@ -305,23 +324,10 @@ def test_another_lora_is_another_graph(model: Path, out: Path, tmp_path: Path) -
     assert cached(export(model, out / "graph.onnx", with_lora)) == []
 
 
-@pytest.mark.parametrize("what", ["code", "library"])
-def test_another_version_is_another_graph(
-    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    options = ExportOptions(validate=False)
-    export(model, out / "graph.onnx", options)
-    if what == "code":
-        monkeypatch.setattr("sws_export.pipeline.cached.code_version", lambda: "other")
-    else:
-        monkeypatch.setattr("sws_export.pipeline.cached.library_versions", lambda _: {"torch": "other"})
-    assert cached(export(model, out / "graph.onnx", options)) == []
-
-
 @pytest.mark.parametrize(
     "change", [{"optimization_level": 1}, {"weight_streaming": True}, {"compute_capabilities": ("8.6",)}]
 )
-def test_another_build_is_another_engine(
+def test_a_changed_build_option_builds_again(
     model: Path, out: Path, built: list[Any], change: dict[str, Any]
 ) -> None:
     options = with_options(PLAN, validate=False)
@@ -332,7 +338,7 @@ def test_another_build_is_another_engine(
     assert len(built) == 2
 
 
-def test_no_cache(model: Path, out: Path, built: list[Any], cache: Cache) -> None:
+def test_a_disabled_cache_stores_nothing(model: Path, out: Path, built: list[Any], cache: Cache) -> None:
     options = with_options(PLAN, cache=False, validate=False)
     export(model, out / "e.plan", options)
     assert not (cache.root or Path()).exists()
@@ -344,8 +350,8 @@ def test_no_cache(model: Path, out: Path, built: list[Any], cache: Cache) -> Non
 # Damage and interrupts
 
 
-def test_a_damaged_graph_is_made_anew(model: Path, out: Path, cache: Cache) -> None:
-    export(model, out / "graph.onnx")
+def test_a_damaged_graph_is_exported_again(model: Path, out: Path, cache: Cache) -> None:
+    export(model, out / "graph.onnx", GRAPH)
     before = (out / "graph.onnx").read_bytes()
     (entry,) = (entry for entry in cache.entries() if entry.kind == "graph")
     file = entry.directory / "graph.onnx"
@@ -353,18 +359,18 @@ def test_a_damaged_graph_is_made_anew(model: Path, out: Path, cache: Cache) -> N
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     said = RecordingProgress(SilentProgress())
-    report = export(model, out / "graph.onnx", progress=said)
+    report = export(model, out / "graph.onnx", GRAPH, said)
     assert cached(report) == ["check", "validate"]
     assert any(warning and "damaged or was removed: making it again" in text for warning, text in said.lines)
     assert (out / "graph.onnx").read_bytes() == before
-    assert "export" in cached(export(model, out / "graph.onnx"))
+    assert "export" in cached(export(model, out / "graph.onnx", GRAPH))
 
 
-def test_weights_that_changed_unseen_are_found(
+def test_changed_weights_behind_a_stale_digest_are_found(
     model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The memory of digests is deceived: the weights themselves are looked at before a graph is used."""
-    export(model, out / "graph.onnx")
+    """The remembered digest is wrong: the weights themselves are checked before a graph is used."""
+    export(model, out / "graph.onnx", GRAPH)
     known = open_cache().digests.get([model / WEIGHTS])
     change_weights(model)
     monkeypatch.setattr(DigestCache, "get", lambda *_: known)
@@ -373,14 +379,14 @@ def test_weights_that_changed_unseen_are_found(
     )
     before = listing(out)
     with pytest.raises(CheckpointError, match="was changed and has the size and times of before"):
-        export(model, out / "graph.onnx")
+        export(model, out / "graph.onnx", GRAPH)
     assert listing(out) == before
-    report = export(model, out / "graph.onnx")
+    report = export(model, out / "graph.onnx", GRAPH)
     assert cached(report) == []
     assert report.manifest["source"]["sha256"] != known
 
 
-def test_a_damaged_engine_is_built_anew(model: Path, out: Path, built: list[Any], cache: Cache) -> None:
+def test_a_damaged_engine_is_built_again(model: Path, out: Path, built: list[Any], cache: Cache) -> None:
     export(model, out / "e.plan", PLAN)
     (entry,) = (entry for entry in cache.entries() if entry.kind == "engine")
     (entry.directory / "e.plan").write_bytes(b"plan X")
@@ -390,7 +396,7 @@ def test_a_damaged_engine_is_built_anew(model: Path, out: Path, built: list[Any]
     assert (out / "e.plan").read_bytes() == b"plan 2"
 
 
-def test_an_engine_that_is_removed_meanwhile(
+def test_an_engine_removed_during_the_run_is_built_again(
     model: Path, out: Path, built: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(model, out / "e.plan", PLAN)
@@ -417,7 +423,7 @@ def test_an_engine_that_is_removed_meanwhile(
         "sws_export.sources.checkpoint.validate_against_reference",
     ],
 )
-def test_an_interrupted_run_leaves_nothing_half_made(
+def test_an_interrupt_leaves_no_partial_entry(
     model: Path, out: Path, built: list[Any], cache: Cache, function: str
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
@@ -435,20 +441,20 @@ def test_an_interrupted_run_leaves_nothing_half_made(
     assert (out / "e.plan").is_file()
 
 
-def test_a_graph_over_tolerance_is_not_kept(
+def test_a_graph_over_tolerance_is_not_stored(
     model: Path, out: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = ValidationReport("reference", (), 5, {}, (OutputDifference("out_sample", 1, 1, 1, 0.1),), 1.0)
     monkeypatch.setattr("sws_export.sources.checkpoint.validate_against_reference", lambda *_: report)
     with pytest.raises(ValidationError, match="nothing was written"):
-        export(model, out / "graph.onnx")
+        export(model, out / "graph.onnx", GRAPH)
     assert cache.entries() == []
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(model: Path, out: Path, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_a_warning(model: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file in the way")
     said = RecordingProgress(SilentProgress())
-    export(model, out / "graph.onnx", ExportOptions(validate=False), said)
+    export(model, out / "graph.onnx", UNVALIDATED, said)
     assert (out / "graph.onnx").is_file()
     assert any(warning and "cannot be stored in the cache" in text for warning, text in said.lines)
 
@@ -474,60 +480,3 @@ def test_list_and_clear(
     assert "removed 2 results" in capsys.readouterr().err
     assert main(["cache", "list", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
-
-
-# Inputs that change while they are exported
-
-
-@pytest.mark.parametrize(
-    ("target", "kept"),
-    [
-        ("sws_export.sources.checkpoint.verify_weights", set()),
-        ("sws_export.sources.checkpoint.export_plain", set()),
-        ("sws_export.sources.checkpoint.validate_against_reference", set()),
-        ("sws_export.pipeline.engine.build_engine", {"graph", "validation"}),
-    ],
-)
-def test_a_checkpoint_replaced_while_it_is_exported(
-    target: str,
-    kept: set[str],
-    model: Path,
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cache: Cache,
-    built: list[Any],
-) -> None:
-    """Nothing is written, and the replacement never gets results of the first file from the cache."""
-    module, _, name = target.rpartition(".")
-    original = getattr(importlib.import_module(module), name)
-    replacement = Path(shutil.copytree(model, model.with_name("replacement")))
-    change_weights(replacement)
-
-    def replace(*arguments: Any, **named: Any) -> Any:
-        result = original(*arguments, **named)
-        (replacement / WEIGHTS).replace(model / WEIGHTS)
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(target, replace)
-        with pytest.raises(CheckpointError, match=rf"{WEIGHTS} was changed while it was exported; nothing"):
-            export(model, out / "e.plan", PLAN)
-    assert listing(out) == {}
-    assert {entry.kind for entry in cache.entries()} == kept
-    assert cached(export(model, out / "e.plan", PLAN)) == []
-
-
-def test_a_lora_replaced_while_it_is_exported(
-    model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lora = write_lora(tmp_path / "lora.safetensors", 0.1)
-
-    def replace(*arguments: Any) -> Any:
-        write_lora(tmp_path / "other.safetensors", 0.2).replace(lora)
-        return verify_weights(*arguments)
-
-    monkeypatch.setattr("sws_export.sources.checkpoint.verify_weights", replace)
-    options = ExportOptions(source=SourceOptions(loras=(str(lora),)), validate=False)
-    with pytest.raises(CheckpointError, match=r"lora\.safetensors was changed while it was exported"):
-        export(model, out / "graph.onnx", options)
-    assert listing(out) == {}

@@ -1,4 +1,4 @@
-"""What each kind of source says of itself before it is exported."""
+"""The properties of checkpoints and ONNX graphs as sources."""
 
 import hashlib
 from pathlib import Path
@@ -22,7 +22,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Listener(SilentProgress):
-    """Remembers warnings."""
+    """Records warnings."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -109,7 +109,7 @@ def test_float8_beside_bfloat16_is_exported_in_bfloat16(random_unet: Path, tmp_p
     assert opened(copy_with(random_unet, tmp_path / "cast", cast)).precision == "bf16"
 
 
-def test_a_checkpoint_tells_what_it_is_in_the_manifest(random_unet: Path) -> None:
+def test_the_manifest_entry_of_a_checkpoint(random_unet: Path) -> None:
     said = opened(random_unet, prediction_type="v_prediction").verify(SilentProgress())
     assert said["kind"] == "checkpoint"
     assert said["sha256"] == hashlib.sha256((random_unet / WEIGHTS).read_bytes()).hexdigest()
@@ -120,7 +120,7 @@ def test_a_checkpoint_tells_what_it_is_in_the_manifest(random_unet: Path) -> Non
     assert said["config"]["block_out_channels"] == [32, 64]
 
 
-def test_tensors_without_a_place_are_told(random_unet: Path, tmp_path: Path) -> None:
+def test_unused_tensors_are_a_warning(random_unet: Path, tmp_path: Path) -> None:
     import torch
 
     progress = Listener()
@@ -152,7 +152,6 @@ def test_a_graph(traced: Path) -> None:
         "kind": "onnx",
         "file": "traced.onnx",
         "sha256": hashlib.sha256(traced.read_bytes()).hexdigest(),
-        "size_multiple": 2,
     }
 
 

@@ -242,6 +242,7 @@ save_onnx(export_plain(open_checkpoint(Path(sys.argv[1])), "fp16"), Path(sys.arg
 """
 
 
+@pytest.mark.slow
 def test_another_process_elsewhere_writes_the_same_bytes(
     tiny_directory: Path, tiny_model: TinyModel, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from sws_export.errors import ExportError
 from sws_export.progress import SilentProgress
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.trajectory import Array
+from tests.export_runs import ONE_SITE
 
 INPUTS: dict[str, Array] = {
     "sample": np.random.default_rng(0).standard_normal((2, 4, 8, 6)),
@@ -24,14 +25,16 @@ STEPS = [INPUTS | {"sigma": np.array(sigma)} for sigma in ([3.0, 1.0], [10.0, 2.
 
 
 @pytest.fixture(scope="module")
-def graphs(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def graphs(quick_trace: None, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A graph of each precision, its weights in a file beside it."""
     folder = tmp_path_factory.mktemp("graphs")
     made = {}
     for precision in ("fp32", "fp16", "bf16"):
         embedded = folder / f"{precision}-embedded.onnx"
         export(
-            random_unet, embedded, ExportOptions(source=SourceOptions(precision=precision), validate=False)
+            random_unet,
+            embedded,
+            ExportOptions(source=SourceOptions(precision=precision), sws=ONE_SITE, validate=False),
         )
         made[precision] = folder / f"{precision}.onnx"
         ir.save(ir.load(embedded), made[precision], external_data=f"{precision}.data")

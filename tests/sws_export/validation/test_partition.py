@@ -6,7 +6,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sws_export import ExportOptions, export
 from sws_export.validation.partition import partition_graph
 
 FLOAT = ir.DataType.FLOAT
@@ -84,11 +83,8 @@ def test_a_branch_uses_values_of_the_outer_graph() -> None:
 
 
 @pytest.mark.parametrize("limit", [50_000, 500_000])
-def test_subgraphs_of_a_unet_have_about_limit_bytes_of_weights(
-    random_unet: Path, tmp_path: Path, limit: int
-) -> None:
-    export(random_unet, tmp_path / "graph.onnx", ExportOptions(validate=False))
-    model = ir.load(tmp_path / "graph.onnx")
+def test_subgraphs_of_a_unet_have_about_limit_bytes_of_weights(sws_graph: Path, limit: int) -> None:
+    model = ir.load(sws_graph)
     largest = max(
         v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
     )

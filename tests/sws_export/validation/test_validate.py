@@ -16,6 +16,7 @@ from sws_export.validation import OutputDifference, SwsSpec, ValidationReport, v
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.reference_runner import ReferenceRunner
 from sws_export.validation.validate import validation_sizes
+from tests.export_runs import ONE_SITE
 
 
 def test_sizes_are_not_square_and_fit_the_unet() -> None:
@@ -48,18 +49,15 @@ def test_the_report_as_json_values() -> None:
 
 
 @pytest.fixture(scope="module")
-def graph(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def graph(quick_trace: None, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("graph") / "graph.onnx"
-    export(random_unet, out, ExportOptions(validate=False))
+    export(random_unet, out, ExportOptions(sws=ONE_SITE, validate=False))
     return out
 
 
 def validated(graph: Path, random_unet: Path, parameters: SwsParameters) -> dict[str, OutputDifference]:
-    from sws_export.checkpoint.unet_module import build_unet
-    from sws_export.reference import self_attention_sites
-
     checkpoint = open_checkpoint(random_unet)
-    sites = tuple(site.path for site in self_attention_sites(build_unet(checkpoint.config, "fp32")))
+    sites = ("mid_block.attentions.0.transformer_blocks.0.attn1",)
     inputs = unet_inputs(checkpoint.config, "float32")
     report = validate_against_reference(
         graph, checkpoint, inputs, SwsSpec(parameters, sites), "fp32", SilentProgress()
