@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from sws_export.commands.shared import print_line
 from sws_export.errors import SwsExportError
 from sws_export.extras import missing_extras_as_errors
 
+_LONGEST_MESSAGE = 4000
 _VERBS = ("inspect", "validate", "plugins", "sample", "report", "triton", "cache")
 
 
@@ -23,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with missing_extras_as_errors():
             return int(importlib.import_module(f"sws_export.commands.{verb}").run(given))
     except SwsExportError as error:
-        # Libraries that we quote break their messages into lines.
-        print(f"sws-export: {' '.join(str(error).split())}", file=sys.stderr)
+        # Libraries that we quote break their messages into lines, and names in files may be of any length.
+        message = " ".join(str(error).split())
+        cut = f"{message[:_LONGEST_MESSAGE]}…" if len(message) > _LONGEST_MESSAGE else message
+        print_line(f"sws-export: {cut}")
     except KeyboardInterrupt:
         print("sws-export: interrupted; nothing was written", file=sys.stderr)
     except BrokenPipeError:

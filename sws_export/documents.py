@@ -21,9 +21,11 @@ T = TypeVar("T")
 MAX_DOCUMENT_BYTES = 16_000_000
 """Larger files are no configuration: those of UNets have a few kilobytes, manifests some hundred."""
 
-FileName = Annotated[str, msgspec.Meta(pattern=r"^(?!\.{1,2}$)[^/\\\x00-\x1f]+$", max_length=255)]
+_FILE_NAME = r"^(?!\.{1,2}$)[^/\\\x00-\x1f]+$"
+_SHA256 = r"^[0-9a-f]{64}$"
+FileName = Annotated[str, msgspec.Meta(pattern=_FILE_NAME, max_length=255)]
 """Name of a file without directories."""
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=_SHA256)]
 """A sha256 in lower-case hex."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 """A number of bytes, layers or nanoseconds."""
@@ -44,7 +46,11 @@ _TYPE_NAMES = {
     "object": "an object",
     "str": "a string",
 }
-_PATH = re.compile(r" - at `(?:key in )?`?\$([^`]*)`")
+_PATTERN_NAMES = {
+    f"`str` matching regex {_FILE_NAME!r}": "the name of a file in the same directory",
+    f"`str` matching regex {_SHA256!r}": "a sha256 in hex",
+}
+_PATH = re.compile(r" - at (?:`key` in )?`\$([^`]*)`")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 
@@ -123,6 +129,8 @@ def _describe(message: str, document: Any, schema: Any) -> str:
     if missing := re.match(r"Object missing required field `(.*)`", expected):
         return f"{where} has no field '{missing[1]}'"
     expected = re.sub(r", got `.*`", "", expected)
+    for pattern, name in _PATTERN_NAMES.items():
+        expected = expected.replace(pattern, name)
     if expected.startswith("Invalid enum value"):
         expected = f"expected one of {', '.join(map(str, get_args(_plain(schema))))}"
     types = re.sub(

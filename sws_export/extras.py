@@ -11,7 +11,7 @@ from sws_export.errors import MissingExtraError
 
 EXTRAS = {
     "export": (
-        *("PIL", "diffusers", "filelock", "onnx", "onnx_ir", "onnxscript"),
+        *("PIL", "diffusers", "filelock", "jinja2", "markupsafe", "onnx", "onnx_ir", "onnxscript"),
         *("polygraphy", "psutil", "rich", "safetensors", "torch"),
     ),
     "cpu": ("onnxruntime",),

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from sws_export.documents import open_regular
 from sws_export.errors import CheckpointError, ExportError
 from sws_export.files import external_data_path
 from sws_export.progress import Progress
@@ -43,6 +44,9 @@ def load_onnx(path: Path) -> ir.Model:
             directory.
     """
     try:
+        with open_regular(path):
+            # A FIFO or device would be waited for.
+            pass
         model = ir.load(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
@@ -52,11 +56,29 @@ def load_onnx(path: Path) -> ir.Model:
         raise CheckpointError(f"{path} is not an ONNX model or is damaged: {error}") from error
     if not model.graph:
         raise CheckpointError(f"{path} is not an ONNX model or is damaged: the graph has no nodes")
+    _require_text(path, model)
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = _behind_links(path, value.const_value)
     return model
+
+
+def _require_text(path: Path, model: ir.Model) -> None:
+    """Refuse names that are not UTF-8, which protobuf returns as bytes.
+
+    Raises:
+        CheckpointError: Names the first of them.
+    """
+    graphs = list(model.graphs())
+    names: list[object] = [
+        value.name for graph in graphs for value in (*graph.inputs, *graph.initializers.values())
+    ]
+    for node in model.graph.all_nodes():
+        names += (node.name, node.op_type, node.domain, *(value.name for value in node.outputs))
+    wrong = next((name for name in names if name is not None and not isinstance(name, str)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path} is not an ONNX model or is damaged: the name {wrong!r} is not UTF-8")
 
 
 def _behind_links(path: Path, tensor: ir.ExternalTensor) -> ir.ExternalTensor:

@@ -13,8 +13,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, TypedDict
+
+from msgspec import Meta
 
 from sws_export.cache.keys import cache_key
+from sws_export.documents import Sha256, check_document, parse_json, read_text
 
 RECENT_SECONDS = 2.0
 """Age below which a modification counts as recent, so that the digest is not stored."""
@@ -44,6 +48,13 @@ def file_stamps(files: Sequence[Path]) -> tuple[Stamps, float]:
     return found, time.time()
 
 
+class StoredDigest(TypedDict):
+    """The content of a file below `digests/`."""
+
+    files: Annotated[Stamps, Meta(max_length=10_000)]
+    sha256: Sha256
+
+
 class DigestCache:
     """Digests of sets of files, each in a JSON file below `root`; nothing is stored without `root`."""
 
@@ -55,9 +66,9 @@ class DigestCache:
         if self._root is None:
             return None
         try:
-            stored = json.loads(self._path(files).read_text("utf-8"))
-            return str(stored["sha256"]) if stored["files"] == file_stamps(files)[0] else None
-        except (OSError, ValueError, KeyError, TypeError):
+            stored = check_document(parse_json(read_text(self._path(files))), StoredDigest)
+            return stored["sha256"] if stored["files"] == file_stamps(files)[0] else None
+        except (OSError, ValueError):
             return None
 
     def put(self, files: Sequence[Path], before: Stamps, began: float, sha256: str) -> None:

@@ -19,12 +19,15 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import filelock
+import msgspec
+from msgspec import Meta
 
 from sws_export.cache.digests import DigestCache
 from sws_export.cache.sharing import share_file
+from sws_export.documents import FileName, Sha256, check_document, parse_json, read_text
 from sws_export.progress import Progress
 
 Kind = Literal["graph", "validation", "engine"]
@@ -74,6 +77,20 @@ class Entry:
     def label(self) -> str:
         """Short description for `sws-export cache list`."""
         return str(self.metadata.get("label", ""))
+
+
+class StoredContent(TypedDict):
+    """What the checksum of an entry covers."""
+
+    metadata: dict[str, Any]
+    files: Annotated[dict[FileName, FileDigest], Meta(max_length=16)]
+
+
+class StoredEntry(TypedDict):
+    """The content of an `entry.json`."""
+
+    content: StoredContent
+    sha256: Sha256
 
 
 class Cache:
@@ -275,13 +292,13 @@ def _read(directory: Path) -> Entry | None:
     file = directory / _ENTRY
     kind, _, key = directory.name.partition("-")
     try:
-        stored = json.loads(file.read_text("utf-8"))
+        stored = check_document(parse_json(read_text(file)), StoredEntry)
         content = stored["content"]
-        if json.loads(_with_checksum(content)) != stored or kind not in KINDS:
+        if parse_json(_with_checksum(content)) != stored or kind not in KINDS:
             return None
-        files = {name: FileDigest(**digest) for name, digest in content["files"].items()}
+        files = msgspec.convert(content["files"], dict[str, FileDigest])
         if any((directory / name).stat().st_size != digest.bytes for name, digest in files.items()):
             return None
         return Entry(kind, key, content["metadata"], files, directory, file.stat().st_mtime)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None

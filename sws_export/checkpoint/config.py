@@ -1,10 +1,14 @@
 """Configurations of UNet2DConditionModel: reading config.json files and filling in defaults."""
 
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sws_export.checkpoint.schemas import MAX_TRANSFORMER_LAYERS, UnetConfig
+from sws_export.documents import check_document, parse_json, read_text
 from sws_export.errors import CheckpointError
+
+T = TypeVar("T")
 
 UNET_CLASS = "UNet2DConditionModel"
 
@@ -84,21 +88,57 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     return {**DEFAULTS, **public}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`.
+def read_json(file: Path, schema: type[T]) -> T:
+    """The JSON object in `file`, checked against `schema`.
 
     Raises:
-        CheckpointError: The file cannot be read or does not contain a JSON object.
+        CheckpointError: The file cannot be read, does not contain a JSON object, or a field is malformed.
     """
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = parse_json(read_text(file))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
+    try:
+        return check_document(content, schema)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def check_config(where: str, config: Mapping[str, Any]) -> None:
+    """Check types and sizes in the configuration of a UNet, before anything is built from it.
+
+    Args:
+        where: Where it is from, for messages.
+        config: Options, possibly not all.
+
+    Raises:
+        CheckpointError: Names the option, what was expected and what was found.
+    """
+    try:
+        check_document(dict(config), UnetConfig)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    levels = len(config.get("block_out_channels", DEFAULTS["block_out_channels"]))
+    layers, depths = (
+        _by_level(config.get(name, DEFAULTS[name]), levels)
+        for name in ("layers_per_block", "transformer_layers_per_block")
+    )
+    # Down and up blocks, and one more layer in each up block.
+    total = sum(
+        (2 * count + 1) * (max(depth) if isinstance(depth, list) else depth)
+        for count, depth in zip(layers, depths, strict=False)
+    )
+    if total > MAX_TRANSFORMER_LAYERS:
+        raise CheckpointError(
+            f"{where}: layers_per_block and transformer_layers_per_block give {total} transformer layers, "
+            f"expected at most {MAX_TRANSFORMER_LAYERS}"
+        )
+
+
+def _by_level(value: Any, levels: int) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value] * levels
 
 
 def read_unet_config(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -107,7 +147,7 @@ def read_unet_config(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     Raises:
         CheckpointError: The file cannot be read, or is not the configuration of a UNet2DConditionModel.
     """
-    content = read_json(file)
+    content: dict[str, Any] = read_json(file, dict[str, Any])
     found = content.get("_class_name")
     if found is None and "block_out_channels" not in content:
         raise CheckpointError(
@@ -124,4 +164,5 @@ def read_unet_config(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
             f"{file}: unknown option '{name}' for a {UNET_CLASS}; remove it or update sws-export"
         )
     known = {name: value for name, value in content.items() if name not in ignored}
+    check_config(str(file), known)
     return complete(known), (f"{file}: ignored {', '.join(ignored)}",) if ignored else ()

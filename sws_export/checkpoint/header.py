@@ -6,15 +6,26 @@ a JSON object with the dtype, shape and byte range of each tensor; the tensors, 
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sws_export.documents import open_regular
 from sws_export.errors import CheckpointError
 
-# The limit of the reference implementation.
-MAX_HEADER_BYTES = 100_000_000
+# The reference implementation allows 100 MB. The header of SDXL with its text encoders has 0.3 MB, and parsed
+# JSON can need 60 times its size.
+MAX_HEADER_BYTES = 16_000_000
+# Several times what published models have. Longer names and shapes are no tensors of a UNet, and reading the
+# structure from names takes memory for each of their parts.
+MAX_TENSORS = 100_000
+MAX_NAME_LENGTH = 512
+MAX_NAME_PARTS = 48
+MAX_RANK = 8
+_SHOWN = 80
+_MAX_SIZE = 2**48
 
 # First bytes of files that are named .safetensors by mistake.
 _OTHER_FORMATS = {
@@ -81,8 +92,8 @@ def read_header(file: Path) -> Header:
         CheckpointError: The file is missing, truncated, inconsistent, or not a safetensors file.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             raw = stream.read(_header_length(file, stream.read(8), size))
     except OSError as error:
         raise CheckpointError(
@@ -94,6 +105,8 @@ def read_header(file: Path) -> Header:
         raise CheckpointError(
             f"{file} is damaged: __metadata__ in its header is not a JSON object; download it again"
         )
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"{file} has {len(entries)} tensors, expected at most {MAX_TENSORS}")
     start = 8 + len(raw)
     tensors = {name: _stored_tensor(file, name, entry, start) for name, entry in entries.items()}
     _check_ranges(file, tensors, start, size)
@@ -112,7 +125,7 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{file} is not a safetensors file: its first 8 bytes are a header length of {length} bytes, "
-            f"the format allows {MAX_HEADER_BYTES}; check that it is the model and not a web page or a pickle"
+            f"expected at most {MAX_HEADER_BYTES}; check that it is the model and not a web page or a pickle"
         )
     if 8 + length > size:
         raise CheckpointError(
@@ -149,19 +162,24 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _stored_tensor(file: Path, name: str, entry: object, start: int) -> StoredTensor:
     def damaged(what: str) -> CheckpointError:
-        return CheckpointError(f"{file} is damaged: tensor '{name}' {what}; download it again")
+        return CheckpointError(f"{file} is damaged: tensor '{_cut(name)}' {what}; download it again")
 
+    if len(name) > MAX_NAME_LENGTH or name.count(".") >= MAX_NAME_PARTS:
+        raise damaged(
+            f"has a name of {len(name)} characters, expected up to {MAX_NAME_LENGTH} and "
+            f"{MAX_NAME_PARTS} parts"
+        )
     if not isinstance(entry, dict):
         raise damaged("is not described by a JSON object")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise damaged(f"has the unknown dtype {dtype!r}")
-    if not _all_sizes(shape):
-        raise damaged(f"has the shape {shape!r}, expected a list of sizes")
+        raise damaged(f"has the unknown dtype {_short(dtype)}")
+    if not _all_sizes(shape) or len(shape) > MAX_RANK:
+        raise damaged(f"has the shape {_short(shape)}, expected a list of up to {MAX_RANK} sizes")
     if not _all_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(f"has the offsets {offsets!r}, expected [begin, end]")
+        raise damaged(f"has the offsets {_short(offsets)}, expected [begin, end]")
     begin, end = offsets
     expected = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != expected:
@@ -169,8 +187,16 @@ def _stored_tensor(file: Path, name: str, entry: object, start: int) -> StoredTe
     return StoredTensor(file, dtype, tuple(shape), start + begin, expected)
 
 
+def _short(value: object) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
 def _all_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)
 
 
 def _check_ranges(file: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:

@@ -5,16 +5,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sws_export.checkpoint.config import UNET_CLASS, read_json
+from sws_export.checkpoint.schemas import ModelIndex, ShardIndex, VaeConfig
 from sws_export.errors import CheckpointError
 
 _STEM = "diffusion_pytorch_model"
 _SUFFIX = ".safetensors"
 _INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _locate(path: Path, variant: str | None, ema: bool) -> Location:
         if path.is_symlink():
             raise CheckpointError(_broken_link_message(path))
         raise CheckpointError(f"{path} does not exist; pass a .safetensors file or a diffusers directory")
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise CheckpointError(_pickle_message(path))
     if path.name.endswith(".index.json") or (_SUFFIX + ".index.") in path.name:
         return _with_index(path, path.parent, ())
@@ -178,12 +179,9 @@ def _selected(directory: Path, name: str, remarks: tuple[str, ...]) -> Location:
 
 
 def _with_index(index: Path, directory: Path, remarks: tuple[str, ...]) -> Location:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} is not a shard index: it has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
+    names = sorted(set(read_json(index, ShardIndex)["weight_map"].values()))
     for name in names:
-        if Path(name).name != name or not name.endswith(_SUFFIX):
+        if not name.endswith(_SUFFIX):
             raise CheckpointError(
                 f"{index} names '{name}'; expected .safetensors files in the same directory"
             )
@@ -220,10 +218,10 @@ def _no_unet_message(directory: Path, variant: str | None) -> str:
     message = f"{directory} contains no UNet: expected unet/{wanted}, {wanted} or their .index.json"
     index = directory / "model_index.json"
     if index.is_file():
-        parts = read_json(index)
-        for part in ("transformer", "prior", "decoder"):
-            if isinstance(parts.get(part), list):
-                kind = parts[part][-1]
+        parts = read_json(index, ModelIndex)
+        for entry in (parts.get("transformer"), parts.get("prior"), parts.get("decoder")):
+            if isinstance(entry, list) and entry:
+                kind = entry[-1]
                 pipeline = parts.get("_class_name")
                 return f"{message}; this is a {pipeline}, which uses a {kind}, not a {UNET_CLASS}"
     files = [
@@ -235,7 +233,7 @@ def _no_unet_message(directory: Path, variant: str | None) -> str:
     for file in files:
         if file.is_symlink() and not file.exists():
             return f"{message}; {_broken_link_message(file)}"
-        if file.suffix.lower() in _PICKLES:
+        if file.suffix.lower() in PICKLES:
             return f"{message}; found {file.name}. {_pickle_message(file)}"
     return message
 
@@ -264,8 +262,8 @@ def pipeline_vae_scale(location: Location) -> int | None:
     file = _existing(location.pipeline / "vae" / "config.json") if location.pipeline else None
     if file is None:
         return None
-    channels: Any = read_json(file).get("block_out_channels")
-    return int(2 ** (len(channels) - 1)) if isinstance(channels, list) and channels else None
+    channels = read_json(file, VaeConfig).get("block_out_channels")
+    return int(2 ** (len(channels) - 1)) if channels else None
 
 
 def pipeline_scheduler(location: Location) -> Path | None:

@@ -6,7 +6,6 @@ instead. The scales of activations, `input_scale` and `scale_input`, do not appl
 https://github.com/comfyanonymous/ComfyUI, comfy/quant_ops.py and convert_old_quants in comfy/utils.py.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,12 +14,15 @@ from typing import Any
 
 from sws_export.checkpoint.header import StoredTensor
 from sws_export.checkpoint.ldm import PREFIX
+from sws_export.checkpoint.schemas import QuantizationMetadata
 from sws_export.checkpoint.weights import read_bytes
+from sws_export.documents import check_document, parse_json
 from sws_export.errors import CheckpointError
 
 _SCALES = (".weight_scale", ".scale_weight")
 _NOT_WEIGHTS = (*_SCALES, ".input_scale", ".scale_input", ".comfy_quant")
 _MARKER = "scaled_fp8"
+_MAX_DESCRIPTION_BYTES = 100_000
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -57,14 +59,19 @@ def _formats(
 ) -> dict[str, dict[str, Any]]:
     """The quantization of each layer that has one."""
     found = {
-        name.removesuffix(".comfy_quant"): bytes(read_bytes(tensor))
+        name.removesuffix(".comfy_quant"): tensor
         for name, tensor in stored.items()
         if name.endswith(".comfy_quant")
     }
     try:
-        layers = dict(json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {}))
-        layers |= {name: json.loads(text) for name, text in found.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+        described = parse_json(metadata.get("_quantization_metadata", "{}"))
+        layers = dict(check_document(described, QuantizationMetadata).get("layers", {}))
+        for name, tensor in found.items():
+            if tensor.nbytes > _MAX_DESCRIPTION_BYTES:
+                raise ValueError(f"'{name}.comfy_quant' has {tensor.nbytes} bytes")
+            entry = {"layers": {name: parse_json(bytes(read_bytes(tensor)))}}
+            layers |= check_document(entry, QuantizationMetadata)["layers"]
+    except ValueError as error:
         raise CheckpointError(f"{path}: the description of its quantization is not valid: {error}") from error
     # Names in the metadata are with or without the prefix of the UNet, and include other parts of the file.
     # Values are strings or objects with further options.

@@ -14,6 +14,7 @@ from sws_export.checkpoint.model import Checkpoint
 from sws_export.checkpoint.prediction import PREDICTION_TYPES
 from sws_export.checkpoint.quantization import with_scales
 from sws_export.checkpoint.read_prediction import find_prediction
+from sws_export.checkpoint.schemas import ShardIndex
 from sws_export.errors import CheckpointError
 
 
@@ -87,7 +88,7 @@ def _read_headers(location: Location) -> Header:
 
 
 def _check_index(index: Path, tensors: dict[str, StoredTensor]) -> None:
-    for name, file in read_json(index)["weight_map"].items():
+    for name, file in read_json(index, ShardIndex)["weight_map"].items():
         if name not in tensors or tensors[name].file.name != file:
             raise CheckpointError(
                 f"{index}: tensor '{name}' is not in {file}, where the index expects it; download both again"
@@ -98,7 +99,7 @@ def _config_beside(location: Location) -> tuple[Path | None, tuple[str, ...]]:
     """The config.json beside the weights, if it is a UNet's, and remarks."""
     if location.config is None:
         return None, ()
-    content: dict[str, Any] = read_json(location.config)
+    content: dict[str, Any] = read_json(location.config, dict[str, Any])
     if content.get("_class_name") == UNET_CLASS or "block_out_channels" in content:
         return location.config, ()
     found = content.get("_class_name") or content.get("model_type") or "another model"

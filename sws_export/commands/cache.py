@@ -1,10 +1,9 @@
 """`sws-export cache list|clear`: the cache of results."""
 
 import argparse
-import sys
 import time
 
-from sws_export.commands.shared import add_output_options, print_json
+from sws_export.commands.shared import add_output_options, print_json, print_line
 
 
 def run(arguments: list[str]) -> int:
@@ -31,7 +30,7 @@ def run(arguments: list[str]) -> int:
         if parsed.json:
             print_json({"removed": count, "bytes": size})
         elif not parsed.quiet:
-            print(f"removed {count} results, {size / 1e6:.1f} MB", file=sys.stderr)
+            print_line(f"removed {count} results, {size / 1e6:.1f} MB")
         return 0
     entries = cache.entries()
     total = sum(entry.size for entry in entries)
@@ -50,8 +49,11 @@ def run(arguments: list[str]) -> int:
         return 0
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
-        print(f"{entry.kind:<10} {entry.key[:12]} {entry.size / 1e6:>9.1f} MB  {used}  {entry.label}")
+        print_line(
+            f"{entry.kind:<10} {entry.key[:12]} {entry.size / 1e6:>9.1f} MB  {used}  {entry.label}",
+            error=False,
+        )
     if not parsed.quiet:
         place = cache.root or "the cache, which is disabled (SWS_EXPORT_CACHE_SIZE is 0)"
-        print(f"{total / 1e9:.2f} of {cache.limit / 1e9:.0f} GB in {place}", file=sys.stderr)
+        print_line(f"{total / 1e9:.2f} of {cache.limit / 1e9:.0f} GB in {place}")
     return 0

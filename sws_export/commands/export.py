@@ -2,11 +2,10 @@
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sws_export.commands.shared import add_output_options, make_progress, print_json
+from sws_export.commands.shared import add_output_options, make_progress, print_json, print_line
 from sws_export.options import ExportOptions
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def run(arguments: list[str]) -> int:
         _print_report(report, parsed, console)
     except KeyboardInterrupt:
         files = ", ".join(str(file) for file in report.files)
-        print(f"sws-export: interrupted; complete: {files or 'the dry run'}", file=sys.stderr)
+        print_line(f"sws-export: interrupted; complete: {files or 'the dry run'}")
         return 1
     return 0
 

@@ -1,10 +1,15 @@
 """`sws-export report ARTEFACT [MODEL]`: an HTML report of SWS during sampling."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from sws_export.commands.shared import add_host_code_option, add_output_options, make_progress, print_json
+from sws_export.commands.shared import (
+    add_host_code_option,
+    add_output_options,
+    make_progress,
+    print_json,
+    print_line,
+)
 
 
 def run(arguments: list[str]) -> int:
@@ -53,7 +58,7 @@ def run(arguments: list[str]) -> int:
     if parsed.json:
         print_json({"file": str(parsed.out)})
     elif not parsed.quiet:
-        print(f"wrote {parsed.out}", file=sys.stderr)
+        print_line(f"wrote {parsed.out}")
     return 0
 
 

@@ -2,10 +2,15 @@
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
-from sws_export.commands.shared import add_host_code_option, add_output_options, make_progress, print_json
+from sws_export.commands.shared import (
+    add_host_code_option,
+    add_output_options,
+    make_progress,
+    print_json,
+    print_line,
+)
 
 
 def run(arguments: list[str]) -> int:
@@ -64,5 +69,5 @@ def run(arguments: list[str]) -> int:
         print_json({"file": str(parsed.out), "effects": [dataclasses.asdict(effect) for effect in effects]})
     elif not parsed.quiet:
         print_effects(console, effects)
-        print(f"wrote {parsed.out}", file=sys.stderr)
+        print_line(f"wrote {parsed.out}")
     return 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sws_export.progress import Progress
+
+
+def printable(text: str) -> str:
+    """`text` with control and formatting characters and lone surrogates as escapes such as `\\x1b`.
+
+    Names in files reach the terminal through messages, and could move its cursor or hide text.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+    )
+
+
+def print_line(text: str, *, error: bool = True) -> None:
+    """Print a line on stderr or stdout, as `printable` returns it."""
+    print(printable(text), file=sys.stderr if error else sys.stdout)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +55,8 @@ def make_progress(parsed: argparse.Namespace) -> tuple["Progress", "Console"]:
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    """Print values on stdout as JSON."""
-    print(json.dumps(values, indent=2, default=str))
+    """Print values on stdout as JSON, which escapes all control characters but DEL."""
+    print(json.dumps(values, indent=2, default=str).replace("\x7f", "\\u007f"))
 
 
 def print_values(values: Mapping[str, Any], indent: int = 0) -> None:
@@ -48,14 +64,14 @@ def print_values(values: Mapping[str, Any], indent: int = 0) -> None:
     margin = "  " * indent
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            print(f"{margin}{name}:")
+            print_line(f"{margin}{name}:", error=False)
             print_values(value, indent + 1)
         elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
-            print(f"{margin}{name}:")
+            print_line(f"{margin}{name}:", error=False)
             for item in value:
-                print(f"{margin}  {_one_line(item)}")
+                print_line(f"{margin}  {_one_line(item)}", error=False)
         else:
-            print(f"{margin}{name}: {_one_line(value)}")
+            print_line(f"{margin}{name}: {_one_line(value)}", error=False)
 
 
 def _one_line(value: object) -> str:

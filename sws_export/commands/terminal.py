@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from sws_export.byte_sizes import format_bytes
+from sws_export.commands.shared import printable
 from sws_export.pipeline.run import ExportReport
 from sws_export.sampling.effects import Effect
 from sws_export.validation import ValidationReport
@@ -30,7 +32,7 @@ class TerminalStage:
 
     def describe(self, text: str) -> None:
         """Show the description of the current work."""
-        self._bars.update(self._task, detail=text)
+        self._bars.update(self._task, detail=printable(text))
 
 
 class TerminalProgress:
@@ -62,11 +64,11 @@ class TerminalProgress:
 
     def log(self, message: str) -> None:
         """Print a message."""
-        self.console.print(message, markup=False, style="dim")
+        self.console.print(printable(message), markup=False, style="dim")
 
     def warn(self, message: str) -> None:
         """Print a warning."""
-        self.console.print(f"warning: {message}", markup=False, style="yellow")
+        self.console.print(printable(f"warning: {message}"), markup=False, style="yellow")
 
 
 class QuietProgress:
@@ -107,13 +109,13 @@ def print_export(console: Console, report: ExportReport) -> None:
     for line in report.gpu_memory():
         console.print(line, markup=False)
     for file in report.files:
-        console.print(f"wrote {file}  {format_bytes(file.stat().st_size)}", markup=False)
+        console.print(printable(f"wrote {file}  {format_bytes(file.stat().st_size)}"), markup=False)
     if report.manifest is None:
         console.print("dry run: nothing was written")
         return
     states = report.manifest["states"]
     if states:
-        pairs = ", ".join(f"{pair['output']} -> {pair['input']}" for pair in states)
+        pairs = printable(", ".join(f"{pair['output']} -> {pair['input']}" for pair in states))
         console.print(
             f"next: run it with sigma, intensity (for example 0.5) and a zero state; "
             f"after each step feed back {pairs}",
@@ -130,7 +132,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     for output in report.outputs:
         metrics = (output.maximum, output.mean, output.quantile, output.tolerance)
         result = "[green]passed[/]" if output.passed else "[red]failed[/]"
-        table.add_row(output.name, *(f"{metric:.1e}" for metric in metrics), result)
+        table.add_row(Text(printable(output.name)), *(f"{metric:.1e}" for metric in metrics), result)
     console.print(
         f"compared with the {report.reference}: {report.steps} steps, batch {sizes['batch']}, "
         f"latent {sizes['height']} x {sizes['width']}, {report.seconds:.0f} s",
@@ -138,7 +140,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     )
     console.print(table)
     for remark in report.remarks:
-        console.print(f"note: {remark}", markup=False)
+        console.print(printable(f"note: {remark}"), markup=False)
 
 
 def print_effects(console: Console, effects: Sequence[Effect]) -> None:

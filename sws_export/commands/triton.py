@@ -1,10 +1,9 @@
 """`sws-export triton ARTEFACT`: a model repository for NVIDIA Triton Inference Server."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from sws_export.commands.shared import add_host_code_option, add_output_options, print_json
+from sws_export.commands.shared import add_host_code_option, add_output_options, print_json, print_line
 
 
 def run(arguments: list[str]) -> int:
@@ -46,5 +45,5 @@ def run(arguments: list[str]) -> int:
         print_json({"files": [str(file) for file in files]})
     elif not parsed.quiet:
         for file in files:
-            print(f"wrote {file}", file=sys.stderr)
+            print_line(f"wrote {file}")
     return 0

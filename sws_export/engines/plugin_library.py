@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sws_export.engines.library_trust import check_library, digest_file, library_digest
 from sws_export.errors import PluginError
 from sws_export.files import user_cache
 from sws_export.progress import Progress, SilentProgress
@@ -115,7 +116,8 @@ def plugin_info(library: Path | None = None) -> PluginInfo:
         library: The library; by default the one that `find_plugin_library` finds.
 
     Raises:
-        PluginError: There is no library, or it is not a plugin library of this project.
+        PluginError: There is no library, it is not a plugin library of this project, others can write to it,
+            or it is not the file that was built.
     """
     path = library or find_plugin_library()
     if path is None:
@@ -205,6 +207,7 @@ def _is_built(library: Path, source: Path, architectures: Sequence[str]) -> bool
 def _read_build_info(library: Path) -> dict[str, str]:
     if not library.is_file():
         raise PluginError(f"no plugin library at {library}; build one with `sws-export plugins build`")
+    check_library(library)
     try:
         function = ctypes.CDLL(str(library)).sws_plugins_build_info
     except (OSError, AttributeError) as error:
@@ -265,7 +268,12 @@ def _build(
             _run(configure, log)
         with progress.stage(f"compile the plugin library for {', '.join(architectures)}"):
             _run([cmake, "--build", scratch, "--parallel", str(jobs)], log)
-        (Path(scratch) / LIBRARY_NAME).replace(folder / LIBRARY_NAME)
+        built = Path(scratch) / LIBRARY_NAME
+        digest = digest_file(built)
+        digest.write_text(f"{library_digest(built)}\n", "ascii")
+        # A library whose digest is another one is built again.
+        digest.replace(digest_file(folder / LIBRARY_NAME))
+        built.replace(folder / LIBRARY_NAME)
 
 
 def _require_cmake() -> str:

@@ -1,6 +1,5 @@
 """PEFT's configuration of an adapter: adapter_config.json, or the copy that diffusers stores as metadata."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sws_export.checkpoint.config import read_json
+from sws_export.checkpoint.schemas import PeftEntry
+from sws_export.documents import check_document, parse_json, short
 from sws_export.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
@@ -27,6 +28,11 @@ _UNSUPPORTED_OPTIONS = (
 )
 # Initializations that change the weights of the base model, which the adapter then depends on.
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_NAME = re.compile(r"[\w.-]+")
+# Matching takes at most the length of a layer's name to the power of the number of quantifiers.
+_MAX_PATTERN, _MAX_QUANTIFIERS = 512, 3
+_QUANTIFIERS = re.compile(r"[*+{?]")
+_REPEATED_GROUP = re.compile(r"\)[*+{?]|\(\?|\\[0-9]")
 _MERGE = "merge it with PEFT (merge_and_unload) and export the merged UNet"
 
 
@@ -59,14 +65,14 @@ class PeftConfig:
         """Whether (IA)³ scales the input of a layer instead of its output."""
         modules = self.content.get("feedforward_modules") or []
         if isinstance(modules, str):
-            return re.fullmatch(modules, layer) is not None
+            return re.fullmatch(_expression(modules), layer) is not None
         return any(layer.endswith(module) for module in modules)
 
     def _of_layer(self, option: str, layer: str, default: Any) -> Any:
         """The value of the first pattern that matches a layer's name."""
         patterns = self.content.get(option) or {}
         return next(
-            (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)),
+            (value for pattern, value in patterns.items() if _matches(pattern, layer)),
             default,
         )
 
@@ -77,21 +83,21 @@ def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig | No
     Raises:
         CheckpointError: The configuration cannot be read, or the adapter cannot be fused with it.
     """
-    config = _in_metadata(metadata)
+    try:
+        config = _in_metadata(metadata)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the metadata lora_adapter_metadata is malformed: {error}") from error
     if config is None and _belongs_to(path):
-        config = PeftConfig(read_json(path.parent / CONFIG_NAME), path.parent / CONFIG_NAME)
+        config = PeftConfig(read_json(path.parent / CONFIG_NAME, dict[str, Any]), path.parent / CONFIG_NAME)
     if config is not None:
         _check(config.file or path, config.content)
     return config
 
 
 def _in_metadata(metadata: Mapping[str, str]) -> PeftConfig | None:
-    try:
-        content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        return None
+    content = parse_json(metadata.get("lora_adapter_metadata", "{}"))
     if not isinstance(content, dict):
-        return None
+        raise ValueError(f"expected an object, found {short(content)}")
     options = {
         name.removeprefix("unet."): value for name, value in content.items() if name.startswith("unet.")
     }
@@ -105,12 +111,52 @@ def _belongs_to(path: Path) -> bool:
     return path.name == "adapter_model.safetensors" or list(path.parent.glob("*.safetensors")) == [path]
 
 
+def _matches(pattern: str, layer: str) -> bool:
+    """Whether PEFT applies an entry of `rank_pattern` or `alpha_pattern` to a layer."""
+    return re.match(rf"(.*\.)?({_expression(pattern)})$", layer) is not None
+
+
+def _expression(pattern: str) -> str:
+    """The regular expression of a pattern; that of a layer's name matches this name only."""
+    return re.escape(pattern) if _NAME.fullmatch(pattern) else pattern
+
+
+def _check_patterns(where: Path, config: Mapping[str, Any]) -> None:
+    """Refuse patterns that are no regular expressions, or may take very long to match.
+
+    Raises:
+        CheckpointError: Names the pattern.
+    """
+    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    modules = config.get("feedforward_modules")
+    for pattern in [*patterns, *([modules] if isinstance(modules, str) else [])]:
+        if _NAME.fullmatch(pattern):
+            continue
+        problem = ""
+        if len(pattern) > _MAX_PATTERN or len(_QUANTIFIERS.findall(pattern)) > _MAX_QUANTIFIERS:
+            problem = f"has more than {_MAX_PATTERN} characters or {_MAX_QUANTIFIERS} quantifiers"
+        elif _REPEATED_GROUP.search(pattern):
+            problem = "repeats a group or refers to one"
+        else:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                problem = f"is no regular expression ({error})"
+        if problem:
+            raise CheckpointError(f"{where}: the pattern {short(pattern)} {problem}; {_MERGE}")
+
+
 def _check(where: Path, config: Mapping[str, Any]) -> None:
+    try:
+        check_document(dict(config), PeftEntry)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: PEFT's configuration: {error}") from error
+    _check_patterns(where, config)
     kind = config.get("peft_type", "LORA")
     if kind not in _SUPPORTED_TYPES:
         raise CheckpointError(
-            f"{where}: adapters of type {kind} are not supported (expected {', '.join(_SUPPORTED_TYPES)}); "
-            f"{_MERGE}"
+            f"{where}: adapters of type {short(kind)} are not supported (expected "
+            f"{', '.join(_SUPPORTED_TYPES)}); {_MERGE}"
         )
     option = next((option for option in _UNSUPPORTED_OPTIONS if config.get(option)), None)
     initialization = config.get("init_lora_weights")

@@ -4,14 +4,16 @@ import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from graph_passes.guard import GuardForm, GuardOptions, fused_guard_limit
-from graph_passes.target import Target
 from sws_export.errors import OptionError
 from sws_export.parameters import SwsParameters, parse_parameters
 from sws_export.presets import DEFAULT_PRESET, PRESETS, Preset, preset_named
 from sws_export.presets.preset import USource
+
+if TYPE_CHECKING:
+    from graph_passes.target import Target
 
 GUARDS: tuple[GuardForm, ...] = ("fused", "literal")
 Switch = Literal["on", "off"]
@@ -173,7 +175,7 @@ class SwsOptions:
         form: GuardForm = "literal" if fused_guard_limit(self.parameters) else "fused"
         return GuardOptions(self.guard or form, rows)
 
-    def target(self, target: Target) -> Target:
+    def target(self, target: "Target") -> "Target":
         """`target` with or without branches.
 
         Raises:

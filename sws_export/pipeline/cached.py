@@ -9,13 +9,14 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import onnx_ir as ir
 
-from sws_export.cache import Cache, Entry, cache_key, code_version
+from sws_export.cache import Cache, Entry, FileDigest, cache_key, code_version
 from sws_export.cache.digests import file_stamps
-from sws_export.cache.store import file_digest
+from sws_export.cache.store import Kind, file_digest
+from sws_export.documents import Sha256, check_document
 from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu import gpu_names
 from sws_export.errors import CheckpointError
@@ -25,6 +26,7 @@ from sws_export.onnx_files import load_onnx, save_onnx
 from sws_export.pipeline.describe import library_versions
 from sws_export.pipeline.engine import Engine, profile_shapes
 from sws_export.pipeline.graph import Graph, SourceCheck, WrittenGraph
+from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import EngineConfig, ExportPlan
 from sws_export.pipeline.run_log import Recorded, RunLog
 from sws_export.progress import Progress
@@ -33,6 +35,37 @@ from sws_export.validation import OutputDifference, ValidationReport
 
 _FILE = "graph.onnx"
 _PLACEHOLDER = "weights-of-the-source"
+
+
+class _Metadata(TypedDict):
+    """Metadata of every cached result: its label, and what the check and the making of it logged."""
+
+    label: str
+    check: Recorded
+    making: Recorded
+
+
+class _GraphMetadata(_Metadata):
+    description: GraphDescription
+    remark: str
+    content: Sha256
+    weights: Sha256
+
+
+class _ValidationMetadata(_Metadata):
+    report: ValidationReport
+
+
+class _EngineMetadata(_Metadata):
+    engine: EngineReport
+
+
+_SCHEMAS: Mapping[Kind, tuple[Any, int]] = {
+    "graph": (_GraphMetadata, 1),
+    "validation": (_ValidationMetadata, 0),
+    "engine": (_EngineMetadata, 1),
+}
+"""Schema of the metadata, and number of files, of each kind of result."""
 
 
 class CachedCheck(SourceCheck):
@@ -62,6 +95,9 @@ class CachedCheck(SourceCheck):
         files = self._plan.source.files
         before, began = file_stamps(files)
         description = super()._verify()
+        if self._remembered not in (None, description["sha256"]):
+            self.forget()
+            raise CheckpointError(_changed_unnoticed(self._plan.source.path))
         self._remembered = str(description["sha256"])
         self._digests.put(files, before, began, self._remembered)
         return description
@@ -74,9 +110,10 @@ class StageCache:
         check: The check of the source.
     """
 
-    def __init__(self, plan: ExportPlan, cache: Cache, log: RunLog) -> None:
+    def __init__(self, plan: ExportPlan, cache: Cache, inputs: InputFiles, log: RunLog) -> None:
         self._plan = plan
         self._cache = cache
+        self._inputs = inputs
         self._log = log
         self.check = CachedCheck(plan, cache, log)
 
@@ -84,7 +121,7 @@ class StageCache:
         """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
         if not self.check.is_remembered:
             return ()
-        entry = self._cache.get("graph", self._graph_key(self._plan.static_sizes))
+        entry = self._get("graph", self._graph_key(self._plan.static_sizes))
         if entry is None or (self._plan.options.validate and self._find_validation() is None):
             return ()
         config = self._plan.engine
@@ -93,7 +130,7 @@ class StageCache:
         key = _engine_key(
             entry.metadata["content"], profile_shapes(entry.metadata["description"], config), config
         )
-        return ("graph", "engine") if self._cache.get("engine", key) else ("graph",)
+        return ("graph", "engine") if self._get("engine", key) else ("graph",)
 
     def graph(self, graph: Graph) -> Graph:
         """`graph`, or the same one from the cache, which is not written until its file is needed."""
@@ -101,7 +138,7 @@ class StageCache:
             return graph
         key = self._graph_key(self._plan.static_sizes)
         with self._cache.lock("graph", key, self._log):
-            entry = None if graph.is_written else self._cache.get("graph", key)
+            entry = None if graph.is_written else self._get("graph", key)
             if entry is None:
                 self.keep_graph(graph)
                 return graph
@@ -128,7 +165,7 @@ class StageCache:
                 "report": dataclasses.asdict(validation),
                 **self._recorded(making),
             }
-            self._cache.put("validation", self._graph_key({}), metadata, {}, self._log)
+            self._put("validation", self._graph_key({}), metadata, {})
             return validation
 
     def engine(self, graph: Graph, config: EngineConfig, path: Path, build: Callable[[], Engine]) -> Engine:
@@ -138,7 +175,7 @@ class StageCache:
             return build()
         key = self._engine_key(graph, config)
         with self._cache.lock("engine", key, self._log), output_errors(self._plan.out):
-            entry = self._cache.get("engine", key)
+            entry = self._get("engine", key)
             if entry is not None and (engine := self._take_engine(entry, path)) is not None:
                 return engine
             assert graph.file
@@ -151,7 +188,7 @@ class StageCache:
             }
             # A graph from the cache that could not be written was made again, perhaps with other weights.
             key = self._engine_key(graph, config)
-            self._cache.put("engine", key, metadata, {path: engine.digest}, self._log)
+            self._put("engine", key, metadata, {path: engine.digest})
             return engine
 
     def keep_graph(self, graph: Graph) -> None:
@@ -170,9 +207,7 @@ class StageCache:
             "weights": weights,
             **self._recorded(graph.recorded + digesting),
         }
-        self._cache.put(
-            "graph", self._graph_key(self._plan.static_sizes), metadata, {skeleton: digest}, self._log
-        )
+        self._put("graph", self._graph_key(self._plan.static_sizes), metadata, {skeleton: digest})
 
     def restore_graph(self, entry: Entry, path: Path) -> ir.Model | None:
         """Write a graph from the cache to `path`; None if it is damaged or was removed, with a warning.
@@ -202,10 +237,31 @@ class StageCache:
             return model
         self._cache.evict(entry)
         self.check.forget()
-        raise CheckpointError(
-            f"{self._plan.source.path} was changed and has the size and times of before: its weights are not "
-            "those that the cached results are for, which are removed now; run the command again"
-        )
+        raise CheckpointError(_changed_unnoticed(self._plan.source.path))
+
+    def _get(self, kind: Kind, key: str) -> Entry | None:
+        """The cached result of `key`; one with malformed metadata is removed."""
+        entry = self._cache.get(kind, key)
+        if entry is None:
+            return None
+        schema, files = _SCHEMAS[kind]
+        try:
+            check_document(entry.metadata, schema)
+        except ValueError:
+            self._cache.evict(entry)
+            return None
+        return entry if len(entry.files) == files else None
+
+    def _put(
+        self, kind: Kind, key: str, metadata: Mapping[str, Any], files: Mapping[Path, FileDigest]
+    ) -> None:
+        """Store a result, unless an input was changed while it was made.
+
+        Raises:
+            CheckpointError: A file was changed.
+        """
+        self._inputs.require_unchanged()
+        self._cache.put(kind, key, metadata, files, self._log)
 
     def _make(self, graph: Graph) -> Path:
         """The file of `graph`, made after the check, whose log is kept apart."""
@@ -241,7 +297,7 @@ class StageCache:
         self._log.replay(Recorded.from_json(entry.metadata["making"]))
 
     def _find_validation(self) -> Entry | None:
-        return self._cache.get("validation", self._graph_key({}))
+        return self._get("validation", self._graph_key({}))
 
     def _engine_key(self, graph: Graph, config: EngineConfig) -> str:
         return _engine_key(graph.content, profile_shapes(graph.description, config), config)
@@ -293,6 +349,13 @@ class _CachedGraph(Graph):
     def remark(self) -> str:
         """How a static graph was compared with the dynamic one."""
         return super().remark if self.is_written else str(self._entry.metadata["remark"])
+
+
+def _changed_unnoticed(path: Path) -> str:
+    return (
+        f"{path} was changed and has the size and times of before: its weights are not those that the cached "
+        "results are for, which are removed now; run the command again"
+    )
 
 
 def _engine_key(content: str, profiles: Sequence[ProfileShapes], config: EngineConfig) -> str:

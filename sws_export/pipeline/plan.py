@@ -7,6 +7,7 @@ from pathlib import Path
 from graph_passes.target import TARGETS, Target
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import choose_backend, get_backend
+from sws_export.engines.library_trust import check_library
 from sws_export.engines.plugin_library import find_plugin_library
 from sws_export.errors import OptionError
 from sws_export.options import ExportOptions, artefact_kind
@@ -71,6 +72,7 @@ def make_plan(source: Source, options: ExportOptions, out: Path, progress: Progr
     Raises:
         OptionError: An option does not fit the model or the backend.
         EngineError: The backend is not installed, or needs a GPU and there is none.
+        PluginError: The plugin library is one that others could have written.
     """
     for remark in options.sizes.remarks(source.size_multiple, source.vae_scale):
         progress.log(remark)
@@ -100,6 +102,8 @@ def _configure_engine(source: Source, options: ExportOptions, progress: Progress
             "the plugin library is not built: SWS is lowered to standard operators, which is slower; "
             "build it with `sws-export plugins build`"
         )
+    if library is not None:
+        check_library(library)
     plugins = (library,) if library else ()
     return EngineConfig(profiles, BuildOptions(backend=backend, plugins=plugins, **vars(options.engine)))
 

@@ -16,6 +16,7 @@ from sws_export.pipeline.cached import StageCache
 from sws_export.pipeline.describe import complete
 from sws_export.pipeline.engine import Engine, check_gpu_memory, make_engine, profile_shapes
 from sws_export.pipeline.graph import Graph, GraphExporter, validate_graph
+from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import ExportPlan, make_plan
 from sws_export.pipeline.preflight import Preflight, preflight
 from sws_export.pipeline.run_log import RunLog
@@ -81,13 +82,17 @@ def export(
     # 1. Open: read headers, refuse what cannot be exported or written.
     options.sws.guard_options()
     _check_destination(model, out, options)
+    inputs = InputFiles()
+    if model.is_file():
+        inputs.record([model])
     source = open_source(model, options, log, engine=artefact_kind(out) == "engine")
     for line in source.describe():
         log.log(line)
 
     # 2. Plan: choose backend, target and sizes; compare the expected needs with the machine.
     plan = make_plan(source, options, out, log)
-    cache = StageCache(plan, open_cache(enabled=options.cache), log)
+    inputs.record(source.files_read)
+    cache = StageCache(plan, open_cache(enabled=options.cache), inputs, log)
     needs = preflight(source, plan.engine, options, out, cache.known())
     for line in needs.describe():
         log.log(line)
@@ -125,7 +130,7 @@ def export(
             check_gpu_memory(engine.report, config)
 
         # 6. Publish: the complete files move to their place together, the manifest last.
-        document, files = _publish(plan, graph, validation, engine, scratch, log)
+        document, files = _publish(plan, graph, validation, engine, inputs, scratch, log)
     report = engine.report if engine else None
     return ExportReport(files, document, precision, needs, validation, report, tuple(log.timings))
 
@@ -151,6 +156,7 @@ def _publish(
     graph: Graph,
     validation: ValidationReport | None,
     engine: Engine | None,
+    inputs: InputFiles,
     scratch: Path,
     log: RunLog,
 ) -> tuple[Manifest, tuple[Path, ...]]:
@@ -182,5 +188,6 @@ def _publish(
     obsolete = [
         external_data_path(place) for place in graphs if external_data_path(place) not in places.values()
     ]
+    inputs.require_unchanged()
     publish_together(places, obsolete)
     return document, tuple(sorted(places.values(), key=lambda file: file.name != plan.out.name))

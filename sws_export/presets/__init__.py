@@ -4,12 +4,15 @@ To add one, write a module with a subclass of `Preset` and register it here.
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from sws_export.errors import OptionError
-from sws_export.manifest import GraphDescription
 from sws_export.presets.comfyui_node import ComfyUINodePreset
 from sws_export.presets.preset import Preset
 from sws_export.presets.sws import SwsPreset
+
+if TYPE_CHECKING:
+    from sws_export.manifest import GraphDescription
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "Preset", "preset_named", "recorded_preset"]
 
@@ -35,7 +38,7 @@ def preset_named(name: str, u: str | None = None) -> Preset:
     raise OptionError(f"--preset {name} is unknown; choose {' or '.join(PRESETS)}")
 
 
-def recorded_preset(description: GraphDescription) -> Preset | None:
+def recorded_preset(description: "GraphDescription") -> Preset | None:
     """The preset in a graph, from its manifest; None for a plain export."""
     name = description["preset"]
     if name is None:

@@ -1,16 +1,17 @@
 """Charts of a report: heat maps, line charts and images of transports."""
 
 import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 from PIL import Image
 
 from graph_passes.parameters import STATE_RADIUS, diamond_offsets
 from sws_export.report.explanation import Floats
+from sws_export.report.templates import MACROS
 
 # From 0 to the maximum. The page inverts them on a dark background.
 _COLOURS = np.array([(247, 244, 238), (238, 196, 128), (201, 92, 62), (74, 24, 64)], np.float64)
@@ -20,16 +21,12 @@ _WIDTH, _HEIGHT = 440, 180
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 20, 8, 24
 
 
-def figure(title: str, meaning: str, content: str, note: str = "") -> str:
-    """A card with a title, an explanation and a chart; all of them are HTML."""
-    beside = f'<span class="note">{note}</span>' if note else ""
-    return (
-        f'<figure><figcaption>{beside}<b>{title}</b><span class="meaning">{meaning}</span></figcaption>'
-        f'<div class="scroll">{content}</div></figure>'
-    )
+def figure(title: str, meaning: str, content: Markup, note: str = "") -> Markup:
+    """A card with a title, an explanation and a chart."""
+    return MACROS.figure(title, meaning, content, note)
 
 
-def heat_map(rows: Mapping[str, Sequence[float]], ticks: Sequence[str], largest: float, unit: str) -> str:
+def heat_map(rows: Mapping[str, Sequence[float]], ticks: Sequence[str], largest: float, unit: str) -> Markup:
     """A row of coloured cells for each label, with the scale below.
 
     Args:
@@ -38,26 +35,15 @@ def heat_map(rows: Mapping[str, Sequence[float]], ticks: Sequence[str], largest:
         largest: Value of the darkest colour; 0 is the lightest.
         unit: Format specification of a value.
     """
-    lines = []
-    for label, values in rows.items():
-        cells = "".join(
-            f'<td class="ink" style="background:{_css(value / largest if largest else 0.0)}" '
-            f'title="{html.escape(label)}, step {step}: {format(value, unit)}"></td>'
-            for step, value in enumerate(values, start=1)
-        )
-        lines.append(f'<tr><th scope="row">{html.escape(label)}</th>{cells}</tr>')
-    axis = "".join(f"<td>{tick}</td>" for tick in ticks)
-    lines.append(f'<tr class="axis"><th scope="row">σ</th>{axis}</tr>')
-    dense = " dense" if len(rows) > _DENSE else ""
-    stops = ", ".join(_css(share) for share in np.linspace(0, 1, 7))
-    scale = (
-        f'<div class="scale"><span>{format(0.0, unit)}</span><i class="ink" style="background:'
-        f'linear-gradient(90deg, {stops})"></i><span>{format(largest, unit)}</span></div>'
-    )
-    return f'<table class="heat{dense}">{"".join(lines)}</table>{scale}'
+    cells = [
+        (label, [(_css(value / largest if largest else 0.0), format(value, unit)) for value in values])
+        for label, values in rows.items()
+    ]
+    stops = [_css(share) for share in np.linspace(0, 1, 7)]
+    return MACROS.heat_map(cells, ticks, stops, format(0.0, unit), format(largest, unit), len(rows) > _DENSE)
 
 
-def line_chart(series: Mapping[str, Sequence[float]], ticks: Sequence[str], unit: str) -> str:
+def line_chart(series: Mapping[str, Sequence[float]], ticks: Sequence[str], unit: str) -> Markup:
     """Lines over the steps, from 0 to a round number; several lines have a legend.
 
     Args:
@@ -66,31 +52,17 @@ def line_chart(series: Mapping[str, Sequence[float]], ticks: Sequence[str], unit
         unit: Format specification of a value.
     """
     top = _round_up(max(max(values) for values in series.values()))
-    count = len(ticks)
-    places = np.linspace(_LEFT, _WIDTH - _RIGHT, count)
-    parts = []
-    for share in (0.0, 0.5, 1.0):
-        y = _height(share)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        text = format(top * share, unit)
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for place, tick in zip(places, ticks, strict=True):
-        parts.append(f'<text x="{place:.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{tick}</text>')
-    for number, (label, values) in enumerate(series.items(), start=1):
-        points = [(x, _height(value / top)) for x, value in zip(places, values, strict=True)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline class="line{number}" points="{path}"/>')
-        for step, ((x, y), value) in enumerate(zip(points, values, strict=True), start=1):
-            text = f"{html.escape(label)}, step {step}: {format(value, unit)}"
-            parts.append(
-                f'<circle class="dot{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{text}</title></circle>'
-            )
-    legend = "".join(
-        f'<span><i class="line{number}"></i>{html.escape(label)}</span>'
-        for number, label in enumerate(series if len(series) > 1 else (), start=1)
-    )
-    drawing = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
-    return f'<div class="legend">{legend}</div>{drawing}'
+    places = [float(place) for place in np.linspace(_LEFT, _WIDTH - _RIGHT, len(ticks))]
+    levels = [(_height(share), format(top * share, unit)) for share in (0.0, 0.5, 1.0)]
+    lines = [
+        (
+            label,
+            [(x, _height(value / top), format(value, unit)) for x, value in zip(places, values, strict=True)],
+        )
+        for label, values in series.items()
+    ]
+    named = list(zip(places, ticks, strict=True))
+    return MACROS.line_chart(_WIDTH, _HEIGHT, _LEFT, _WIDTH - _RIGHT, levels, named, lines)
 
 
 def _height(share: float) -> float:
@@ -125,23 +97,13 @@ def spread(transport: Floats, row: int, column: int) -> Floats:
     return shares
 
 
-def picture(shares: Floats, largest: float, label: str) -> str:
+def picture(shares: Floats, largest: float, label: str) -> Markup:
     """An image of shares [H, W], one pixel each; `largest` has the darkest colour."""
     image = Image.fromarray(_blend(np.sqrt(shares / max(largest, 1e-12))))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    text = f"{label}: maximum {shares.max():.3g}"
-    return f'<img class="ink" src="data:image/png;base64,{data}" alt="{text}" title="{text}">'
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of numbers; the first column is text."""
-    titles = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table class="numbers"><tr>{titles}</tr>{body}</table></div>'
+    return MACROS.picture(data, f"{label}: maximum {shares.max():.3g}")
 
 
 def _css(share: float) -> str:

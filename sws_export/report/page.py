@@ -1,14 +1,15 @@
-"""The report as one HTML page, with its styles and images embedded."""
+"""The report as one HTML page, with its styles and images embedded.
 
-import html
+Its templates are `report.html` and `charts.html`.
+"""
+
 from collections.abc import Callable
-from importlib.resources import files
-from string import Template
 
 import numpy as np
+from markupsafe import Markup
 
 from sws_export.engines.gpu_memory import GpuMemory
-from sws_export.report.charts import figure, heat_map, line_chart, picture, spread, table
+from sws_export.report.charts import figure, heat_map, line_chart, picture, spread
 from sws_export.report.explanation import Explanation, SiteMetrics, StepMetrics
 from sws_export.report.site_labels import site_labels
 from sws_export.report.tables import (
@@ -19,6 +20,7 @@ from sws_export.report.tables import (
     steps_table,
     validation_table,
 )
+from sws_export.report.templates import MACROS, PAGE
 
 _SHOWN_STEPS = 4
 _MAX_TICKS = 6
@@ -26,13 +28,13 @@ _MAX_TICKS = 6
 _Value = Callable[[SiteMetrics, StepMetrics], float]
 _MAPS: tuple[tuple[str, str, str, _Value], ...] = (
     (
-        "Keys mixed, α<sub>k</sub>",
+        Markup("Keys mixed, α<sub>k</sub>"),
         "Share of each key that comes from its neighbourhood. 0 if u is at least u_stop.",
         ".1%",
         lambda site, _: site.alpha_k,
     ),
     (
-        "Values mixed, a<sub>v</sub>",
+        Markup("Values mixed, a<sub>v</sub>"),
         "Share of each value that comes from its neighbourhood.",
         ".1%",
         lambda site, _: site.a_v,
@@ -66,24 +68,24 @@ _MAPS: tuple[tuple[str, str, str, _Value], ...] = (
 
 def render(explanation: Explanation) -> str:
     """The page as text."""
-    template = Template(files("sws_export.report").joinpath("report.html").read_text("utf-8"))
-    return template.substitute(
-        title=html.escape(explanation.artefact),
+    return PAGE.render(
+        title=explanation.artefact,
         facts=_facts(explanation),
         highlights=_highlights(explanation),
         charts=_charts(explanation),
-        source=_source(explanation),
-        maps="".join(_map(explanation, *column) for column in _MAPS),
+        from_artefact=explanation.metrics_source == "artefact",
+        maps=[_map(explanation, *column) for column in _MAPS],
         numbers=_site_numbers(explanation),
-        transports="".join(_transports(explanation, name) for name in explanation.steps[0].states),
+        transports=[_transports(explanation, name) for name in explanation.steps[0].states],
         steps=steps_table(explanation),
-        validation=validation_table(explanation),
+        validation=explanation.manifest.get("validation"),
+        validation_table=validation_table(explanation),
         stages=stages_table(explanation),
         parameters=parameters_list(explanation),
     )
 
 
-def _facts(explanation: Explanation) -> str:
+def _facts(explanation: Explanation) -> Markup:
     manifest, sizes = explanation.manifest, explanation.sizes
     source = manifest["source"]
     entries = {
@@ -109,7 +111,7 @@ def _gpu_memory(explanation: Explanation) -> dict[str, str]:
     return {"engine": memory.describe(memory.largest)}
 
 
-def _highlights(explanation: Explanation) -> str:
+def _highlights(explanation: Explanation) -> Markup:
     """The most important numbers, with the site and step of each."""
     steps = explanation.steps
     effect = max(range(len(steps)), key=lambda index: steps[index].effect)
@@ -126,10 +128,7 @@ def _highlights(explanation: Explanation) -> str:
         )
     typical = float(np.median([step.seconds for step in steps]))
     entries.append(("time of a step", duration(typical), "median, on this machine"))
-    return "".join(
-        f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd><dd>{html.escape(where)}</dd></div>"
-        for name, value, where in entries
-    )
+    return MACROS.definitions([(name, [value, where]) for name, value, where in entries])
 
 
 def _peak(explanation: Explanation, value: _Value) -> tuple[str, str]:
@@ -150,7 +149,7 @@ def _ticks(explanation: Explanation) -> list[str]:
     return [f"{step.sigma:.2g}" if index in shown else "" for index, step in enumerate(explanation.steps)]
 
 
-def _charts(explanation: Explanation) -> str:
+def _charts(explanation: Explanation) -> list[Markup]:
     steps, ticks = explanation.steps, _ticks(explanation)
     norms = {
         name.removeprefix("sws_state_"): [float(np.linalg.norm(step.states[name])) for step in steps]
@@ -185,18 +184,9 @@ def _charts(explanation: Explanation) -> str:
         ),
         ("State norms", "Norm of the transport of each grid: low if tokens are spread widely.", norms, ".1f"),
     ]
-    return "".join(
+    return [
         figure(title, meaning, line_chart(series, ticks, unit)) for title, meaning, series, unit in charts
-    )
-
-
-def _source(explanation: Explanation) -> str:
-    if explanation.metrics_source == "artefact":
-        return "The metrics are debug outputs of the artefact."
-    return (
-        "The metrics are those of the eager reference for the same inputs; the column <i>error</i> below is "
-        "the difference of the artefact from it."
-    )
+    ]
 
 
 def _values(explanation: Explanation, value: _Value) -> dict[str, list[float]]:
@@ -206,14 +196,14 @@ def _values(explanation: Explanation, value: _Value) -> dict[str, list[float]]:
     }
 
 
-def _map(explanation: Explanation, title: str, meaning: str, unit: str, value: _Value) -> str:
+def _map(explanation: Explanation, title: str, meaning: str, unit: str, value: _Value) -> Markup:
     rows = _values(explanation, value)
     largest = max(max(row) for row in rows.values())
     return figure(title, meaning, heat_map(rows, _ticks(explanation), largest, unit))
 
 
-def _site_numbers(explanation: Explanation) -> str:
-    """The values of the maps as tables."""
+def _site_numbers(explanation: Explanation) -> list[tuple[str, Markup]]:
+    """The values of the maps as tables, with their titles."""
     head = ["site", *(str(number) for number in range(1, len(explanation.steps) + 1))]
     parts = []
     for title, _, unit, value in _MAPS:
@@ -221,11 +211,11 @@ def _site_numbers(explanation: Explanation) -> str:
             [label, *(format(number, unit) for number in row)]
             for label, row in _values(explanation, value).items()
         ]
-        parts.append(f"<h3>{title}</h3>{table(head, rows)}")
-    return "".join(parts)
+        parts.append((title, MACROS.table(head, rows)))
+    return parts
 
 
-def _transports(explanation: Explanation, name: str) -> str:
+def _transports(explanation: Explanation, name: str) -> Markup:
     """Transport of the selected tokens of a grid, at some steps."""
     steps = explanation.steps
     shown = sorted(
@@ -242,13 +232,9 @@ def _transports(explanation: Explanation, name: str) -> str:
         for token, label in positions.items()
     ]
     largest = max(float(shares.max()) for _, drawn in rows for shares in drawn)
-    head = "".join(f'<th scope="col">step {index + 1}<br>σ {steps[index].sigma:.2g}</th>' for index in shown)
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(label)}</th>'
-        + "".join(f"<td>{picture(shares, largest, f'{html.escape(label)} token')}</td>" for shares in drawn)
-        + "</tr>"
-        for label, drawn in rows
-    )
-    content = f'<table class="pictures"><tr><th></th>{head}</tr>{body}</table>'
-    title = f"{html.escape(name.removeprefix('sws_state_'))}: {height} × {width} tokens"
+    images = [
+        (label, [picture(shares, largest, f"{label} token") for shares in drawn]) for label, drawn in rows
+    ]
+    content = MACROS.pictures([(index + 1, f"{steps[index].sigma:.2g}") for index in shown], images)
+    title = f"{name.removeprefix('sws_state_')}: {height} × {width} tokens"
     return figure(title, "", content, note=f"maximum: {largest:.2f}")

@@ -1,20 +1,17 @@
 """Tables and lists of a report."""
 
-import html
 from collections.abc import Mapping
 
 import numpy as np
+from markupsafe import Markup
 
-from sws_export.report.charts import table
 from sws_export.report.explanation import Explanation
+from sws_export.report.templates import MACROS
 
 
-def definitions(entries: Mapping[str, str]) -> str:
+def definitions(entries: Mapping[str, str]) -> Markup:
     """Entries of a definition list."""
-    return "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>"
-        for name, text in entries.items()
-    )
+    return MACROS.definitions([(name, [text]) for name, text in entries.items()])
 
 
 def duration(seconds: float) -> str:
@@ -22,7 +19,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
-def steps_table(explanation: Explanation) -> str:
+def steps_table(explanation: Explanation) -> Markup:
     """One row per step."""
     compared = explanation.steps[0].error is not None
     rows = []
@@ -43,16 +40,11 @@ def steps_table(explanation: Explanation) -> str:
         )
     norms = [f"norm {name.removeprefix('sws_state_')}" for name in explanation.steps[0].states]
     head = ["step", "σ", "u", "KL cap", "effect", *norms, "error of row sums"]
-    return table([*head, *(["error"] if compared else []), "time"], rows)
+    return MACROS.table([*head, *(["error"] if compared else []), "time"], rows)
 
 
-def validation_table(explanation: Explanation) -> str:
+def validation_table(explanation: Explanation) -> Markup:
     """Difference of each output from the reference, measured at the export."""
-    validation = explanation.manifest.get("validation")
-    if validation is None:
-        return "<p>Unknown: the manifest was not found beside the artefact.</p>"
-    if not validation.get("outputs"):
-        return "<p>The export was not validated.</p>"
     rows = [
         [
             entry["name"],
@@ -61,27 +53,21 @@ def validation_table(explanation: Explanation) -> str:
             f"{entry['tolerance']:.0e}",
             "ok" if entry["passed"] else "failed",
         ]
-        for entry in validation["outputs"]
+        for entry in explanation.manifest.get("validation", {}).get("outputs", ())
     ]
-    sizes = validation["sizes"]
-    about = (
-        f"Against the {html.escape(str(validation['reference']))}, {validation['steps']} steps, batch "
-        f"{sizes['batch']}, latent {sizes['height']} × {sizes['width']}. "
-        + " ".join(f"{html.escape(remark)}." for remark in validation["remarks"])
-    )
-    return f"<p>{about}</p>" + table(["output", "largest", "mean", "allowed", ""], rows)
+    return MACROS.table(["output", "largest", "mean", "allowed", ""], rows)
 
 
-def stages_table(explanation: Explanation) -> str:
-    """Time and peak memory of each stage of the export."""
-    stages = explanation.manifest.get("stages", [])
-    if not stages:
-        return "<p>Unknown: the manifest was not found beside the artefact.</p>"
-    rows = [[str(s["name"]), f"{s['seconds']:.1f} s", f"{s['peak_memory'] / 1e9:.2f} GB"] for s in stages]
-    return table(["stage", "time", "peak memory"], rows)
+def stages_table(explanation: Explanation) -> Markup | None:
+    """Time and peak memory of each stage of the export; None if they were not recorded."""
+    rows = [
+        [stage["name"], f"{stage['seconds']:.1f} s", f"{stage['peak_memory'] / 1e9:.2f} GB"]
+        for stage in explanation.manifest.get("stages", ())
+    ]
+    return MACROS.table(["stage", "time", "peak memory"], rows) if rows else None
 
 
-def parameters_list(explanation: Explanation) -> str:
+def parameters_list(explanation: Explanation) -> Markup:
     """Parameters of SWS."""
     values = explanation.manifest["sws"] or {}
     shown = {

@@ -13,7 +13,7 @@ from sws_export.errors import OptionError, StepError
 from sws_export.runtime.contract import Contract
 from sws_export.runtime.pixels import with_pixels
 from sws_export.runtime.profiles import check_profiles
-from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, SIZE_AXES, TensorSpec, concrete_shape
+from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, SIZE_AXES, Shape, TensorSpec, concrete_shape
 
 Array = npt.NDArray[Any]
 
@@ -66,14 +66,14 @@ def prepare_inputs(
         contract: Of the artefact.
         given: Inputs by name; None means not given.
         on_gpu: Whether torch tensors in GPU memory stay there; otherwise they are copied to host memory. Only
-            the few values of sigma, intensity and shared inputs are read from the GPU to be checked.
+            the few values of sigma, intensity and shared inputs, and whether the others are finite, are read.
 
     Returns:
         The arrays and tensors, and those of `batch`, `height`, `width` and `tokens` that the inputs have.
 
     Raises:
-        StepError: An input is missing, unknown, has a wrong shape, is out of range, is outside all profiles,
-            or is not the same for the whole batch if it must be.
+        StepError: An input is missing, unknown, does not consist of numbers, has a wrong shape, has NaN or
+            Inf, is out of range or outside all profiles, or differs within a batch that shares it.
     """
     present = {name: value for name, value in given.items() if value is not None}
     _check_names(contract, present)
@@ -86,7 +86,7 @@ def prepare_inputs(
             continue
         value: Any = present[spec.name]
         stays = on_gpu and is_on_gpu(value)
-        value = value.detach() if stays else to_numpy(value)
+        value = value.detach() if stays else numbers(f"input {spec.name}", value)
         if value.ndim <= 1 and math.prod(value.shape) == 1 and len(spec.shape) == 1:
             shape, one = concrete_shape(spec, sizes), value.reshape(())
             value = one.expand(shape) if stays else np.full(shape, one)
@@ -94,9 +94,10 @@ def prepare_inputs(
         if stays:
             arrays[spec.name] = _gpu_tensor(spec, value)
         else:
-            arrays[spec.name] = np.ascontiguousarray(value, dtype=numpy_dtype(spec.dtype))
+            arrays[spec.name] = _converted(f"input {spec.name}", value, spec.dtype)
         if spec.name in _RANGES:
             _check_range(spec, _on_host(arrays[spec.name]))
+        check_finite(f"input {spec.name}", arrays[spec.name])
         if spec.name in contract.shared_inputs:
             _check_shared(spec, _on_host(arrays[spec.name]))
     check_profiles(contract, {name: array.shape for name, array in arrays.items()})
@@ -113,6 +114,28 @@ def state_shapes(contract: Contract, sizes: Mapping[str, int]) -> dict[str, tupl
         return {pair.spec.name: concrete_shape(pair.spec, sizes) for pair in contract.states}
     except OptionError as error:
         raise StepError(f"sample: {error}") from error
+
+
+def prepare_states(contract: Contract, snapshot: Mapping[str, Any]) -> dict[str, Array]:
+    """The states of a snapshot as float32 arrays.
+
+    Raises:
+        StepError: A state is missing, unknown, does not consist of numbers, has NaN or Inf, or shapes do not
+            fit the states or each other.
+    """
+    names = [pair.spec.name for pair in contract.states]
+    if not isinstance(snapshot, Mapping) or set(snapshot) != set(names):
+        found = ", ".join(map(str, snapshot)) if isinstance(snapshot, Mapping) else type(snapshot).__name__
+        raise StepError(f"restore: {contract.path.name} has the states {', '.join(names)}, found {found}")
+    values: dict[str, Array] = {}
+    sizes: dict[str, int] = {}
+    for pair in contract.states:
+        name = pair.spec.name
+        value = numbers(f"restore: state {name}", snapshot[name])
+        _check_state_shape(pair.spec, value.shape, sizes)
+        values[name] = _converted(f"restore: state {name}", value, "float32")
+        check_finite(f"restore: state {name}", values[name])
+    return values
 
 
 def is_residual(name: str) -> bool:
@@ -206,6 +229,76 @@ def _gpu_tensor(spec: TensorSpec, value: Any) -> GpuTensor:
     return GpuTensor(tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor, spec.dtype)
 
 
+def numbers(what: str, value: Any) -> Array:
+    """`value` in host memory; `what` is its name in messages.
+
+    Raises:
+        StepError: It does not consist of numbers, or has no data.
+    """
+    try:
+        array = to_numpy(value)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        # Ragged lists, and tensors without data.
+        raise StepError(f"{what}: expected a number, an array or a tensor: {error}") from error
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise StepError(f"{what}: expected numbers, found {_short(value)} ({array.dtype.name})")
+    return array
+
+
+def _converted(what: str, value: Array, dtype: str) -> Array:
+    """`value` as a contiguous array; a float above the range of `dtype` becomes Inf.
+
+    Raises:
+        StepError: An integer does not fit.
+    """
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.ascontiguousarray(value, dtype=numpy_dtype(dtype))
+    except (ValueError, OverflowError) as error:
+        raise StepError(f"{what}: cannot be converted to {dtype}: {error}") from error
+
+
+def check_finite(what: str, buffer: Buffer) -> None:
+    """Raises StepError for NaN and Inf."""
+    if not is_finite(buffer):
+        array = _on_host(buffer)
+        index = np.unravel_index(np.argmin(np.isfinite(array)), array.shape)
+        raise StepError(
+            f"{what}: expected finite numbers, found {array[index]} at {[int(place) for place in index]} "
+            f"(as {array.dtype.name})"
+        )
+
+
+def is_finite(buffer: Buffer) -> bool:
+    """Whether no element is NaN or Inf; of a tensor in GPU memory one value is read."""
+    if isinstance(buffer, GpuTensor):
+        return bool(buffer.tensor.isfinite().all())
+    return buffer.dtype.kind in "biu" or bool(np.isfinite(buffer).all())
+
+
+def _check_state_shape(spec: TensorSpec, shape: Shape, sizes: dict[str, int]) -> None:
+    """Check a state's shape, and that it is one of the same sizes as the states before, in `sizes`."""
+    fits = len(shape) == len(spec.shape)
+    for expected, found in zip(spec.shape, shape, strict=False):
+        name, _, divisor = str(expected).partition("/")
+        size = found * int(divisor or 1)
+        if isinstance(expected, int):
+            fits &= found == expected
+        else:
+            fits &= found > 0 and sizes.setdefault(name, size) == size
+    if not fits:
+        known = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise StepError(
+            f"restore: state {spec.name} has shape {list(shape)}, expected {_shape_text(spec)}"
+            f"{f' (found before: {known})' if known else ''}"
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
 def _check_names(contract: Contract, present: Mapping[str, Any]) -> None:
     known = [spec.name for spec in contract.inputs]
     if missing := [name for name in known if name not in present and not is_residual(name)]:
@@ -228,6 +321,8 @@ def _check_shape(contract: Contract, spec: TensorSpec, value: Any, sizes: dict[s
         name, _, divisor = str(expected).partition("/")
         required, reason = expected, ""
         if isinstance(expected, str):
+            if found < 1:
+                raise StepError(f"input {spec.name}: dimension {axis} is {found}, expected at least 1")
             required = sizes.setdefault(name, found) // int(divisor or 1)
             reason = f" ({expected}, as in the inputs before)"
         if found != required:

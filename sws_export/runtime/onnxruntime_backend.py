@@ -13,7 +13,8 @@ from sws_export.runtime.inputs import Array, Buffer, GpuTensor, numpy_dtype
 from sws_export.runtime.integrity import FoundTensor, check_embedded, check_tensors
 from sws_export.runtime.providers import PROVIDERS, ProviderName, create_session
 
-_ERRORS_ONLY = 3
+# Errors are raised as well; ONNX Runtime would print them raw, with names from the graph.
+_FATAL_ONLY = 4
 _GPU = "cuda"
 """Name of NVIDIA GPUs in ONNX Runtime, whichever provider uses them."""
 _BFLOAT16 = 16
@@ -37,7 +38,7 @@ class OnnxRuntimeBackend:
         """
         runtime = _import_onnxruntime()
         options = runtime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

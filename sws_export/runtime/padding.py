@@ -7,7 +7,7 @@ import numpy as np
 
 from sws_export.errors import StepError
 from sws_export.runtime.contract import Contract
-from sws_export.runtime.inputs import is_on_gpu, is_residual, to_numpy
+from sws_export.runtime.inputs import is_on_gpu, is_residual, numbers
 from sws_export.runtime.pixels import nearest_sizes, with_pixels
 from sws_export.tensors import concrete_shape
 
@@ -36,9 +36,11 @@ def pad_inputs(contract: Contract, given: Mapping[str, Any], sides: tuple[int, i
         if given.get(spec.name) is None or not (spec.name == "sample" or is_residual(spec.name)):
             continue
         value: Any = given[spec.name]
-        array = value if is_on_gpu(value) else to_numpy(value)
+        array = value if is_on_gpu(value) else numbers(f"input {spec.name}", value)
+        if array.ndim != 4:
+            continue
         missing = np.subtract(concrete_shape(spec, sizes)[2:], array.shape[2:])
-        if array.ndim == 4 and (missing >= 0).all():
+        if (missing >= 0).all():
             padded[spec.name] = _mirrored(array, (int(missing[0]), int(missing[1])))
     return padded
 

@@ -1,5 +1,6 @@
 """Sessions: an exported graph or engine with its state."""
 
+import operator
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
@@ -13,10 +14,15 @@ from sws_export.runtime.backend import Loop, RuntimeBackend
 from sws_export.runtime.contract import Contract, read_contract
 from sws_export.runtime.inputs import (
     Array,
+    Buffer,
     convert_like,
     crop,
     empty_output,
+    is_finite,
+    is_tensor,
+    numbers,
     prepare_inputs,
+    prepare_states,
     state_shapes,
     wait_for_torch,
 )
@@ -46,6 +52,8 @@ class Stream:
         self._loop: Loop | None = None
         self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._metrics: dict[str, Array] = {}
+        # Steps since the state was zero or restored.
+        self._steps = 0
         self._text_states = {pair.spec.name for pair in contract.states if "tokens" in pair.spec.shape}
         # Shape of the last sample; None before the first step, and after `restore`.
         self._sample_shape: tuple[int, ...] | None = None
@@ -86,9 +94,12 @@ class Stream:
             torch tensor, otherwise a numpy array in the precision of the graph.
 
         Raises:
-            StepError: An input is missing, unknown, has a wrong shape or value, or is outside the profiles.
+            StepError: An input is missing, unknown, has a wrong shape or value, or is outside the profiles;
+                or the prediction has NaN or Inf, and the state with it: call `reset` or `restore`.
             EngineError: The library failed; the state is unchanged.
         """
+        if sample is not None and not is_tensor(sample):
+            sample = numbers("input sample", sample)
         given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         if self._contract.takes_intensity:
             given["intensity"] = intensity
@@ -112,7 +123,9 @@ class Stream:
         with self._lock:
             loop = self._loop_of_step(shapes, tuple(np.shape(sample)))
             loop.run(arrays, {spec.name: prediction, **outputs})
+            self._steps += 1
             self._metrics = metrics
+            self._require_finite(prediction)
         if sides:
             prediction = crop(prediction, *np.shape(sample)[2:])
         return convert_like(prediction, sample)
@@ -164,7 +177,8 @@ class Stream:
         """Set the state to zeros: for the whole batch, or for the samples with the indices `samples`.
 
         Raises:
-            StepError: An index is outside the batch, or the state is shared across the batch.
+            StepError: An index is no integer or outside the batch of the last step, or the state is shared
+                across the batch.
         """
         if samples is not None and not self._contract.resets_per_image:
             raise StepError(
@@ -173,14 +187,14 @@ class Stream:
             )
         with self._lock:
             if samples is None:
+                self._steps = 0
                 self._fill({name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()})
                 return
-            rows = list(samples)
             kept = self._snapshot()
-            for name, values in kept.items():
-                if wrong := [row for row in rows if not 0 <= row < len(values)]:
-                    raise StepError(f"reset: sample {wrong[0]} is outside the batch of {len(values)}")
-                kept[name][rows] = 0.0
+            batch = min((len(values) for values in kept.values()), default=(self._sample_shape or (0,))[0])
+            rows = _indices(samples, batch)
+            for values in kept.values():
+                values[rows] = 0.0
             self._fill(kept)
 
     def state(self) -> Snapshot:
@@ -192,34 +206,19 @@ class Stream:
         """Set the state to one returned by `state`, of this stream or another of the same artefact.
 
         Raises:
-            StepError: The snapshot does not have the states of this artefact, or has other shapes.
+            StepError: The snapshot does not have the states of this artefact, or has other shapes, shapes
+                that contradict each other, NaN or Inf.
         """
-        if not snapshot:
+        if isinstance(snapshot, Mapping) and not snapshot:
             self.reset()
             return
-        names = [pair.spec.name for pair in self._contract.states]
-        if sorted(snapshot) != sorted(names):
-            raise StepError(
-                f"restore: {self._contract.path.name} has the states {', '.join(names)}, found "
-                f"{', '.join(snapshot)}"
-            )
-        values = {name: np.asarray(snapshot[name]) for name in names}
-        for pair in self._contract.states:
-            found = values[pair.spec.name].shape
-            fixed = [isinstance(size, int) for size in pair.spec.shape]
-            if len(found) != len(fixed) or any(
-                must and size != expected
-                for must, size, expected in zip(fixed, found, pair.spec.shape, strict=True)
-            ):
-                raise StepError(
-                    f"restore: state {pair.spec.name} has shape {list(found)}, expected "
-                    f"[{', '.join(map(str, pair.spec.shape))}]"
-                )
+        values = prepare_states(self._contract, snapshot)
         with self._lock:
             shapes = {name: array.shape for name, array in values.items()}
             if self._loop is None or shapes != self._shapes:
                 self._allocate(shapes)
             self._fill(values)
+            self._steps = 0
             self._sample_shape = None
 
     def _loop_of_step(self, shapes: Mapping[str, tuple[int, ...]], sample: tuple[int, ...]) -> Loop:
@@ -241,9 +240,24 @@ class Stream:
         """Buffers with these shapes, all zero."""
         # Free the old ones first: the device may not have memory for both.
         self._loop = None
+        self._steps = 0
         self._loop = self._backend.loop(shapes)
         self._shapes = dict(shapes)
         return self._loop
+
+    def _require_finite(self, prediction: Buffer) -> None:
+        """Raises StepError where the prediction of the step that just ran has NaN or Inf."""
+        if is_finite(prediction):
+            return
+        precision = self._contract.manifest["precision"]
+        cure = (
+            "export with --precision bf16 or fp32" if precision == "fp16" else "check the inputs and weights"
+        )
+        before = "none before it had any" if self._steps > 1 else "the first since the state was zero or set"
+        raise StepError(
+            f"{self._contract.path.name}: the prediction of step {self._steps} has NaN or Inf ({before}), at "
+            f"precision {precision}; call reset() before the next step, and {cure}"
+        )
 
     def _snapshot(self) -> Snapshot:
         loop = self._loop
@@ -253,6 +267,22 @@ class Stream:
         if self._loop is not None:
             for name, array in values.items():
                 self._loop.write(name, array)
+
+
+def _indices(samples: Iterable[int], batch: int) -> list[int]:
+    """`samples` as a list of indices below `batch`.
+
+    Raises:
+        StepError: One is no integer, or outside the batch.
+    """
+    try:
+        rows = [operator.index(row) for row in samples]
+    except TypeError as error:
+        raise StepError(f"reset: expected indices of samples, found {samples!r}") from error
+    if wrong := [row for row in rows if not 0 <= row < batch]:
+        of = f"the batch of {batch}" if batch else "the batch: no step has run yet"
+        raise StepError(f"reset: sample {wrong[0]} is outside {of}")
+    return rows
 
 
 class Session(Stream):

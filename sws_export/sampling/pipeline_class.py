@@ -1,12 +1,15 @@
 """The pipeline class of a directory: one of diffusers, or one from the directory's own code."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sws_export.checkpoint.config import read_json
+from sws_export.checkpoint.locate import PICKLES
+from sws_export.checkpoint.schemas import ModelIndex
+from sws_export.documents import short
 from sws_export.errors import CheckpointError, OptionError
 
 CODE = "pipeline.py"
@@ -32,12 +35,13 @@ def pipeline_class(pipeline: Path, *, trust_code: bool) -> Any:
             f"{pipeline} is not a diffusers pipeline: model_index.json is missing; give the directory that "
             "contains text_encoder, vae and scheduler beside the UNet"
         )
-    try:
-        name = json.loads(index.read_text("utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} does not name the class of the pipeline: {error!r}") from error
-    known = getattr(diffusers, str(name), None)
+    name = read_json(index, ModelIndex).get("_class_name")
+    if name is None:
+        raise CheckpointError(f"{index} does not name the class of the pipeline: it has no _class_name")
+    known = getattr(diffusers, name, None)
     if known is not None:
+        if not (isinstance(known, type) and issubclass(known, diffusers.DiffusionPipeline)):
+            raise CheckpointError(f"{index}: {name} of diffusers is not a pipeline")
         # Without it diffusers raises an ImportError that does not name the extra.
         importlib.import_module("transformers")
         return known
@@ -48,7 +52,46 @@ def pipeline_class(pipeline: Path, *, trust_code: bool) -> Any:
             f"{pipeline} is a {name}, which is defined in its {CODE}; add --trust-code to run this code if "
             "you trust its origin"
         )
-    return getattr(_import(pipeline), str(name))
+    own = getattr(_import(pipeline), name, None)
+    if not (isinstance(own, type) and issubclass(own, diffusers.DiffusionPipeline)):
+        raise CheckpointError(f"{pipeline / CODE} has no pipeline {name}")
+    return own
+
+
+def check_components(pipeline: Path, *, own_code: bool) -> None:
+    """Refuse components that diffusers would load from pickles, or whose class is unknown.
+
+    Args:
+        pipeline: A pipeline directory; its UNet is not loaded, and not checked.
+        own_code: Whether the pipeline's own code is trusted and loads its components.
+
+    Raises:
+        CheckpointError: Names the component.
+    """
+    import diffusers
+    import transformers
+
+    index = pipeline / "model_index.json"
+    for name, entry in read_json(index, dict[str, Any]).items():
+        if name.startswith("_") or name == "unet" or not isinstance(entry, list) or entry == [None, None]:
+            continue
+        if len(entry) != 2 or not all(isinstance(part, str) for part in entry):
+            raise CheckpointError(f"{index}: {name}: expected [library, class], found {short(entry)}")
+        library, kind = entry
+        module = {"diffusers": diffusers, "transformers": transformers}.get(library)
+        module = module or getattr(diffusers.pipelines, library, None)
+        if not own_code and not isinstance(getattr(module, kind, None), type):
+            raise CheckpointError(
+                f"{index}: {name} is a {kind} of {library}, which diffusers {diffusers.__version__} and "
+                f"transformers {transformers.__version__} do not have"
+            )
+        files = sorted((pipeline / name).glob("*")) if (pipeline / name).is_dir() else []
+        pickles = [file for file in files if file.suffix.lower() in PICKLES]
+        if pickles and not any(file.suffix == ".safetensors" for file in files):
+            raise CheckpointError(
+                f"{pickles[0]} is a pickle, and loading a pickle executes the code in it, so it is not "
+                f"supported: save {name} with save_pretrained(…, safe_serialization=True)"
+            )
 
 
 def _import(pipeline: Path) -> ModuleType:

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sws_export.checkpoint.config import read_json
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.presets import recorded_preset
 from sws_export.progress import Progress, SilentProgress
 from sws_export.runtime.contract import Contract
 from sws_export.sampling.effects import Effect, Floats, Sampled, measure
 from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
-from sws_export.sampling.pipeline_class import pipeline_class
+from sws_export.sampling.pipeline_class import check_components, pipeline_class
 
 _LARGEST_SHOWN = 0.8
 # The largest changes are clipped, so that the others are visible.
@@ -169,12 +170,8 @@ def _shown(picture: Floats, scale: int) -> Image.Image:
 
 
 def _unet_config(pipeline: Path) -> dict[str, Any]:
-    from diffusers import UNet2DConditionModel
-
-    try:
-        return dict(UNet2DConditionModel.load_config(pipeline, subfolder="unet", local_files_only=True))
-    except OSError as error:
-        raise CheckpointError(f"{pipeline} has no unet/config.json: {error}") from error
+    config: dict[str, Any] = read_json(pipeline / "unet" / "config.json", dict[str, Any])
+    return config
 
 
 def _load_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
@@ -182,11 +179,14 @@ def _load_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
     from diffusers.utils import logging
 
     kind = pipeline_class(pipeline, trust_code=trust_code)
+    check_components(pipeline, own_code=not kind.__module__.startswith("diffusers."))
     # The progress of `sample_pipeline` replaces it.
     logging.disable_progress_bar()
     try:
-        pipe = kind.from_pretrained(pipeline, unet=None, local_files_only=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, ImportError) as error:
+        pipe = kind.from_pretrained(
+            pipeline, unet=None, local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True
+        )
+    except Exception as error:  # configurations and weights of components can be malformed in many ways
         raise CheckpointError(f"diffusers cannot load the pipeline {pipeline}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -81,6 +81,12 @@ class CheckpointSource:
         return self.checkpoint.files
 
     @property
+    def files_read(self) -> tuple[Path, ...]:
+        """The weight files, and those of the LoRAs with their configurations."""
+        configs = [lora.peft.file for lora in self.loras if lora.peft is not None]
+        return (*self.files, *(lora.file for lora in self.loras), *filter(None, configs))
+
+    @property
     def converts(self) -> bool:
         """To another precision, or by a LoRA."""
         stored = {_STORED_PRECISIONS.get(dtype) for dtype in self.checkpoint.dtypes}

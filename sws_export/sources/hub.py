@@ -88,14 +88,23 @@ class _Unreachable(Exception):  # noqa: N818  (control flow inside this module, 
 
 
 def _cached(repo: str, revision: str, variant: str | None, ema: bool) -> _Cached | None:
-    """The snapshot in the cache, if it has a UNet."""
+    """The snapshot in the cache, if it has a UNet.
+
+    Raises:
+        CheckpointError: Repositories cannot have this name.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         # Without patterns every file of the repository would have to be in the cache.
         directory = Path(snapshot_download(repo, revision=revision, allow_patterns=[], local_files_only=True))
         return _Cached(directory, locate(directory, variant, ema=ema))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{repo} does not exist here, and is no name of a repository of the Hugging Face Hub: "
+            f"{_reason(error)}"
+        ) from error
     except (LocalEntryNotFoundError, CheckpointError):
         return None
 
@@ -173,7 +182,6 @@ def _fetch(repo: str, revision: str, names: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -191,7 +199,7 @@ def _fetch(repo: str, revision: str, names: list[str]) -> Path:
             f"{repo} does not exist here, and the Hugging Face Hub has no such repository, or it is private; "
             "check the name, or log in with `hf auth login`"
         ) from error
-    except (RevisionNotFoundError, HFValidationError) as error:
+    except RevisionNotFoundError as error:
         raise CheckpointError(f"{repo} on the Hugging Face Hub has no revision '{revision}'") from error
     except LocalEntryNotFoundError as error:
         raise _Unreachable(_reason(error.__cause__ or error)) from error

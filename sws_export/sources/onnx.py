@@ -65,6 +65,11 @@ class OnnxSource:
         """Unknown."""
 
     @property
+    def files_read(self) -> tuple[Path, ...]:
+        """The same as `files`."""
+        return self.files
+
+    @property
     def converts(self) -> bool:
         """Never."""
         return False

@@ -60,6 +60,10 @@ class Source(Protocol):
         """The files with the graph and the weights."""
 
     @property
+    def files_read(self) -> tuple[Path, ...]:
+        """`files`, and those of LoRAs."""
+
+    @property
     def converts(self) -> bool:
         """Whether weights are changed on their way into the graph."""
 

@@ -16,7 +16,8 @@ from sws_export.validation.trajectory import Array
 
 _STATE_PREFIX = "sws_state_"
 _CALLS = ("calls", "calls_out")
-_LOG_ERRORS = 3
+# Errors are raised as well; ONNX Runtime would print them raw, with names from the graph.
+_LOG_FATAL = 4
 
 
 class OnnxRunner:
@@ -101,7 +102,7 @@ class OnnxRunner:
 
     def _session(self, model: Path | bytes) -> Any:
         options = self._runtime.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS
+        options.log_severity_level = _LOG_FATAL
         if len(self._subgraphs) > 1:
             # These optimizations make repeated runs faster, but copy weights.
             options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -140,7 +140,9 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         if node.op_type == "Attention":
             node.domain = "elsewhere"
     ir.save(model, tmp_path / "none.onnx")
-    assert "the graph has no Attention node" in refuse(tmp_path / "none.onnx")
+    assert "the graph has neither Attention nodes nor attention of MatMul, Softmax and" in refuse(
+        tmp_path / "none.onnx"
+    )
 
 
 # Options

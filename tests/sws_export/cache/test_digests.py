@@ -8,6 +8,8 @@ import pytest
 
 from sws_export.cache.digests import DigestCache, file_stamps
 
+SHA256 = "ab" * 32
+
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -24,13 +26,13 @@ def digests(tmp_path: Path) -> DigestCache:
 
 
 def remember(digests: DigestCache, *files: Path) -> None:
-    digests.put(files, *file_stamps(files), "abc")
+    digests.put(files, *file_stamps(files), SHA256)
 
 
 def test_an_unchanged_file_is_a_hit(digests: DigestCache, file: Path) -> None:
     assert digests.get([file]) is None
     remember(digests, file)
-    assert digests.get([file]) == "abc"
+    assert digests.get([file]) == SHA256
     assert DigestCache(None).get([file]) is None
 
 
@@ -38,7 +40,7 @@ def test_several_files_are_one_entry(digests: DigestCache, file: Path, tmp_path:
     other = tmp_path / "other"
     other.write_bytes(b"more")
     remember(digests, file, other)
-    assert digests.get([file, other]) == "abc"
+    assert digests.get([file, other]) == SHA256
     assert digests.get([file]) is None
 
 
@@ -70,7 +72,7 @@ def test_a_file_changed_during_hashing_is_not_stored(digests: DigestCache, file:
     before = file_stamps([file])
     time.sleep(0.02)
     file.write_bytes(b"longer weights")
-    digests.put([file], *before, "abc")
+    digests.put([file], *before, SHA256)
     assert digests.get([file]) is None
 
 

@@ -76,7 +76,7 @@ def test_other_formats_are_named(tmp_path: Path, content: bytes, message: str) -
         read_header(file)
 
 
-@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001])
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 16_000_001])
 def test_huge_header_is_refused_before_anything_is_allocated(tmp_path: Path, length: int) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes(struct.pack("<Q", length) + b"{}")
@@ -115,7 +115,12 @@ def test_truncated_data(tmp_path: Path) -> None:
         ({"a": entry(1, 0, shape=[1])}, b"1", "expected \\[begin, end\\]"),
         ({"a": {**entry(0, 1), "data_offsets": [0]}}, b"1", "expected \\[begin, end\\]"),
         ({"a": {"dtype": "U8"}}, b"1", "shape None"),
-        ({"a": entry(0, 2, shape=[2**62, 4], dtype="F16")}, b"12", "has 2 bytes, expected"),
+        ({"a": entry(0, 2, shape=[2**62, 4], dtype="F16")}, b"12", "shape .*4611686018427387904, 4"),
+        ({"a": entry(0, 2, shape=[2**40, 4], dtype="F16")}, b"12", "has 2 bytes, expected"),
+        ({"a": entry(0, 1, shape=[1] * 9)}, b"1", r"expected a list of up to 8 sizes"),
+        ({"a" * 600: entry(0, 1)}, b"1", r"tensor 'a{80}…' has a name of 600 characters"),
+        ({"a." * 50: entry(0, 1)}, b"1", r"has a name of 100 characters, expected up to 512 and 48 parts"),
+        ({f"{n}": entry(0, 0) for n in range(100_001)}, b"", "has 100001 tensors, expected at most 100000"),
         ({"a": entry(0, 3, shape=[2], dtype="F16")}, b"123", "has 3 bytes, expected 4 for F16"),
         ({"a": entry(0, 2), "b": entry(1, 3)}, b"123", "'b' overlaps"),
         ({"a": entry(0, 2), "b": entry(0, 2)}, b"12", "overlaps"),

@@ -1,12 +1,14 @@
 """Terminal output: progress, summaries, tables, nested values."""
 
+import dataclasses
 import io
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from sws_export.cli import main
 
-from sws_export.commands.shared import print_values
+from sws_export.commands.shared import print_json, print_values, printable
 from sws_export.commands.terminal import (
     QuietProgress,
     TerminalProgress,
@@ -140,3 +142,34 @@ def test_nested_values(capsys: pytest.CaptureFixture[str]) -> None:
         "states:\n"
         "  input s, output s_out\n"
     )
+
+
+HOSTILE = "a\x1b[2J\x9b31mb\r\n\x07c\u202ed\udcffe\x7f"
+
+
+def test_control_characters_are_escaped() -> None:
+    assert printable(HOSTILE) == r"a\x1b[2J\x9b31mb\r\n\x07c\u202ed\udcffe\x7f"
+    assert printable("Größe 512 × 512 → β … 🙂") == "Größe 512 × 512 → β … 🙂"
+
+
+def test_no_control_character_of_a_file_reaches_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    print_values({HOSTILE: {HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}]}, "b": HOSTILE})
+    print_json({HOSTILE: HOSTILE})
+    shown = console()
+    progress = TerminalProgress(shown)
+    progress.log(HOSTILE)
+    progress.warn(HOSTILE)
+    with progress.stage("open") as stage:
+        stage.describe(HOSTILE)
+    difference = dataclasses.replace(VALIDATION.outputs[0], name=HOSTILE)
+    print_validation(shown, dataclasses.replace(VALIDATION, outputs=(difference,), remarks=(HOSTILE,)))
+    printed = capfd.readouterr().out + text(shown)
+    assert all(letter.isprintable() or letter == "\n" for letter in printed)
+    assert printed.count(r"\x1b[2J") >= 6
+
+
+def test_the_error_line_has_no_control_characters(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / f"no{HOSTILE}.onnx")]) == 1
+    printed = capfd.readouterr().err
+    assert printed.endswith("no such file or directory\n")
+    assert all(letter.isprintable() for letter in printed[:-1])

@@ -1,5 +1,6 @@
 """Build and build information of the plugin library, as far as possible without a CUDA compiler."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sws_export.engines import plugin_library as plugin_build
+from sws_export.engines.library_trust import digest_file, library_digest
 from sws_export.engines.plugin_library import (
     LIBRARY_NAME,
     build_plugins,
@@ -183,10 +185,47 @@ def test_info_of_another_file(tmp_path: Path) -> None:
     foreign = tmp_path / "other.so"
     foreign.write_bytes(b"something else")
 
+    with pytest.raises(PluginError, match=r"other\.so is not loaded: neither other\.so\.sha256 nor the inst"):
+        plugin_info(foreign)
+    digest_file(foreign).write_text(library_digest(foreign))
     with pytest.raises(PluginError, match="is not a plugin library of this project or is damaged"):
         plugin_info(foreign)
     with pytest.raises(PluginError, match="no plugin library at"):
         plugin_info(tmp_path / "absent.so")
+
+
+def test_a_library_that_was_changed(cache: Path, fake_cmake: Path) -> None:
+    library = build_plugins(architectures=["80", "90"]).path
+    with library.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(PluginError, match=r"is not loaded: its sha256 is \w{12}…, \w{12}… was recorded when"):
+        plugin_info(library)
+    assert build_plugins(architectures=["80", "90"]).path == library
+    assert plugin_info(library).path == library
+
+
+@pytest.mark.parametrize("place", ["library", "folder", "folder above"])
+def test_a_library_that_others_can_write(place: str, cache: Path, fake_cmake: Path) -> None:
+    library = build_plugins(architectures=["80", "90"]).path
+    path = {"library": library, "folder": library.parent, "folder above": library.parent.parent}[place]
+    mode = path.stat().st_mode
+    path.chmod(mode | 0o002)
+    with pytest.raises(
+        PluginError, match=f"is not loaded, because other users can write to {path}: build it"
+    ):
+        plugin_info(library)
+    path.chmod(mode | 0o1002)
+    if path.is_dir():
+        # With the sticky bit others cannot replace what is in the folder.
+        assert plugin_info(library).path == library
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give files away")
+def test_a_library_of_another_user(cache: Path, fake_cmake: Path) -> None:
+    library = build_plugins(architectures=["80", "90"]).path
+    os.chown(library.parent, 12345, 0)
+    with pytest.raises(PluginError, match=f"is not loaded, because {library.parent} belongs to another user"):
+        plugin_info(library)
 
 
 def test_the_hash_depends_on_names_and_contents(tmp_path: Path) -> None:

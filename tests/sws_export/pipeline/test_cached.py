@@ -1,5 +1,6 @@
 """Cache hits and misses of the export stages, damaged entries, and interrupts."""
 
+import importlib
 import json
 import shutil
 import signal
@@ -16,6 +17,7 @@ from sws_export.cli import main
 from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsParameters, export
 from sws_export.cache import Cache, open_cache
 from sws_export.cache.digests import DigestCache
+from sws_export.checkpoint import verify_weights
 from sws_export.engines.build import EngineReport, log_warnings
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.pipeline import engine as engine_stage
@@ -480,3 +482,60 @@ def test_list_and_clear(
     assert "removed 2 results" in capsys.readouterr().err
     assert main(["cache", "list", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+# Inputs that change while they are exported
+
+
+@pytest.mark.parametrize(
+    ("target", "kept"),
+    [
+        ("sws_export.sources.checkpoint.verify_weights", set()),
+        ("sws_export.sources.checkpoint.export_plain", set()),
+        ("sws_export.sources.checkpoint.validate_against_reference", set()),
+        ("sws_export.pipeline.engine.build_engine", {"graph", "validation"}),
+    ],
+)
+def test_a_checkpoint_replaced_while_it_is_exported(
+    target: str,
+    kept: set[str],
+    model: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Cache,
+    built: list[Any],
+) -> None:
+    """Nothing is written, and the replacement never gets results of the first file from the cache."""
+    module, _, name = target.rpartition(".")
+    original = getattr(importlib.import_module(module), name)
+    replacement = Path(shutil.copytree(model, model.with_name("replacement")))
+    change_weights(replacement)
+
+    def replace(*arguments: Any, **named: Any) -> Any:
+        result = original(*arguments, **named)
+        (replacement / WEIGHTS).replace(model / WEIGHTS)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, replace)
+        with pytest.raises(CheckpointError, match=rf"{WEIGHTS} was changed while it was exported; nothing"):
+            export(model, out / "e.plan", PLAN)
+    assert listing(out) == {}
+    assert {entry.kind for entry in cache.entries()} == kept
+    assert cached(export(model, out / "e.plan", PLAN)) == []
+
+
+def test_a_lora_replaced_while_it_is_exported(
+    model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = write_lora(tmp_path / "lora.safetensors", 0.1)
+
+    def replace(*arguments: Any) -> Any:
+        write_lora(tmp_path / "other.safetensors", 0.2).replace(lora)
+        return verify_weights(*arguments)
+
+    monkeypatch.setattr("sws_export.sources.checkpoint.verify_weights", replace)
+    options = ExportOptions(source=SourceOptions(loras=(str(lora),)), validate=False)
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors was changed while it was exported"):
+        export(model, out / "graph.onnx", options)
+    assert listing(out) == {}

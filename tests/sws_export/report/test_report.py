@@ -1,8 +1,12 @@
 """The report: what it measures, and a page that is whole by itself."""
 
+import html
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +16,11 @@ from sws_export.cli import main
 from graph_passes.parameters import SwsParameters, diamond_offsets
 from sws_export import ExportOptions, SwsOptions, export
 from sws_export.errors import OptionError
+from sws_export.manifest import read_manifest
 from sws_export.reference import band_from_dense, blended_transport, dense_from_band
 from sws_export.report.charts import line_chart, spread
-from sws_export.report.explanation import Explanation
+from sws_export.report.explanation import Explanation, SiteMetrics, StepMetrics
+from sws_export.report.page import render
 from sws_export.report.report import write_report
 
 STEPS = 3
@@ -111,6 +117,73 @@ def test_the_page_is_whole(request: pytest.FixtureRequest, how: str) -> None:
     assert f"down 1 · 0, step 1: {first.alpha_k:.1%}" in cells
     assert f"<td>{first.entropy_mean:.2f}</td>" in page
     assert ('<th scope="col">error</th>' in page) == (how == "reported")
+
+
+HOSTILE = "</title><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
+
+
+def hostile_explanation() -> Explanation:
+    """Every string of the manifest, and the names of files, sites and states, hold markup and quotes."""
+    manifest = read_manifest(Path(__file__).parents[1] / "manifest" / "recorded" / "format_1_sws.json")
+    output = {"name": "out_sample", "maximum": 1e-6, "mean": 1e-7, "tolerance": 1e-4, "passed": True}
+    sizes = {"batch": 2, "height": 8, "width": 6}
+    validation = {"reference": "torch", "remarks": ["a"], "steps": 5, "sizes": sizes, "outputs": [output]}
+    stages = [{"name": "export", "seconds": 1.0, "peak_memory": 10**9}]
+    site = SiteMetrics(0.1, 0.2, 1.0, 0.5, 1.5, 0.01)
+    steps = tuple(
+        StepMetrics(
+            sigma=sigma,
+            progress=0.5,
+            kl_cap=0.1,
+            seconds=0.1,
+            effect=0.1,
+            error=1e-6,
+            sites={f"mid_block.attentions.{number}{HOSTILE}": site for number in range(2)},
+            states={f"sws_state_d2{HOSTILE}": np.full((145, 4, 3), 0.01, np.float32)},
+        )
+        for sigma in (9.0, 1.0)
+    )
+    return Explanation(
+        manifest=spoiled(manifest | {"validation": validation, "stages": stages}),
+        artefact=f"a{HOSTILE}",
+        intensity=1.0,
+        sizes={"batch": 1, "height": 8, "width": 6, "tokens": 7},
+        text=HOSTILE,
+        metrics_source="artefact",
+        tokens={HOSTILE: (0.5, 0.5)},
+        steps=steps,
+    )
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
+def test_hostile_metadata_in_a_browser(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(render(hostile_explanation()), "utf-8")
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/p"]
+    done = subprocess.run(
+        [*browser, "--virtual-time-budget=2000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    tags = _Tags()
+    tags.feed(done.stdout)
+    assert tags.fetched
+    assert all(address.startswith("data:image/png;base64,") for address in tags.fetched)
+    assert "<script" not in done.stdout
+    title = html.escape(HOSTILE, quote=False)
+    assert re.findall("<title>SWS in (.*?)</title>", done.stdout, re.DOTALL) == [f"a{title}"]
+    assert done.stdout.count("&lt;script&gt;") > 20
+
+
+def spoiled(value: Any) -> Any:
+    """`value` with markup appended to every string."""
+    if isinstance(value, dict):
+        return {name: spoiled(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [spoiled(entry) for entry in value]
+    return f"{value}{HOSTILE}" if isinstance(value, str) else value
 
 
 def test_sites_go_down_and_up_again(told: Reported) -> None:

@@ -1,6 +1,6 @@
 """Sessions: what a step gives, what the state remembers, streams, threads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from sws_export.errors import EngineError, OptionError
 from sws_export.runtime import Session, StepError
+from sws_export.runtime.session import Stream
 from tests import export_runs
 
 MakeInputs = Callable[..., dict[str, Any]]
@@ -127,6 +128,18 @@ def test_reset_of_a_sample_outside_the_batch(session: Session, inputs: MakeInput
         stream.reset([0, 2])
     with pytest.raises(StepError, match="sample -1 is outside"):
         stream.reset([-1])
+    with pytest.raises(StepError, match="sample 0 is outside the batch: no step has run yet"):
+        session.stream().reset([0])
+
+
+@pytest.mark.parametrize("samples", [0, "0", [0.0], [None], ["0"], [[0]]])
+def test_reset_of_what_is_no_index(session: Session, inputs: MakeInputs, samples: Any) -> None:
+    stream = session.stream()
+    stream.step(**inputs())
+    before = stream.state()["sws_state_d2"]
+    with pytest.raises(StepError, match="reset: expected indices of samples, found"):
+        stream.reset(samples)
+    assert np.array_equal(stream.state()["sws_state_d2"], before)
 
 
 def test_restore_goes_back(session: Session, inputs: MakeInputs) -> None:
@@ -155,6 +168,79 @@ def test_restore_refuses_other_states(session: Session) -> None:
         stream.restore({"sws_state_d4": np.zeros((1, 145, 4, 4), np.float32)})
     with pytest.raises(StepError, match=r"has shape \[1, 41, 4, 4\], expected \[batch, 145, height/2"):
         stream.restore({"sws_state_d2": np.zeros((1, 41, 4, 4), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (np.full((1, 145, 4, 4), np.nan), r"expected finite numbers, found nan at \[0, 0, 0, 0\]"),
+        (np.full((1, 145, 4, 4), 1e300), r"found inf at \[0, 0, 0, 0\] \(as float32\)"),
+        (np.zeros((0, 145, 4, 4)), r"has shape \[0, 145, 4, 4\], expected"),
+        ("zeros", r"expected numbers, found 'zeros' \(str"),
+        ([[1], [1, 2]], r"expected a number, an array or a tensor: .*inhomogeneous"),
+        (None, r"expected numbers, found None \(object"),
+    ],
+)
+def test_restore_of_values_that_are_no_state(
+    session: Session, inputs: MakeInputs, state: Any, message: str
+) -> None:
+    stream = session.stream()
+    stream.step(**inputs())
+    before = stream.state()["sws_state_d2"]
+    with pytest.raises(StepError, match=f"restore: state sws_state_d2.*{message}"):
+        stream.restore({"sws_state_d2": state})
+    assert np.array_equal(stream.state()["sws_state_d2"], before)
+    for snapshot in ([], 3, None, "state"):
+        with pytest.raises(StepError, match=r"restore: sws\.onnx has the states sws_state_d2, found"):
+            stream.restore(snapshot)  # type: ignore[arg-type]
+
+
+def test_restore_of_states_that_contradict_each_other(text_session: Session) -> None:
+    stream = text_session.stream()
+    text = np.zeros((2, 145, 1, 5), np.float32)
+    stream.restore({"sws_state_d2": np.zeros((2, 145, 4, 3), np.float32), "sws_state_text": text})
+    with pytest.raises(
+        StepError, match=r"sws_state_text has shape \[2, 145, 1, 5\].*found before: batch 1, "
+    ):
+        stream.restore({"sws_state_d2": np.zeros((1, 145, 4, 3), np.float32), "sws_state_text": text})
+
+
+class DivergingBackend:
+    """Predictions and states have NaN from the third step after a reset on."""
+
+    device = "cpu"
+
+    def loop(self, states: Mapping[str, tuple[int, ...]]) -> "DivergingBackend":
+        self._states = {name: np.zeros(shape, np.float32) for name, shape in states.items()}
+        return self
+
+    def run(self, _: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        for state in self._states.values():
+            state += 1
+        worst = max(float(state.max()) for state in self._states.values())
+        for output in outputs.values():
+            output[...] = np.nan if not worst < 3 else worst
+
+    def read(self, name: str) -> Any:
+        return self._states[name].copy()
+
+    def write(self, name: str, values: Any) -> None:
+        self._states[name][...] = values
+
+
+def test_a_prediction_that_is_not_finite_is_reported_with_its_step(
+    session: Session, inputs: MakeInputs
+) -> None:
+    stream = Stream(session.contract, DivergingBackend())
+    for _ in range(2):
+        for _ in range(2):
+            assert np.isfinite(stream.step(**inputs())).all()
+        message = (
+            r"prediction of step 3 has NaN or Inf \(none before it had any\), at precision fp32; call reset"
+        )
+        with pytest.raises(StepError, match=message):
+            stream.step(**inputs())
+        stream.reset()
 
 
 @pytest.mark.parametrize("change", [{"batch": 3}, {"height": 12}, {"width": 10}])
@@ -305,6 +391,23 @@ def test_a_refused_step_leaves_the_state(session: Session, inputs: MakeInputs) -
         ({"sample": np.zeros((2, 3, 8, 6))}, r"input sample: dimension 1 is 3, expected 4; the input is"),
         ({"sample": np.zeros((4, 8, 6))}, r"input sample: expected \[batch, 4, height, width\], found"),
         ({"encoder_hidden_states": np.zeros((1, 5, 16))}, r"states: dimension 0 is 1, expected 2 \(batch"),
+        ({"encoder_hidden_states": np.zeros((2, 0, 16))}, r"states: dimension 1 is 0, expected at least 1"),
+        ({"encoder_hidden_states": np.full((2, 5, 16), np.nan)}, r"finite numbers, found nan at \[0, 0, 0\]"),
+        ({"sample": np.full((2, 4, 8, 6), -np.inf)}, r"input sample: expected finite numbers, found -inf"),
+        ({"sample": np.full((2, 4, 8, 6), 1e300)}, r"sample: .* found inf at \[0, 0, 0, 0\] \(as float32\)"),
+        ({"sample": np.full((2, 4, 8, 6), 1j)}, r"input sample: expected numbers, found .*\(complex128\)"),
+        ({"sample": "noise"}, r"input sample: expected numbers, found 'noise'"),
+        (
+            {"sample": [[1], [1, 2]]},
+            r"input sample: expected a number, an array or a tensor: .*inhomogeneous",
+        ),
+        ({"sample": torch.zeros(2, 4, 8, 6, device="meta")}, r"input sample: expected a number, an array or"),
+        ({"timestep": 10**30}, r"input timestep: expected numbers, found 10+ \(object\)"),
+        ({"timestep": "500"}, r"input timestep: expected numbers, found '500'"),
+        ({"timestep": {"t": 1}}, r"input timestep: expected numbers, found \{'t': 1\}"),
+        ({"timestep": float("nan")}, r"input timestep: expected finite numbers, found nan at \[0\]"),
+        ({"sigma": True + 10**20}, r"input sigma: expected numbers, found 10+1 \(object\)"),
+        ({"intensity": "0.5"}, r"input intensity: expected numbers, found '0.5'"),
     ],
 )
 def test_inputs_that_are_refused(

@@ -1,6 +1,8 @@
 """A pipeline directory sampled with and without SWS."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,9 @@ def test_what_is_no_pipeline(sws_graph: Path, random_unet: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "does not name the class of the pipeline"),
+        ("{", r"model_index\.json is not valid JSON"),
+        ('{"_class_name": ["x"]}', r"model_index\.json: _class_name: expected a string, found \[\"x\"\]"),
+        ('{"_class_name": "logging"}', "logging of diffusers is not a pipeline"),
         ("{}", "does not name the class of the pipeline"),
         ('{"_class_name": "NoSuchPipeline"}', "has no pipeline NoSuchPipeline"),
     ],
@@ -110,6 +114,40 @@ def test_pipelines_of_no_known_class(sws_graph: Path, tmp_path: Path, index: str
     (tmp_path / "model_index.json").write_text(index)
     with pytest.raises(CheckpointError, match=message):
         sample_pipeline(sws_graph, tmp_path, tmp_path / "x.png", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        (
+            ["os", "system"],
+            r"scheduler is a system of os, which diffusers .* and transformers .* do not have",
+        ),
+        (["diffusers", "NoSuchScheduler"], r"scheduler is a NoSuchScheduler of diffusers, which diffusers"),
+        (["diffusers"], r'scheduler: expected \[library, class\], found \["diffusers"\]'),
+        ([3, "x"], r"scheduler: expected \[library, class\], found \[3"),
+    ],
+)
+def test_components_of_no_known_class(
+    sws_graph: Path, pipeline: Path, tmp_path: Path, component: list[Any], message: str
+) -> None:
+    copy = Path(shutil.copytree(pipeline, tmp_path / "pipeline"))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": component}))
+    with pytest.raises(CheckpointError, match=rf"model_index\.json: {message}"):
+        sample_pipeline(sws_graph, copy, tmp_path / "x.png", OPTIONS)
+
+
+def test_components_in_pickles_are_refused(sws_graph: Path, pipeline: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pipeline, tmp_path / "pipeline"))
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    pickle = weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match=r"model\.bin is a pickle, and loading a pickle executes"):
+        sample_pipeline(sws_graph, copy, tmp_path / "x.png", OPTIONS)
+    pickle.rename(weights)
+    (copy / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": "many"}')
+    with pytest.raises(CheckpointError, match="diffusers cannot load the pipeline"):
+        sample_pipeline(sws_graph, copy, tmp_path / "x.png", OPTIONS)
 
 
 def test_code_of_a_pipeline_runs_where_it_is_trusted_alone(sws_graph: Path, tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_a_variant_in_shards(hub: list[str]) -> None:
     ("model", "message"),
     [
         ("someone/else", "the Hugging Face Hub has no such repository, or it is private; check the name"),
+        ("some--one/else", "some--one/else does not exist here, and is no name of a repository of the Hugg"),
         (f"{REPO}@other", f"{REPO} on the Hugging Face Hub has no revision 'other'"),
     ],
 )

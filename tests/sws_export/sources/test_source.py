@@ -152,6 +152,7 @@ def test_a_graph(traced: Path) -> None:
         "kind": "onnx",
         "file": "traced.onnx",
         "sha256": hashlib.sha256(traced.read_bytes()).hexdigest(),
+        "size_multiple": 2,
     }
 
 
