@@ -171,8 +171,21 @@ def _gpu_memory(source: Source, engine: EngineConfig, kind: str, weights: int) -
     for sizes in engine.profiles:
         latent = math.prod(getattr(sizes, name).maximum for name in ("batch", "height", "width"))
         activations = int(estimates.ACTIVATION_FACTOR[kind] * latent * value)
+        if source.precision == "fp32":
+            pixels = sizes.height.maximum * sizes.width.maximum
+            activations += 2 * 4 * sizes.batch.maximum * _logits(source.config, pixels)
         profiles.append(ProfileMemory(activations, 0, int(STATE_BUFFERS * latent * state)))
     return GpuMemory(weights, tuple(profiles))
+
+
+def _logits(config: Mapping[str, Any], pixels: int) -> int:
+    """Logits of the attention with the most tokens, of one sample; engines store them in float32 only."""
+    kinds = config["down_block_types"]
+    level = next((level for level, kind in enumerate(kinds) if "Attn" in kind), len(kinds) - 1)
+    # diffusers has the number of heads under this name.
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
+    heads = heads[level] if isinstance(heads, list | tuple) else heads
+    return int(heads * (pixels // 4**level) ** 2)
 
 
 def _grids(config: Mapping[str, Any]) -> float:

@@ -129,6 +129,12 @@ def test_gpu_memory_is_near_what_the_builder_reports(tmp_path: Path) -> None:
     assert plain.shortages()[-1].startswith("the engine needs about 1.80 GB of GPU memory, --max-gpu-memory")
     sws = preflight(source, engine, ExportOptions(), tmp_path / "e.plan").gpu_memory
     assert sws is not None
+    source.precision = "fp32"
+    source.config["attention_head_dim"] = 8
+    full = preflight(source, engine, ExportOptions(), tmp_path / "e.plan").gpu_memory
+    assert full is not None
+    # Logits and weights of 8 heads and 4096 tokens at batch 2 are stored.
+    assert full.profiles[0].activations > 2 * 4 * 2 * 8 * 4096**2
     # Two buffers of float32 for each of the grids 64, 32, 16 and 8, at batch 2.
     assert sws.profiles[0].states == 2 * 4 * 2 * 145 * (64**2 + 32**2 + 16**2 + 8**2)
 
