@@ -79,9 +79,9 @@ def _of_scheduler(file: Path | None) -> Prediction | None:
     return replace(
         edm,
         source=file.name,
-        sigma_data=content.get("sigma_data", edm.sigma_data),
-        sigma_min=content.get("sigma_min", edm.sigma_min),
-        sigma_max=content.get("sigma_max", edm.sigma_max),
+        sigma_data=content.get("sigma_data") or edm.sigma_data,
+        sigma_min=content.get("sigma_min") or edm.sigma_min,
+        sigma_max=content.get("sigma_max") or edm.sigma_max,
     )
 
 

@@ -96,9 +96,9 @@ class SchedulerConfig(TypedDict, total=False):
     _class_name: str
     prediction_type: str | None
     rescale_betas_zero_snr: bool | None
-    sigma_data: Positive
-    sigma_min: Positive
-    sigma_max: Positive
+    sigma_data: Positive | None
+    sigma_min: Positive | None
+    sigma_max: Positive | None
 
 
 class ModelIndex(TypedDict, total=False):

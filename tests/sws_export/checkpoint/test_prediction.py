@@ -101,6 +101,12 @@ def test_metadata(metadata: dict[str, str], expected: tuple[str, bool], tmp_path
             "edm_v_prediction",
             {"sigma_data": 1.0, "sigma_min": 0.002, "sigma_max": 120.0},
         ),
+        (
+            # As diffusers writes EulerDiscreteScheduler.
+            {"_class_name": "EulerDiscreteScheduler", "sigma_min": None, "sigma_max": None},
+            "epsilon",
+            {},
+        ),
     ],
 )
 def test_scheduler(
