@@ -5,7 +5,7 @@ import dataclasses
 import onnx_ir as ir
 
 from graph_passes.errors import GraphError
-from graph_passes.find_sites import Site
+from graph_passes.find_sites import Site, unquantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,4 +56,4 @@ def _projection(site: Site, value: ir.Value, what: str) -> tuple[ir.Value, int]:
             f"{site.name}: the weight of the projection of its {what} has the shape {shape}, expected two "
             "static dimensions"
         )
-    return node.inputs[0], width
+    return unquantized(node.inputs[0]), width

@@ -139,12 +139,24 @@ def _attends_text(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
 
 
 def _is_text(value: ir.Value) -> bool:
-    """Whether a value is the text input, possibly in another dtype."""
+    """Whether a value is the text input, possibly in another dtype or rounded to 8 bits."""
+    value = unquantized(value)
     node = value.producer()
     while node is not None and node.op_type in ("Cast", "Identity") and node.inputs[0] is not None:
         value = node.inputs[0]
         node = value.producer()
     return value.is_graph_input() and value.name == _TEXT_INPUT
+
+
+def unquantized(value: ir.Value) -> ir.Value:
+    """The tensor that `value` is the 8-bit rounding of; `value` itself if it is none."""
+    found = value
+    for op_type in ("DequantizeLinear", "QuantizeLinear"):
+        node = found.producer()
+        if node is None or node.op_type != op_type or node.inputs[0] is None:
+            return value
+        found = node.inputs[0]
+    return found
 
 
 def _head_shape(value: ir.Value | None) -> tuple[int, int]:

@@ -12,7 +12,14 @@ from sws_export.errors import SwsExportError
 from sws_export.extras import missing_extras_as_errors
 
 if TYPE_CHECKING:
-    from sws_export.options import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsOptions
+    from sws_export.options import (
+        EngineOptions,
+        ExportOptions,
+        QuantizationOptions,
+        SizeOptions,
+        SourceOptions,
+        SwsOptions,
+    )
     from sws_export.parameters import SwsParameters
     from sws_export.pipeline.revalidate import validate
     from sws_export.pipeline.run import ExportReport, export
@@ -21,6 +28,7 @@ __all__ = [
     "EngineOptions",
     "ExportOptions",
     "ExportReport",
+    "QuantizationOptions",
     "SizeOptions",
     "SourceOptions",
     "SwsExportError",
@@ -36,7 +44,8 @@ _MODULES = {
     "export": "sws_export.pipeline.run",
     "validate": "sws_export.pipeline.revalidate",
 } | dict.fromkeys(
-    ("EngineOptions", "ExportOptions", "SizeOptions", "SourceOptions", "SwsOptions"), "sws_export.options"
+    ("EngineOptions", "ExportOptions", "QuantizationOptions", "SizeOptions", "SourceOptions", "SwsOptions"),
+    "sws_export.options",
 )
 
 

@@ -11,6 +11,7 @@ from sws_export.manifest import Manifest, manifest_path, read_embedded, read_emb
 
 _SHOWN = (
     "precision",
+    "quantization",
     "preset",
     "states",
     "sites",

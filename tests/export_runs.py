@@ -93,7 +93,7 @@ def with_options(options: ExportOptions, **changes: Any) -> ExportOptions:
     grouped: dict[str, dict[str, Any]] = {}
     own: dict[str, Any] = {}
     for name, value in changes.items():
-        for group in ("source", "sws", "sizes", "engine"):
+        for group in ("source", "sws", "quantization", "sizes", "engine"):
             if hasattr(getattr(options, group), name):
                 grouped.setdefault(group, {})[name] = value
                 break

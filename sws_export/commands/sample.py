@@ -46,6 +46,14 @@ def run(arguments: list[str]) -> int:
         help="allow the pipeline.py of the directory, if any, to be executed",
     )
     add_host_code_option(parser)
+    parser.add_argument(
+        "--beside",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="ARTEFACT",
+        help="draw the images of another artefact, too, such as one with 8-bit weights; repeatable",
+    )
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
     from sws_export.commands.terminal import print_effects
@@ -63,6 +71,7 @@ def run(arguments: list[str]) -> int:
         pad=not parsed.no_pad,
         trust_code=parsed.trust_code,
         engine_host_code_allowed=parsed.engine_host_code_allowed,
+        beside=tuple(parsed.beside),
     )
     effects = sample_pipeline(parsed.artefact, parsed.pipeline, parsed.out, options, progress)
     if parsed.json:

@@ -133,6 +133,10 @@ def print_validation(console: Console, report: ValidationReport) -> None:
         metrics = (output.maximum, output.mean, output.quantile, output.tolerance)
         result = "[green]passed[/]" if output.passed else "[red]failed[/]"
         table.add_row(Text(printable(output.name)), *(f"{metric:.1e}" for metric in metrics), result)
+    if (without := report.unquantized) is not None:
+        errors = (without.maximum, without.mean, without.quantile, without.tolerance)
+        name = f"{printable(without.name)}, weights not quantized"
+        table.add_row(Text(name), *(f"{error:.1e}" for error in errors))
     console.print(
         f"compared with the {report.reference}: {report.steps} steps, batch {sizes['batch']}, "
         f"latent {sizes['height']} x {sizes['width']}, {report.seconds:.0f} s",
@@ -150,5 +154,6 @@ def print_effects(console: Console, effects: Sequence[Effect]) -> None:
     )
     for effect in effects:
         metrics = (effect.difference, effect.sharpness, effect.step_change)
-        table.add_row(f"{effect.intensity:g}", *(f"{metric:.4f}" for metric in metrics))
+        name = f"{effect.artefact} {effect.intensity:g}".strip()
+        table.add_row(name, *(f"{metric:.4f}" for metric in metrics))
     console.print(table)

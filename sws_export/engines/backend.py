@@ -111,6 +111,15 @@ class BuildOptions(EngineOptions):
         }
 
 
+FP8_CAPABILITY = (8, 9)
+"""First compute capability with float8; TensorRT-RTX refuses to build float8 graphs for earlier ones."""
+
+
+def supports_fp8(capability: str) -> bool:
+    """Whether GPUs of a compute capability such as "8.9" have float8."""
+    return tuple(map(int, capability.split("."))) >= FP8_CAPABILITY
+
+
 def capability_member(capability: str) -> str:
     """Name in the enumeration `ComputeCapability` for "8.9": "SM89"."""
     return "SM" + capability.replace(".", "")

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
+from graph_passes.weight_formats import WeightFormat
 from sws_export.documents import Count, FileName, Sha256
 from sws_export.tensors import Precision
 
@@ -97,6 +98,27 @@ class SamplingEntry(TypedDict, total=False):
     latents_std: Annotated[list[float], Meta(max_length=1024)]
 
 
+class CalibrationEntry(TypedDict):
+    """Where the inputs of the calibration came from, and the number of steps."""
+
+    source: str
+    steps: Count
+
+
+class QuantizationEntry(TypedDict):
+    """8-bit weights: their format, the number of layers by operator, and the other layers by reason.
+
+    With 8-bit activations also their format, what they were calibrated with, and the error of each layer.
+    """
+
+    weights: WeightFormat
+    layers: dict[str, Count]
+    skipped_layers: dict[str, list[str]]
+    activations: NotRequired[WeightFormat]
+    calibration: NotRequired[CalibrationEntry]
+    layer_errors: NotRequired[dict[str, float]]
+
+
 class SourceEntry(TypedDict):
     """What was exported: a checkpoint or a plain ONNX graph. A graph has no `config`.
 
@@ -182,6 +204,7 @@ class ValidationEntry(TypedDict, total=False):
     sizes: dict[str, Size]
     outputs: Annotated[list[OutputDifferenceEntry], Meta(max_length=MAX_TENSORS)]
     seconds: float
+    unquantized: OutputDifferenceEntry
 
 
 class StageEntry(TypedDict):
@@ -196,8 +219,9 @@ class StageEntry(TypedDict):
 class GraphDescription(TypedDict):
     """The part of a manifest that depends on the graph alone, and is stored inside the ONNX file.
 
-    `preset`, `sws` and `guard` are None for a plain export. `shared_inputs` names the inputs [B] that must
-    have one value for the whole batch. `sites` lists the sites with SWS by the name of their state's grid.
+    `preset`, `sws` and `guard` are None for a plain export; `quantization` is missing without 8-bit weights.
+    `shared_inputs` names the inputs [B] that must have one value for the whole batch. `sites`
+    lists the sites with SWS by the name of their state's grid.
     """
 
     format: int
@@ -216,6 +240,7 @@ class GraphDescription(TypedDict):
     source: SourceEntry
     versions: dict[str, str]
     debug_outputs: DebugOutputsEntry | None
+    quantization: NotRequired[QuantizationEntry]
 
 
 class Manifest(GraphDescription, total=False):

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from graph_passes.weight_formats import WEIGHT_FORMATS
 from sws_export.errors import OptionError
 from sws_export.files import ENGINE_SUFFIXES
 from sws_export.options.arguments import group_from_arguments
 from sws_export.options.engine import EngineOptions
+from sws_export.options.quantization import QuantizationOptions
 from sws_export.options.sizes import SizeOptions
 from sws_export.options.source import SourceOptions
 from sws_export.options.sws import SwsOptions
@@ -23,6 +25,7 @@ class ExportOptions:
     Attributes:
         source: How the checkpoint is read and what is fused into it.
         sws: Which attention sites get SWS, and how it is computed.
+        quantization: What is stored in 8 bits.
         sizes: Batch, height, width and tokens.
         engine: How an engine is built.
         backend: `tensorrt-rtx` or `tensorrt`: builds the engine, or is the target of an ONNX graph; None for
@@ -35,6 +38,7 @@ class ExportOptions:
 
     source: SourceOptions = field(default_factory=SourceOptions)
     sws: SwsOptions = field(default_factory=SwsOptions)
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     sizes: SizeOptions = field(default_factory=SizeOptions)
     engine: EngineOptions = field(default_factory=EngineOptions)
     backend: str | None = None
@@ -46,7 +50,7 @@ class ExportOptions:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """Add the arguments of all groups and those of the run itself."""
-        for group in (SourceOptions, SwsOptions, SizeOptions, EngineOptions):
+        for group in (SourceOptions, SwsOptions, QuantizationOptions, SizeOptions, EngineOptions):
             group.add_arguments(parser)
         run = parser.add_argument_group("run")
         run.add_argument("--backend", metavar="NAME", help="tensorrt-rtx (default without a GPU) or tensorrt")
@@ -62,9 +66,14 @@ class ExportOptions:
         Raises:
             OptionError: An option is malformed, out of range, or contradicts another one.
         """
+        parsed = argparse.Namespace(**vars(parsed), activations=None)
+        if parsed.precision in WEIGHT_FORMATS:
+            # The rest of the UNet has the precision of an engine by default.
+            parsed.precision, parsed.activations = None, parsed.precision
         return cls(
             source=group_from_arguments(SourceOptions, parsed),
             sws=SwsOptions.from_arguments(parsed),
+            quantization=group_from_arguments(QuantizationOptions, parsed),
             sizes=group_from_arguments(SizeOptions, parsed),
             engine=group_from_arguments(EngineOptions, parsed),
             backend=parsed.backend,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graph_passes.weight_formats import WEIGHT_FORMATS
 from sws_export.tensors import PRECISIONS, Precision
 
 
@@ -62,8 +63,9 @@ class SourceOptions:
         group = cls.add_reading_arguments(parser)
         group.add_argument(
             "--precision",
-            choices=tuple(PRECISIONS),
-            help="default of a graph: that of the checkpoint; of an engine: fp16, or bf16 if that is stored",
+            choices=(*PRECISIONS, *WEIGHT_FORMATS),
+            help="int8 and fp8: linear layers and convolutions, the rest has 16 bits; default of a graph: "
+            "that of the checkpoint; of an engine: fp16, or bf16 if that is stored",
         )
         group.add_argument(
             "--prediction-type",

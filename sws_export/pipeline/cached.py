@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import onnx_ir as ir
 
+from graph_passes.quantize_weights import restored_tensor
 from sws_export.cache import Cache, Entry, FileDigest, cache_key, code_version
 from sws_export.cache.digests import file_stamps
 from sws_export.cache.store import Kind, file_digest
@@ -224,10 +225,10 @@ class StageCache:
         model = load_onnx(skeleton)
         skeleton.unlink()
         weights = self._plan.source.weights()
-        for name, value in model.graph.initializers.items():
+        for value in model.graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name == _PLACEHOLDER:
-                value.const_value = weights.get(name)
+                value.const_value = _source_tensor(value, weights)
         complete = all(value.const_value is not None for value in model.graph.initializers.values())
         if complete:
             with self._log.measure("restore"):
@@ -275,7 +276,9 @@ class StageCache:
             {
                 "source": plan.source.identity(self.check.sha256),
                 "precision": plan.source.precision,
-                "options": plan.options.source.cache_key() | plan.options.sws.cache_key(),
+                "options": plan.options.source.cache_key()
+                | plan.options.sws.cache_key()
+                | plan.options.quantization.cache_key(),
                 "validated": plan.options.validate,
                 "target": plan.target.name,
                 "sizes": dict(sizes),
@@ -380,7 +383,7 @@ def _save_skeleton(model: ir.Model, weights: Mapping[str, ir.TensorProtocol], sc
     """Write `model` without those of its weights that are unchanged from the source; returns the file."""
     kept = {}
     for name, value in model.graph.initializers.items():
-        tensor, original = value.const_value, weights.get(name)
+        tensor, original = value.const_value, _source_tensor(value, weights)
         unchanged = tensor is original or isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
         if tensor is None or original is None or not unchanged:
             continue
@@ -396,6 +399,12 @@ def _save_skeleton(model: ir.Model, weights: Mapping[str, ir.TensorProtocol], sc
         for name, tensor in kept.items():
             model.graph.initializers[name].const_value = tensor
     return directory / _FILE
+
+
+def _source_tensor(value: ir.Value, weights: Mapping[str, ir.TensorProtocol]) -> ir.TensorProtocol | None:
+    """The data of an initializer, read or quantized from the weights of the source; None for others."""
+    tensor = weights.get(str(value.name))
+    return tensor if tensor is not None else restored_tensor(value, weights)
 
 
 def _weights_digest(path: Path, progress: Progress) -> str:
@@ -419,4 +428,6 @@ def _weights_digest(path: Path, progress: Progress) -> str:
 
 def _read_validation(report: Mapping[str, Any]) -> ValidationReport:
     outputs = tuple(OutputDifference(**output) for output in report["outputs"])
-    return ValidationReport(**dict(report) | {"outputs": outputs, "remarks": tuple(report["remarks"])})
+    unquantized = OutputDifference(**report["unquantized"]) if report["unquantized"] else None
+    changed = {"outputs": outputs, "remarks": tuple(report["remarks"]), "unquantized": unquantized}
+    return ValidationReport(**dict(report) | changed)

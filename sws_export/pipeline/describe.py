@@ -25,6 +25,7 @@ from sws_export.manifest import (
     GraphDescription,
     Manifest,
     ProfileEntry,
+    QuantizationEntry,
     SourceEntry,
     StageEntry,
     StateEntry,
@@ -53,6 +54,7 @@ def describe_graph(
     target: Target,
     guard: GuardOptions | None,
     opset: int,
+    quantization: QuantizationEntry | None = None,
 ) -> GraphDescription:
     """The part of the manifest that depends on the graph alone; equal arguments give equal text.
 
@@ -66,9 +68,10 @@ def describe_graph(
         target: Runtime that the graph was lowered for.
         guard: Form of the key guard; None for a plain export.
         opset: Opset of the graph.
+        quantization: The 8-bit weights; None without.
     """
     preset = rewrite.preset if rewrite else None
-    return {
+    description: GraphDescription = {
         "format": FORMAT_VERSION,
         "precision": precision,
         "target": target.name,
@@ -88,6 +91,9 @@ def describe_graph(
         "versions": library_versions(),
         "debug_outputs": _debug_outputs(rewrite.debug_sites) if rewrite and rewrite.debug_sites else None,
     }
+    if quantization is not None:
+        description["quantization"] = quantization
+    return description
 
 
 def _debug_outputs(sites: Sequence[str]) -> DebugOutputsEntry:

@@ -11,17 +11,39 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from graph_passes.pipeline import plain_passes
+from graph_passes.weight_formats import WeightFormat
+from sws_export.calibration import (
+    Calibration,
+    calibrate,
+    record_steps,
+    recorded_steps,
+    trajectory_steps,
+)
 from sws_export.errors import ValidationError
-from sws_export.manifest import METADATA_KEY, GraphDescription, SourceEntry, parse_manifest
-from sws_export.onnx_files import graph_specs, release_weights, save_onnx, save_sharing_weights
+from sws_export.manifest import (
+    METADATA_KEY,
+    GraphDescription,
+    QuantizationEntry,
+    SourceEntry,
+    parse_manifest,
+)
+from sws_export.onnx_files import (
+    declared_sizes,
+    graph_specs,
+    release_weights,
+    save_onnx,
+    save_sharing_weights,
+)
 from sws_export.parameters import SwsParameters, recorded_parameters
 from sws_export.pipeline.describe import describe_graph, embed, library_versions
 from sws_export.pipeline.plan import ExportPlan
-from sws_export.pipeline.rewrite import pass_errors, rewrite
+from sws_export.pipeline.quantize import calibrated_layers, quantize
+from sws_export.pipeline.rewrite import RewriteReport, pass_errors, rewrite
 from sws_export.pipeline.run_log import Recorded, RunLog
 from sws_export.presets import recorded_preset
 from sws_export.progress import Progress, SilentProgress
 from sws_export.validation import OutputDifference, SwsSpec, ValidationReport
+from sws_export.validation.sizes import validation_sizes
 from sws_export.validation.static_shapes import STEPS, compare_static_shapes
 
 _RUNNABLE = 5e11
@@ -178,24 +200,11 @@ class GraphExporter:
         """The plain graph rewritten for `sizes`, with its manifest embedded."""
         plan, sws = self._plan, self._plan.options.sws
         source = self._check.description
-        model = self._plain.clone() if self.makes_two else self._plain
-        report = None
+        model, quantization = self._quantized
+        if self.makes_two:
+            model = model.clone()
         with _measured(self._log, "rewrite", progress):
-            if sws.plain:
-                with pass_errors():
-                    plain_passes(sizes)(model)
-            else:
-                report = rewrite(
-                    model,
-                    sws.parameters,
-                    sws.sites,
-                    sws.guard_options(),
-                    plan.target,
-                    progress,
-                    preset=sws.chosen_preset,
-                    debug_outputs=sws.debug_outputs,
-                    sizes=sizes,
-                )
+            report = self._lower(model, sizes, progress)
         release_weights(model)
         model.producer_name, model.producer_version = "sws-export", library_versions()["sws-export"]
         embed(
@@ -210,9 +219,69 @@ class GraphExporter:
                 target=plan.target,
                 guard=sws.guard_options() if report else None,
                 opset=model.graph.opset_imports[""],
+                quantization=quantization,
             ),
         )
         return model
+
+    def unquantized(self) -> ir.Model | None:
+        """The dynamic graph with its weights as in the source, not written; None if it quantizes none."""
+        if self._plan.options.quantization.weight_format is None:
+            return None
+        return self._lowered_copy()
+
+    def _lowered_copy(self) -> ir.Model:
+        model = self._plain.clone()
+        self._lower(model, {}, SilentProgress())
+        return model
+
+    def _lower(self, model: ir.Model, sizes: Mapping[str, int], progress: Progress) -> RewriteReport | None:
+        """Insert SWS and lower the graph, in place; None for a plain export."""
+        sws = self._plan.options.sws
+        if sws.plain:
+            with pass_errors():
+                plain_passes(sizes)(model)
+            return None
+        return rewrite(
+            model,
+            sws.parameters,
+            sws.sites,
+            sws.guard_options(),
+            self._plan.target,
+            progress,
+            preset=sws.chosen_preset,
+            debug_outputs=sws.debug_outputs,
+            sizes=sizes,
+        )
+
+    @functools.cached_property
+    def _quantized(self) -> tuple[ir.Model, QuantizationEntry | None]:
+        """The plain graph with its weights as the export stores them, and their description."""
+        options = self._plan.options.quantization
+        if options.weight_format is None:
+            return self._plain, self._plan.source.quantization
+        calibration = self._calibrate(options.activations) if options.activations else None
+        model = self._plain.clone() if self._plan.options.validate else self._plain
+        return model, quantize(model, options.weight_format, calibration, self._log)
+
+    def _calibrate(self, activations: WeightFormat) -> Calibration:
+        """Measure the inputs of the layers on the graph that is exported."""
+        source, options = self._plan.source, self._plan.options.quantization
+        model = self._lowered_copy()
+        with self._log.measure("calibrate"):
+            if options.calibration is None:
+                sizes = validation_sizes(source.size_multiple, source.parameter_count)
+                run_steps = trajectory_steps(source.inputs, sizes | declared_sizes(model))
+                inputs = "the trajectory of the validation"
+            else:
+                prompts, pipeline = options.read_prompts(), options.calibration
+                recorded = record_steps(
+                    pipeline, prompts, source.inputs, self._log, trust_code=options.trust_code
+                )
+                run_steps = recorded_steps(recorded)
+                inputs = f"{pipeline.name}, {len(prompts)} prompts"
+            layers = calibrated_layers(self._plain)
+            return calibrate(model, layers, activations, run_steps, inputs, self._log)
 
     @functools.cached_property
     def _plain(self) -> ir.Model:
@@ -250,24 +319,35 @@ def _measured(log: RunLog, name: str, progress: Progress) -> Iterator[None]:
         yield
 
 
-def validate_graph(plan: ExportPlan, graph: Graph, log: RunLog) -> ValidationReport:
+def validate_graph(
+    plan: ExportPlan, graph: Graph, log: RunLog, unquantized: ir.Model | None = None
+) -> ValidationReport:
     """Compare the graph with what it should compute.
+
+    Args:
+        plan: The export.
+        graph: Its graph with dynamic shapes.
+        log: Receives the stage.
+        unquantized: The same graph with its weights as in the source, whose error is reported, too.
 
     Raises:
         ValidationError: They differ by more than is allowed.
     """
     file, spec = graph.file, sws_spec(graph.description)
     with log.measure("validate"):
-        validation = plan.source.validate(file, spec, log)
+        validation = plan.source.validate(file, spec, log, unquantized)
     _check_differences(validation.outputs, validation.reference)
     return validation
 
 
 def sws_spec(description: GraphDescription) -> SwsSpec:
-    """The SWS in a graph, from its manifest."""
+    """The SWS in a graph and the format of its weights, from its manifest."""
+    quantization = description.get("quantization")
+    weights = quantization["weights"] if quantization else None
+    activations = quantization.get("activations") if quantization else None
     preset = recorded_preset(description)
     if description["sws"] is None or preset is None:
-        return SwsSpec(SwsParameters(), ())
+        return SwsSpec(SwsParameters(), (), weights=weights, activations=activations)
     guard, debug = description["guard"], description["debug_outputs"]
     return SwsSpec(
         recorded_parameters(description["sws"]),
@@ -275,6 +355,8 @@ def sws_spec(description: GraphDescription) -> SwsSpec:
         Fraction(guard["rows"]) if guard else Fraction(1),
         tuple(debug["sites"]) if debug else (),
         preset,
+        weights,
+        activations,
     )
 
 

@@ -1,16 +1,17 @@
 """What an export will make, decided before any long work."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from graph_passes.target import TARGETS, Target
-from sws_export.engines.backend import BuildOptions
+from sws_export.engines.backend import BuildOptions, EngineBackend, supports_fp8
 from sws_export.engines.choice import choose_backend, get_backend
 from sws_export.engines.library_trust import check_library
 from sws_export.engines.plugin_library import find_plugin_library
 from sws_export.errors import OptionError
-from sws_export.options import ExportOptions, artefact_kind
+from sws_export.options import EngineOptions, ExportOptions, artefact_kind
 from sws_export.options.sizes import check_static_dimensions
 from sws_export.progress import Progress
 from sws_export.sources import Source
@@ -105,7 +106,31 @@ def _configure_engine(source: Source, options: ExportOptions, progress: Progress
     if library is not None:
         check_library(library)
     plugins = (library,) if library else ()
-    return EngineConfig(profiles, BuildOptions(backend=backend, plugins=plugins, **vars(options.engine)))
+    engine = _engine_options(options, backend, progress)
+    return EngineConfig(profiles, BuildOptions(backend=backend, plugins=plugins, **vars(engine)))
+
+
+def _engine_options(options: ExportOptions, backend: EngineBackend, progress: Progress) -> EngineOptions:
+    """The options of the build, without default targets that do not support the weights.
+
+    Raises:
+        OptionError: A target that was named does not support them.
+    """
+    engine = options.engine
+    if options.quantization.weight_format != "fp8":
+        return engine
+    named = [name for name in engine.compute_capabilities if not supports_fp8(name)]
+    if named:
+        raise OptionError(
+            f"--compute-capability {','.join(named)}: GPUs before 8.9 have no float8; "
+            "use --weights int8, or leave these targets out"
+        )
+    unsupported = [name for name in backend.default_capabilities if not supports_fp8(name)]
+    if engine.compute_capabilities or not unsupported:
+        return engine
+    progress.log(f"not built for compute capability {', '.join(unsupported)}: no float8 before 8.9")
+    supported = tuple(filter(supports_fp8, backend.default_capabilities))
+    return dataclasses.replace(engine, compute_capabilities=supported)
 
 
 def _static_sizes(source: Source, options: ExportOptions) -> dict[str, int]:

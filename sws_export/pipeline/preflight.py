@@ -117,14 +117,15 @@ def preflight(
         out: Where the artefacts go.
         cached: What is in the cache: `graph` (with its validation), `engine`.
     """
-    weights = source.parameter_count * PRECISIONS[source.precision].itemsize
+    stored = source.parameter_count * PRECISIONS[source.precision].itemsize
+    weights = stored if options.quantization.weight_format is None else _quantized_size(source, stored)
     billions = source.parameter_count / 1e9
     kind = "plain" if options.sws.plain else "sws"
     memory: dict[str, int] = {}
     seconds: dict[str, float] = {}
     if "graph" not in cached:
         memory["export"] = estimates.EXPORT_MEMORY
-        seconds["export"] = _export_seconds(source, weights)
+        seconds["export"] = _export_seconds(source, stored)
         if options.validate:
             whole = weights * estimates.VALIDATION_FACTOR
             memory["validation"] = estimates.EXPORT_MEMORY + min(whole, estimates.VALIDATION_PIECE_MEMORY)
@@ -153,6 +154,12 @@ def _export_seconds(source: Source, weights: int) -> float:
     seconds = estimates.START_SECONDS + stored / 1e9 * estimates.CHECK_SECONDS_PER_GB
     seconds += weights / 1e9 * estimates.EXPORT_SECONDS_PER_GB
     return seconds + (weights / 1e9 * estimates.CONVERT_SECONDS_PER_GB if source.converts else 0.0)
+
+
+def _quantized_size(source: Source, stored: int) -> int:
+    """Bytes of the weights if most of them have 8 bits."""
+    share = estimates.UNQUANTIZED_SHARE
+    return int(source.parameter_count * (1 - share) + stored * share)
 
 
 def _plan_size(weights: int, engine: EngineConfig, kind: str) -> int:

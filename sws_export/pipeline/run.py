@@ -116,7 +116,9 @@ def export(
 
         # 4. Validate: compare with the reference, with dynamic shapes on a small grid.
         if options.validate:
-            validation = cache.validation(dynamic, lambda: validate_graph(plan, dynamic, log))
+            validation = cache.validation(
+                dynamic, lambda: validate_graph(plan, dynamic, log, builder.unquantized())
+            )
         graph = cache.graph(graph)
         if validation is not None and graph.remark:
             validation = dataclasses.replace(validation, remarks=(*validation.remarks, graph.remark))

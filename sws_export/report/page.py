@@ -16,6 +16,7 @@ from sws_export.report.tables import (
     definitions,
     duration,
     parameters_list,
+    quantization_facts,
     stages_table,
     steps_table,
     validation_table,
@@ -92,6 +93,7 @@ def _facts(explanation: Explanation) -> Markup:
         "model": f"{source['file']} ({source.get('family') or 'unknown family'})",
         "preset": str(manifest["preset"]),
         "precision": manifest["precision"],
+        **quantization_facts(explanation),
         "intensity": f"{explanation.intensity:g}",
         "sites": str(len(explanation.steps[0].sites)),
         "steps": f"{len(explanation.steps)}, σ {explanation.steps[0].sigma:.3g} to "

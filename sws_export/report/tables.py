@@ -43,6 +43,17 @@ def steps_table(explanation: Explanation) -> Markup:
     return MACROS.table([*head, *(["error"] if compared else []), "time"], rows)
 
 
+def quantization_facts(explanation: Explanation) -> dict[str, str]:
+    """What has 8-bit weights and what has not; nothing for a graph without."""
+    entry = explanation.manifest.get("quantization")
+    if entry is None:
+        return {}
+    layers = ", ".join(f"{count} {operator}" for operator, count in entry["layers"].items())
+    what = "8-bit weights and activations" if "activations" in entry else "8-bit weights"
+    skipped = (f"{reason}: {', '.join(names)}" for reason, names in entry["skipped_layers"].items())
+    return {what: f"{entry['weights']}: {layers}", "layers without": "; ".join(skipped)}
+
+
 def validation_table(explanation: Explanation) -> Markup:
     """Difference of each output from the reference, measured at the export."""
     rows = [
@@ -55,6 +66,10 @@ def validation_table(explanation: Explanation) -> Markup:
         ]
         for entry in explanation.manifest.get("validation", {}).get("outputs", ())
     ]
+    without = explanation.manifest.get("validation", {}).get("unquantized")
+    if without is not None:
+        errors = (f"{without['maximum']:.1e}", f"{without['mean']:.1e}", f"{without['tolerance']:.0e}")
+        rows.append([f"{without['name']}, weights not quantized", *errors, ""])
     return MACROS.table(["output", "largest", "mean", "allowed", ""], rows)
 
 

@@ -16,11 +16,13 @@ class Sampled:
         intensity: Strength of SWS.
         pictures: Images, [N, C, H, W] in [-1, 1].
         changes: Root mean square change of the latents from one step to the next, [steps - 1, N].
+        artefact: File name of a further artefact; empty for the first one.
     """
 
     intensity: float
     pictures: Floats
     changes: Floats
+    artefact: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +34,14 @@ class Effect:
         difference: Root mean square difference from the images of the first run.
         sharpness: Mean length of the gradient, per pixel.
         step_change: Mean of `Sampled.changes`, in the units of the latents.
+        artefact: As in `Sampled`.
     """
 
     intensity: float
     difference: float
     sharpness: float
     step_change: float
+    artefact: str = ""
 
 
 def measure(run: Sampled, plain: Sampled) -> Effect:
@@ -47,6 +51,7 @@ def measure(run: Sampled, plain: Sampled) -> Effect:
         difference=float(_rms(run.pictures - plain.pictures).mean()),
         sharpness=sharpness(run.pictures),
         step_change=float(run.changes.mean()),
+        artefact=run.artefact,
     )
 
 

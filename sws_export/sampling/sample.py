@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sws_export.calibration.pipeline_class import check_components, pipeline_class
 from sws_export.checkpoint.config import read_json
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.presets import recorded_preset
-from sws_export.progress import Progress, SilentProgress
+from sws_export.progress import Progress, SilentProgress, Stage
 from sws_export.runtime.contract import Contract
 from sws_export.sampling.effects import Effect, Floats, Sampled, measure
 from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
-from sws_export.sampling.pipeline_class import check_components, pipeline_class
 
 _LARGEST_SHOWN = 0.8
 # The largest changes are clipped, so that the others are visible.
@@ -39,6 +39,7 @@ class SampleOptions:
         pad: Pad latents to the next size that the UNet takes, and crop.
         trust_code: Import `pipeline.py` of the pipeline directory if diffusers does not have its class.
         engine_host_code_allowed: See `Session.load`.
+        beside: Further artefacts of the same UNet, such as one with 8-bit weights, drawn side by side.
     """
 
     prompts: tuple[str, ...]
@@ -51,6 +52,7 @@ class SampleOptions:
     pad: bool = True
     trust_code: bool = False
     engine_host_code_allowed: bool = False
+    beside: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompts", "seeds", "intensities"):
@@ -79,7 +81,7 @@ def sample_pipeline(
         progress: Receives each image.
 
     Returns:
-        One entry for each intensity.
+        One entry for each artefact and intensity.
 
     Raises:
         SwsExportError: A file is missing, the artefact does not fit the pipeline, or the PNG cannot be
@@ -90,34 +92,46 @@ def sample_pipeline(
 
     progress = progress or SilentProgress()
     pipe = _load_pipeline(pipeline, trust_code=options.trust_code)
-    unet = SWSUNet.load(
-        artefact,
-        config=_unet_config(pipeline),
-        pad=options.pad,
-        engine_host_code_allowed=options.engine_host_code_allowed,
-    )
+    config = _unet_config(pipeline)
+    files = (artefact, *options.beside)
+    total = len(files) * len(options.prompts) * len(options.seeds) * len(options.intensities)
+    runs: list[Sampled] = []
+    zero = ""
     _check_pixels(pipe, options)
-    for change in fit_pipeline(pipe, unet.session.contract.manifest["source"]):
-        progress.warn(change)
-    unet.attach(pipe)
-    total = len(options.prompts) * len(options.seeds) * len(options.intensities)
-    runs = []
     with progress.stage("sample", total=total) as stage:
-        for intensity in options.intensities:
-            pictures, changes = [], []
-            for prompt, seed in itertools.product(options.prompts, options.seeds):
-                stage.describe(f"intensity {intensity:g}: {prompt}")
-                unet.reset()
-                picture, moved = _one(pipe, prompt, seed, intensity, options)
-                pictures.append(picture)
-                changes.append(moved)
-                stage.advance()
-            runs.append(Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1)))
+        for file in files:
+            unet = SWSUNet.load(
+                file,
+                config=config,
+                pad=options.pad,
+                engine_host_code_allowed=options.engine_host_code_allowed,
+            )
+            if file is artefact:
+                for change in fit_pipeline(pipe, unet.session.contract.manifest["source"]):
+                    progress.warn(change)
+            unet.attach(pipe)
+            zero = zero or ("plain" if _is_plain_at_zero(unet.session.contract) else "SWS 0")
+            runs += _sample(pipe, unet, "" if file is artefact else file.name, options, stage)
     effects = [measure(run, runs[0]) for run in runs]
-    zero = "plain" if _is_plain_at_zero(unet.session.contract) else "SWS 0"
     sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
     save_picture(sheet, out)
     return effects
+
+
+def _sample(pipe: Any, unet: Any, name: str, options: SampleOptions, stage: Stage) -> list[Sampled]:
+    """The images of one artefact, a run for each intensity."""
+    runs = []
+    for intensity in options.intensities:
+        pictures, changes = [], []
+        for prompt, seed in itertools.product(options.prompts, options.seeds):
+            stage.describe(f"{name} intensity {intensity:g}: {prompt}".strip())
+            unet.reset()
+            picture, moved = _one(pipe, prompt, seed, intensity, options)
+            pictures.append(picture)
+            changes.append(moved)
+            stage.advance()
+        runs.append(Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1), name))
+    return runs
 
 
 def _is_plain_at_zero(contract: Contract) -> bool:
@@ -152,7 +166,9 @@ def comparison_sheet(
     for row, prompt in enumerate(prompts):
         numbers = range(row * len(seeds), (row + 1) * len(seeds))
         rows.append((prompt or "(no prompt)", [_shown(each[n], scale) for n in numbers for each in shown]))
-    labels = [zero if run.intensity == 0 else f"SWS {run.intensity:g}" for run in runs]
+    labels = [
+        f"{run.artefact} {zero if run.intensity == 0 else f'SWS {run.intensity:g}'}".strip() for run in runs
+    ]
     groups = [f"seed {seed}" for seed in seeds]
     title = f"The same seeds without and with SWS, {steps} steps"
     notes = [

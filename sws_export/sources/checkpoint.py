@@ -92,6 +92,11 @@ class CheckpointSource:
         stored = {_STORED_PRECISIONS.get(dtype) for dtype in self.checkpoint.dtypes}
         return bool(self.loras) or stored != {self.precision}
 
+    @property
+    def quantization(self) -> None:
+        """Weights are read in `precision`."""
+        return
+
     def identity(self, sha256: str) -> dict[str, Any]:
         """What the manifest says of it, which tensors of the files are taken, and its inputs."""
         tensors = {
@@ -162,6 +167,7 @@ class CheckpointSource:
         onnx_path: Path,
         sws_spec: SwsSpec,
         progress: Progress,
+        unquantized: ir.Model | None = None,
     ) -> ValidationReport:
         """Against the eager reference with the checkpoint's weights."""
         return validate_against_reference(
@@ -172,6 +178,7 @@ class CheckpointSource:
             self.precision,
             progress,
             fuse(self.checkpoint, self.loras),
+            unquantized,
         )
 
 

@@ -13,13 +13,13 @@ import onnx_ir as ir
 from graph_passes.find_sites import count_levels
 from graph_passes.name_nodes import NameNodes
 from sws_export.errors import CheckpointError, ExportError
-from sws_export.manifest import SourceEntry, read_embedded
+from sws_export.manifest import QuantizationEntry, SourceEntry, read_embedded
 from sws_export.onnx_files import graph_specs, load_onnx
 from sws_export.progress import Progress
 from sws_export.sources.other_exporters import OriginalGraph, adapt, rename_inputs
 from sws_export.tensors import PRECISIONS, SIZE_AXES, Precision, TensorSpec
 from sws_export.validation import SwsSpec, ValidationReport, validate_against_plain
-from sws_export.validation.validate import TOKENS
+from sws_export.validation.sizes import TOKENS
 
 _CHUNK = 2**22
 _INPUTS = ("sample", "timestep", "encoder_hidden_states")
@@ -39,6 +39,7 @@ class OnnxSource:
         files: The ONNX file, and those of its external weights sorted by name.
         original_weights: Its weights by name, also after the rewrite of `model`.
         original: How the file has to be run, if `model` differs from it.
+        quantization: Its 8-bit weights, if sws-export wrote them.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class OnnxSource:
     files: tuple[Path, ...]
     original_weights: Mapping[str, ir.TensorProtocol]
     original: OriginalGraph
+    quantization: QuantizationEntry | None = None
 
     @property
     def name(self) -> str:
@@ -136,7 +138,13 @@ class OnnxSource:
         """The graph as it was read."""
         return self.model
 
-    def validate(self, onnx_path: Path, sws_spec: SwsSpec, progress: Progress) -> ValidationReport:
+    def validate(
+        self,
+        onnx_path: Path,
+        sws_spec: SwsSpec,
+        progress: Progress,
+        unquantized: ir.Model | None = None,
+    ) -> ValidationReport:
         """Compare with the plain graph at intensity 0."""
         sizes = {
             "batch": 2,
@@ -151,7 +159,15 @@ class OnnxSource:
             if tensor == "sample" and isinstance(size := sample.shape[axis], int)
         }
         return validate_against_plain(
-            onnx_path, self.path, self.inputs, sizes, sws_spec, self.precision, progress, self.original
+            onnx_path,
+            self.path,
+            self.inputs,
+            sizes,
+            sws_spec,
+            self.precision,
+            progress,
+            self.original,
+            unquantized,
         )
 
 
@@ -189,6 +205,7 @@ def open_onnx_source(path: Path) -> OnnxSource:
         files=(path, *sorted(external)),
         original_weights=weights,
         original=original,
+        quantization=recorded.get("quantization") if recorded else None,
     )
 
 

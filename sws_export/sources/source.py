@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from sws_export.errors import OptionError
-from sws_export.manifest import SourceEntry
+from sws_export.manifest import QuantizationEntry, SourceEntry
 from sws_export.options import ExportOptions
 from sws_export.progress import Progress
 from sws_export.sources.checkpoint import open_checkpoint_source
@@ -67,6 +67,10 @@ class Source(Protocol):
     def converts(self) -> bool:
         """Whether weights are changed on their way into the graph."""
 
+    @property
+    def quantization(self) -> QuantizationEntry | None:
+        """The 8-bit weights of a graph that has them already."""
+
     def identity(self, sha256: str) -> dict[str, Any]:
         """What an export depends on, as JSON values; `sha256` is the digest of the files."""
 
@@ -82,8 +86,21 @@ class Source(Protocol):
     def plain_model(self, progress: Progress) -> ir.Model:
         """The UNet as a plain graph."""
 
-    def validate(self, onnx_path: Path, sws_spec: SwsSpec, progress: Progress) -> ValidationReport:
-        """Compare the exported graph with what it should compute."""
+    def validate(
+        self,
+        onnx_path: Path,
+        sws_spec: SwsSpec,
+        progress: Progress,
+        unquantized: ir.Model | None = None,
+    ) -> ValidationReport:
+        """Compare the exported graph with what it should compute.
+
+        Args:
+            onnx_path: The exported graph.
+            sws_spec: Its SWS and the format of its weights.
+            progress: Receives the stage.
+            unquantized: The same graph with its weights as in the source, whose error is reported, too.
+        """
 
 
 def open_source(model: Path, options: ExportOptions, progress: Progress, *, engine: bool = False) -> Source:
@@ -100,11 +117,18 @@ def open_source(model: Path, options: ExportOptions, progress: Progress, *, engi
         OptionError: An option does not fit this kind of source.
     """
     if model.suffix != ".onnx":
-        return open_checkpoint_source(model, options.source, progress, engine=engine)
+        half = engine or options.quantization.activations is not None
+        return open_checkpoint_source(model, options.source, progress, engine=half)
     given = options.source
     if given.precision is not None or given.config is not None or given.loras or options.sws.plain:
         raise OptionError(
             f"{model} is a graph already: its precision, architecture and weights are final; "
             "leave out --precision, --config, --plain and --lora, or export the checkpoint"
         )
-    return open_onnx_source(model)
+    source = open_onnx_source(model)
+    if source.quantization and options.quantization.weight_format:
+        raise OptionError(
+            f"{model} has {source.quantization['weights']} weights already; leave out --weights, "
+            "or give the checkpoint"
+        )
+    return source

@@ -1,6 +1,6 @@
 """Run an exported graph in ONNX Runtime."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +26,52 @@ class OnnxRunner:
     A graph with few weights runs in one session. A larger one is partitioned; each subgraph is loaded, run
     for all steps and released, so that only a small part of the weights is in memory at a time. ONNX Runtime
     does not support bfloat16 on the CPU: a float32 copy of a bfloat16 graph is run instead.
+
+    Attributes:
+        observe: Called with the name and the value of each observed value at each step.
     """
 
-    def __init__(self, path: Path, subgraph_bytes: int = SUBGRAPH_BYTES) -> None:
+    def __init__(
+        self,
+        graph: Path | ir.Model,
+        subgraph_bytes: int = SUBGRAPH_BYTES,
+        observed: Set[str] = frozenset(),
+    ) -> None:
         """Read the graph and load it in ONNX Runtime.
 
         Args:
-            path: The ONNX file.
+            graph: The ONNX file, or a graph in memory, which is changed.
             subgraph_bytes: Approximate size of the weights in each subgraph.
+            observed: Inputs and outputs that `observe` is called with; `run` does not return them.
 
         Raises:
             CheckpointError: The file is not an ONNX model.
             ExportError: ONNX Runtime is not installed or cannot load the graph.
         """
         self._runtime = _import_onnxruntime()
-        self._path = path
-        model = load_onnx(path)
+        file = graph if isinstance(graph, Path) else None
+        self._name = str(file or "the unquantized graph")
+        model = load_onnx(graph) if isinstance(graph, Path) else graph
         upcast = UpcastBfloat16()(model).modified
         self._inputs = list(model.graph.inputs)
-        self._outputs = [str(value.name) for value in model.graph.outputs]
+        self._observed = observed
+        self.observe: Callable[[str, Array], None] | None = None
+        self._outputs = [str(value.name) for value in model.graph.outputs if value.name not in observed]
         data_directory = relocate_external_data(model)
-        self._data_directory = data_directory or path.parent
+        self._data_directory = data_directory or (file.parent if file else Path())
         self._subgraphs = partition_graph(model, subgraph_bytes)
-        linked = data_directory not in (None, path.parent.resolve())
+        single = len(self._subgraphs) == 1
         # Also for a partitioned graph: ONNX Runtime must be able to load the whole file.
-        whole = None if upcast else self._session(_serialized(model) if linked else path)
-        self._whole = whole if len(self._subgraphs) == 1 else None
+        whole = None
+        if not upcast and (single or file is not None):
+            beside = file is not None and data_directory in (None, file.parent.resolve())
+            whole = self._session(file if file is not None and beside else _serialized(model))
+        self._whole = whole if single else None
         self._states: dict[str, Array] | None = None
+
+    def reset(self) -> None:
+        """Start the next run from a zero state."""
+        self._states = None
 
     @property
     def subgraph_count(self) -> int:
@@ -71,6 +90,8 @@ class OnnxRunner:
             The outputs of each step by name.
         """
         values_of_steps = [self._cast(inputs) for inputs in steps]
+        for values in values_of_steps:
+            self._show(values)
         initial_states = self._states or self._zero_states(steps[0])
         for index, subgraph in enumerate(self._subgraphs):
             session = self._whole or self._session(_serialized(subgraph))
@@ -98,7 +119,15 @@ class OnnxRunner:
         """Run a subgraph on `values` and add its outputs to them."""
         outputs = [output.name for output in session.get_outputs()]
         inputs = {node.name: values[node.name] for node in session.get_inputs()}
-        values |= zip(outputs, session.run(outputs, inputs), strict=True)
+        computed = dict(zip(outputs, session.run(outputs, inputs), strict=True))
+        self._show(computed)
+        values |= computed
+
+    def _show(self, values: Mapping[str, Array]) -> None:
+        """Call `observe` with the observed ones of `values`."""
+        if self.observe is not None:
+            for name in self._observed & values.keys():
+                self.observe(name, values[name])
 
     def _session(self, model: Path | bytes) -> Any:
         options = self._runtime.SessionOptions()
@@ -114,7 +143,7 @@ class OnnxRunner:
         try:
             return self._runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the exceptions of ONNX Runtime have no common base class
-            raise ExportError(f"ONNX Runtime cannot load {self._path}: {error}") from error
+            raise ExportError(f"ONNX Runtime cannot load {self._name}: {error}") from error
 
     def _cast(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return {

@@ -4,6 +4,7 @@ import dataclasses
 from fractions import Fraction
 
 from graph_passes.parameters import SwsParameters
+from graph_passes.weight_formats import WeightFormat
 from sws_export.presets import DEFAULT_PRESET, Preset
 
 
@@ -17,6 +18,8 @@ class SwsSpec:
         guard_rows: Fraction of the query rows that the key guard evaluates.
         debug_sites: Columns of the debug outputs; empty for a graph without debug outputs.
         preset: Preset that the graph was exported with.
+        weights: Format of its 8-bit weights; None without.
+        activations: Format of its 8-bit activations; None without.
     """
 
     parameters: SwsParameters
@@ -24,3 +27,5 @@ class SwsSpec:
     guard_rows: Fraction = Fraction(1)
     debug_sites: tuple[str, ...] = ()
     preset: Preset = DEFAULT_PRESET
+    weights: WeightFormat | None = None
+    activations: WeightFormat | None = None

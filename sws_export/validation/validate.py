@@ -7,25 +7,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx_ir as ir
 
 from sws_export.checkpoint import Checkpoint, FusedWeights
 from sws_export.checkpoint.unet_io import size_multiple
 from sws_export.errors import ValidationError
+from sws_export.manifest import PREDICTION
 from sws_export.onnx_files import declared_sizes, load_onnx
 from sws_export.progress import Progress
 from sws_export.tensors import Precision, TensorSpec
 from sws_export.validation.compare import OutputDifference, compare_outputs, max_over_steps
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.reference_runner import ReferenceRunner
+from sws_export.validation.sizes import FLOAT64_PARAMETERS, validation_sizes
 from sws_export.validation.sws_spec import SwsSpec
-from sws_export.validation.tolerances import output_tolerances
+from sws_export.validation.tolerances import output_tolerances, quantized_tolerance
 from sws_export.validation.trajectory import Array, Trajectory
 
 STEPS = 5
-# More than twice the radius of the transport, so that some state entries point outside the text.
-TOKENS = 19
-# The reference computes in float64 up to this many parameters; above, float32 keeps the time to minutes.
-FLOAT64_PARAMETERS = 200_000_000
 
 _BYPASS_TOLERANCE: dict[Precision, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-5}
 
@@ -56,6 +55,7 @@ class ValidationReport:
         sizes: batch, height, width (of the latent) and tokens.
         outputs: One entry for each output, states included.
         seconds: Wall time.
+        unquantized: The difference of the prediction of the same graph without 8-bit weights, if it was run.
     """
 
     reference: str
@@ -64,6 +64,7 @@ class ValidationReport:
     sizes: Mapping[str, int]
     outputs: tuple[OutputDifference, ...]
     seconds: float
+    unquantized: OutputDifference | None = None
 
     @property
     def passed(self) -> bool:
@@ -72,7 +73,7 @@ class ValidationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
-        return {
+        found: dict[str, Any] = {
             "passed": self.passed,
             "reference": self.reference,
             "remarks": list(self.remarks),
@@ -81,18 +82,9 @@ class ValidationReport:
             "outputs": [dataclasses.asdict(output) | {"passed": output.passed} for output in self.outputs],
             "seconds": round(self.seconds, 2),
         }
-
-
-def validation_sizes(config: Mapping[str, Any], parameter_count: int) -> dict[str, int]:
-    """SizeRanges for a validation: a non-square latent, smaller for large models to keep the time to minutes.
-
-    Args:
-        config: diffusers configuration of the UNet.
-        parameter_count: Number of parameters of the UNet.
-    """
-    multiple = size_multiple(config)
-    rows, columns = (4, 3) if parameter_count <= FLOAT64_PARAMETERS else (3, 2)
-    return {"batch": 2, "height": rows * multiple, "width": columns * multiple, "tokens": TOKENS}
+        if self.unquantized is not None:
+            found["unquantized"] = dataclasses.asdict(self.unquantized) | {"passed": self.unquantized.passed}
+        return found
 
 
 def validate_against_reference(
@@ -103,6 +95,7 @@ def validate_against_reference(
     precision: Precision,
     progress: Progress,
     fused: FusedWeights | None = None,
+    unquantized: ir.Model | None = None,
 ) -> ValidationReport:
     """Compare an SWS graph with the eager reference over a sampling run.
 
@@ -114,6 +107,7 @@ def validate_against_reference(
         precision: Precision of the export.
         progress: Receives the stage.
         fused: Weights that replace those of the checkpoint, such as weights with fused LoRAs.
+        unquantized: The same graph without 8-bit weights, whose error is reported, too.
 
     Raises:
         ValidationError: An output of the reference is not finite.
@@ -121,11 +115,13 @@ def validate_against_reference(
     start = time.monotonic()
     parameter_count = checkpoint.parameter_count
     float64 = parameter_count <= FLOAT64_PARAMETERS
-    sizes = validation_sizes(checkpoint.config, parameter_count) | declared_sizes(load_onnx(onnx_path))
+    sizes = validation_sizes(size_multiple(checkpoint.config), parameter_count) | declared_sizes(
+        load_onnx(onnx_path)
+    )
     trajectory = Trajectory(inputs, sizes, STEPS)
     graph_inputs: list[Outputs] = []
     expected: list[Outputs] = []
-    with progress.stage("validate", total=2 * STEPS) as stage:
+    with progress.stage("validate", total=(3 if unquantized else 2) * STEPS) as stage:
         stage.describe("loading the reference")
         reference = ReferenceRunner(checkpoint, fused, sws_spec, trajectory.intensity, float64=float64)
         for step in trajectory.steps():
@@ -140,7 +136,11 @@ def validate_against_reference(
         runner = OnnxRunner(onnx_path)
         stage.describe("running ONNX Runtime")
         actual = runner.run(graph_inputs, stage)
-    tolerances = output_tolerances(expected, sws_spec.parameters, sws_spec.guard_rows, precision)
+        without = None
+        if unquantized is not None:
+            stage.describe("running the unquantized graph")
+            without = OnnxRunner(unquantized).run(graph_inputs, stage)
+    tolerances = output_tolerances(expected, sws_spec, precision)
     remarks = []
     if precision == "bf16":
         remarks.append("ONNX Runtime has no bfloat16: a float32 copy of the graph was compared")
@@ -155,7 +155,24 @@ def validate_against_reference(
         sizes=sizes,
         outputs=_compare(actual, expected, tolerances),
         seconds=time.monotonic() - start,
+        unquantized=_compare_unquantized(without, expected, sws_spec, precision),
     )
+
+
+def _compare_unquantized(
+    actual: Sequence[Outputs] | None,
+    expected: Sequence[Outputs],
+    sws_spec: SwsSpec,
+    precision: Precision,
+) -> OutputDifference | None:
+    """The difference of the prediction without 8-bit weights."""
+    if actual is None:
+        return None
+    tolerances = output_tolerances(
+        expected, dataclasses.replace(sws_spec, weights=None, activations=None), precision
+    )
+    (prediction,) = _compare(actual, expected, {PREDICTION: tolerances[PREDICTION]})
+    return prediction
 
 
 def _require_finite(outputs: Outputs) -> None:
@@ -192,6 +209,7 @@ def validate_against_plain(
     precision: Precision,
     progress: Progress,
     original: PlainInputs | None = None,
+    unquantized: ir.Model | None = None,
 ) -> ValidationReport:
     """Compare an SWS graph at intensity 0 with the plain graph that it was made from.
 
@@ -207,10 +225,15 @@ def validate_against_plain(
         precision: Precision of the export.
         progress: Receives the stage.
         original: How the plain graph is run, if its inputs differ from those of the SWS graph.
+        unquantized: The same graph without 8-bit weights, whose error is reported, too.
 
     Raises:
         ValidationError: With this preset, the SWS graph equals the plain one at no intensity and noise level.
     """
+    bypass = {PREDICTION: _BYPASS_TOLERANCE[precision]}
+    tolerances = bypass
+    if unquantized is not None:
+        tolerances = {PREDICTION: quantized_tolerance(sws_spec)}
     bypass_sigma = sws_spec.preset.bypass_sigma(sws_spec.parameters)
     if sws_spec.sites and bypass_sigma is None and not sws_spec.preset.plain_at_zero:
         raise ValidationError(
@@ -223,7 +246,7 @@ def validate_against_plain(
     intensity = np.zeros(sizes["batch"])
     graph_inputs: list[Outputs] = []
     expected: list[Outputs] = []
-    with progress.stage("validate", total=2 * STEPS) as stage:
+    with progress.stage("validate", total=(3 if unquantized else 2) * STEPS) as stage:
         stage.describe("loading ONNX Runtime")
         plain, graph = OnnxRunner(plain_path), OnnxRunner(onnx_path)
         stage.describe("running the plain graph")
@@ -240,12 +263,17 @@ def validate_against_plain(
             trajectory.advance(step, expected[-1]["out_sample"].astype(np.float64))
         stage.describe("running the SWS graph")
         actual = graph.run(graph_inputs, stage)
+        without = None
+        if unquantized is not None:
+            stage.describe("running the unquantized graph")
+            without = _compare(OnnxRunner(unquantized).run(graph_inputs, stage), expected, bypass)
     at_sigma = "" if bypass_sigma is None else f" and sigma {bypass_sigma:g}"
     return ValidationReport(
         reference=f"the plain graph, at intensity 0{at_sigma}",
         remarks=("the computation of SWS was not compared: that needs the checkpoint (sws-export validate)",),
         steps=STEPS,
         sizes=sizes,
-        outputs=_compare(actual, expected, {"out_sample": _BYPASS_TOLERANCE[precision]}),
+        outputs=_compare(actual, expected, tolerances),
         seconds=time.monotonic() - start,
+        unquantized=without[0] if without else None,
     )

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from examples.shapes import check, entropy, prompts, sample, scenes, train
+from graph_passes.weight_formats import WEIGHT_FORMATS
+from sws_export import ExportOptions, QuantizationOptions, SourceOptions, SwsOptions, export
 
 FOLDER = Path(sample.HERE)
 WEIGHTS = FOLDER / "unet" / "diffusion_pytorch_model.safetensors"
@@ -186,6 +188,26 @@ def test_samples_obey_their_prompts(unet: Any) -> None:
     assert share.shape >= 0.8
     one = sample.sample(unet, said[:1], steps=12)
     np.testing.assert_allclose(one[0], pictures[0], atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("field", ["weights", "activations"])
+@pytest.mark.parametrize("kind", WEIGHT_FORMATS)
+def test_samples_of_8_bit_graphs_obey_their_prompts(kind: str, field: str, tmp_path: Path) -> None:
+    options = ExportOptions(
+        source=SourceOptions(precision="fp16"),
+        sws=SwsOptions(sites=("mid*attn1",), guard="literal"),
+        quantization=QuantizationOptions(**{field: kind}),  # type: ignore[arg-type]
+        validate=False,
+    )
+    export(sample.HERE / "unet", tmp_path / "unet.onnx", options)
+    wanted = check.random_scenes(8, seed=11)
+    said = [prompts.describe(scene) for scene in wanted]
+    pictures = sample.sample(check.load_artefact(tmp_path / "unet.onnx"), said, steps=12)
+    share = check.accuracy(wanted, pictures)
+    assert min(share.position, share.colour) >= 0.9
+    assert share.shape >= 0.8
 
 
 def test_grid_shows_each_picture_in_its_cell() -> None:

@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import save_file
 from sws_export.cli import main
 
-from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsParameters, export
+from sws_export import (
+    EngineOptions,
+    ExportOptions,
+    SizeOptions,
+    SourceOptions,
+    SwsParameters,
+    export,
+)
 from sws_export.cache import Cache, open_cache
 from sws_export.cache.digests import DigestCache
 from sws_export.checkpoint import verify_weights
@@ -181,6 +188,16 @@ def test_converted_weights_are_restored(model: Path, out: Path) -> None:
     assert (out / "a.onnx").read_bytes() == (out / "b.onnx").read_bytes()
 
 
+@pytest.mark.parametrize("source", ["model", "traced"])
+def test_quantized_weights(source: str, request: pytest.FixtureRequest, out: Path) -> None:
+    options = with_options(UNVALIDATED, weights="fp8")
+    export(request.getfixturevalue(source), out / "graph.onnx", options)
+    before = listing(out)
+    (out / "graph.onnx").unlink()
+    assert "export" in cached(export(request.getfixturevalue(source), out / "graph.onnx", options))
+    assert listing(out)["graph.onnx"] == before["graph.onnx"]
+
+
 def test_an_onnx_source_is_cached(traced: Path, out: Path) -> None:
     export(traced, out / "a.onnx", UNVALIDATED)
     assert "rewrite" in cached(export(traced, out / "b.onnx", UNVALIDATED))
@@ -267,6 +284,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "debug_outputs": {"debug_outputs": True},
     "validate": {"validate": True},
     "target": {"backend": "tensorrt"},
+    "weights": {"weights": "int8"},
 }
 
 

@@ -37,6 +37,14 @@ def test_pictures_and_effect(sws_graph: Path, pipeline: Path, tmp_path: Path) ->
         assert sheet.height > 2 * 16
 
 
+def test_another_artefact_beside_it(sws_graph: Path, pipeline: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(
+        OPTIONS, prompts=("a cat",), seeds=(1,), intensities=(0.0,), beside=(sws_graph,)
+    )
+    effects = sample_pipeline(sws_graph, pipeline, tmp_path / "sheet.png", options)
+    assert [(effect.artefact, effect.difference) for effect in effects] == [("", 0.0), (sws_graph.name, 0.0)]
+
+
 def test_every_picture_begins_from_an_empty_state(
     node_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,18 +15,18 @@ from sws_export.progress import SilentProgress
 from sws_export.validation import OutputDifference, SwsSpec, ValidationReport, validate_against_reference
 from sws_export.validation.onnx_runner import OnnxRunner
 from sws_export.validation.reference_runner import ReferenceRunner
-from sws_export.validation.validate import validation_sizes
+from sws_export.validation.sizes import validation_sizes
 from tests.export_runs import ONE_SITE
 
 
 def test_sizes_are_not_square_and_fit_the_unet() -> None:
     for levels in range(1, 5):
-        sizes = validation_sizes({"block_out_channels": [32] * levels}, 10**6)
+        sizes = validation_sizes(2 ** (levels - 1), 10**6)
         assert sizes["height"] != sizes["width"]
         assert sizes["height"] % 2 ** (levels - 1) == sizes["width"] % 2 ** (levels - 1) == 0
         assert sizes["batch"] == 2
-    large = validation_sizes({"block_out_channels": [320] * 4}, 10**9)
-    small = validation_sizes({"block_out_channels": [320] * 4}, 10**8)
+    large = validation_sizes(8, 10**9)
+    small = validation_sizes(8, 10**8)
     assert large["height"] * large["width"] < small["height"] * small["width"]
 
 

@@ -1,0 +1,78 @@
+"""Quantize the activations that linear layers and convolutions read."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
+
+from graph_passes.find_layers import Layer, find_layers
+from graph_passes.quantize_weights import FORMATS
+from graph_passes.weight_formats import WeightFormat
+
+
+class InsertQdq(InPlacePass):
+    """Insert `QuantizeLinear` and `DequantizeLinear` before layers, with one scale per tensor.
+
+    Outputs of layers stay as they are, so queries, keys, values and what SWS measures keep the precision of
+    the graph. Layers that read the same tensor share the nodes. Run it on a plain graph, before
+    `QuantizeWeights`, which makes the other operand of the layers 8-bit.
+    """
+
+    def __init__(self, activations: WeightFormat, ranges: Mapping[str, float]) -> None:
+        """Quantize the inputs of the layers in `ranges`.
+
+        Args:
+            activations: Format of the activations.
+            ranges: Largest absolute value that is represented, by the name of the layer.
+        """
+        super().__init__()
+        self.activations = activations
+        self.ranges = ranges
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Insert the nodes in front of the first layer that reads a tensor."""
+        layers, _ = find_layers(model)
+        groups: dict[ir.Value, list[Layer]] = {}
+        for layer in layers:
+            source = layer.node.inputs[0]
+            if source is not None and layer.name in self.ranges and not _is_dequantized(source):
+                groups.setdefault(source, []).append(layer)
+        for value, readers in groups.items():
+            largest = max(self.ranges[layer.name] for layer in readers)
+            quantized = self._insert(model.graph, value, readers[0].node, largest)
+            for layer in readers:
+                layer.node.replace_input_with(0, quantized)
+        return PassResult(model, modified=bool(groups))
+
+    def _insert(self, graph: ir.Graph, value: ir.Value, before: ir.Node, largest: float) -> ir.Value:
+        """`value` rounded to 8 bits."""
+        assert value.dtype is not None
+        target, name = FORMATS[self.activations], f"{value.name}/quantized"
+        scale = np.array(largest / target.largest, value.dtype.numpy())
+        scale = np.maximum(scale, np.finfo(np.float16).smallest_normal, dtype=scale.dtype)
+        constants = [
+            ir.val(f"{name}_scale", const_value=ir.Tensor(scale, name=f"{name}_scale")),
+            ir.val(f"{name}_zero", const_value=_zero(target.dtype, f"{name}_zero")),
+        ]
+        for constant in constants:
+            graph.register_initializer(constant)
+        quantize = ir.node("QuantizeLinear", [value, *constants], name=f"{name}/QuantizeLinear")
+        restore = ir.node(
+            "DequantizeLinear", [quantize.outputs[0], *constants], name=f"{name}/DequantizeLinear"
+        )
+        for node, kind in ((quantize, target.dtype), (restore, value.dtype)):
+            (output,) = node.outputs
+            output.name, output.type, output.shape = f"{node.name}:0", ir.TensorType(kind), value.shape
+        graph.insert_before(before, [quantize, restore])
+        return restore.outputs[0]
+
+
+def _zero(dtype: ir.DataType, name: str) -> ir.TensorProtocol:
+    """A zero point, which gives `QuantizeLinear` the dtype of its output."""
+    return ir.Tensor(np.zeros((), dtype.numpy()), dtype=dtype, name=name)
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"

@@ -1,0 +1,173 @@
+"""Runs a graph over a sampling trajectory and measures the inputs of its layers."""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.find_layers import Layer
+from graph_passes.quantize_weights import FORMATS
+from graph_passes.weight_formats import WeightFormat
+from sws_export.calibration.layer_error import LayerError
+from sws_export.errors import ExportError
+from sws_export.progress import Progress, Stage
+from sws_export.tensors import TensorSpec
+from sws_export.validation.onnx_runner import OnnxRunner
+from sws_export.validation.trajectory import Array, Trajectory
+
+STEPS = 5
+MAX_STEPS = 16
+"""Recorded steps that are run; the inputs of the layers of a subgraph are held for all of them."""
+PERCENTILES: Mapping[WeightFormat, float] = {"int8": 99.99, "fp8": 100.0}
+"""Percentile of the absolute values of an activation that its scale represents; larger ones are clipped.
+
+The range of float8 grows with its values, so nothing is gained by clipping: NVIDIA's recipe, too, takes the
+largest value for float8 and a percentile for int8 (`FP8_DEFAULT_CONFIG` and `reset_set_int8_config` in
+`examples/diffusers/quantization/config.py` of NVIDIA/TensorRT-Model-Optimizer).
+"""
+_BINS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was measured, by the name of the layer.
+
+    Attributes:
+        activations: Format of the activations.
+        ranges: Largest absolute value of a layer's input that is represented.
+        errors: Root mean square error of a layer's output with 8-bit weights and inputs, relative to that of
+            the output.
+        source: Where the inputs come from, in words.
+        steps: Number of steps.
+    """
+
+    activations: WeightFormat
+    ranges: Mapping[str, float]
+    errors: Mapping[str, float]
+    source: str
+    steps: int
+
+
+def calibrate(
+    model: ir.Model,
+    layers: Sequence[Layer],
+    activations: WeightFormat,
+    run_steps: Callable[[OnnxRunner, Stage], list[Mapping[str, Array]]],
+    source: str,
+    progress: Progress,
+) -> Calibration:
+    """Run a graph twice over the same steps: for the ranges, and for the errors with these ranges.
+
+    Args:
+        model: The graph that is exported, without 8-bit weights; it is changed.
+        layers: Layers of the plain graph, whose nodes have the same names in `model`.
+        activations: Format of the activations.
+        run_steps: Runs the steps one by one, and returns their inputs.
+        source: Where the inputs come from, in words.
+        progress: Receives the stage.
+
+    Raises:
+        ExportError: ONNX Runtime is not installed, or a layer is not in the graph.
+    """
+    inputs_of = _layer_inputs(model, layers)
+    collector = _collector(PERCENTILES[activations])
+    runner = OnnxRunner(model, observed=set(inputs_of.values()))
+    with progress.stage("calibrate") as stage:
+        stage.describe("measuring ranges")
+        runner.observe = lambda name, value: _quietly(collector.collect, {name: value.astype(np.float32)})
+        steps = run_steps(runner, stage)
+        thresholds = _quietly(collector.compute_collection_result)
+        largest = {name: float(np.abs(found[:2]).max()) for name, found in thresholds.items()}
+        stage.describe("measuring the error of each layer")
+        errors = {
+            layer.name: LayerError(layer, activations, largest[inputs_of[layer.name]], len(steps))
+            for layer in layers
+        }
+        readers: dict[str, list[LayerError]] = {}
+        for layer in layers:
+            readers.setdefault(inputs_of[layer.name], []).append(errors[layer.name])
+
+        def measure(name: str, value: Array) -> None:
+            for error in readers[name]:
+                error.add(value)
+
+        runner.reset()
+        runner.observe = measure
+        runner.run(steps, stage)
+    return Calibration(
+        activations,
+        {layer.name: largest[inputs_of[layer.name]] for layer in layers},
+        {name: error.relative for name, error in errors.items()},
+        source,
+        len(steps),
+    )
+
+
+def trajectory_steps(
+    specs: Sequence[TensorSpec], sizes: Mapping[str, int]
+) -> Callable[[OnnxRunner, Stage], list[Mapping[str, Array]]]:
+    """The steps of the trajectory of validation, with the predictions of the graph itself."""
+
+    def run(runner: OnnxRunner, stage: Stage) -> list[Mapping[str, Array]]:
+        trajectory = Trajectory(specs, sizes, STEPS)
+        inputs: list[Mapping[str, Array]] = []
+        for step in trajectory.steps():
+            given = {"sigma": step.sigma, "intensity": trajectory.intensity}
+            inputs.append(trajectory.inputs(step) | given)
+            (outputs,) = runner.run([inputs[-1]], stage)
+            trajectory.advance(step, outputs["out_sample"].astype(np.float64))
+        return inputs
+
+    return run
+
+
+def recorded_steps(
+    inputs: Sequence[Mapping[str, Array]],
+) -> Callable[[OnnxRunner, Stage], list[Mapping[str, Array]]]:
+    """At most `MAX_STEPS` of the recorded steps, evenly spaced."""
+    chosen = np.unique(np.linspace(0, len(inputs) - 1, MAX_STEPS).round().astype(int))
+
+    def run(runner: OnnxRunner, stage: Stage) -> list[Mapping[str, Array]]:
+        steps = [inputs[index] for index in chosen]
+        runner.run(steps, stage)
+        return steps
+
+    return run
+
+
+def _layer_inputs(model: ir.Model, layers: Sequence[Layer]) -> dict[str, str]:
+    """Names of the values that the layers read, which become outputs of the graph."""
+    nodes = {node.name: node for node in model.graph}
+    names = {}
+    for layer in layers:
+        node = nodes.get(layer.node.name)
+        value = node.inputs[0] if node is not None else None
+        if value is None:
+            raise ExportError(f"{layer.name}: the layer is not in the lowered graph, so it is not calibrated")
+        names[layer.name] = str(value.name)
+        if not value.is_graph_input() and not value.is_graph_output():
+            model.graph.outputs.append(value)
+    return names
+
+
+def _collector(percentile: float) -> Any:
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    return HistogramCollector(
+        method="percentile",
+        symmetric=True,
+        num_bins=_BINS,
+        num_quantized_bins=FORMATS["int8"].largest,
+        percentile=percentile,
+        scenario="same",
+    )
+
+
+def _quietly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function of ONNX Runtime that prints its progress."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*arguments)

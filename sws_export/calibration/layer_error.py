@@ -1,0 +1,81 @@
+"""The error of one layer with 8-bit weights and activations."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graph_passes.find_layers import Layer
+from graph_passes.quantize_weights import FORMATS, rounded_weight
+from graph_passes.weight_formats import WeightFormat
+from sws_export.validation.trajectory import Array
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LayerError:
+    """Compares the outputs of a layer with and without rounding, in float32."""
+
+    def __init__(self, layer: Layer, activations: WeightFormat, largest: float, steps: int) -> None:
+        """Compare after `steps` inputs were added; `largest` is the range of the inputs."""
+        self._layer = layer
+        self._format = activations
+        self._scale = max(largest, 1e-30) / FORMATS[activations].largest
+        self._steps = steps
+        self._inputs: list[Array] = []
+        self._error = 0.0
+        self._output = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Root mean square error, relative to the root mean square of the output."""
+        return math.sqrt(self._error / self._output) if self._output else 0.0
+
+    def add(self, inputs: Array) -> None:
+        """Keep the inputs of a step; after those of the last step, compute the error."""
+        self._inputs.append(inputs)
+        if len(self._inputs) < self._steps:
+            return
+        import torch
+
+        assert self._layer.weight.const_value is not None
+        stored = self._layer.weight.const_value
+        # The weights are read and rounded once for all steps.
+        weight = torch.from_numpy(stored.numpy().astype(np.float32))
+        rounded = torch.from_numpy(rounded_weight(stored, self._layer.axis, self._format))
+        for step in self._inputs:
+            values = torch.from_numpy(step.astype(np.float32))
+            exact = self._output_of(values, weight)
+            error = self._output_of(self._round(values), rounded) - exact
+            self._error += float(error.square().sum())
+            self._output += float(exact.square().sum())
+        self._inputs = []
+
+    def _round(self, values: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        largest = FORMATS[self._format].largest
+        steps = (values / self._scale).clamp(-largest, largest)
+        rounded = steps.round() if self._format == "int8" else steps.to(torch.float8_e4m3fn).float()
+        return rounded * self._scale
+
+    def _output_of(self, values: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":
+        """The layer without its bias, which has no part in the error."""
+        import torch.nn.functional as F
+
+        node = self._layer.node
+        if node.op_type != "Conv":
+            return values @ (weight.T if self._layer.axis == 0 else weight)
+        given: dict[str, Any] = {name: attribute.value for name, attribute in node.attributes.items()}
+        rank = weight.ndim - 2
+        pads = list(given.get("pads", [0] * 2 * rank))
+        # torch pads the last dimension first: [left, right, top, bottom].
+        padding = [side for axis in reversed(range(rank)) for side in (pads[axis], pads[axis + rank])]
+        return F.conv2d(
+            F.pad(values, padding),
+            weight,
+            stride=tuple(given.get("strides", [1] * rank)),
+            dilation=tuple(given.get("dilations", [1] * rank)),
+            groups=given.get("group", 1),
+        )

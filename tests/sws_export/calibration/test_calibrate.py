@@ -1,0 +1,89 @@
+"""Ranges, layer errors, and the steps that they are measured on."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graph_passes.find_layers import find_layers
+from graph_passes.quantize_weights import rounded_weight
+from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
+from sws_export.calibration import calibrate, record_steps, recorded_steps
+from sws_export.calibration.layer_error import LayerError
+from sws_export.errors import CheckpointError, OptionError
+from sws_export.progress import SilentProgress
+from sws_export.tensors import TensorSpec
+from tests.export_runs import TRAINED
+from tests.graph_passes.layer_models import QUANTIZED, layer_feeds, layer_model
+
+SPECS = (
+    TensorSpec("sample", "float32", ("batch", 3, "height", "width")),
+    TensorSpec("timestep", "float32", ("batch",)),
+    TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", 64)),
+)
+
+
+def steps(count: int) -> list[dict[str, Any]]:
+    return [{name: (step + 1) * value for name, value in layer_feeds().items()} for step in range(count)]
+
+
+def test_ranges_and_errors_of_all_layers() -> None:
+    model = layer_model()
+    layers, _ = find_layers(layer_model())
+    found = calibrate(model, layers, "fp8", recorded_steps(steps(3)), "three steps", SilentProgress())
+    assert found.ranges.keys() == found.errors.keys() == QUANTIZED.keys()
+    text = 3 * np.abs(layer_feeds()["encoder_hidden_states"]).max()
+    assert found.ranges["mid_block.to_q"] == found.ranges["mid_block.to_k"] == pytest.approx(text, rel=1e-3)
+    assert all(0.01 < error < 0.06 for error in found.errors.values())
+    assert (found.activations, found.steps, found.source) == ("fp8", 3, "three steps")
+    clipped = calibrate(layer_model(), layers, "int8", recorded_steps(steps(3)), "", SilentProgress())
+    assert 0.5 * text < clipped.ranges["mid_block.to_q"] < text
+
+
+@pytest.mark.parametrize("activations", WEIGHT_FORMATS)
+def test_the_error_of_a_linear_layer(activations: WeightFormat) -> None:
+    layer = next(layer for layer in find_layers(layer_model())[0] if layer.name == "mid_block.to_q")
+    x = layer_feeds()["encoder_hidden_states"]
+    error = LayerError(layer, activations, 3.0, 1)
+    error.add(x)
+    assert layer.weight.const_value is not None
+    weight = layer.weight.const_value.numpy().astype(np.float64)
+    rounded = rounded_weight(layer.weight.const_value, layer.axis, activations).astype(np.float64)
+    dtype = ir.DataType.INT8 if activations == "int8" else ir.DataType.FLOAT8E4M3FN
+    largest = 127 if activations == "int8" else 448
+    scale = 3.0 / largest
+    scaled = np.clip(x.astype(np.float64) / scale, -largest, largest)
+    values = np.rint(scaled) if activations == "int8" else scaled.astype(dtype.numpy()).astype(np.float64)
+    values = values * scale
+    difference = values @ rounded.T - x @ weight.T
+    expected = np.linalg.norm(difference) / np.linalg.norm(x @ weight.T)
+    assert error.relative == pytest.approx(expected, rel=1e-3)
+
+
+def test_many_recorded_steps_are_thinned_out() -> None:
+    class Runner:
+        def run(self, steps: Any, stage: Any) -> None: ...
+
+    chosen = recorded_steps([{"number": np.array(n)} for n in range(40)])(Runner(), None)  # type: ignore[arg-type]
+    numbers = [int(step["number"]) for step in chosen]
+    assert (len(numbers), numbers[0], numbers[-1]) == (16, 0, 39)
+
+
+# diffusers 0.42 turns a tensor into an array in a way that numpy 2 deprecates.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_steps_of_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sws_export.calibration.pipeline_steps.STEPS", 2)
+    prompts = ["red circle left", "blue cross top"]
+    found = record_steps(TRAINED.parent, prompts, SPECS, SilentProgress(), trust_code=True)
+    assert len(found) == 4
+    assert found[0].keys() == {"sample", "timestep", "encoder_hidden_states", "sigma", "intensity"}
+    assert found[0]["sample"].shape == (2, 3, 32, 32)
+    assert found[0]["timestep"].shape == found[0]["sigma"].shape == (2,)
+    assert found[0]["sigma"][0] > found[1]["sigma"][0]
+    assert not np.array_equal(found[0]["encoder_hidden_states"], found[2]["encoder_hidden_states"])
+    with pytest.raises(OptionError, match="trust"):
+        record_steps(TRAINED.parent, prompts, SPECS, SilentProgress(), trust_code=False)
+    missing = (*SPECS, TensorSpec("text_embeds", "float32", ("batch", 8)))
+    with pytest.raises(CheckpointError, match="its UNet is called without text_embeds"):
+        record_steps(TRAINED.parent, prompts, missing, SilentProgress(), trust_code=True)

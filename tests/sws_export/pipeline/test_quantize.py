@@ -1,0 +1,236 @@
+"""Exports with 8-bit weights: what is written, how it is validated, and what it is combined with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from sws_export import ExportOptions, QuantizationOptions, SizeOptions, SwsOptions, export
+from sws_export.errors import OptionError, ValidationError
+from sws_export.inspection import inspect_file
+from sws_export.pipeline.revalidate import validate
+from sws_export.progress import RecordingProgress, SilentProgress
+from sws_export.report.explanation import Explanation
+from sws_export.report.tables import quantization_facts, validation_table
+from sws_export.validation import ValidationReport
+from tests.export_runs import difference, listing, open_session, with_options
+from tests.graph_passes.small_models import op_counts
+
+INT8 = ExportOptions(
+    sws=SwsOptions(guard="literal"), quantization=QuantizationOptions(weights="int8"), validate=False
+)
+
+pytestmark = pytest.mark.usefixtures("quick_trace")
+
+
+def inputs(batch: int = 2, intensity: float = 1.0) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    return {
+        "sample": random.standard_normal((batch, 4, 8, 6)),
+        "timestep": np.full(batch, 500.0),
+        "encoder_hidden_states": random.standard_normal((batch, 7, 16)),
+        "sigma": np.full(batch, 3.0),
+        "intensity": np.full(batch, intensity),
+    }
+
+
+def prediction(graph: Path, intensity: float = 1.0) -> Any:
+    session, given = open_session(graph), inputs(intensity=intensity)
+    return session.step(given, session.zero_state(given))[0]
+
+
+@pytest.fixture(scope="module")
+def validated(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph with int8 weights, validated at the export."""
+    graph = tmp_path_factory.mktemp("int8") / "graph.onnx"
+    export(random_unet, graph, with_options(INT8, validate=True))
+    return graph
+
+
+def test_the_manifest_names_the_layers(validated: Path, random_unet: Path) -> None:
+    manifest = json.loads(validated.with_name("graph.onnx.json").read_text())
+    entry = manifest["quantization"]
+    assert entry["weights"] == "int8"
+    layers = sum(entry["layers"].values())
+    assert op_counts(ir.load(validated))["DequantizeLinear"] == layers > 20
+    assert entry["skipped_layers"]["first convolution"] == ["conv_in"]
+    assert entry["skipped_layers"]["last convolution"] == ["conv_out"]
+    embeddings = entry["skipped_layers"]["embedding of the timestep or of another condition"]
+    assert {"time_embedding.linear_1", "mid_block.resnets.0.time_emb_proj"} < set(embeddings)
+    stored = (random_unet / "diffusion_pytorch_model.safetensors").stat().st_size
+    weights = sum(
+        v.const_value.nbytes for v in ir.load(validated).graph.initializers.values() if v.const_value
+    )
+    assert weights < 0.45 * stored
+    assert inspect_file(validated)["quantization"] == entry
+
+
+def test_both_errors_are_measured(validated: Path) -> None:
+    manifest = json.loads(validated.with_name("graph.onnx.json").read_text())
+    errors = {entry["name"]: entry for entry in manifest["validation"]["outputs"]}
+    without = manifest["validation"]["unquantized"]
+    assert without["name"] == "out_sample"
+    assert (
+        without["maximum"] < 1e-5 < errors["out_sample"]["maximum"] < errors["out_sample"]["tolerance"] == 0.1
+    )
+    assert errors["sws_state_d2_out"]["tolerance"] == 1e-5
+    explanation = Explanation(manifest, "graph.onnx", 0.5, {}, "", "artefact", {}, ())
+    assert "out_sample, weights not quantized" in validation_table(explanation)
+    facts = quantization_facts(explanation)
+    assert facts["8-bit weights"].startswith("int8: ")
+    assert "first convolution: conv_in" in facts["layers without"]
+
+
+def test_it_is_validated_again_with_its_own_tolerance(validated: Path, random_unet: Path) -> None:
+    report = validate(validated, random_unet)
+    assert report.passed
+    assert {output.name: output.tolerance for output in report.outputs}["out_sample"] == 0.1
+
+
+def test_a_graph_over_its_tolerance_is_not_written(
+    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sws_export.validation.tolerances._PREDICTION_WEIGHTS", {"int8": 1e-9})
+    monkeypatch.setattr("sws_export.validation.tolerances._PREDICTION", {"fp32": 1e-9})
+    with pytest.raises(ValidationError, match=r"out_sample by .* allowed is 1e-09; nothing was written"):
+        export(random_unet, out / "graph.onnx", with_options(INT8, validate=True))
+    assert listing(out) == {}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plain": True, "guard": None, "controlnet": True, "precision": "fp16"},
+        {"preset": "comfyui-node", "guard": None, "u": "sigma"},
+        {"backend": "tensorrt-rtx", "weights": "fp8"},
+        {"backend": "tensorrt", "precision": "fp16"},
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+def test_it_combines_with(changes: dict[str, Any], random_unet: Path, out: Path) -> None:
+    options = with_options(INT8, **changes)
+    report = export(random_unet, out / "graph.onnx", options)
+    assert report.manifest is not None
+    assert report.manifest["quantization"]["weights"] == changes.get("weights", "int8")
+    counts = op_counts(ir.load(out / "graph.onnx"))
+    assert counts["DequantizeLinear"] == sum(report.manifest["quantization"]["layers"].values())
+    if changes.get("controlnet"):
+        return
+    export(random_unet, out / "exact.onnx", with_options(options, weights=None))
+    assert 1e-4 < difference(prediction(out / "graph.onnx"), prediction(out / "exact.onnx")) < 0.1
+
+
+def test_static_and_dynamic_graphs_share_the_weights(
+    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**18)
+    passed = ValidationReport("the reference", (), 5, {}, (), 1.0)
+    monkeypatch.setattr("sws_export.sources.checkpoint.validate_against_reference", lambda *_: passed)
+    sizes = SizeOptions(batch="2", height="8", width="6", tokens="7", vae_scale=1)
+    export(
+        random_unet,
+        out / "graph.onnx",
+        ExportOptions(sws=INT8.sws, sizes=sizes, quantization=INT8.quantization),
+    )
+    assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.data", "graph.onnx.json"]
+    export(random_unet, out / "dynamic.onnx", INT8)
+    # Above intensity 0, rounding can move the result of the bisection by one interval.
+    static, dynamic = (prediction(out / f"{name}.onnx", intensity=0.0) for name in ("graph", "dynamic"))
+    assert difference(static, dynamic) < 1e-5
+
+
+def test_a_plain_quantized_graph_as_the_source(random_unet: Path, out: Path) -> None:
+    export(random_unet, out / "plain.onnx", with_options(INT8, plain=True, guard=None))
+    report = export(out / "plain.onnx", out / "sws.onnx", ExportOptions(sws=INT8.sws))
+    assert report.manifest is not None
+    assert report.manifest["quantization"]["weights"] == "int8"
+    with pytest.raises(OptionError, match="has int8 weights already; leave out --weights"):
+        export(out / "plain.onnx", out / "again.onnx", INT8)
+
+
+def test_targets_without_float8(random_unet: Path, out: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    sizes = SizeOptions(height="16", width="16", vae_scale=1)
+    options = ExportOptions(sizes=sizes, quantization=QuantizationOptions(weights="fp8"), dry_run=True)
+    progress = RecordingProgress(SilentProgress())
+    needs = export(random_unet, out / "engine.plan", options, progress).preflight
+    assert (False, "not built for compute capability 8.0, 8.6: no float8 before 8.9") in progress.lines
+    exact = export(random_unet, out / "engine.plan", with_options(options, weights=None)).preflight
+    assert needs.graph_size < 0.55 * exact.graph_size
+    named = with_options(options, compute_capabilities=("8.6", "8.9"))
+    with pytest.raises(OptionError, match=r"--compute-capability 8\.6: GPUs before 8\.9 have no float8"):
+        export(random_unet, out / "engine.plan", named)
+    export(random_unet, out / "engine.plan", with_options(named, weights="int8"))
+
+
+@pytest.fixture(scope="module")
+def activations(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph with int8 weights and activations, in float32 beside them, validated at the export."""
+    graph = tmp_path_factory.mktemp("activations") / "graph.onnx"
+    options = with_options(INT8, validate=True, weights=None, activations="int8", precision="fp32")
+    export(random_unet, graph, options)
+    return graph
+
+
+def test_activations_are_calibrated_and_validated(activations: Path) -> None:
+    manifest = json.loads(activations.with_name("graph.onnx.json").read_text())
+    entry = manifest["quantization"]
+    assert entry["activations"] == entry["weights"] == "int8"
+    assert entry["calibration"] == {"source": "the trajectory of the validation", "steps": 5}
+    assert all(
+        name.endswith("conv_shortcut") for name in entry["skipped_layers"]["convolution of a shortcut"]
+    )
+    errors = entry["layer_errors"]
+    assert all(0 < error < 0.1 for error in errors.values())
+    assert len(errors) == sum(entry["layers"].values())
+    counts = op_counts(ir.load(activations))
+    # Queries, keys and values are projections of one tensor.
+    assert 0 < counts["QuantizeLinear"] < len(errors)
+    assert counts["DequantizeLinear"] == len(errors) + counts["QuantizeLinear"]
+    found = {output["name"]: output for output in manifest["validation"]["outputs"]}["out_sample"]
+    assert manifest["validation"]["unquantized"]["maximum"] < 1e-5 < found["maximum"] < found["tolerance"]
+
+
+def test_sensitive_layers_keep_their_precision(
+    activations: Path, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads(activations.with_name("graph.onnx.json").read_text())
+    errors = manifest["quantization"]["layer_errors"]
+    limit = sorted(errors.values())[len(errors) // 2]
+    monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": limit})
+    options = with_options(INT8, weights=None, activations="int8", precision="fp32")
+    report = export(random_unet, out / "graph.onnx", options)
+    assert report.manifest is not None
+    skipped = report.manifest["quantization"]["skipped_layers"]
+    (named,) = [
+        names for reason, names in skipped.items() if reason.startswith("its error with 8 bits is above")
+    ]
+    # The manifest has rounded errors.
+    assert set(named) >= {name for name, error in errors.items() if error > limit + 1e-5} != set()
+    assert set(named) <= {name for name, error in errors.items() if error > limit - 1e-5}
+    assert (
+        not {f"{name}.weight_int8" for name in named} & ir.load(out / "graph.onnx").graph.initializers.keys()
+    )
+
+
+def test_options_of_activations(tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"--precision int8 has weights of the same format; leave out --weights fp8"
+    ):
+        QuantizationOptions(weights="fp8", activations="int8")
+    with pytest.raises(OptionError, match="--calibration PIPELINE and --prompts FILE belong together"):
+        QuantizationOptions(activations="int8", calibration=tmp_path)
+    with pytest.raises(OptionError, match="--calibration has no meaning without 8-bit activations"):
+        QuantizationOptions(weights="int8", calibration=tmp_path, prompts=tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \n")
+    options = QuantizationOptions(activations="fp8", calibration=tmp_path, prompts=tmp_path / "prompts.txt")
+    assert options.read_prompts() == ["a cat", "a dog"]
+    before = options.cache_key()
+    (tmp_path / "prompts.txt").write_text("a bird\n")
+    assert options.cache_key() != before
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(OptionError, match="expected a prompt a line, found an empty file"):
+        options.read_prompts()
