@@ -69,7 +69,11 @@ class GpuMemory:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "GpuMemory":
         """From the result of `dataclasses.asdict`, for example in a manifest."""
-        return cls(values["weights"], tuple(ProfileMemory(**profile) for profile in values["profiles"]))
+        names = [field.name for field in dataclasses.fields(ProfileMemory)]
+        return cls(
+            values["weights"],
+            tuple(ProfileMemory(*(profile[name] for name in names)) for profile in values["profiles"]),
+        )
 
 
 def is_memory_figure(message: str) -> bool:

@@ -42,4 +42,6 @@ PLAN_TURING = 1.2
 # 84 MB for the plain SD1.5 in float16 at 2 x 512 x 512 pixels. With SWS modelled, as 1.3 times that: fused
 # 16-bit attentions store no logits. A float32 engine stores those of one attention twice, logits and weights.
 ACTIVATION_FACTOR = {"plain": 16.0, "sws": 21.0}
+ACTIVATION_BASE = {"plain": 0, "sws": 8_000_000}
+"""Whatever the sizes: 12.5 and 16.6 MB for the example in float16 at 2 and 4 x 32 x 32."""
 ACTIVATION_SPREAD = 0.5

@@ -74,7 +74,7 @@ class Preflight:
             )
         if self.gpu_memory is not None:
             lines += [
-                f"expected engine, ± {estimates.ACTIVATION_SPREAD:.0%} of the activations: {needs}"
+                f"expected: the engine {needs} (activations ± {estimates.ACTIVATION_SPREAD:.0%})"
                 for needs in describe_gpu_memory(self.gpu_memory, self.profiles)
             ]
         return lines
@@ -177,7 +177,9 @@ def _gpu_memory(source: Source, engine: EngineConfig, kind: str, weights: int) -
     profiles = []
     for sizes in engine.profiles:
         latent = math.prod(getattr(sizes, name).maximum for name in ("batch", "height", "width"))
-        activations = int(estimates.ACTIVATION_FACTOR[kind] * latent * value)
+        activations = estimates.ACTIVATION_BASE[kind] + int(
+            estimates.ACTIVATION_FACTOR[kind] * latent * value
+        )
         if source.precision == "fp32":
             pixels = sizes.height.maximum * sizes.width.maximum
             activations += 2 * 4 * sizes.batch.maximum * _logits(source.config, pixels)

@@ -10,6 +10,7 @@ import pytest
 from sws_export.errors import SwsExportError
 from sws_export.inspection import inspect_file
 from sws_export.manifest import read_manifest
+from tests.sws_export.runtime.test_contract import make_plan
 
 
 def test_a_checkpoint(random_unet: Path) -> None:
@@ -59,6 +60,20 @@ def test_a_manifest_of_another_artefact(sws_graph: Path, traced: Path, tmp_path:
     for file in (graph, manifest):
         (warning,) = inspect_file(file)["warnings"]
         assert "is not the manifest of sws.onnx: they differ in 'sws'" in warning
+
+
+def test_the_gpu_memory_of_an_engine(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path / "e.plan")
+    recorded = Path(__file__).parent / "manifest" / "recorded" / "format_1_sws.json"
+    profile = {"activations": 2 * 10**9, "scratch": 10**9, "states": 10**6, "later": 1}
+    engine = {"backend": "tensorrt-rtx", "gpu_memory": {"weights": 10**9, "profiles": [profile]}}
+    document = json.loads(recorded.read_text()) | {"engine": engine}
+    Path(f"{plan}.json").write_text(json.dumps(document))
+    assert inspect_file(plan)["gpu_memory"] == [
+        "needs 3.00 GB of GPU memory: weights 1.00 GB, activations 2.00 GB, states 1.00 MB"
+    ]
+    Path(f"{plan}.json").write_text(json.dumps(document | {"engine": {"backend": "tensorrt-rtx"}}))
+    assert "gpu_memory" not in inspect_file(plan)
 
 
 def test_a_manifest(tmp_path: Path) -> None:

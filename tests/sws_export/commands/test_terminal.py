@@ -15,6 +15,8 @@ from sws_export.commands.terminal import (
     print_export,
     print_validation,
 )
+from sws_export.engines.build import EngineReport
+from sws_export.engines.gpu_memory import GpuMemory, ProfileMemory
 from sws_export.pipeline.preflight import Preflight
 from sws_export.pipeline.run import ExportReport
 from sws_export.stage_timings import StageTiming
@@ -112,6 +114,25 @@ def test_the_summary_of_an_export(tmp_path: Path) -> None:
     assert "precision: fp16, as given" in output
     assert f"wrote {file}  1.50 MB" in output
     assert "after each step feed back sws_state_d2_out -> sws_state_d2" in output
+
+
+def test_the_summary_of_an_engine_with_two_profiles() -> None:
+    memory = GpuMemory(10**9, (ProfileMemory(10**8, 0, 10**6), ProfileMemory(2 * 10**9, 0, 10**6)))
+    engine = EngineReport(
+        "tensorrt-rtx", "1.7", ("8.9",), 4, 1.0, 0.5, 0.5, 10**6, 3, 0, {}, gpu_memory=memory
+    )
+    planned = dataclasses.replace(PREFLIGHT, profiles=("batch 2", "batch 4"))
+    shown = console()
+    print_export(shown, ExportReport((), {"states": []}, "fp16", planned, None, engine, ()))
+    assert text(shown).splitlines() == [
+        "precision: fp16",
+        "needs 1.10 GB of GPU memory: weights 1.00 GB, activations 100.00 MB, states 1.00 MB, for batch 2",
+        "needs 3.00 GB of GPU memory: weights 1.00 GB, activations 2.00 GB, states 1.00 MB, for batch 4",
+    ]
+    shown = console()
+    unknown = dataclasses.replace(engine, gpu_memory=None)
+    print_export(shown, ExportReport((), {"states": []}, "fp16", planned, None, unknown, ()))
+    assert "unknown amount of GPU memory" in text(shown)
 
 
 def test_the_summary_of_a_dry_run() -> None:

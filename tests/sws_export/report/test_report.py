@@ -1,5 +1,6 @@
 """The report: what it measures, and a page that is whole by itself."""
 
+import dataclasses
 import html
 import re
 import shutil
@@ -117,6 +118,16 @@ def test_the_page_is_whole(request: pytest.FixtureRequest, how: str) -> None:
     assert f"down 1 · 0, step 1: {first.alpha_k:.1%}" in cells
     assert f"<td>{first.entropy_mean:.2f}</td>" in page
     assert ('<th scope="col">error</th>' in page) == (how == "reported")
+
+
+def test_an_engine_has_its_gpu_memory_among_the_facts() -> None:
+    explanation = hostile_explanation()
+    memory = {"weights": 10**9, "profiles": [{"activations": 5 * 10**8, "scratch": 0, "states": 10**7}]}
+    engine: Any = {"backend": "tensorrt-rtx", "gpu_memory": memory}
+    measured = dataclasses.replace(explanation, manifest={**explanation.manifest, "engine": engine})
+    needs = "needs 1.51 GB of GPU memory: weights 1.00 GB, activations 500.00 MB, states 10.00 MB"
+    assert needs in render(measured)
+    assert needs not in render(explanation)
 
 
 HOSTILE = "</title><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
