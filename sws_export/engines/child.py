@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Build the engine specified as JSON on standard input; returns 0 if the plan is complete."""
     spec = json.load(sys.stdin)
-    _die_with_parent(spec["parent"])
+    die_with_parent(spec["parent"])
     events = EventWriter()
     try:
         _build(spec, events)
@@ -54,7 +54,7 @@ def main() -> int:
     return 0
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Request that the kernel kills this process when its parent ends for any reason (Linux only)."""
     if sys.platform != "linux":
         return

@@ -1,20 +1,27 @@
-"""An exported UNet called as ComfyUI calls its own, and the node that loads it."""
+"""An exported UNet called as ComfyUI calls its own."""
 
-import importlib.util
 import itertools
-import json
-import sys
+import logging
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sws_export.adapters.comfyui import SwsDiffusionModel, embed_sizes, family_of, split_adm
+from sws_export import ExportOptions, SizeOptions, SourceOptions, SwsOptions, export
+from sws_export.adapters.comfyui import (
+    Engine,
+    SwsDiffusionModel,
+    embed_sizes,
+    family_of,
+    sampling_of,
+    split_adm,
+    unet_config,
+)
+from sws_export.adapters.comfyui.sizes import batch_calls, needed_sides
 from sws_export.runtime import Session, StepError
 from sws_export.tensors import TensorSpec
 from tests import export_runs
@@ -22,6 +29,7 @@ from tests.sws_export.conftest import POOLED, TOKENS
 
 SIGMAS = torch.tensor([9.0, 5.0, 2.0, 0.5, 0.0])
 Cond = tuple[uuid.UUID, torch.Tensor]
+FULL = {"sws_intensity": 1.0}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,10 +49,10 @@ class Sampler:
         self.conds: list[Cond] = [(uuid.uuid4(), draw(1, TOKENS, 16, seed=seed)) for seed in (3, 4)]
 
     def run(self, sigmas: torch.Tensor = SIGMAS, batch: int = 1, **options: Any) -> torch.Tensor:
+        self.diffusion_model.start_run()
         latent = draw(batch, 4, 8, 6, seed=9) * sigmas[0]
-        listed = sigmas.clone()
         for sigma, following in itertools.pairwise(sigmas):
-            told, untold = self.predict(latent, sigma.expand(batch), sample_sigmas=listed, **options)
+            told, untold = self.predict(latent, sigma.expand(batch), **options)
             latent = latent + (following - sigma) * (untold + 3.0 * (told - untold))
         return latent
 
@@ -59,6 +67,7 @@ class Sampler:
                 "sigmas": sigma,
                 "cond_or_uncond": group,
                 "uuids": [self.conds[number][0] for number in group],
+                **FULL,
                 **options,
             }
             timesteps = torch.full((len(x),), 500.0)
@@ -70,13 +79,18 @@ class Sampler:
 
 
 @pytest.fixture(scope="session")
-def session(sws_graph: Path) -> Session:
-    return Session.load(sws_graph, device="cpu", threads=1)
+def engine(sws_graph: Path) -> Engine:
+    return Engine.open(sws_graph, device="cpu", threads=1)
+
+
+@pytest.fixture(scope="session")
+def session(engine: Engine) -> Session:
+    return engine.session()
 
 
 @pytest.fixture
-def model(session: Session) -> SwsDiffusionModel:
-    return SwsDiffusionModel(session, intensity=1.0)
+def model(engine: Engine) -> SwsDiffusionModel:
+    return SwsDiffusionModel(engine)
 
 
 def by_hand(session: Session, sampler: Sampler) -> tuple[torch.Tensor, list[Any]]:
@@ -99,61 +113,86 @@ def test_a_run_has_the_samplers_noise_levels_and_its_own_state(
 ) -> None:
     sampler = Sampler(model, together)
     expected, states = by_hand(session, sampler)
-    # The second run begins anew.
-    for _ in range(2):
-        torch.testing.assert_close(sampler.run(), expected, rtol=0, atol=1e-4)
-        for key, stream in model._streams.items():
-            found = stream.state()["sws_state_d2"]
-            for row, number in zip(found, key[len(key) // 2 :], strict=True):
-                np.testing.assert_allclose(row, states[number], rtol=0, atol=1e-6)
+    first = sampler.run()
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-4)
+    for number, (identity, _) in enumerate(sampler.conds):
+        found = model.states.state((identity, number, 0))["sws_state_d2"]
+        np.testing.assert_allclose(found, states[number], rtol=0, atol=1e-6)
+    assert len(model.states) == (1 if together else 2)
+    # The second run has no history, although its conditions are the same objects.
+    assert torch.equal(sampler.run(), first)
+    model.end_run()
+    assert len(model.states) == 0
 
 
-def test_conditions_run_apart_do_not_share_a_state(model: SwsDiffusionModel) -> None:
-    sampler = Sampler(model, together=False)
-    sampler.run()
-    assert len(model._streams) == 2
-    sampler.run()
-    assert len(model._streams) == 2
-
-
-def test_noise_that_rises_within_a_run_keeps_the_state(
-    model: SwsDiffusionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Samplers with churn, and those that reject a step, go up again."""
-    made: list[Any] = []
-    stream = model.session.stream
-    monkeypatch.setattr(model.session, "stream", lambda: made.append(stream()) or made[-1])
-    Sampler(model).run(torch.tensor([5.0, 2.0, 2.2, 0.5]))
-    assert len(made) == 1
-
-
-def test_noise_that_rises_without_a_list_begins_anew(model: SwsDiffusionModel) -> None:
+def test_a_changed_partner_drops_no_state(model: SwsDiffusionModel) -> None:
+    """ComfyUI calls conditions together as memory allows, which may change within a run."""
     sampler = Sampler(model)
     latent = draw(1, 4, 8, 6)
-    first = sampler.predict(latent, torch.tensor([5.0]))
-    sampler.predict(latent, torch.tensor([2.0]))
-    again = sampler.predict(latent, torch.tensor([5.0]))
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    expected = []
+    for changes in (False, True):
+        model.start_run()
+        for number, sigma in enumerate((5.0, 2.0, 1.0, 0.5)):
+            sampler.together = not (changes and number % 2)
+            found = sampler.predict(latent, torch.tensor([sigma]))
+        expected.append(found)
+        assert len(model.states) == (2 if changes else 1)
+    for one, other in zip(*expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_each_sample_has_the_sigma_of_its_latent(session: Session) -> None:
-    seen: list[Any] = []
+def test_intensity_is_an_option_of_the_call(model: SwsDiffusionModel, session: Session) -> None:
+    options = {"sigmas": torch.tensor([2.0])}
+    x, context = draw(1, 4, 8, 6), draw(1, TOKENS, 16)
+    for given, intensity in (({}, 0.5), ({"sws_intensity": 0.0}, 0.0), (FULL, 1.0)):
+        model.start_run()
+        found = model(x, torch.tensor([500.0]), context=context, transformer_options=options | given)
+        expected = session.stream().step(x, 500.0, context, sigma=2.0, intensity=intensity)
+        assert torch.equal(found, expected)
 
-    class Recorder:
-        contract = session.contract
 
-        def stream(self) -> Any:
-            return SimpleNamespace(step=lambda x, *_, **given: seen.append(given["sigma"]) or x)
+def test_each_sample_has_the_sigma_of_its_latent(model: SwsDiffusionModel, session: Session) -> None:
+    """A batch of two latents: the state of each follows its own noise level."""
+    sampler = Sampler(model)
+    latent = draw(2, 4, 8, 6)
+    sampler.predict(latent, torch.tensor([5.0, 3.0]))
+    for number, sigma in enumerate((5.0, 3.0)):
+        stream = session.stream()
+        x = latent[number : number + 1] / (sigma**2 + 1) ** 0.5
+        stream.step(x, 500.0, sampler.conds[0][1], sigma=sigma, intensity=1.0)
+        found = model.states.state((sampler.conds[0][0], 0, number))["sws_state_d2"]
+        np.testing.assert_allclose(found, stream.state()["sws_state_d2"][0], rtol=0, atol=1e-6)
 
-    model = SwsDiffusionModel(Recorder(), 1.0)  # type: ignore[arg-type]
-    Sampler(model).predict(draw(2, 4, 8, 6), torch.tensor([5.0, 3.0]), sample_sigmas=SIGMAS)
-    assert seen[0].tolist() == [5.0, 3.0, 5.0, 3.0]
+
+def test_unloaded_it_loads_again_at_the_next_call(model: SwsDiffusionModel) -> None:
+    sampler = Sampler(model)
+    expected = sampler.run()
+    model.unload()
+    assert not model.engine.is_loaded
+    assert torch.equal(sampler.run(), expected)
+    assert model.engine.is_loaded
+
+
+def test_patches_without_effect_are_named_once(
+    model: SwsDiffusionModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    patches = {
+        "patches": {"output_block_patch": [print], "attn1_patch": []},
+        "patches_replace": {"attn1": {1: print}},
+    }
+    with caplog.at_level(logging.WARNING):
+        Sampler(model).run(**patches)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"sws.onnx: {name}: an engine cannot apply it, and it has no effect; use the torch model for it"
+        for name in ("patches output_block_patch", "patches_replace attn1")
+    ]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"control": {"output": []}}, "ControlNet is not in the exported graph"),
+        ({"control": {"output": [draw(1)]}}, "no ControlNet inputs; export it with --controlnet"),
+        ({"control": {"input": [draw(1)]}}, "a T2I adapter adds its residuals to the input blocks"),
         ({"transformer_options": {}}, "transformer_options has no sigmas"),
         ({"ref_latents": draw(1)}, "has no input ref_latents"),
     ],
@@ -162,6 +201,89 @@ def test_what_is_refused(model: SwsDiffusionModel, change: dict[str, Any], messa
     given = {"context": draw(1, TOKENS, 16), "transformer_options": {"sigmas": torch.tensor([2.0])}}
     with pytest.raises(StepError, match=message):
         model(draw(1, 4, 8, 6), torch.tensor([500.0]), **(given | change))
+
+
+def test_a_batch_is_split_and_padded_and_an_image_padded_and_cropped(
+    traced: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    model: SwsDiffusionModel,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sizes = SizeOptions(batch="2", height="64", width="64", tokens=str(TOKENS), vae_scale=8)
+    options = ExportOptions(sws=SwsOptions(guard="literal"), sizes=sizes, validate=False)
+    path = export_runs.shared(tmp_path_factory, "static_sws.onnx", lambda out: export(traced, out, options))
+    static = SwsDiffusionModel(Engine.open(path, device="cpu", threads=1))
+    samplers = [Sampler(unet) for unet in (model, static)]
+    samplers[1].conds = samplers[0].conds
+    # Conditions of three latents: calls of two, and of one that is padded.
+    found = [sampler.predict(draw(3, 4, 8, 8), torch.tensor([3.0])) for sampler in samplers]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    with caplog.at_level(logging.WARNING):
+        narrow = samplers[1].predict(draw(1, 4, 7, 8), torch.tensor([3.0]))
+    assert narrow[0].shape == (1, 4, 7, 8)
+    assert "a latent of 7 x 8: padded to 8 x 8 and cropped" in caplog.text
+    with pytest.raises(StepError, match="static"):
+        samplers[1].predict(draw(1, 4, 8, 10), torch.tensor([3.0]))
+
+
+@pytest.mark.parametrize(
+    ("batch", "side", "calls"),
+    [
+        (1, 64, [(1, 2)]),
+        (4, 64, [(4, 4)]),
+        (7, 64, [(4, 4), (3, 3)]),
+        (3, 128, [(1, 1), (1, 1), (1, 1)]),
+    ],
+)
+def test_calls_of_a_batch(batch: int, side: int, calls: list[tuple[int, int]]) -> None:
+    """Two profiles: batches of 2 to 4 up to 64 x 64, and one image of 96 x 96 to 128 x 128."""
+    contract = _contract_of(768)
+    contract.profiles = (
+        {"sample": ((2, 4, 32, 32), (2, 4, 64, 64), (4, 4, 64, 64))},
+        {"sample": ((1, 4, 96, 96), (1, 4, 128, 128), (1, 4, 128, 128))},
+    )
+    contract.size_multiple = 8
+    assert batch_calls(contract, batch, side, side) == calls
+    assert needed_sides(contract, 20, 62) == (32, 64)
+    assert needed_sides(contract, 70, 60) == (96, 96)
+    assert needed_sides(contract, 129, 60) == (136, 64)
+
+
+def test_a_controlnet(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    options = ExportOptions(
+        source=SourceOptions(controlnet=True), sws=SwsOptions(guard="literal"), validate=False
+    )
+    path = export_runs.shared(
+        tmp_path_factory, "sws_controlnet.onnx", lambda out: export(random_unet, out, options)
+    )
+    model = SwsDiffusionModel(Engine.open(path, device="cpu", threads=1))
+    specs = {spec.name: spec for spec in model.engine.contract.inputs if "residual" in spec.name}
+    sides = {"height": 8, "width": 6}
+
+    def side(dimension: int | str) -> int:
+        name, _, divisor = str(dimension).partition("/")
+        return sides[name] // int(divisor or 1)
+
+    tensors = {name: draw(1, spec.shape[1], *map(side, spec.shape[2:])) for name, spec in specs.items()}
+    *down, middle = tensors.values()
+    x, context = draw(1, 4, 8, 6), draw(1, TOKENS, 16)
+    options = {"sigmas": torch.tensor([2.0]), **FULL}
+    # A ControlNet without a residual for a block has None there.
+    control = {"input": [], "output": [None, *down[1:]], "middle": [middle]}
+    found = model(x, torch.tensor([500.0]), context=context, control=control, transformer_options=options)
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not down[0]}
+    expected = model.engine.session().stream().step(x, 500.0, context, sigma=2.0, intensity=1.0, **given)
+    assert torch.equal(found, expected)
+    assert len(control["output"]) == len(down)
+    with pytest.raises(StepError, match=f"the ControlNet has {len(down) + 1} residuals .* takes {len(down)}"):
+        model(
+            x,
+            torch.tensor([500.0]),
+            context=context,
+            control={"output": [*down, down[0]]},
+            transformer_options=options,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -196,15 +318,16 @@ def test_a_vector_of_another_width() -> None:
 
 
 def test_sdxl(sdxl_graph: Path) -> None:
-    session = Session.load(sdxl_graph, threads=1)
-    model = SwsDiffusionModel(session, 0.5)
+    model = SwsDiffusionModel(Engine.open(sdxl_graph, threads=1))
     sizes = torch.tensor([[64.0, 48.0, 0.0, 0.0, 64.0, 48.0]])
     pooled, context, x = draw(1, POOLED), draw(1, TOKENS, 16), draw(1, 4, 8, 6)
     y = torch.cat([pooled, torch.from_numpy(embed_sizes(sizes[0])).reshape(1, -1)], dim=1)
     options = {"sigmas": torch.tensor([3.0])}
     found = model(x, torch.tensor([500.0]), context=context, y=y, transformer_options=options)
-    expected = session.stream().step(
-        x, 500.0, context, sigma=3.0, intensity=0.5, text_embeds=pooled, time_ids=sizes
+    expected = (
+        model.engine.session()
+        .stream()
+        .step(x, 500.0, context, sigma=3.0, intensity=0.5, text_embeds=pooled, time_ids=sizes)
     )
     assert torch.equal(found, expected)
 
@@ -214,114 +337,114 @@ def test_sdxl(sdxl_graph: Path) -> None:
     [(768, None, "sd15"), (1024, None, "sd20"), (2048, 6, "sdxl"), (1280, 5, "sdxl_refiner")],
 )
 def test_families(width: int, time_ids: int | None, family: str) -> None:
-    assert family_of(_session_of(width, time_ids)) == family
+    assert family_of(_contract_of(width, time_ids)) == family
 
 
 def test_a_family_that_comfyui_does_not_have(session: Session) -> None:
     with pytest.raises(StepError, match=r"the node supports text embeddings of width 768 .* found width 16"):
-        family_of(session)
+        family_of(session.contract)
 
 
-def _session_of(width: int, time_ids: int | None = None, channels: int = 4, **source: Any) -> Any:
+@pytest.mark.parametrize(
+    ("source", "model_type", "settings"),
+    [
+        ({}, "EPS", {}),
+        ({"prediction_type": "epsilon", "sampling": {"zero_terminal_snr": True}}, "EPS", {"zsnr": True}),
+        (
+            {"prediction_type": "v_prediction", "sampling": {"zero_terminal_snr": True}},
+            "V_PREDICTION",
+            {"zsnr": True},
+        ),
+        (
+            {
+                "prediction_type": "edm",
+                "sampling": {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0},
+            },
+            "EDM",
+            {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0},
+        ),
+        (
+            {"prediction_type": "edm_v_prediction", "sampling": {"sigma_data": 1.0, "sigma_max": 120.0}},
+            "V_PREDICTION_EDM",
+            {"sigma_data": 1.0, "sigma_max": 120.0},
+        ),
+    ],
+)
+def test_sampling(source: dict[str, Any], model_type: str, settings: dict[str, Any]) -> None:
+    found = sampling_of(_contract_of(2048, 6, **source))
+    assert (found.model_type, found.settings, found.predicts_sample) == (model_type, settings, False)
+    assert found.latents_mean is None
+
+
+def test_latents_with_mean_and_deviation() -> None:
+    sampling = {"latents_mean": [-1.6, 1.9], "latents_std": [8.5, 5.9]}
+    found = sampling_of(_contract_of(2048, 6, prediction_type="edm", sampling=sampling))
+    assert (found.latents_mean, found.latents_std) == ((-1.6, 1.9), (8.5, 5.9))
+
+
+def test_a_prediction_type_that_comfyui_does_not_have() -> None:
+    assert sampling_of(_contract_of(768, prediction_type="sample")).predicts_sample
+    with pytest.raises(StepError, match="prediction type 'flow' is unknown; the node supports epsilon, "):
+        sampling_of(_contract_of(768, prediction_type="flow"))
+
+
+def test_the_configuration_that_nodes_of_comfyui_read() -> None:
+    config = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280],
+        "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    # As ComfyUI's model_detection has it for SDXL.
+    expected = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10,
+        "context_dim": 2048,
+        "use_linear_in_transformer": True,
+        "use_spatial_transformer": True,
+        "adm_in_channels": 2816,
+    }
+    assert unet_config(_contract_of(2048, 6, config=config)) == expected
+    assert unet_config(_contract_of(2048, 6)) == {}
+
+
+def test_memory_and_summary_of_an_engine(engine: Engine, sws_graph: Path) -> None:
+    assert engine.device_bytes() >= sws_graph.stat().st_size
+    assert engine.summary() == "ONNX graph, fp32, sws, any size"
+    profile = {"sample": ((1, 4, 64, 64), (2, 4, 64, 64), (4, 4, 128, 64))}
+    contract = _contract_of(
+        768,
+        vae_scale=8,
+        engine={
+            "backend": "tensorrt-rtx",
+            "gpu_memory": {"weights": 100, "profiles": [{"activations": 7, "scratch": 1, "states": 3}]},
+        },
+    )
+    contract.profiles, contract.states, contract.backend = (profile,), (), "tensorrt-rtx"
+    found = Engine(contract)
+    assert found.device_bytes() == 110
+    assert found.summary() == (
+        "tensorrt-rtx, fp16, sws, batch 1 to 4, best 2, height 512 to 1024, best 512, width 512"
+    )
+
+
+def _contract_of(width: int, time_ids: int | None = None, engine: Any = None, **source: Any) -> Any:
     specs = [
-        TensorSpec("sample", "float16", ("batch", channels, "height", "width")),
+        TensorSpec("sample", "float16", ("batch", 4, "height", "width")),
         TensorSpec("encoder_hidden_states", "float16", ("batch", "tokens", width)),
     ]
     if time_ids:
         specs.append(TensorSpec("time_ids", "float16", ("batch", time_ids)))
-    manifest = {"precision": "fp16", "source": source}
-    contract = SimpleNamespace(inputs=specs, path=Path("engine.plan"), manifest=manifest)
-    return SimpleNamespace(contract=contract)
-
-
-class FakeBaseModel:
-    """What the node does with comfy.model_base's classes."""
-
-    def __init__(self, config: Any, model_type: str) -> None:
-        assert config.unet_config["disable_unet_model_creation"]
-        self.config, self.model_type, self.inpaint = config, model_type, False
-
-    def set_inpaint(self) -> None:
-        self.inpaint = True
-
-
-@pytest.fixture
-def node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The custom node, imported where ComfyUI's modules are stand-ins."""
-
-    def config(name: str) -> Callable[[dict[str, Any]], Any]:
-        return lambda settings: SimpleNamespace(name=name, unet_config=dict(settings))
-
-    folders: dict[str, Any] = {}
-    parts = {
-        "comfy": {},
-        "comfy.model_base": {
-            "BaseModel": FakeBaseModel,
-            "SDXL": type("SDXL", (FakeBaseModel,), {}),
-            "SDXLRefiner": type("SDXLRefiner", (FakeBaseModel,), {}),
-            "ModelType": SimpleNamespace(EPS="eps", V_PREDICTION="v"),
-        },
-        "comfy.model_management": {
-            "get_torch_device": lambda: torch.device("cpu"),
-            "unet_offload_device": lambda: torch.device("cpu"),
-        },
-        "comfy.model_patcher": {"ModelPatcher": lambda model, **_: SimpleNamespace(model=model)},
-        "comfy.supported_models": {name: config(name) for name in ("SD15", "SD20", "SDXL", "SDXLRefiner")},
-        "folder_paths": {
-            "models_dir": str(tmp_path),
-            "folder_names_and_paths": folders,
-            "get_filename_list": lambda name: sorted(p.name for p in Path(folders[name][0][0]).iterdir()),
-            "get_full_path_or_raise": lambda name, file: str(Path(folders[name][0][0]) / file),
-        },
-    }
-    for name, members in parts.items():
-        module = ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
-    spec = importlib.util.spec_from_file_location(
-        "sws_comfyui_node", export_runs.ROOT / "integrations" / "comfyui" / "__init__.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_node_is_what_comfyui_lists(node: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "sws").mkdir()
-    (tmp_path / "sws" / "unet.plan").touch()
-    listed = node.NODE_CLASS_MAPPINGS["LoadSwsEngine"]
-    assert node.NODE_DISPLAY_NAME_MAPPINGS["LoadSwsEngine"] == "Load SWS engine"
-    assert (listed.CATEGORY, listed.RETURN_TYPES) == ("model_patches", ("MODEL",))
-    assert callable(getattr(listed, listed.FUNCTION))
-    inputs = json.loads(json.dumps(listed.INPUT_TYPES()))["required"]
-    assert inputs["engine"] == [["unet.plan"]]
-    assert inputs["intensity"] == ["FLOAT", {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01}]
-
-
-@pytest.mark.parametrize(
-    ("session", "expected"),
-    [
-        (_session_of(768), ("FakeBaseModel", "SD15", "eps", False)),
-        (_session_of(768, channels=9), ("FakeBaseModel", "SD15", "eps", True)),
-        (_session_of(1024, prediction_type="v_prediction"), ("FakeBaseModel", "SD20", "v", False)),
-        (_session_of(2048, 6), ("SDXL", "SDXL", "eps", False)),
-        (_session_of(1280, 5), ("SDXLRefiner", "SDXLRefiner", "eps", False)),
-    ],
-)
-def test_the_node_makes_a_model_of_the_family(
-    node: ModuleType, monkeypatch: pytest.MonkeyPatch, session: Any, expected: tuple[Any, ...]
-) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr(Session, "load", lambda path: opened.append(str(path)) or session)
-    (patcher,) = node.LoadSwsEngine().load("unet.plan", 0.75)
-    model = patcher.model
-    assert opened[0].endswith("sws/unet.plan")
-    assert (type(model).__name__, model.config.name, model.model_type, model.inpaint) == expected
-    assert isinstance(model.diffusion_model, SwsDiffusionModel)
-    assert (model.diffusion_model.intensity, model.diffusion_model.dtype) == (0.75, torch.float16)
-    assert model.memory_required([2, 4, 8, 8], cond_shapes={}) == 0
+    manifest = {"precision": "fp16", "source": source, "preset": "sws", "engine": engine}
+    return SimpleNamespace(inputs=specs, path=Path("engine.plan"), manifest=manifest, fixed_sizes={})

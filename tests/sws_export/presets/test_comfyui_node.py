@@ -50,7 +50,7 @@ def test_all_cross_attention_by_default(traced: Path) -> None:
     ]
     assert {site.reason for site in report.skipped} == {"the node leaves self-attention alone"}
     assert graph_specs(model.graph.inputs)[-3:] == (
-        TensorSpec("sigma", "float32", ("batch",)),
+        TensorSpec("calls", "float32", (1,)),
         TensorSpec("intensity", "float32", ("batch",)),
         TensorSpec("sws_state_text", "float32", (1, "tokens", "tokens")),
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
-from sws_export.adapters.comfyui import SwsDiffusionModel
+from sws_export.adapters.comfyui import Engine, SwsDiffusionModel
 from sws_export.adapters.diffusers import SWSUNet
 from sws_export.parameters import SwsParameters
 from sws_export.reference import comfyui_node_schedule, fresh_transport, moving_average
@@ -154,16 +154,17 @@ def test_a_pipelines_unet_goes_on_from_image_to_image(node_graph: Path, random_u
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_in_comfyui_all_calls_share_one_state(session: Session, together: bool) -> None:
-    model = SwsDiffusionModel(session, intensity=1.0)
+def test_in_comfyui_all_calls_share_one_state(node_graph: Path, together: bool) -> None:
+    model = SwsDiffusionModel(Engine.open(node_graph, device="cpu", threads=1))
     for _ in range(2):
         Sampler(model, together).run()
-    (stream,) = model._streams.values()
+        # The state outlives the engine in memory.
+        model.unload()
     expected = np.zeros((1, TOKENS, TOKENS))
     levels = [float(sigma) for sigma, _ in itertools.pairwise(SIGMAS)] * 2
     for sigma in levels:
         expected = moved(expected, sigma, SITES if together else 2 * SITES)
-    np.testing.assert_allclose(stream.state()[STATE], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(model._kept[STATE], expected, rtol=0, atol=1e-5)
 
 
 def test_the_report_looks_into_it(node_graph: Path, random_unet: Path, tmp_path: Path) -> None:

@@ -1,0 +1,292 @@
+"""The cases of benchmarks.comfyui; imports ComfyUI, which `import_comfyui` makes importable."""
+
+import importlib.util
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from benchmarks.comfyui import SIDE, STEPS, TOKENS, TWINS, Twin, difference, with_intensity
+from sws_export import SourceOptions, SwsOptions
+
+Case = dict[str, Any]
+
+
+class Residuals(comfy.controlnet.ControlBase):
+    """A ControlNet with fixed residuals."""
+
+    def __init__(self, output: Sequence[torch.Tensor], middle: torch.Tensor) -> None:
+        super().__init__()
+        self.output, self.middle = output, middle
+
+    def get_control(self, x: Any, t: Any, cond: Any, batched: int, options: Any) -> dict[str, list[Any]]:
+        """The residuals of each sample, as lists that the UNet consumes."""
+        count = len(x)
+        repeated = [tensor.expand(count, -1, -1, -1).clone() for tensor in (*self.output, self.middle)]
+        return {"input": [], "output": repeated[:-1], "middle": repeated[-1:]}
+
+    def copy(self) -> "Residuals":
+        """The same residuals."""
+        return Residuals(self.output, self.middle)
+
+
+def run_cases(
+    directory: Path, models: Sequence[str], samplers: Sequence[str], published: Path | None
+) -> dict[str, Any]:
+    """All cases: their differences by twin, case and sampler."""
+    results: list[Case] = []
+    for name in models:
+        twin = Twin(directory, name)
+        results += [case | {"model": name} for case in _cases(twin, samplers, published)]
+    import comfyui_version
+
+    return {
+        "comfyui": comfyui_version.__version__,
+        "torch": torch.__version__,
+        "steps": STEPS,
+        "cases": results,
+    }
+
+
+def _cases(twin: Twin, samplers: Sequence[str], published: Path | None) -> list[Case]:
+    source = SourceOptions(controlnet=True)
+    engine, plain = twin.engine("sws", source=source), twin.torch_model
+    at = {intensity: with_intensity(engine, intensity) for intensity in (0.0, 1.0)}
+    live = with_intensity(plain, 1.0)
+    found: list[Case] = []
+
+    def add(case: str, sampler: str, value: Any, expected: Any) -> None:
+        found.append({"case": case, "sampler": sampler, "difference": difference(value, expected)})
+        sys.stderr.write(f"{twin.name} {sampler} {case}: {found[-1]['difference']:.2g}\n")
+
+    for sampler in samplers:
+        expected = twin.sample(plain, sampler)
+        add("intensity 0 = torch UNet", sampler, twin.sample(at[0.0], sampler), expected)
+        shuffled = twin.sample(at[1.0], sampler)
+        add("intensity 1 = live node", sampler, twin.sample(live, sampler), shuffled)
+        add("intensity 1 and torch UNet (effect)", sampler, shuffled, expected)
+        add("second run = first run", sampler, twin.sample(at[1.0], sampler), shuffled)
+        add(
+            "second run of the live node = first run",
+            sampler,
+            twin.sample(live, sampler),
+            twin.sample(live, sampler),
+        )
+    first = samplers[0]
+    _state_cases(twin, at[1.0], live, first, add)
+    _input_cases(twin, at[0.0], plain, first, add)
+    _memory_case(twin, at[1.0], first, add)
+    _patch_case(twin, at[1.0], first, add)
+    _convert_case(twin, first, add)
+    if published is not None:
+        _published_case(twin, published, first, add)
+    return found
+
+
+def _state_cases(twin: Twin, engine: Any, live: Any, sampler: str, add: Any) -> None:
+    """Conditions that are called together and apart, and that join the run late."""
+    expected = twin.sample(engine, sampler)
+    apart = with_intensity(engine, 1.0)
+    apart.model.memory_required, before = (lambda *_, **__: 1e18), apart.model.memory_required
+    try:
+        add("conditions one after the other", sampler, twin.sample(apart, sampler), expected)
+    finally:
+        apart.model.memory_required = before
+    # The second positive condition starts in the middle of the run: the partner of the others changes.
+    late = [[twin.negative[0][0] * 0.5, twin.negative[0][1] | {"start_percent": 0.6, "end_percent": 1.0}]]
+    late = [*twin.positive, *late]
+    add(
+        "a condition joins the run = live node",
+        sampler,
+        twin.sample(live, sampler, positive=late),
+        twin.sample(engine, sampler, positive=late),
+    )
+
+
+def _input_cases(twin: Twin, engine: Any, plain: Any, sampler: str, add: Any) -> None:
+    """What a workflow passes besides the latent."""
+    area = [[twin.positive[0][0], twin.positive[0][1] | {"area": (SIDE // 2, SIDE, 0, 0), "strength": 1.0}]]
+    residuals = _residuals(twin)
+    controlled = {
+        name: [
+            [cond, extra | {"control": residuals, "control_apply_to_uncond": False}] for cond, extra in conds
+        ]
+        for name, conds in (("positive", twin.positive), ("negative", twin.negative))
+    }
+    mask = torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., SIDE // 2 :] = 1
+    for case, given in (
+        ("batch of 3", {"batch": 3}),
+        ("an area", {"positive": [*twin.positive, *area]}),
+        ("ControlNet", controlled),
+        ("a noise mask", {"noise_mask": mask}),
+        ("cfg 1", {"cfg": 1.0}),
+    ):
+        add(case, sampler, twin.sample(engine, sampler, **given), twin.sample(plain, sampler, **given))
+    static = with_intensity(twin.engine("static", sizes=_static()), 0.0)
+    add(
+        "batch of 3 in a graph of batch 2",
+        sampler,
+        twin.sample(static, sampler, batch=3),
+        twin.sample(plain, sampler, batch=3),
+    )
+    odd = (SIDE, SIDE - 1)
+    value = twin.sample(engine, sampler, size=odd)
+    assert value.shape[-2:] == odd
+    add("an odd width, padded (differs by its border)", sampler, value, twin.sample(plain, sampler, size=odd))
+
+
+def _static() -> Any:
+    from sws_export import SizeOptions
+
+    side = str(8 * SIDE)
+    return SizeOptions(batch="2", height=side, width=side, tokens=str(TOKENS), vae_scale=8)
+
+
+def _residuals(twin: Twin) -> Residuals:
+    random = torch.Generator().manual_seed(1)
+    shapes = [
+        spec.shape
+        for spec in twin.engine("sws", source=SourceOptions(controlnet=True)).unet.engine.contract.inputs
+        if "additional_residual" in spec.name
+    ]
+    tensors = [
+        0.3
+        * torch.randn(
+            1,
+            shape[1],
+            *(SIDE // int(str(side).partition("/")[2] or 1) for side in shape[2:]),
+            generator=random,
+        )
+        for shape in shapes
+    ]
+    return Residuals(tensors[:-1], tensors[-1])
+
+
+def _memory_case(twin: Twin, engine: Any, sampler: str, add: Any) -> None:
+    """Unloaded by ComfyUI's memory management, and loaded again."""
+    expected = twin.sample(engine, sampler)
+    assert engine.unet.engine.is_loaded
+    assert engine.loaded_size() == engine.model_size() > 1
+    comfy.model_management.unload_all_models()
+    assert not engine.unet.engine.is_loaded
+    assert engine.loaded_size() == 0
+    add("unloaded and loaded again", sampler, twin.sample(engine, sampler), expected)
+
+
+def _patch_case(twin: Twin, engine: Any, sampler: str, add: Any) -> None:
+    """Patches that an engine cannot apply: one with, and one without an effect on its inputs."""
+    import comfy_extras.nodes_freelunch
+    import comfy_extras.nodes_sag
+
+    (freeu,) = comfy_extras.nodes_freelunch.FreeU_V2().patch(engine, 1.3, 1.4, 0.9, 0.2)
+    add("FreeU, without effect", sampler, twin.sample(freeu, sampler), twin.sample(engine, sampler))
+    weight = "diffusion_model.input_blocks.0.0.weight"
+    lora = engine.clone()
+    assert lora.add_patches({weight: ("diff", (torch.ones(1),))}) == []
+    assert _refusal(
+        lambda: comfy_extras.nodes_sag.SelfAttentionGuidance.execute(engine, 0.5, 2.0)
+    ).startswith("Self-Attention Guidance reads the attention weights of the UNet")
+
+
+def _refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def _convert_case(twin: Twin, sampler: str, add: Any) -> None:
+    """A MODEL with patched weights, converted twice: the second time the file is found."""
+    import folder_paths
+
+    folder_paths.folder_names_and_paths["sws"] = ([str(twin.directory / "converted")], {".onnx"})
+    patched = twin.torch_model.clone()
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
+    weight = patched.model.get_parameter(name)
+    random = torch.Generator().manual_seed(2)
+    added = 0.3 * weight.std() * torch.randn(weight.shape, generator=random)
+    assert patched.add_patches({name: ("diff", (added,))}, 0.8) == [name]
+    settings = {"format": "ONNX graph", "precision": "as the model", "controlnet": False}
+    settings |= {"batch": "1:2:4", "height": "", "width": "", "tokens": str(TOKENS)}
+    node = sys.modules["any_name.nodes"].ConvertToSwsEngine()
+    for time in ("first", "second"):
+        (converted,) = node.convert(patched, name="a name", **settings)
+        path = converted.unet.engine.contract.path
+        if time == "first":
+            written = path.stat().st_mtime_ns
+        assert path.stat().st_mtime_ns == written
+    expected = twin.sample(patched, sampler)
+    add(
+        "converted with patched weights",
+        sampler,
+        twin.sample(with_intensity(converted, 0.0), sampler),
+        expected,
+    )
+    add("patched and not patched (effect)", sampler, expected, twin.sample(twin.torch_model, sampler))
+
+
+def _published_case(twin: Twin, published: Path, sampler: str, add: Any) -> None:
+    """`--preset comfyui-node` and the published node itself, over two runs: the node's state continues."""
+    spec = importlib.util.spec_from_file_location("published_node", published / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (node,) = module.SWS().patch(twin.torch_model, 0.5)
+    for u in ("calls", "sigma"):
+        (node,) = module.SWS().patch(twin.torch_model, 0.5)
+        engine = with_intensity(twin.engine(f"node_{u}", sws=SwsOptions(preset="comfyui-node", u=u)), 0.5)
+        for run in ("first", "second"):
+            expected = twin.sample(node, sampler)
+            add(f"--u {u} = published node, {run} run", sampler, twin.sample(engine, sampler), expected)
+
+
+def record_calls(directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """How ComfyUI calls a diffusion model: two steps of each twin, conditions together and with cfg 1."""
+    recorded = {}
+    for name in TWINS:
+        twin = Twin(directory, name)
+        engine = twin.engine("sws", source=SourceOptions(controlnet=True))
+        calls: list[dict[str, Any]] = []
+        unet = engine.unet
+        engine.model.diffusion_model = _Recorder(unet, calls)
+        for cfg in (4.0, 1.0):
+            twin.sample(engine, steps=2, cfg=cfg, batch=2)
+        recorded[name] = calls
+    return recorded
+
+
+class _Recorder:
+    """A diffusion model that records its calls."""
+
+    def __init__(self, unet: Any, calls: list[dict[str, Any]]) -> None:
+        self._unet, self._calls = unet, calls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._unet, name)
+
+    def __call__(self, x: Any, timesteps: Any, **given: Any) -> Any:
+        self._calls.append({"x": _shown(x), "timesteps": _shown(timesteps)} | _shown(given))
+        return self._unet(x, timesteps, **given)
+
+
+def _shown(value: Any) -> Any:
+    """A tensor as its shape and dtype, with the numbers of short ones; others as JSON, or as their type."""
+    if isinstance(value, torch.Tensor):
+        shown: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        return shown | ({"values": value.tolist()} if value.ndim == 1 else {})
+    if isinstance(value, dict):
+        return {str(name): _shown(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(part) for part in value]
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    return value if isinstance(value, int | float | str | None) else type(value).__name__
