@@ -165,14 +165,19 @@ def latent_range(text: str, option: str, vae_scale: int, multiple: int) -> Range
     pixels = parse_range(text, option)
     for size in pixels.values():
         if size % vae_scale:
-            below, above = size // vae_scale * vae_scale, (size // vae_scale + 1) * vae_scale
-            nearest = f"{below} or {above}" if below else str(above)
+            nearest = " or ".join(map(str, nearest_multiples(size, vae_scale)))
             raise OptionError(
                 f"{option} {text}: {size} pixels is not a multiple of {vae_scale}, the pixels of one latent "
                 f"element; the nearest sizes are {nearest} pixels"
             )
     step = vae_scale * multiple
     return Range(*(-(-size // step) * multiple for size in pixels.values()))
+
+
+def nearest_multiples(size: int, step: int) -> tuple[int, ...]:
+    """The multiples of `step` below and above a size that is none; those that are positive."""
+    below = size // step * step
+    return tuple(multiple for multiple in (below, below + step) if multiple > 0)
 
 
 def shapes_for(inputs: Iterable[TensorSpec], sizes: SizeRanges) -> dict[str, tuple[Shape, Shape, Shape]]:

@@ -1,6 +1,7 @@
 """Sizes of latents in pixels, for messages."""
 
 from sws_export.runtime.contract import Contract
+from sws_export.tensors import nearest_multiples
 
 
 def with_pixels(contract: Contract, side: int) -> str:
@@ -11,5 +12,4 @@ def with_pixels(contract: Contract, side: int) -> str:
 
 def nearest_sizes(contract: Contract, side: int, multiple: int) -> str:
     """The multiples below and above a height or width of the latent."""
-    below, above = side // multiple * multiple, -(-side // multiple) * multiple
-    return " and ".join(with_pixels(contract, size) for size in (below, above) if size)
+    return " and ".join(with_pixels(contract, size) for size in nearest_multiples(side, multiple))

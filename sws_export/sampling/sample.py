@@ -17,6 +17,7 @@ from sws_export.progress import Progress, SilentProgress, Stage
 from sws_export.runtime.contract import Contract
 from sws_export.sampling.effects import Effect, Floats, Sampled, measure
 from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
+from sws_export.tensors import nearest_multiples
 
 _LARGEST_SHOWN = 0.8
 # The largest changes are clipped, so that the others are visible.
@@ -214,8 +215,7 @@ def _check_pixels(pipe: Any, options: SampleOptions) -> None:
     for name in ("height", "width"):
         size = getattr(options, name)
         if size is not None and (size % scale or size < 1):
-            below, above = size // scale * scale, (size // scale + 1) * scale
-            nearest = f"{below} or {above}" if below > 0 else str(above)
+            nearest = " or ".join(map(str, nearest_multiples(max(size, 0), scale)))
             raise OptionError(
                 f"--{name} {size}: expected a multiple of {scale} pixels, such as {nearest}, found {size}"
             )
