@@ -111,6 +111,11 @@ def _moved(tensor: ir.ExternalTensor, location: Path, directory: Path | str = ""
     )
 
 
+def copy_external(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    """`tensor`, with a memory mapping of its own."""
+    return _moved(tensor, Path(tensor.path))
+
+
 def relocate_external_data(model: ir.Model) -> Path | None:
     """Make the external data of `model` relative to the directory that contains it, with links resolved.
 

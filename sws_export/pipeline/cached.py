@@ -9,28 +9,30 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 import onnx_ir as ir
 
 from graph_passes.quantize_weights import restored_tensor
 from sws_export.cache import Cache, Entry, FileDigest, cache_key, code_version
-from sws_export.cache.digests import file_stamps
+from sws_export.cache.digests import Stamps, file_stamps
 from sws_export.cache.store import Kind, file_digest
 from sws_export.documents import Sha256, check_document
 from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu import gpu_names
 from sws_export.errors import CheckpointError
 from sws_export.files import output_errors
-from sws_export.manifest import GraphDescription, SourceEntry
+from sws_export.manifest import GraphDescription
 from sws_export.onnx_files import load_onnx, save_onnx
 from sws_export.pipeline.describe import library_versions
 from sws_export.pipeline.engine import Engine, profile_shapes
-from sws_export.pipeline.graph import Graph, SourceCheck, WrittenGraph
+from sws_export.pipeline.graph import Graph, WrittenGraph
 from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import EngineConfig, ExportPlan
 from sws_export.pipeline.run_log import Recorded, RunLog
+from sws_export.pipeline.source_check import SourceCheck
 from sws_export.progress import Progress
+from sws_export.sources import Source
 from sws_export.tensors import ProfileShapes
 from sws_export.validation import OutputDifference, ValidationReport
 
@@ -72,10 +74,21 @@ _SCHEMAS: Mapping[Kind, tuple[Any, int]] = {
 class CachedCheck(SourceCheck):
     """A check that is not done while the remembered digest of unchanged files is all that is needed."""
 
-    def __init__(self, plan: ExportPlan, cache: Cache, log: RunLog) -> None:
-        super().__init__(plan, log)
+    def __init__(self, source: Source, cache: Cache, log: RunLog) -> None:
+        super().__init__(source, log)
         self._digests = cache.digests
-        self._remembered = cache.digests.get(plan.source.files)
+        self._remembered = cache.digests.get(source.files)
+        self._before: tuple[Stamps, float] | None = None
+
+    def __enter__(self) -> Self:
+        """Start to read the weights, unless their digest is remembered."""
+        return self if self.is_remembered else super().__enter__()
+
+    def start(self) -> None:
+        """Start to read the weights in a thread, unless that was done."""
+        if self._before is None:
+            self._before = file_stamps(self._source.files)
+        super().start()
 
     @property
     def sha256(self) -> str:
@@ -90,18 +103,17 @@ class CachedCheck(SourceCheck):
     def forget(self) -> None:
         """Read the files again, because the remembered digest is not theirs."""
         self._remembered = None
-        self._digests.evict(self._plan.source.files)
+        self._digests.evict(self._source.files)
 
-    def _verify(self) -> SourceEntry:
-        files = self._plan.source.files
-        before, began = file_stamps(files)
-        description = super()._verify()
-        if self._remembered not in (None, description["sha256"]):
+    def _wait(self) -> str:
+        assert self._before is not None
+        sha256 = super()._wait()
+        if self._remembered not in (None, sha256):
             self.forget()
-            raise CheckpointError(_changed_unnoticed(self._plan.source.path))
-        self._remembered = str(description["sha256"])
-        self._digests.put(files, before, began, self._remembered)
-        return description
+            raise CheckpointError(_changed_unnoticed(self._source.path))
+        self._remembered = sha256
+        self._digests.put(self._source.files, *self._before, sha256)
+        return sha256
 
 
 class StageCache:
@@ -116,7 +128,7 @@ class StageCache:
         self._cache = cache
         self._inputs = inputs
         self._log = log
-        self.check = CachedCheck(plan, cache, log)
+        self.check = CachedCheck(plan.source, cache, log)
 
     def known(self) -> tuple[str, ...]:
         """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
@@ -265,8 +277,8 @@ class StageCache:
         self._cache.put(kind, key, metadata, files, self._log)
 
     def _make(self, graph: Graph) -> Path:
-        """The file of `graph`, made after the check, whose log is kept apart."""
-        assert self.check.description
+        """The file of `graph`, made while the weights of the source are read."""
+        self.check.start()
         return graph.file
 
     def _graph_key(self, sizes: Mapping[str, int]) -> str:

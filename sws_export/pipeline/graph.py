@@ -20,13 +20,7 @@ from sws_export.calibration import (
     trajectory_steps,
 )
 from sws_export.errors import ValidationError
-from sws_export.manifest import (
-    METADATA_KEY,
-    GraphDescription,
-    QuantizationEntry,
-    SourceEntry,
-    parse_manifest,
-)
+from sws_export.manifest import METADATA_KEY, GraphDescription, QuantizationEntry, parse_manifest
 from sws_export.onnx_files import (
     declared_sizes,
     graph_specs,
@@ -40,6 +34,7 @@ from sws_export.pipeline.plan import ExportPlan
 from sws_export.pipeline.quantize import calibrated_layers, quantize
 from sws_export.pipeline.rewrite import RewriteReport, pass_errors, rewrite
 from sws_export.pipeline.run_log import Recorded, RunLog
+from sws_export.pipeline.source_check import SourceCheck
 from sws_export.presets import recorded_preset
 from sws_export.progress import Progress, SilentProgress
 from sws_export.validation import OutputDifference, SwsSpec, ValidationReport
@@ -49,36 +44,6 @@ from sws_export.validation.static_shapes import STEPS, compare_static_shapes
 _RUNNABLE = 5e11
 """Parameters times latent pixels up to which a static graph is run: SD 1.5 at 192 x 192. At 512 x 512 that
 took two minutes and 2.4 times the weights, with the materialized logits that TensorRT-RTX needs."""
-
-
-class SourceCheck:
-    """The check of every weight of the source, done when its result is first needed."""
-
-    def __init__(self, plan: ExportPlan, log: RunLog) -> None:
-        self._plan = plan
-        self._log = log
-        self.recorded: Recorded | None = None
-        """What the check logged; None while it was not done."""
-
-    @functools.cached_property
-    def description(self) -> SourceEntry:
-        """What the manifest says about the source, its sha256 included.
-
-        Raises:
-            CheckpointError: A weight is missing, has another shape, or has NaN or Inf.
-        """
-        with self._log.record() as recorded, self._log.measure("check"):
-            description = self._verify()
-        self.recorded = recorded
-        return description
-
-    def _verify(self) -> SourceEntry:
-        return self._plan.source.verify(self._log)
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the source's files, in hex."""
-        return str(self.description["sha256"])
 
 
 class WrittenGraph(NamedTuple):
@@ -199,7 +164,6 @@ class GraphExporter:
     def _rewritten(self, sizes: Mapping[str, int], progress: Progress) -> ir.Model:
         """The plain graph rewritten for `sizes`, with its manifest embedded."""
         plan, sws = self._plan, self._plan.options.sws
-        source = self._check.description
         model, quantization = self._quantized
         if self.makes_two:
             model = model.clone()
@@ -210,7 +174,7 @@ class GraphExporter:
         embed(
             model,
             describe_graph(
-                source=source,
+                source=self._check.description,
                 inputs=graph_specs(model.graph.inputs),
                 outputs=graph_specs(model.graph.outputs),
                 parameters=sws.parameters if report else None,
@@ -286,6 +250,7 @@ class GraphExporter:
     @functools.cached_property
     def _plain(self) -> ir.Model:
         with self._log.measure("export"):
+            self._check.check_names()
             return self._plan.source.plain_model(self._log)
 
     def _compare_static(self, path: Path, dynamic: Graph) -> str:

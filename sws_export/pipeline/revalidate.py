@@ -37,11 +37,12 @@ def validate(
     residuals = any(spec["name"] == MID_RESIDUAL for spec in manifest["inputs"])
     as_exported = dataclasses.replace(options, precision=manifest["precision"], controlnet=residuals)
     source = open_source(model, ExportOptions(source=as_exported), progress)
-    found = source.verify(progress)
-    if found["sha256"] != manifest["source"]["sha256"]:
+    source.check(progress)
+    found = source.read_weights(progress)
+    if found != manifest["source"]["sha256"]:
         raise ValidationError(
             f"{graph} was exported from {manifest['source']['file']} with sha256 "
-            f"{manifest['source']['sha256'][:12]}…, {model} has {found['sha256'][:12]}…; "
+            f"{manifest['source']['sha256'][:12]}…, {model} has {found[:12]}…; "
             "give the checkpoint that it was exported from"
         )
     return source.validate(graph, sws_spec(manifest), progress)

@@ -102,7 +102,8 @@ def export(
     if options.dry_run:
         return ExportReport((), None, precision, needs, None, None, ())
 
-    with staged_directory(out) as scratch:
+    # Weights are read and checked in a thread from here on.
+    with staged_directory(out) as scratch, cache.check:
         path = scratch / out.with_suffix(".onnx").name
         builder = GraphExporter(plan, cache.check, log)
         validation, engine = None, None

@@ -71,14 +71,14 @@ class RunLog:
             recorded.timings.append(timing)
 
     @contextlib.contextmanager
-    def record(self) -> Iterator[Recorded]:
-        """Record the messages and timings of the block."""
-        recorded = Recorded()
-        self._recordings.append(recorded)
+    def record(self, *, apart: bool = False) -> Iterator[Recorded]:
+        """Record the messages and timings of the block, which outer recordings lack if it is `apart`."""
+        recorded, around = Recorded(), self._recordings
+        self._recordings = [recorded] if apart else [*around, recorded]
         try:
             yield recorded
         finally:
-            self._recordings.pop()  # recordings nest
+            self._recordings = around
 
     def forget(self, names: Collection[str]) -> None:
         """Remove the timings of cached results of the stages `names`: they could not be used."""

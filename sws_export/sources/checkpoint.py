@@ -103,7 +103,7 @@ class CheckpointSource:
             name: [tensor.file.name, tensor.dtype, tensor.offset, *tensor.shape]
             for name, tensor in self.checkpoint.stored.items()
         }
-        return {"manifest": self._describe(sha256), "tensors": tensors, "controlnet": self.controlnet}
+        return {"manifest": self.entry(sha256), "tensors": tensors, "controlnet": self.controlnet}
 
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
         """As `plain_model` attaches them."""
@@ -124,20 +124,28 @@ class CheckpointSource:
             *found.remarks,
         ]
 
-    def verify(self, progress: Progress) -> SourceEntry:
-        """Names, shapes, and every byte of the weights.
+    def check(self, progress: Progress) -> None:
+        """Names and shapes.
 
         Raises:
-            CheckpointError: A tensor is missing, misshapen, or holds NaN or Inf.
+            CheckpointError: A tensor is missing or misshapen.
         """
         with progress.stage("check tensors") as stage:
             stage.describe("comparing names and shapes with the architecture")
             unused = check_tensors(self.checkpoint)
         if unused:
             progress.warn(f"{unused} tensors of the checkpoint have no place in this UNet and are ignored")
-        return self._describe(verify_weights(self.checkpoint, progress))
 
-    def _describe(self, sha256: str) -> SourceEntry:
+    def read_weights(self, progress: Progress) -> str:
+        """Every byte of the files.
+
+        Raises:
+            CheckpointError: A tensor holds NaN or Inf.
+        """
+        return verify_weights(self.checkpoint, progress)
+
+    def entry(self, sha256: str) -> SourceEntry:
+        """Architecture, layout, prediction type and LoRAs."""
         found = self.checkpoint
         entry: SourceEntry = {
             "kind": "checkpoint",

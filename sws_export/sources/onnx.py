@@ -14,7 +14,7 @@ from graph_passes.find_sites import count_levels
 from graph_passes.name_nodes import NameNodes
 from sws_export.errors import CheckpointError, ExportError
 from sws_export.manifest import QuantizationEntry, SourceEntry, read_embedded
-from sws_export.onnx_files import graph_specs, load_onnx
+from sws_export.onnx_files import copy_external, graph_specs, load_onnx
 from sws_export.progress import Progress
 from sws_export.sources.other_exporters import OriginalGraph, adapt, rename_inputs
 from sws_export.tensors import PRECISIONS, SIZE_AXES, Precision, TensorSpec
@@ -90,7 +90,7 @@ class OnnxSource:
 
     def identity(self, sha256: str) -> dict[str, Any]:
         """Its description in the manifest."""
-        return dict(self._describe(sha256))
+        return dict(self.entry(sha256))
 
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
         """As the graph was read."""
@@ -103,7 +103,10 @@ class OnnxSource:
             f"precision: {self.precision}, {self.precision_reason}",
         ]
 
-    def verify(self, progress: Progress) -> SourceEntry:
+    def check(self, progress: Progress) -> None:
+        """Nothing: names and shapes are those of the graph."""
+
+    def read_weights(self, progress: Progress) -> str:
         """Look at all weights and hash the files: the ONNX file, then its external weights by name.
 
         Raises:
@@ -117,20 +120,22 @@ class OnnxSource:
                     while chunk := stream.read(_CHUNK):
                         digest.update(chunk)
                         stage.advance(len(chunk))
-        return self._describe(digest.hexdigest())
+        return digest.hexdigest()
 
-    def _describe(self, sha256: str) -> SourceEntry:
+    def entry(self, sha256: str) -> SourceEntry:
+        """Name, digest and size multiple."""
         return {"kind": "onnx", "file": self.name, "sha256": sha256, "size_multiple": self.size_multiple}
 
     def _require_finite(self) -> None:
         """Look for NaN and Inf among the weights; scalars are limits, which may be infinite."""
-        for value in self.model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None or tensor.size <= 1 or not tensor.dtype.is_floating_point():
+        for name, shared in self.original_weights.items():
+            # A mapping of its own: another thread may rewrite the graph and release those of the graph.
+            tensor = copy_external(shared) if isinstance(shared, ir.ExternalTensor) else shared
+            if tensor.size <= 1 or not tensor.dtype.is_floating_point():
                 continue
             if not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all():
                 raise CheckpointError(
-                    f"{self.path}: weight '{value.name}' has NaN or Inf; the model is broken (often by a "
+                    f"{self.path}: weight '{name}' has NaN or Inf; the model is broken (often by a "
                     "conversion to fp16): export it again from another copy"
                 )
 

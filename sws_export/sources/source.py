@@ -80,8 +80,17 @@ class Source(Protocol):
     def describe(self) -> list[str]:
         """A description for the log, a line each."""
 
-    def verify(self, progress: Progress) -> SourceEntry:
-        """Check all weights; returns the manifest's description of the source, with its sha256."""
+    def check(self, progress: Progress) -> None:
+        """Compare names and shapes of the weights with the architecture."""
+
+    def read_weights(self, progress: Progress) -> str:
+        """Check all weights for NaN and Inf; returns the sha256 of the bytes that were read, in hex.
+
+        It may run in another thread than the other methods.
+        """
+
+    def entry(self, sha256: str) -> SourceEntry:
+        """The manifest's description of the source; `sha256` is the digest of the files."""
 
     def plain_model(self, progress: Progress) -> ir.Model:
         """The UNet as a plain graph."""

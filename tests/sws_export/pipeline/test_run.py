@@ -71,7 +71,7 @@ class TestFiles:
         assert report.engine is None
         assert report.manifest["profiles"] is None
         names = [figures.name for figures in report.stages]
-        assert names[:5] == ["check", "export", "rewrite", "save", "validate"]
+        assert names[:5] == ["export", "rewrite", "check", "save", "validate"]
         assert all(figures.peak_memory > 10**7 for figures in report.stages)
 
     def test_an_engine_alone(self, random_unet: Path, out: Path, fake_engine: list[Any]) -> None:
