@@ -1,7 +1,9 @@
 """Output files that are written completely or not at all."""
 
 import contextlib
+import dataclasses
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -17,6 +19,21 @@ ENGINE_SUFFIXES = (".plan", ".engine")
 """File name suffixes of engines."""
 
 _ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileDigest:
+    """Size in bytes and sha256 (hex) of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def file_digest(file: Path) -> FileDigest:
+    """Size and sha256 of `file`."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return FileDigest(os.fstat(stream.fileno()).st_size, digest)
 
 
 def external_data_path(path: Path) -> Path:

@@ -1,20 +1,25 @@
 """Reading and writing of ONNX files."""
 
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from sws_export.documents import open_regular
 from sws_export.errors import CheckpointError, ExportError
-from sws_export.files import external_data_path
-from sws_export.progress import Progress
+from sws_export.files import FileDigest, external_data_path, file_digest
+from sws_export.progress import Progress, Stage
 from sws_export.tensors import SIZE_AXES, TensorSpec
 
 EMBED_LIMIT = 256 * 2**20
 """Up to this total size, weights are stored inside the ONNX file, otherwise as external data."""
+
+# Tensors up to this size are always stored inside.
+_EMBED_TENSOR_BYTES = 256
+_CHUNK_BYTES = 16 << 20
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -139,37 +144,103 @@ def relocate_external_data(model: ir.Model) -> Path | None:
     return directory
 
 
-def save_onnx(model: ir.Model, path: Path, progress: Progress) -> tuple[Path, ...]:
+def save_onnx(model: ir.Model, path: Path, progress: Progress) -> dict[Path, FileDigest]:
     """Write `model`, one tensor at a time; the bytes depend on the model only.
 
     Returns:
-        The files that were written, the ONNX file first.
+        The files that were written, the ONNX file first, with the digests of the bytes that were written.
 
     Raises:
+        CheckpointError: A file with weights was truncated after its header was read.
         OSError: A file cannot be written.
     """
+    weights = {
+        value: value.const_value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    }
     total = weight_bytes(model)
-    if total <= EMBED_LIMIT:
-        tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
-        try:
-            ir.save(ir.external_data.load_to_model(model), path)
-        finally:
-            # The model of the caller keeps its references to external weights.
-            for name, tensor in tensors.items():
-                model.graph.initializers[name].const_value = tensor
-        return (path,)
-    with progress.stage("save", total=total) as stage:
+    beside = {
+        value: tensor
+        for value, tensor in weights.items()
+        if total > EMBED_LIMIT and tensor.nbytes > _EMBED_TENSOR_BYTES
+    }
+    files = {}
+    try:
+        if beside:
+            data, offset = external_data_path(path), 0
+            with progress.stage("save", total=total) as stage:
+                files[data] = _write_tensors(beside.values(), data, stage)
+            for value, tensor in beside.items():
+                value.const_value = _reference(tensor, data, offset)
+                offset += tensor.nbytes
+        for value, tensor in weights.items():
+            if value not in beside and isinstance(tensor, ir.ExternalTensor):
+                (value.const_value,) = ir.external_data.convert_tensors_from_external([tensor])
+        ir.save(model, path)
+    finally:
+        # The model of the caller keeps its references to the original weights.
+        for value, tensor in weights.items():
+            value.const_value = tensor
+    return {path: file_digest(path), **files}
 
-        def written(tensor: ir.TensorProtocol, _: Any) -> None:
-            stage.advance(tensor.nbytes)
 
-        ir.save(model, path, external_data=external_data_path(path).name, callback=written)
-    return (path, external_data_path(path))
+def _reference(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.ExternalTensor:
+    """`tensor` as it is stored in `file`, beside the model."""
+    return ir.ExternalTensor(
+        file.name,
+        offset,
+        tensor.nbytes,
+        tensor.dtype,
+        shape=tensor.shape,  # type: ignore[arg-type]  # the protocol's shapes are ir.Shape
+        name=tensor.name or "",
+        base_dir=file.parent,
+    )
+
+
+def _write_tensors(tensors: Iterable[ir.TensorProtocol], path: Path, stage: Stage) -> FileDigest:
+    """Write the bytes of `tensors` one after another; a second thread hashes them meanwhile."""
+    digest, size = hashlib.sha256(), 0
+    hashed: Future[None] | None = None
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+        for chunk in _chunks(tensors):
+            # The chunk after the next is read into the same buffer.
+            if hashed is not None:
+                hashed.result()
+            hashed = hasher.submit(digest.update, chunk)
+            file.write(chunk)
+            size += len(chunk)
+            stage.advance(len(chunk))
+    return FileDigest(size, digest.hexdigest())
+
+
+def _chunks(tensors: Iterable[ir.TensorProtocol]) -> Iterator[memoryview]:
+    """The bytes of `tensors` in order. Each chunk is valid until the one after the next is requested.
+
+    External data is read, not mapped: of a file that is truncated meanwhile, a mapping would end the process.
+    """
+    buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2)]
+    for tensor in tensors:
+        if not isinstance(tensor, ir.ExternalTensor):
+            yield memoryview(tensor.tobytes())
+            continue
+        left = tensor.nbytes
+        with Path(tensor.path).open("rb", buffering=0) as source:
+            source.seek(tensor.offset or 0)
+            while left:
+                buffers.reverse()
+                count = source.readinto(buffers[0][: min(left, _CHUNK_BYTES)])
+                if not count:
+                    raise CheckpointError(
+                        f"{tensor.path} was truncated after its header was read; download it again"
+                    )
+                yield buffers[0][:count]
+                left -= count
 
 
 def save_sharing_weights(
     model: ir.Model, path: Path, other: ir.Model, saved: Path, progress: Progress
-) -> None:
+) -> dict[Path, FileDigest]:
     """Write `model` with references to the external weights of another graph.
 
     If the other graph has no external weights, this is `save_onnx`.
@@ -181,6 +252,9 @@ def save_sharing_weights(
         saved: The ONNX file of `other`, in the directory of `path`.
         progress: Receives the stage.
 
+    Returns:
+        The files that were written, with the digests of the bytes that were written.
+
     Raises:
         OSError: `path` cannot be written.
     """
@@ -191,8 +265,7 @@ def save_sharing_weights(
         if isinstance(written[name].const_value, ir.ExternalTensor)
     }
     if not external:
-        save_onnx(model, path, progress)
-        return
+        return save_onnx(model, path, progress)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if id(tensor) in external:
@@ -201,6 +274,7 @@ def save_sharing_weights(
             # Deduplication kept one of several equal small weights, here another one than in `other`.
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
     ir.save(model, path)
+    return {path: file_digest(path)}
 
 
 def declared_sizes(model: ir.Model) -> dict[str, int]:

@@ -2,12 +2,11 @@
 
 from sws_export.cache.keys import cache_key, code_version
 from sws_export.cache.settings import cache_directory, open_cache
-from sws_export.cache.store import Cache, Entry, FileDigest
+from sws_export.cache.store import Cache, Entry
 
 __all__ = [
     "Cache",
     "Entry",
-    "FileDigest",
     "cache_directory",
     "cache_key",
     "code_version",

@@ -28,6 +28,7 @@ from msgspec import Meta
 from sws_export.cache.digests import DigestCache
 from sws_export.cache.sharing import share_file
 from sws_export.documents import FileName, Sha256, check_document, parse_json, read_text
+from sws_export.files import FileDigest, file_digest
 from sws_export.progress import Progress
 
 Kind = Literal["graph", "validation", "engine"]
@@ -38,14 +39,6 @@ _UNFINISHED = ".unfinished-"
 # An unfinished entry of this age was left by a killed process: no process takes that long to write one.
 _ORPHAN_SECONDS = 3600
 _UNUSED_LOCK_SECONDS = 7 * 24 * 3600
-
-
-@dataclass(frozen=True)
-class FileDigest:
-    """Size in bytes and sha256 (hex) of a file."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -273,13 +266,6 @@ def _rename(unfinished: Path, directory: Path) -> None:
         # Another process may have stored the same result in the meantime.
         if not directory.exists():
             raise
-
-
-def file_digest(file: Path) -> FileDigest:
-    """Size and sha256 of `file`."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return FileDigest(os.fstat(stream.fileno()).st_size, digest)
 
 
 def _with_checksum(content: Mapping[str, Any]) -> str:

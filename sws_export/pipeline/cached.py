@@ -14,14 +14,14 @@ from typing import Any, Self, TypedDict
 import onnx_ir as ir
 
 from graph_passes.quantize_weights import restored_tensor
-from sws_export.cache import Cache, Entry, FileDigest, cache_key, code_version
+from sws_export.cache import Cache, Entry, cache_key, code_version
 from sws_export.cache.digests import Stamps, file_stamps
-from sws_export.cache.store import Kind, file_digest
+from sws_export.cache.store import Kind
 from sws_export.documents import Sha256, check_document
 from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu import gpu_names
 from sws_export.errors import CheckpointError
-from sws_export.files import output_errors
+from sws_export.files import FileDigest, file_digest, output_errors
 from sws_export.manifest import GraphDescription
 from sws_export.onnx_files import load_onnx, save_onnx
 from sws_export.pipeline.describe import library_versions
@@ -222,7 +222,7 @@ class StageCache:
         }
         self._put("graph", self._graph_key(self._plan.static_sizes), metadata, {skeleton: digest})
 
-    def restore_graph(self, entry: Entry, path: Path) -> ir.Model | None:
+    def restore_graph(self, entry: Entry, path: Path) -> WrittenGraph | None:
         """Write a graph from the cache to `path`; None if it is damaged or was removed, with a warning.
 
         Raises:
@@ -244,10 +244,10 @@ class StageCache:
         complete = all(value.const_value is not None for value in model.graph.initializers.values())
         if complete:
             with self._log.measure("restore"):
-                save_onnx(model, path, self._log)
+                files = save_onnx(model, path, self._log)
                 complete = _weights_digest(path, self._log) == entry.metadata["weights"]
         if complete:
-            return model
+            return WrittenGraph(model, files, entry.metadata["remark"])
         self._cache.evict(entry)
         self.check.forget()
         raise CheckpointError(_changed_unnoticed(self._plan.source.path))
@@ -343,9 +343,9 @@ class _CachedGraph(Graph):
         self._cache = cache
 
     def _restore(self, path: Path) -> WrittenGraph:
-        model = self._cache.restore_graph(self._entry, path)
-        if model is not None:
-            return WrittenGraph(model, self._entry.metadata["remark"])
+        written = self._cache.restore_graph(self._entry, path)
+        if written is not None:
+            return written
         recorded = Recorded.from_json(self._entry.metadata["making"])
         self._log.forget({timing.name for timing in recorded.timings})
         self._cache.keep_graph(self._made)

@@ -15,8 +15,8 @@ from graph_passes.guard import GuardOptions
 from graph_passes.insert_sws import StatePair
 from graph_passes.parameters import SwsParameters
 from graph_passes.target import Target
-from sws_export.cache import FileDigest
 from sws_export.engines.build import EngineReport
+from sws_export.files import FileDigest
 from sws_export.manifest import (
     FORMAT_VERSION,
     METADATA_KEY,

@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from sws_export.cache.store import FileDigest, file_digest
 from sws_export.engines.build import EngineReport, build_engine
 from sws_export.engines.gpu_memory import add_states
 from sws_export.errors import EngineError
+from sws_export.files import FileDigest, file_digest
 from sws_export.manifest import GraphDescription, tensor_specs
 from sws_export.pipeline.graph import Graph
 from sws_export.pipeline.plan import EngineConfig

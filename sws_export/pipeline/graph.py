@@ -20,6 +20,7 @@ from sws_export.calibration import (
     trajectory_steps,
 )
 from sws_export.errors import ValidationError
+from sws_export.files import FileDigest
 from sws_export.manifest import METADATA_KEY, GraphDescription, QuantizationEntry, parse_manifest
 from sws_export.onnx_files import (
     declared_sizes,
@@ -47,9 +48,16 @@ took two minutes and 2.4 times the weights, with the materialized logits that Te
 
 
 class WrittenGraph(NamedTuple):
-    """A graph in memory, whose file is written, and a remark on how it was compared."""
+    """A graph in memory, whose files are written, and a remark on how it was compared.
+
+    Attributes:
+        model: The graph; large weights stay on disk.
+        files: The ONNX file and its external data, with the digests of the bytes that were written.
+        remark: How a static graph was compared with the dynamic one; empty for others.
+    """
 
     model: ir.Model
+    files: Mapping[Path, FileDigest]
     remark: str = ""
 
 
@@ -101,6 +109,11 @@ class Graph:
         return self.written.model
 
     @property
+    def files(self) -> Mapping[Path, FileDigest]:
+        """The complete ONNX file and its external data, with their digests."""
+        return self.written.files
+
+    @property
     def remark(self) -> str:
         """How a static graph was compared with the dynamic one; empty for others."""
         return self.written.remark
@@ -128,14 +141,14 @@ class GraphExporter:
         """
         model = self._rewritten({} if self.makes_two else self._plan.static_sizes, self._log)
         with self._log.measure("save"):
-            save_onnx(model, path, self._log)
-        return WrittenGraph(model)
+            return WrittenGraph(model, save_onnx(model, path, self._log))
 
     def write_dynamic(self, path: Path, static_path: Path) -> WrittenGraph:
         """As `write`, with the weights beside `static_path`, where the static graph shares them."""
         written = self.write(static_path)
         static_path.replace(path)
-        return written
+        files = {path if file == static_path else file: digest for file, digest in written.files.items()}
+        return written._replace(files=files)
 
     def write_static(self, path: Path, dynamic: Graph) -> WrittenGraph:
         """Write the graph with static shapes, and run it beside `dynamic` if that is affordable.
@@ -145,8 +158,9 @@ class GraphExporter:
         """
         with self._log.measure("static shapes"):
             model = self._rewritten(self._plan.static_sizes, SilentProgress())
-            save_sharing_weights(model, path, dynamic.model, dynamic.path, self._log)
-            return WrittenGraph(model, self._compare_static(path, dynamic))
+            files = save_sharing_weights(model, path, dynamic.model, dynamic.path, self._log)
+            shared = {file: digest for file, digest in dynamic.files.items() if file != dynamic.path}
+            return WrittenGraph(model, shared | files, self._compare_static(path, dynamic))
 
     @property
     def makes_two(self) -> bool:

@@ -4,8 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from sws_export.cache import FileDigest, open_cache
-from sws_export.cache.store import file_digest
+from sws_export.cache import open_cache
 from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu_memory import describe_gpu_memory
 from sws_export.errors import OutputError
@@ -165,11 +164,8 @@ def _publish(
 ) -> tuple[Manifest, tuple[Path, ...]]:
     """Write the manifest and move the artefacts to their places; returns it and them, the requested first."""
     # The weights come first: an ONNX file must never be there without them.
-    staged = [external_data_path(graph.file), graph.file] if plan.keeps_graph else []
-    staged = [file for file in staged if file.exists()]
-    digests: dict[Path, FileDigest] = {}
-    with log.measure("hash"), log.stage("hash"):
-        digests = {file: file_digest(file) for file in staged}
+    staged = [external_data_path(graph.path), graph.path] if plan.keeps_graph else []
+    digests = {file: graph.files[file] for file in staged if file in graph.files}
     describe = functools.partial(complete, graph.description)
     manifests = {}
     if engine is None or plan.engine is None:

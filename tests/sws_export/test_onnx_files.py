@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from sws_export import onnx_files
-from sws_export.files import external_data_path
+from sws_export.files import external_data_path, file_digest
 from sws_export.onnx_files import (
     load_onnx,
     release_weights,
@@ -76,7 +76,7 @@ def test_a_small_model_is_one_file(tmp_path: Path, run_onnx: RunOnnx) -> None:
     source.mkdir()
     out = tmp_path / "out" / "m.onnx"
     out.parent.mkdir()
-    assert save_onnx(_external_model(source), out, SilentProgress()) == (out,)
+    assert save_onnx(_external_model(source), out, SilentProgress()) == {out: file_digest(out)}
     assert list(out.parent.iterdir()) == [out]
     (source / "weights.bin").unlink()
     _check_saved(out, run_onnx)
@@ -91,7 +91,8 @@ def test_a_large_model_has_external_data(
     progress = _Counting()
     out = tmp_path / "out" / "m.onnx"
     out.parent.mkdir()
-    assert save_onnx(model, out, progress) == (out, external_data_path(out))
+    data = external_data_path(out)
+    assert save_onnx(model, out, progress) == {out: file_digest(out), data: file_digest(data)}
     assert {file.name for file in out.parent.iterdir()} == {"m.onnx", "m.onnx.data"}
     assert str(tmp_path).encode() not in out.read_bytes()
     assert progress.total == total

@@ -15,8 +15,9 @@ import pytest
 from sws_export.cache import sharing
 from sws_export.cache.keys import cache_key, code_version
 from sws_export.cache.settings import cache_directory, open_cache
-from sws_export.cache.store import Cache, file_digest
+from sws_export.cache.store import Cache
 from sws_export.errors import OptionError
+from sws_export.files import file_digest
 from sws_export.progress import RecordingProgress, SilentProgress
 
 KEY = "a" * 64

@@ -12,7 +12,7 @@ from graph_passes.guard import GuardOptions
 from graph_passes.insert_sws import state_pair
 from graph_passes.parameters import SwsParameters
 from graph_passes.target import TARGETS
-from sws_export.cache.store import file_digest
+from sws_export.files import file_digest
 from sws_export.manifest import GraphDescription, parse_manifest, read_embedded
 from sws_export.pipeline.describe import complete, describe_graph, embed, library_versions
 from sws_export.pipeline.rewrite import RewriteReport
