@@ -21,7 +21,7 @@ from sws_export.pipeline.preflight import Preflight, preflight
 from sws_export.pipeline.run_log import RunLog
 from sws_export.progress import Progress, SilentProgress
 from sws_export.sources import open_source
-from sws_export.stage_timings import StageTiming
+from sws_export.stage_timings import StageTiming, rare_garbage_collection
 from sws_export.validation import ValidationReport
 
 
@@ -75,9 +75,13 @@ def export(
     Raises:
         SwsExportError: The model, the options or the machine do not allow the export; no file is left behind.
     """
-    model, out, options = Path(model), Path(out), options or ExportOptions()
-    log = RunLog(progress or SilentProgress())
+    with rare_garbage_collection():
+        return _export(
+            Path(model), Path(out), options or ExportOptions(), RunLog(progress or SilentProgress())
+        )
 
+
+def _export(model: Path, out: Path, options: ExportOptions, log: RunLog) -> ExportReport:
     # 1. Open: read headers, refuse what cannot be exported or written.
     options.sws.guard_options()
     _check_destination(model, out, options)

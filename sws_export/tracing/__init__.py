@@ -4,7 +4,3 @@ torch's ONNX exporter supports any module, but needs a minute or more for a UNet
 arithmetic on sizes. A UNet uses about forty torch functions and only products of sizes; recording those
 directly takes about a second.
 """
-
-from sws_export.tracing.record import trace
-
-__all__ = ["trace"]

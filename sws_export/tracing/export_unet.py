@@ -56,7 +56,7 @@ def export_plain(
         import torch
 
         from sws_export.checkpoint.unet_module import build_unet, call_unet
-        from sws_export.tracing import trace
+        from sws_export.tracing.record import trace
 
         stage.describe("tracing the UNet")
         with torch.device("meta"):

@@ -68,6 +68,31 @@ def test_a_second_run_changes_nothing() -> None:
     assert graph_bytes(model) == before
 
 
+def test_equal_constants_are_one(run_onnx: RunOnnx) -> None:
+    """Those that differ at their end only are kept, and so are those of another shape."""
+    array = np.arange(100, dtype=np.float32)
+    other_end = array.copy()
+    other_end[-1] = 5
+    x = ir.Value(name="x", type=FLOAT, shape=ir.Shape([100]))
+    value, nodes, constants = x, [], []
+    for number, data in enumerate((array, other_end, array.copy(), array.reshape(1, 100))):
+        tensor = ir.tensor(data, name=f"c{number}")
+        constant = ir.Value(name=tensor.name, type=FLOAT, shape=ir.Shape(data.shape), const_value=tensor)
+        constants.append(constant)
+        nodes.append(ir.node("Add", [value, constant], name=f"add{number}"))
+        value = nodes[-1].outputs[0]
+        value.name = f"sum{number}"
+    value.type, value.shape = FLOAT, ir.Shape([1, 100])
+    graph = ir.Graph([x], [value], nodes=nodes, initializers=constants, opset_imports={"": 23}, name="g")
+    model = ir.Model(graph, ir_version=11)
+    feeds = {"x": array}
+    (expected,) = run_onnx(model, feeds).values()
+    assert CleanGraph()(model).modified
+    assert list(model.graph.initializers) == ["c0", "c1", "c3"]
+    (found,) = run_onnx(model, feeds).values()
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_metadata_of_the_exporter_is_removed() -> None:
     model = build_model([SiteSpec()])
     secret = "/home/somebody/unet.py, line 7"

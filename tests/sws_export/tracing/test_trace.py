@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from sws_export.errors import ExportError
 from sws_export.tensors import TensorSpec
-from sws_export.tracing import trace
+from sws_export.tracing.record import trace
 
 SAMPLE = TensorSpec("sample", "float32", ("batch", 4, "height", "width"))
 TEXT = TensorSpec("text", "float32", ("batch", "tokens", 6))
