@@ -132,7 +132,7 @@ def command_of(name: str, unet: Path, out: Path, arguments: argparse.Namespace) 
 def measure(command: Sequence[str]) -> dict[str, Any]:
     """Wall time, processor time and peak memory of a command and its children."""
     with tempfile.TemporaryFile() as output:
-        start = time.monotonic()
+        start, before = time.monotonic(), os.times()
         # diffusers and transformers would contact the Hugging Face hub otherwise.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
@@ -140,10 +140,16 @@ def measure(command: Sequence[str]) -> dict[str, Any]:
         while process.poll() is None:
             peak = max(peak, tree_memory(process))
             time.sleep(_POLL_SECONDS)
-        seconds = time.monotonic() - start
+        seconds, after = time.monotonic() - start, os.times()
         output.seek(0)
         printed = output.read().decode(errors="replace")
-    figures = {"seconds": round(seconds, 2), "peak_memory": peak}
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
+    figures: dict[str, Any] = {
+        "seconds": round(seconds, 2),
+        "processor_seconds": round(processor, 2),
+        "peak_memory": peak,
+        "load": os.getloadavg()[0],
+    }
     if process.returncode != 0:
         lines = printed.strip().splitlines() or ["nothing printed"]
         figures["failed"] = f"exit status {process.returncode}: {lines[-1]}"
@@ -211,7 +217,7 @@ def table(report: dict[str, Any]) -> str:
     weights = report["weights_bytes"]
     lines = [
         f"{report['family']}, weights {weights / 1e9:.2f} GB",
-        f"{'run':<14}{'seconds':>9}{'memory GB':>11}{'x weights':>11}{'nodes':>8}{'file GB':>9}",
+        f"{'run':<14}{'seconds':>9}{'CPU s':>9}{'memory GB':>11}{'x weights':>11}{'nodes':>8}{'file GB':>9}",
     ]
     for name, run_ in report["runs"].items():
         if "failed" in run_:
@@ -219,8 +225,8 @@ def table(report: dict[str, Any]) -> str:
             continue
         peak = run_["peak_memory"]
         lines.append(
-            f"{name:<14}{run_['seconds']:>9.1f}{peak / 1e9:>11.2f}{peak / weights:>11.2f}"
-            f"{run_.get('nodes', ''):>8}{run_['bytes'] / 1e9:>9.2f}"
+            f"{name:<14}{run_['seconds']:>9.1f}{run_['processor_seconds']:>9.1f}{peak / 1e9:>11.2f}"
+            f"{peak / weights:>11.2f}{run_.get('nodes', ''):>8}{run_['bytes'] / 1e9:>9.2f}"
         )
     for name, run_ in report["runs"].items():
         if name.startswith("pipeline") and "stages" in run_:
