@@ -48,13 +48,13 @@ def load_onnx(path: Path) -> ir.Model:
         CheckpointError: The file cannot be read, is not an ONNX model, or has external data outside of its
             directory.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
     try:
         with open_regular(path):
             # A FIFO or device would be waited for.
             pass
         model = ir.load(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
         raise CheckpointError(f"cannot read the graph {path}: {error.strerror or error}") from error
     except Exception as error:  # the exceptions of protobuf and onnx_ir have no common base class

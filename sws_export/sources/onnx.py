@@ -184,8 +184,6 @@ def open_onnx_source(path: Path) -> OnnxSource:
         ExportError: It is not a UNet with diffusers' or ComfyUI's input names, has SWS already, or is of an
             older opset without attention that is recognized.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
     model = load_onnx(path)
     _check_weight_files(path, model)
     NameNodes()(model)

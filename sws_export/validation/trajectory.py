@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from sws_export.runtime.noise_levels import stable_diffusion_levels
 from sws_export.tensors import TensorSpec, concrete_shape
 
 Array = npt.NDArray[np.generic]
@@ -78,8 +79,5 @@ class Trajectory:
 
 def timestep_of(sigma: Floats) -> Floats:
     """Fractional timesteps at which the noise schedule of Stable Diffusion has the levels `sigma`."""
-    # At module level this would be a circular import: the runtime reads manifests.
-    from sws_export.runtime.noise_levels import stable_diffusion_levels
-
     levels = stable_diffusion_levels()
     return np.asarray(np.interp(np.log(sigma), np.log(levels), np.arange(len(levels))), np.float64)
