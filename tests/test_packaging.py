@@ -1,9 +1,11 @@
 """The wheel as a user installs it: what is in it, and a command that runs."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -98,3 +100,27 @@ def test_the_plugins_are_built_into_the_package(source: Path, tmp_path: Path) ->
         "print(i().architectures, i().is_current)"
     )
     assert run(python, "-I", "-c", program) == "('90',) True\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_lower_bounds_of_the_requirements(wheel: Path, tmp_path: Path) -> None:
+    """The oldest versions that the package declares export the example, and its validation passes.
+
+    It downloads several GB: PyPI has torch with CUDA libraries only.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    bounds = [*project["dependencies"], *extras["export"], *extras["cpu"]]
+    oldest = [requirement.replace(">=", "==") for requirement in bounds]
+    venv.create(tmp_path / "environment", with_pip=True)
+    bin_ = tmp_path / "environment" / "bin"
+    # A constraint of the machine's pip would choose newer versions.
+    run(bin_ / "python", "-m", "pip", "install", "--quiet", wheel, *oldest, PIP_CONSTRAINT=os.devnull)
+
+    out = tmp_path / "graph.onnx"
+    run(bin_ / "sws-export", ROOT / "examples" / "shapes", "--out", out, SWS_EXPORT_CACHE_SIZE="0")
+    manifest = json.loads(out.with_name("graph.onnx.json").read_text("utf-8"))
+    assert manifest["validation"]["passed"]
+    torch = next(requirement for requirement in oldest if requirement.startswith("torch=="))
+    assert manifest["versions"]["torch"].startswith(torch.removeprefix("torch=="))
