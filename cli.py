@@ -1,5 +1,6 @@
 """The command `sws-export`: which verb, signals, exit codes."""
 
+import errno
 import importlib
 import os
 import signal
@@ -12,6 +13,11 @@ from sws_export.errors import SwsExportError
 from sws_export.extras import missing_extras_as_errors
 
 _LONGEST_MESSAGE = 4000
+# Limits of the machine and of its file systems, which any access to a file can meet.
+_MACHINE_ERRORS = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE),
+)
 _VERBS = ("inspect", "validate", "plugins", "sample", "report", "triton", "cache")
 
 
@@ -29,11 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         cut = f"{message[:_LONGEST_MESSAGE]}…" if len(message) > _LONGEST_MESSAGE else message
         print_line(f"sws-export: {cut}")
-    except KeyboardInterrupt:
-        print("sws-export: interrupted; nothing was written", file=sys.stderr)
     except BrokenPipeError:
         # Whoever read our output has enough. Keep Python from failing once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        print_line(f"sws-export: {error.filename or 'this process'}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("sws-export: interrupted; nothing was written", file=sys.stderr)
     return 1
 
 

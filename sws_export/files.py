@@ -18,7 +18,12 @@ from sws_export.errors import OutputError
 ENGINE_SUFFIXES = (".plan", ".engine")
 """File name suffixes of engines."""
 
-_ACCESS_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_ACCESS_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
+# Not the name of the artefact: with it the name of the directory could be too long.
+_SCRATCH_PREFIX = ".sws-export-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +58,15 @@ def staged_directory(out: Path) -> Iterator[Path]:
     """A scratch directory beside `out`, on the same file system, which is removed when the block ends.
 
     All intermediate files are written there, so that nothing remains after an error, a full disk or an
-    interrupt.
+    interrupt. What killed processes have left there is removed first: a scratch directory is locked while its
+    process lives.
 
     Raises:
         OutputError: The directory of `out` does not exist or is not writable, or the disk is full.
     """
     with output_errors(out):
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        _remove_orphans(out.parent)
+        scratch, lock = _locked_scratch(out.parent)
     try:
         yield scratch
     except OSError as error:
@@ -69,6 +76,51 @@ def staged_directory(out: Path) -> Iterator[Path]:
         # A second Ctrl-C must not interrupt the removal.
         with _uninterrupted():
             shutil.rmtree(scratch, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _remove_orphans(directory: Path) -> None:
+    """Remove the scratch directories that no process has locked."""
+    for scratch in directory.glob(f"{_SCRATCH_PREFIX}*"):
+        lock = _lock(scratch, wait=False)
+        if lock is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked_scratch(directory: Path) -> tuple[Path, int | None]:
+    """A new scratch directory and its lock; None where the file system has no locks."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=directory))
+        lock = _lock(scratch, wait=True)
+        # Before it was locked, another process may have removed it as an orphan.
+        if scratch.exists():
+            return scratch, lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(directory: Path, *, wait: bool) -> int | None:
+    """The descriptor of a locked directory, which is unlocked when it is closed or the process ends.
+
+    None if another process has locked it, or it cannot be locked: on Windows, and on some network file
+    systems, where orphans are therefore not removed.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def publish(staged: Path, out: Path) -> None:

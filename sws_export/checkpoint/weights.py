@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from sws_export.checkpoint.header import StoredTensor
 from sws_export.checkpoint.model import Checkpoint
+from sws_export.documents import open_regular
 from sws_export.errors import CheckpointError
 from sws_export.progress import Progress
 
@@ -187,17 +189,17 @@ def _not_finite(tensors: Mapping[str, StoredTensor], offset: int, kind: str) -> 
     )
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> RawIOBase:
     try:
-        return file.open("rb", buffering=0)
+        return open_regular(file).detach()
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _fill(stream: BinaryIO, file: Path, target: memoryview) -> None:
+def _fill(stream: RawIOBase, file: Path, target: memoryview) -> None:
     filled = 0
     while filled < len(target):
-        count = stream.readinto(target[filled:])  # type: ignore[attr-defined]
+        count = stream.readinto(target[filled:])
         if not count:
             raise CheckpointError(f"{file} was truncated after its header was read; download it again")
         filled += count

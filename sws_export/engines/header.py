@@ -14,6 +14,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from sws_export.documents import open_regular
 from sws_export.errors import EngineError
 
 _MAGIC = {b"vtrt": "tensorrt-rtx", b"ftrt": "tensorrt", b"ptrt": "tensorrt"}
@@ -42,7 +43,7 @@ def plan_header(path: Path) -> PlanHeader:
         EngineError: The file is missing or is not a plan, or its size differs from the one in its header.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_LENGTH)
         found = path.stat().st_size
     except OSError as error:

@@ -8,7 +8,7 @@ from sws_export.cache import open_cache
 from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu_memory import describe_gpu_memory
 from sws_export.errors import OutputError
-from sws_export.files import external_data_path, publish_together, staged_directory
+from sws_export.files import external_data_path, output_errors, publish_together, staged_directory
 from sws_export.manifest import Manifest, manifest_path, write_manifest
 from sws_export.options import ExportOptions, artefact_kind
 from sws_export.pipeline.cached import StageCache
@@ -149,9 +149,12 @@ def _check_destination(model: Path, out: Path, options: ExportOptions) -> None:
     if keeps_graph:
         files |= {graph, external_data_path(graph), manifest_path(graph)}
     for file in sorted(files):
-        if file.is_dir():
-            raise OutputError(f"cannot write {file}: it is a directory; choose another --out")
-        if file.exists() and model.exists() and file.samefile(model):
+        with output_errors(file):
+            exists = file.exists()
+        if exists and not file.is_file():
+            what = "a directory" if file.is_dir() else "a FIFO, device or socket"
+            raise OutputError(f"cannot write {file}: it is {what}; choose another --out")
+        if exists and model.exists() and file.samefile(model):
             raise OutputError(f"cannot write {file}: that would overwrite the model; choose another --out")
     with staged_directory(out):
         pass

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import shutil
 import struct
@@ -359,3 +360,61 @@ def test_the_random_unet_is_exported_otherwise(random_unet: Path, out: Path) -> 
 def test_a_unet_with_an_unsupported_input(refuse: Refuse, tmp_path: Path) -> None:
     unet = make_unet(tmp_path / "unet", encoder_hid_dim_type="text_proj", encoder_hid_dim=12)
     assert "encoder_hid_dim_type = 'text_proj'" in refuse(unet)
+
+
+# Files that are not regular, and limits of the machine
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_a_file_of_the_model_that_is_not_regular(name: str, kind: str, refuse: Refuse, copied: Path) -> None:
+    (copied / name).unlink()
+    if kind == "FIFO":
+        os.mkfifo(copied / name)
+    else:
+        (copied / name).symlink_to("/dev/zero")
+    said = refuse(copied)
+    if name == WEIGHTS:
+        assert f"{copied} contains no UNet" in said
+        said = refuse(copied / name)
+        assert f"cannot read {copied / name}: it is a {kind}, not a file" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+@pytest.mark.parametrize("verb", ["inspect", "export"])
+def test_a_graph_that_is_a_fifo(
+    verb: str, tmp_path: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "g.onnx")
+    if verb == "export":
+        assert f"{tmp_path}/g.onnx" in refuse(tmp_path / "g.onnx")
+    else:
+        assert main(["inspect", str(tmp_path / "g.onnx")]) == 1
+        assert "g.onnx: it is a FIFO" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+def test_a_destination_that_is_a_fifo(
+    random_unet: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(out / "graph.onnx")
+    assert main([str(random_unet), "--out", str(out / "graph.onnx")]) == 1
+    assert "graph.onnx: it is a FIFO, device or socket; choose" in error_line(capsys.readouterr().err)
+    assert [file.name for file in out.iterdir()] == ["graph.onnx"]
+
+
+def test_names_that_are_too_long(refuse: Refuse, random_unet: Path, tmp_path: Path) -> None:
+    assert "File name too long; choose an --out" in refuse(random_unet, name="a" * 251 + ".onnx")
+    assert "File name too long" in refuse(tmp_path / ("a" * 300 + ".safetensors"))
+
+
+def test_64_open_files(random_unet: Path, out: Path) -> None:
+    """Either they are enough, or the command says that they are not."""
+    command = f"ulimit -n 64; exec {COMMAND} {random_unet} --out {out}/graph.onnx --no-validate"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode == 0:
+        assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
+    else:
+        assert "open files" in error_line(done.stderr)
+        assert listing(out) == {}

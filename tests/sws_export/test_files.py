@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,3 +160,41 @@ def test_an_unexpected_error_is_not_changed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.EIO)) as failure, output_errors(tmp_path / "a"):
         _refuse_with(errno.EIO)()
     assert not isinstance(failure.value, OutputError)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="directories cannot be locked")
+def test_scratch_of_a_killed_process_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Not that of a process that lives, nor what looks like it and is no directory."""
+    program = (
+        "import pathlib, sys, time\n"
+        "from sws_export.files import staged_directory\n"
+        "with staged_directory(pathlib.Path(sys.argv[1])) as scratch:\n"
+        "    (scratch / 'half').write_text('x')\n"
+        "    print(scratch.name, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "a.plan")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        scratch = tmp_path / process.stdout.readline().strip()
+        (tmp_path / ".sws-export-link").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").mkdir()
+        with staged_directory(tmp_path / "b.plan") as own:
+            assert {scratch.name, own.name} <= {path.name for path in tmp_path.iterdir()}
+        assert (scratch / "half").is_file()
+        process.kill()
+    with staged_directory(tmp_path / "b.plan"):
+        assert not scratch.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".sws-export-link", "elsewhere"]
+
+
+def test_names_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    out = tmp_path / ("a" * 250 + ".plan")
+    with staged_directory(out) as scratch:
+        (scratch / out.name).write_bytes(b"x")
+        publish(scratch / out.name, out)
+    assert out.read_bytes() == b"x"
+    longer = tmp_path / ("a" * 300)
+    (tmp_path / "x").touch()
+    with pytest.raises(OutputError, match="File name too long"):
+        publish(tmp_path / "x", longer)
