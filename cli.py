@@ -38,13 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has enough. Keep Python from failing once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno not in _MACHINE_ERRORS:
-            raise
-        print_line(f"sws-export: {error.filename or 'this process'}: {error.strerror}")
     except KeyboardInterrupt:
         print("sws-export: interrupted; nothing was written", file=sys.stderr)
+    except Exception as error:
+        limit = _machine_error(error)
+        if limit is None:
+            raise
+        cure = "; raise the limit with ulimit -n" if limit.errno in (errno.EMFILE, errno.ENFILE) else ""
+        print_line(f"sws-export: {limit.filename or 'this process'}: {limit.strerror}{cure}")
     return 1
+
+
+def _machine_error(error: BaseException | None) -> OSError | None:
+    """The limit of the machine that caused `error`, also where a library wrapped it; None for a bug."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+            return error
+        error = error.__cause__
+    return None
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:  # noqa: ARG001  (the signature of a handler)
