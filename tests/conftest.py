@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from tests import export_runs
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Graphs are many small objects: with its default thresholds the collector takes a quarter of an export.
 gc.set_threshold(50_000, 50, 100)
+# A shell starts background jobs with SIGINT ignored; tests interrupt themselves and their child processes.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "examples" / "shapes" / "unet"
