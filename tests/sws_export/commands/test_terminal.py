@@ -1,6 +1,7 @@
 """Terminal output: progress, summaries, tables, nested values."""
 
 import dataclasses
+import errno
 import io
 from pathlib import Path
 
@@ -194,3 +195,46 @@ def test_the_error_line_has_no_control_characters(tmp_path: Path, capfd: pytest.
     printed = capfd.readouterr().err
     assert printed.endswith("no such file or directory\n")
     assert all(letter.isprintable() for letter in printed[:-1])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/models/unet"),
+            "/models/unet: Permission denied",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            "this process: Too many open files; raise the limit with",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300), "aaa: File name too long"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_limits_of_the_machine_end_in_one_line(
+    error: OSError,
+    line: str,
+    wrapped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        if wrapped:
+            raise RuntimeError("a library failed") from error
+        raise error
+
+    monkeypatch.setattr("sws_export.inspection.inspect_file", fail)
+    assert main(["inspect", "x"]) == 1
+    printed = capfd.readouterr().err
+    assert line in printed
+    assert printed.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug") from OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("sws_export.inspection.inspect_file", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["inspect", "x"])
