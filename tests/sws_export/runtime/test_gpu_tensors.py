@@ -171,6 +171,16 @@ def test_tensors_of_other_dtypes_strides_and_places(
     assert one.shape == expected.shape
 
 
+@pytest.mark.filterwarnings("ignore:the latent of 7 x 5 is padded")
+def test_tensors_are_padded_on_the_gpu(graph_on_gpu: Stream, sws_graph: Path, inputs: MakeInputs) -> None:
+    step = inputs(height=7, width=5)
+    prediction = graph_on_gpu.step(**tensors_of(step))
+    assert isinstance(prediction, GpuTensor)
+    expected = Session.load(sws_graph, device="cpu").step(**step)
+    assert prediction.shape == expected.shape == (2, 4, 7, 5)
+    np.testing.assert_allclose(torch.Tensor.numpy(prediction), expected, rtol=0, atol=1e-5)
+
+
 def test_tensors_that_are_refused(graph_on_gpu: Stream, inputs: MakeInputs) -> None:
     tensors = tensors_of(inputs())
     with pytest.raises(StepError, match="input sigma: expected a finite number above 0, found -1"):
