@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,25 @@ def shapes_onnx(tmp_path_factory: pytest.TempPathFactory) -> ShapesOnnx:
 def shapes_model(shapes_onnx: ShapesOnnx) -> ShapesModel:
     """A copy of the example's plain export in a precision, which the test may change."""
     return lambda precision: ir.load(shapes_onnx(precision))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the tracked files as in a fresh clone."""
+
+    def build(directory: Path) -> None:
+        command = ["git", "-C", ROOT, "ls-files", "-z", "--", ".", ":!examples", ":!tests", ":!benchmarks"]
+        tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for name in filter(None, tracked.split("\0")):
+            target = directory / "source" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+        options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", directory]
+        pip = [sys.executable, "-m", "pip", "wheel", *options, directory / "source"]
+        subprocess.run(pip, check=True, timeout=300)
+
+    (built,) = export_runs.shared(tmp_path_factory, "wheel", build).glob("*.whl")
+    return built
 
 
 @pytest.fixture(scope="session")

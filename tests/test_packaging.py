@@ -1,4 +1,4 @@
-"""The wheel as a user installs it: what is in it, and a command that runs."""
+"""The wheel: its contents, and the installed command."""
 
 import json
 import os
@@ -21,26 +21,6 @@ def run(*command: object, **variables: str) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked files alone, as in a fresh clone."""
-    source = tmp_path_factory.mktemp("source")
-    tracked = run("git", "-C", ROOT, "ls-files", "-z", "--", ".", ":!examples", ":!tests", ":!benchmarks")
-    for name in filter(None, tracked.split("\0")):
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
-    return source
-
-
-@pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, source)
-    (built,) = out.glob("*.whl")
-    return built
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +68,12 @@ def test_the_package_imports_without_its_dependencies(environment: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
-def test_the_plugins_are_built_into_the_package(source: Path, tmp_path: Path) -> None:
+def test_the_plugins_are_built_into_the_package(wheel: Path, tmp_path: Path) -> None:
     """With pip's own build isolation, which hides pip from the build."""
     venv.create(tmp_path / "environment", with_pip=True)
     python = tmp_path / "environment" / "bin" / "python"
     options = ("--quiet", "--no-deps", "-C", "cmake.define.SWS_ARCHITECTURES=90")
-    run(python, "-m", "pip", "install", *options, source, SWS_BUILD_PLUGINS="1")
+    run(python, "-m", "pip", "install", *options, wheel.parent / "source", SWS_BUILD_PLUGINS="1")
 
     program = (
         "from sws_export.engines.plugin_library import plugin_info as i; "

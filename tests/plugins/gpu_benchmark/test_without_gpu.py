@@ -34,6 +34,7 @@ from benchmarks.gpu.timing import input_sets
 from sws_export import export
 from sws_export.options import ExportOptions, SizeOptions
 from sws_export.reference import band_from_dense, dense_from_band, rebalance
+from tests.export_runs import ONE_SITE
 from tests.plugins.banded_transport import reference as transport_reference
 from tests.plugins.gpu_benchmark.plain_kernels import PlainKernels
 from tests.plugins.key_guard.reference import GuardCase, bisection_step, value_mix
@@ -469,7 +470,7 @@ def test_the_unets_are_those_of_the_models(config: dict[str, object], size: int)
 
 
 def test_artefacts_of_the_example_are_compared_step_by_step(tmp_path: Path) -> None:
-    options = ExportOptions(sizes=SizeOptions(batch="2", tokens="8"), validate=False)
+    options = ExportOptions(sws=ONE_SITE, sizes=SizeOptions(batch="2", tokens="8"), validate=False)
     export(ROOT / "examples" / "shapes", tmp_path / "a.onnx", options)
 
     assert compare_steps(tmp_path / "a.onnx", tmp_path / "a.onnx")["relative_errors"] == [0, 0, 0]

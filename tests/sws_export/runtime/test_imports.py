@@ -1,4 +1,4 @@
-"""What a machine that runs artefacts must import, and install."""
+"""Imports and requirements of a machine that runs artefacts."""
 
 import importlib.metadata
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sws_export.extras import EXTRAS
-from tests.export_runs import ROOT, error_line
+from tests.export_runs import error_line
 
 NOT_LOADED = {*EXTRAS["export"], *EXTRAS["sample"], *EXTRAS["gpu"], *EXTRAS["rtx"]}
 BUDGET = 36
@@ -59,11 +59,11 @@ def run(python: Path | str, program: str, *arguments: object) -> str:
     ],
     ids=["comfyui", "triton-model", "triton-repository", "polygraphy", "help"],
 )
-def test_what_an_import_loads(program: str) -> None:
+def test_modules_of_an_import(program: str) -> None:
     check_loaded(run(sys.executable, program + LOADED))
 
 
-def test_what_a_step_loads(sws_graph: Path) -> None:
+def test_modules_of_a_step(sws_graph: Path) -> None:
     check_loaded(run(sys.executable, STEP + LOADED, sws_graph))
 
 
@@ -87,37 +87,16 @@ def closure(requirements: list[str]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python of an environment with the wheel, its own requirements and ONNX Runtime, and nothing else.
 
     The requirements are links to the packages of this environment, which saves the installation.
     """
     folder = tmp_path_factory.mktemp("base")
-    wheel = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--no-build-isolation",
-    ]
-    subprocess.run([*wheel, "--wheel-dir", folder, ROOT], check=True, timeout=300)
     venv.create(folder / "environment", with_pip=False)
     python = folder / "environment" / "bin" / "python"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-    ]
-    subprocess.run([*install, *folder.glob("*.whl")], check=True, timeout=300)
+    install = [sys.executable, "-m", "pip", "--python", python, "install"]
+    subprocess.run([*install, "--quiet", "--no-deps", "--no-index", wheel], check=True, timeout=300)
     (site,) = (folder / "environment" / "lib").glob("python3.*/site-packages")
     (metadata,) = site.glob("sws_export-*.dist-info")
     required = importlib.metadata.Distribution.at(metadata).requires or []
