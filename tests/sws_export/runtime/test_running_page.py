@@ -110,8 +110,9 @@ def run_in(place: Path, command: str) -> None:
 
 
 def python_block(start: str) -> str:
-    """A block of the page without the lines that need a GPU."""
+    """A block of the page for the CPU, without the lines that need an engine."""
     (block,) = [block for block in blocks() if block.startswith(start)]
+    block = block.replace('provider="tensorrt-rtx"', 'provider="cpu"')
     return "\n".join(line for line in block.splitlines() if ".plan" not in line)
 
 
