@@ -59,7 +59,6 @@ def test_a_twin_is_validated_and_parsed(
     config = twin_config(family.config())
     write_checkpoint(tmp_path / "unet", config, dtype="fp32")
     options = ExportOptions(
-        sws=SwsOptions(guard="literal"),
         sizes=SizeOptions(vae_scale=8, batch="1:2:2", height=SIDE, width=SIDE, tokens="1:77:77"),
     )
     report = export(tmp_path / "unet", tmp_path / "e.plan", options)
