@@ -11,10 +11,14 @@ def require_plain(model: ir.Model) -> None:
     `If` is allowed: a step never takes longer than all branches together.
 
     Raises:
-        GraphError: The graph has the input `intensity`, so it has SWS already; or it has a Loop or Scan node.
+        GraphError: The graph has the input `sigma` or `intensity`, so it has SWS already; or it has a Loop or
+            Scan node.
     """
-    if any(value.name == "intensity" for value in model.graph.inputs):
-        raise GraphError("the graph has SWS already (input 'intensity'); start from an export without SWS")
+    for value in model.graph.inputs:
+        if value.name in ("sigma", "intensity"):
+            raise GraphError(
+                f"the graph has SWS already (input '{value.name}'); start from an export without SWS"
+            )
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain == "" and node.op_type in ("Loop", "Scan"):
             raise GraphError(
