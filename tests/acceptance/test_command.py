@@ -71,9 +71,9 @@ def test_the_manifest_describes_inputs_states_and_profile(made: tuple[Path, dict
     manifest = printed["manifest"]
     shapes = {spec["name"]: (spec["dtype"], spec["shape"]) for spec in manifest["inputs"]}
     assert shapes == {
-        "sample": ("float32", ["batch", 3, "height", "width"]),
+        "sample": ("float16", ["batch", 3, "height", "width"]),
         "timestep": ("float32", ["batch"]),
-        "encoder_hidden_states": ("float32", ["batch", "tokens", 64]),
+        "encoder_hidden_states": ("float16", ["batch", "tokens", 64]),
         "sigma": ("float32", ["batch"]),
         "intensity": ("float32", ["batch"]),
         "sws_state_d2": ("float32", ["batch", 145, "height/2", "width/2"]),
@@ -103,7 +103,7 @@ def test_the_manifest_describes_the_source(made: tuple[Path, dict[str, Any]], tr
     manifest = printed["manifest"]
     assert manifest["sws"].keys() == SWS_NAMES
     assert {grid: len(names) for grid, names in manifest["sites"].items()} == {"d2": 3, "d4": 4}
-    assert manifest["precision"] == "fp32"
+    assert manifest["precision"] == "fp16"
     assert manifest["opset"] == 23
     assert {"torch", "onnx", "diffusers", "sws-export"} <= manifest["versions"].keys()
     assert manifest["source"]["sha256"] == sha256(trained / "unet" / "diffusion_pytorch_model.safetensors")
