@@ -1,5 +1,6 @@
 """The interface of every source of an export."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,8 +127,12 @@ def open_source(model: Path, options: ExportOptions, progress: Progress, *, engi
         OptionError: An option does not fit this kind of source.
     """
     if model.suffix != ".onnx":
-        half = engine or options.quantization.activations is not None
-        return open_checkpoint_source(model, options.source, progress, engine=half)
+        activations = options.quantization.activations
+        half = engine or activations is not None
+        checkpoint = open_checkpoint_source(model, options.source, progress, engine=half)
+        if activations is None:
+            return checkpoint
+        return dataclasses.replace(checkpoint, precision_reason=f"that of all but the {activations} layers")
     given = options.source
     if given.precision is not None or given.config is not None or given.loras or options.sws.plain:
         raise OptionError(

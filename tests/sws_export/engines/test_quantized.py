@@ -23,7 +23,7 @@ def build(folder: Path, model: ir.Model, targets: tuple[str, ...]) -> EngineRepo
     ir.save(model, folder / "model.onnx")
     shapes: dict[str, tuple[Shape, Shape, Shape]] = {name: (shape,) * 3 for name, shape in SHAPES.items()}
     options = BuildOptions(get_backend("tensorrt-rtx"), compute_capabilities=targets)
-    return build_engine(folder / "model.onnx", folder / "engine.plan", shapes, options)
+    return build_engine(folder / "model.onnx", folder / "engine.plan", [shapes], options)
 
 
 @pytest.mark.parametrize("activations", [False, True])
