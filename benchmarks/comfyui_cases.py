@@ -83,7 +83,9 @@ def _cases(twin: Twin, samplers: Sequence[str], published: Path | None) -> list[
     _input_cases(twin, at[0.0], plain, first, add)
     _memory_case(twin, at[1.0], first, add)
     _patch_case(twin, at[1.0], first, add)
-    _convert_case(twin, first, add)
+    if twin.name == "sd15":
+        # The tensors of a small SDXL UNet, which has no configuration beside it, do not determine its inputs.
+        _convert_case(twin, first, add)
     if published is not None:
         _published_case(twin, published, first, add)
     return found
