@@ -20,8 +20,11 @@ from tests.export_runs import difference, listing, open_session, with_options
 from tests.graph_passes.small_models import op_counts
 
 INT8 = ExportOptions(
-    sws=SwsOptions(guard="literal"), quantization=QuantizationOptions(weights="int8"), validate=False
+    sws=SwsOptions(guard="literal", sites=("mid*attn1",)),
+    quantization=QuantizationOptions(weights="int8"),
+    validate=False,
 )
+PLAIN: dict[str, Any] = {"plain": True, "guard": None, "sites": ()}
 
 pytestmark = pytest.mark.usefixtures("quick_trace")
 
@@ -103,8 +106,8 @@ def test_a_graph_over_its_tolerance_is_not_written(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"plain": True, "guard": None, "controlnet": True, "precision": "fp16"},
-        {"preset": "comfyui-node", "guard": None, "u": "sigma"},
+        PLAIN | {"controlnet": True, "precision": "fp16"},
+        {"preset": "comfyui-node", "guard": None, "u": "sigma", "sites": ("mid*attn2",)},
         {"backend": "tensorrt-rtx", "weights": "fp8"},
         {"backend": "tensorrt", "precision": "fp16"},
     ],
@@ -143,7 +146,7 @@ def test_static_and_dynamic_graphs_share_the_weights(
 
 
 def test_a_plain_quantized_graph_as_the_source(random_unet: Path, out: Path) -> None:
-    export(random_unet, out / "plain.onnx", with_options(INT8, plain=True, guard=None))
+    export(random_unet, out / "plain.onnx", with_options(INT8, **PLAIN))
     report = export(out / "plain.onnx", out / "sws.onnx", ExportOptions(sws=INT8.sws))
     assert report.manifest is not None
     assert report.manifest["quantization"]["weights"] == "int8"
