@@ -5,18 +5,25 @@ from fractions import Fraction
 
 from onnx_ir.passes import InPlacePass, Sequential
 
+from graph_passes.choose_guard import ChooseGuard
 from graph_passes.choose_transport import ChooseTransport
 from graph_passes.clean_graph import CleanGraph
-from graph_passes.decompose_guard_attention import DecomposeGuardAttention
+from graph_passes.decompose_metrics_attention import DecomposeMetricsAttention
 from graph_passes.fold_constants import FoldConstants
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.set_static_shapes import SetStaticShapes
+from graph_passes.sink_into_branches import SinkIntoBranches
+from graph_passes.slices_to_splits import SlicesToSplits
 from graph_passes.split_query_chunks import SplitQueryChunks
 from graph_passes.target import Target
 
 
 def sws_passes(
-    target: Target, insertion: InPlacePass, sizes: Mapping[str, int], guard_rows: Fraction = Fraction(1)
+    target: Target,
+    insertion: InPlacePass,
+    sizes: Mapping[str, int],
+    guard_rows: Fraction = Fraction(1),
+    largest: Mapping[str, int] | None = None,
 ) -> Sequential:
     """From a plain graph to an SWS graph lowered for `target`.
 
@@ -27,17 +34,29 @@ def sws_passes(
         insertion: Pass of a preset that puts calls of `sws` functions at the selected sites.
         sizes: Static sizes by symbol: `batch`, `height` and `width` of the latent, `tokens`.
         guard_rows: Share of the query rows that the key guard evaluates.
+        largest: Largest sizes of dynamic shapes, like `sizes`, as far as they are known.
     """
     return Sequential(
         insertion,
         SetStaticShapes(sizes),
         *([SplitQueryChunks(guard_rows)] if target.query_chunks else []),
-        *([DecomposeGuardAttention()] if target.materialized_logits else []),
-        # The choice needs the calls of BandedTransport in the main graph. Plugins replace it for any size.
-        *([] if target.plugin_operators else [LowerFunctions({"BandedTransport"}), ChooseTransport()]),
+        *([] if target.float32_attention else [DecomposeMetricsAttention()]),
+        # Plugins replace the operators for any size. ChooseTransport needs the calls of BandedTransport in
+        # the main graph.
+        *(
+            []
+            if target.plugin_operators
+            else [
+                ChooseGuard({**(largest or {}), **sizes}),
+                LowerFunctions({"BandedTransport"}),
+                ChooseTransport(),
+            ]
+        ),
         LowerFunctions(target.plugin_operators),
         FoldConstants(),
         CleanGraph(),
+        *([SinkIntoBranches()] if target.branches else []),
+        *([SlicesToSplits()] if target.costly_slices else []),
     )
 
 

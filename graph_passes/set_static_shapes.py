@@ -26,26 +26,25 @@ class SetStaticShapes(InPlacePass):
         for value in _values(model.graph):
             if value.shape is None:
                 continue
-            dims = [self._static(dim) for dim in value.shape]
+            dims = [static_dimension(dim, self.sizes) for dim in value.shape]
             if dims != list(value.shape):
                 value.shape = ir.Shape(dims)
                 modified = True
         return PassResult(model, modified=modified)
 
-    def _static(self, dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
-        if isinstance(dim, int) or dim.value is None:
-            return dim
-        product, _, divisor = dim.value.partition("/")
-        factors = [self._number(name) for name in product.split("*")]
-        if None in factors or not (divisor or "1").isdigit():
-            return dim
-        size = Fraction(1, int(divisor or 1))
-        for factor in factors:
-            size *= factor or 0
-        return int(size) if size.denominator == 1 else dim
 
-    def _number(self, name: str) -> int | None:
-        return int(name) if name.isdigit() else self.sizes.get(name)
+def static_dimension(dim: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int | ir.SymbolicDim:
+    """The number that a dimension has with `sizes`, or the dimension itself if that is not known."""
+    if isinstance(dim, int) or dim.value is None:
+        return dim
+    product, _, divisor = dim.value.partition("/")
+    factors = [int(name) if name.isdigit() else sizes.get(name) for name in product.split("*")]
+    if None in factors or not (divisor or "1").isdigit():
+        return dim
+    size = Fraction(1, int(divisor or 1))
+    for factor in factors:
+        size *= factor or 0
+    return int(size) if size.denominator == 1 else dim
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

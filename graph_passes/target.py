@@ -14,9 +14,13 @@ class Target:
     Attributes:
         name: As in manifests and on the command line.
         branches: The graph may have `If` nodes: the fused guard skips evaluations that cannot change its
-            result. Not for TensorRT, which captures a step as one CUDA graph without branches.
-        materialized_logits: Float32 attention is replaced by products and a softmax, which store the logits.
-            For TensorRT-RTX, which has no kernel for it.
+            result (key_guard_fused.py). Without, it is that of key_guard_means.py. A GPU captures a step
+            without branches as one CUDA graph.
+        float16_attention: The runtime has fused float16 attention, which the guard without branches then
+            uses in a float16 or bfloat16 model.
+        float32_attention: The runtime has float32 attention that stores no logits. Without, the guard of a
+            float32 model and the site metrics use products and a softmax.
+        costly_slices: The parser makes many layers of a Slice; Split is used where all sizes are known.
         split_heads: The heads of a site's own attention are split by Reshape and Transpose nodes. ONNX
             Runtime takes longer to split them itself; TensorRT builds faster if it does.
         query_chunks: Attentions of many tokens are computed on one chunk of the query rows after another.
@@ -25,7 +29,9 @@ class Target:
 
     name: str
     branches: bool = False
-    materialized_logits: bool = False
+    float16_attention: bool = False
+    float32_attention: bool = True
+    costly_slices: bool = False
     split_heads: bool = False
     query_chunks: bool = False
     plugin_operators: frozenset[str] = frozenset()
@@ -35,8 +41,9 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         Target("onnxruntime", branches=True, split_heads=True, query_chunks=True),
-        Target("tensorrt-rtx", materialized_logits=True),
-        Target("tensorrt", plugin_operators=PLUGIN_OPERATORS),
+        Target("onnxruntime-cuda", float16_attention=True),
+        Target("tensorrt-rtx", float16_attention=True, float32_attention=False, costly_slices=True),
+        Target("tensorrt", float16_attention=True, costly_slices=True, plugin_operators=PLUGIN_OPERATORS),
     )
 }
 """All targets by name."""

@@ -28,9 +28,11 @@ from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
 from graph_passes.target import Target
 
-__all__ = ["DOMAIN", "build_comfyui_node_functions", "build_functions"]
+__all__ = ["DOMAIN", "STORED_LOGITS", "build_comfyui_node_functions", "build_functions"]
 
 DOMAIN = "sws"
+STORED_LOGITS = "stored_logits"
+"""Overload of `KeyGuard` for sites with few tokens: `ChooseGuard` selects it."""
 
 
 def build_functions(
@@ -43,6 +45,8 @@ def build_functions(
     cross_attention: bool = False,
 ) -> dict[str, ir.Function]:
     """All functions of the preset `sws` by name, for a model whose activations have `dtype`.
+
+    The overload `STORED_LOGITS` of a function has the name `<function>.stored_logits`.
 
     Args:
         parameters: Constants of the method.
@@ -69,7 +73,9 @@ def build_functions(
         ]
     if site_metrics:
         functions.append(build_site_metrics(dtype))
-    return {function.name: function for function in functions}
+    if guard.form == "fused" and target.float16_attention and dtype != ir.DataType.FLOAT:
+        functions.append(build_key_guard(parameters, dtype, target, guard.form, overload=STORED_LOGITS))
+    return {".".join(filter(None, (function.name, function.overload))): function for function in functions}
 
 
 def build_comfyui_node_functions(

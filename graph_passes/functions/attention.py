@@ -1,5 +1,6 @@
 """`sws.Attention` and `sws.CrossAttention`: one attention site with mixed keys and values."""
 
+import dataclasses
 from typing import Any
 
 import onnx_ir as ir
@@ -8,12 +9,14 @@ from graph_passes.errors import GraphError
 from graph_passes.functions.building import (
     Op,
     attribute_int,
+    branch,
     cast,
     define_function,
     join_heads,
     mixed,
     per_sample,
     split_heads,
+    true_for_any,
 )
 from graph_passes.functions.key_guard_fused import branching_site
 from graph_passes.functions.key_guard_inputs import GuardInputs
@@ -39,7 +42,8 @@ def build_attention(
     `CrossAttention` has keys and values [B, L, C] of the text, and a transport with a single row. If the
     guard evaluates a share of the rows, it has one more input at the end, `query_grid` [2] int64: rows and
     columns of the grid of the queries.
-    Mixing is written `k + alpha * (k_perm - k)`, so that alpha = 0 gives exactly k.
+    Mixing is written `k + alpha * (k_perm - k)`, so that alpha = 0 gives exactly k. With `branches`, a step
+    in which no sample has an amplitude computes the attention of q, k and v alone.
 
     Args:
         parameters: Constants of the method; `KeyGuard` carries those that its plugin needs.
@@ -74,8 +78,6 @@ def build_attention(
         value_gain: Any,
         query_grid: Any = None,
     ) -> Any:
-        num_heads = ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT)
-        scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
         if cross:
             # On a single row, tiles of 8 x 8 with a halo of 8 would be nearly empty.
             k_perm, v_perm = op.DenseTransport(transport, k, v, _domain="sws", _outputs=2)
@@ -85,38 +87,34 @@ def build_attention(
             )
         if sampled and not cross:
             query_grid = op.Shape(transport, start=2, end=4)
+        site = _Site(q, k, v, k_perm, v_perm, tau_q, target.split_heads, dtype)
         per_batch = (tau_q, amplitude, kappa, key_gate, value_gain)
 
-        def attend(op: Op, key_share: Any, value_share: Any) -> Any:
-            operands = (
-                op.Div(q, cast(op, per_sample(op, tau_q, 3), dtype, FLOAT)),
-                mixed(op, k, k_perm, cast(op, key_share, dtype, FLOAT)),
-                mixed(op, v, v_perm, cast(op, value_share, dtype, FLOAT)),
-            )
-            if target.split_heads:
-                return join_heads(op, op.Attention(*(split_heads(op, x) for x in operands), scale=scale))
-            return op.Attention(
-                *operands,
-                q_num_heads=ir.RefAttr("q_num_heads", "num_heads", ir.AttributeType.INT),
-                kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
-                scale=scale,
-            )
-
-        if carries_values:
-            inputs = GuardInputs(q, k, k_perm, *per_batch)
-            alpha_k, a_v, y = branching_site(op, parameters, inputs, v, v_perm, attend)
-        else:
+        def with_sws(op: Op) -> tuple[Any, Any, Any]:
+            if carries_values:
+                inputs = GuardInputs(q, k, k_perm, *per_batch)
+                return branching_site(op, parameters, inputs, v, v_perm, site.attend_mixed)
             rows = sampled_rows(op, q, query_grid, strides, dtype) if sampled else q
             alpha_k, a_v = op.KeyGuard(
                 *GuardInputs(rows, k, k_perm, *per_batch),
-                num_heads=num_heads,
-                scale=scale,
+                num_heads=ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT),
+                scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
                 key_cap=parameters.key_cap,
                 bisection_steps=parameters.bisection_steps,
                 _domain="sws",
                 _outputs=2,
             )
-            y = attend(op, alpha_k, a_v)
+            return alpha_k, a_v, site.attend_mixed(op, alpha_k, a_v)
+
+        def without_sws(op: Op) -> tuple[Any, Any, Any]:
+            nothing = op.Mul(amplitude, 0.0)
+            return nothing, nothing, site.attend(op, k, v)
+
+        if target.branches:
+            active = true_for_any(op, op.Greater(amplitude, 0.0))
+            alpha_k, a_v, y = branch(op, active, with_sws, without_sws, 3, dtype)
+        else:
+            alpha_k, a_v, y = with_sws(op)
         return (y, _site_metrics(op, q, k, k_perm, tau_q, alpha_k, a_v)) if site_metrics else y
 
     inputs = dict.fromkeys(("q", "k", "v"), dtype)
@@ -130,6 +128,40 @@ def build_attention(
         ["y", "site_metrics"] if site_metrics else ["y"],
         [ir.Attr("num_heads", ir.AttributeType.INT, None), ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """The tensors of a site, [B, T, C] of `dtype` each, and the temperature of its queries, [B]."""
+
+    q: Any
+    k: Any
+    v: Any
+    k_perm: Any
+    v_perm: Any
+    tau_q: Any
+    split_heads: bool
+    dtype: ir.DataType
+
+    def attend(self, op: Op, keys: Any, values: Any) -> Any:
+        """The output of the site for `keys` and `values`, [B, T, C] each."""
+        scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
+        temperature = cast(op, per_sample(op, self.tau_q, 3), self.dtype, FLOAT)
+        operands = (op.Div(self.q, temperature), keys, values)
+        if self.split_heads:
+            return join_heads(op, op.Attention(*(split_heads(op, x) for x in operands), scale=scale))
+        return op.Attention(
+            *operands,
+            q_num_heads=ir.RefAttr("q_num_heads", "num_heads", ir.AttributeType.INT),
+            kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
+            scale=scale,
+        )
+
+    def attend_mixed(self, op: Op, key_share: Any, value_share: Any) -> Any:
+        """The output of the site with mixed keys and values; shares are [B]."""
+        keys = mixed(op, self.k, self.k_perm, cast(op, key_share, self.dtype, FLOAT))
+        values = mixed(op, self.v, self.v_perm, cast(op, value_share, self.dtype, FLOAT))
+        return self.attend(op, keys, values)
 
 
 def _site_metrics(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any, a_v: Any) -> Any:

@@ -67,7 +67,14 @@ def define_function(
     return function
 
 
-def branch(op: Op, condition: Any, then: Body, otherwise: Body, count: int) -> Any:
+def branch(
+    op: Op,
+    condition: Any,
+    then: Body,
+    otherwise: Body,
+    count: int,
+    last_dtype: ir.DataType = ir.DataType.FLOAT,
+) -> Any:
     """An `If` node: the results of `then(op)` if `condition` is true, else those of `otherwise(op)`.
 
     A runtime executes the nodes of one branch only. Both may use values of the outer graph.
@@ -75,15 +82,17 @@ def branch(op: Op, condition: Any, then: Body, otherwise: Body, count: int) -> A
     Args:
         op: Builder of the outer graph.
         condition: Bool of one element.
-        then: Appends nodes with the builder that it receives; returns float32 values.
+        then: Appends nodes with the builder that it receives; returns float32 values, except the last one.
         otherwise: As `then`.
         count: Number of values that each branch returns; a single value is not returned in a sequence.
+        last_dtype: Of the last value.
     """
+    dtypes = [ir.DataType.FLOAT] * (count - 1) + [last_dtype]
     graphs = {
         name: op.builder.subgraph(
             lambda inner, body=body: _own_values(inner, body(inner)),
             [],
-            [ir.Value(type=ir.TensorType(ir.DataType.FLOAT)) for _ in range(count)],
+            [ir.Value(type=ir.TensorType(dtype)) for dtype in dtypes],
             name=name,
         )
         for name, body in (("then_branch", then), ("else_branch", otherwise))

@@ -7,8 +7,9 @@ import onnx_ir as ir
 from graph_passes.errors import GraphError
 from graph_passes.functions.building import Op, cast, define_function, per_sample, split_heads
 from graph_passes.functions.entropy_factor import entropy_factor
-from graph_passes.functions.key_guard_fused import branching_guard, branchless_guard
+from graph_passes.functions.key_guard_fused import branching_guard
 from graph_passes.functions.key_guard_inputs import GuardInputs
+from graph_passes.functions.key_guard_means import AttentionRows, Rows, StoredRows, means_guard
 from graph_passes.guard import GuardForm, fused_guard_limit
 from graph_passes.parameters import SwsParameters
 from graph_passes.target import Target
@@ -21,6 +22,7 @@ def build_key_guard(
     dtype: ir.DataType,
     target: Target,
     form: GuardForm = "literal",
+    overload: str = "",
 ) -> ir.Function:
     """`KeyGuard(q, k, k_perm, tau_q, amplitude, kappa, key_gate, value_gain) -> alpha_k, a_v`.
 
@@ -32,11 +34,11 @@ def build_key_guard(
         parameters: Constants of the method.
         dtype: Of the model's activations.
         target: Runtime that the graph is for. With `branches` the fused guard has `If` nodes, which skip
-            evaluations that cannot change its result, and its step is exact. Without, the step may differ for
-            extreme logits, see docs/performance.md. With `materialized_logits` it uses products and a softmax
-            instead of `Attention`.
+            evaluations that cannot change its result, and its step is exact. Without, it is `means_guard`,
+            whose step may be a neighbour of the exact one.
         form: `literal` materializes the logits and evaluates the mean KL divergence over heads and rows in
             each step of the bisection. `fused` finds the step from a few `Attention` nodes without them.
+        overload: Name of the overload. With one, `means_guard` stores float32 logits.
 
     Raises:
         GraphError: The fused guard does not support the parameters.
@@ -52,12 +54,10 @@ def build_key_guard(
         elif target.branches:
             share, mix = branching_guard(op, parameters, dtype, inputs)
         else:
-            share, mix = branchless_guard(
-                op, parameters, dtype, inputs, materialized_logits=target.materialized_logits
-            )
+            share, mix = means_guard(op, parameters, inputs, _rows(op, inputs, dtype, target, overload))
         return share, op.Clip(op.Mul(mix, inputs.value_gain), 0.0, 1.0)
 
-    return define_function(
+    function = define_function(
         "KeyGuard",
         body,
         dict.fromkeys(GuardInputs._fields[:3], dtype) | dict.fromkeys(GuardInputs._fields[3:], FLOAT),
@@ -70,6 +70,15 @@ def build_key_guard(
             ir.Attr("bisection_steps", ir.AttributeType.INT, None),
         ],
     )
+    function.overload = overload
+    return function
+
+
+def _rows(op: Op, inputs: GuardInputs, dtype: ir.DataType, target: Target, overload: str) -> Rows:
+    if overload or (dtype == FLOAT and not target.float32_attention):
+        return StoredRows(op, inputs, dtype)
+    narrow = target.float16_attention and dtype != FLOAT
+    return AttentionRows(op, inputs, dtype, ir.DataType.FLOAT16 if narrow else FLOAT)
 
 
 def _literal_guard(

@@ -1,14 +1,11 @@
-"""The fused forms of `sws.KeyGuard`, which compute their statistics with `Attention` nodes.
+"""The fused form of `sws.KeyGuard` with branches, which computes its statistics with `Attention` nodes.
 
 The divergence KL(alpha) is monotone. The bisection of the literal form therefore ends at the largest step n
 of its grid, alpha = n unit, with KL(n unit) within the budget, and any search that finds this step gives the
 same result. The grid has 2^bisection_steps steps up to key_cap a.
 
-The branchless guard evaluates three divergences. It can miss the step if a few rows with extreme logits
-dominate the divergence and the budget binds far below the cap; docs/performance.md has frequencies.
-
-The guard with branches finds the exact step, and skips evaluations that a bound or an earlier evaluation
-makes unnecessary. The work of a step is bounded by that of all branches together.
+The guard finds the exact step, and skips evaluations that a bound or an earlier evaluation makes unnecessary.
+The work of a step is bounded by that of all branches together.
 """
 
 from collections.abc import Callable
@@ -19,39 +16,9 @@ import onnx_ir as ir
 from graph_passes.functions.building import Op, branch, join_heads, mixed, split_heads, true_for_any
 from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.functions.key_guard_inputs import GuardInputs
-from graph_passes.functions.materialized_statistics import MaterializedStatistics
 from graph_passes.functions.row_statistics import RowStatistics
-from graph_passes.functions.step_search import approximate_step, exact_step
+from graph_passes.functions.step_search import exact_step
 from graph_passes.parameters import SwsParameters
-
-
-def branchless_guard(
-    op: Op,
-    parameters: SwsParameters,
-    dtype: ir.DataType,
-    inputs: GuardInputs,
-    *,
-    materialized_logits: bool,
-) -> tuple[Any, Any]:
-    """alpha_k and the amplitude a, [B] float32 each.
-
-    Args:
-        op: Builder.
-        parameters: Constants of the method.
-        dtype: Of the model's activations.
-        inputs: Of `sws.KeyGuard`.
-        materialized_logits: Use products and a softmax instead of `Attention`: half as many nodes.
-    """
-    if materialized_logits:
-        rows: RowStatistics | MaterializedStatistics = MaterializedStatistics(op, inputs, dtype)
-    else:
-        rows = RowStatistics(op, inputs, dtype, branches=False)
-    mix = _mix(op, inputs.amplitude, rows)
-    unit = _unit(op, parameters, mix, inputs.key_gate)
-    divergence = rows.divergence if isinstance(rows, MaterializedStatistics) else rows.divergence(op)
-    last = 2**parameters.bisection_steps - 1
-    step = approximate_step(op, lambda op, n: divergence(op, op.Mul(unit, n)), inputs.kappa, last)
-    return op.Mul(unit, step), mix
 
 
 def branching_guard(
@@ -60,25 +27,26 @@ def branching_guard(
     dtype: ir.DataType,
     inputs: GuardInputs,
 ) -> tuple[Any, Any]:
-    """As `branchless_guard`, with branches; computes nothing if the amplitude of all samples is 0."""
+    """alpha_k and the amplitude a, [B] float32 each.
 
-    def found(op: Op) -> tuple[Any, Any]:
-        rows = RowStatistics(op, inputs, dtype, branches=True)
-        mix = _mix(op, inputs.amplitude, rows)
-        search = _Search(op, parameters, rows, _unit(op, parameters, mix, inputs.key_gate), inputs.kappa)
-        value = branch(
-            op,
-            search.undecided,
-            lambda op: rows.divergence(op, search.last)(op, search.last),
-            search.no_divergence,
-            1,
-        )
-        return search.largest_share(op, search.binds(op, value), value), mix
+    Args:
+        op: Builder.
+        parameters: Constants of the method.
+        dtype: Of the model's activations.
+        inputs: Of `sws.KeyGuard`.
+    """
 
-    nothing = op.Mul(inputs.amplitude, 0.0)
-    active = true_for_any(op, op.Greater(inputs.amplitude, 0.0))
-    share, mix = branch(op, active, found, lambda _: (nothing, nothing), 2)
-    return share, mix
+    rows = RowStatistics(op, inputs, dtype)
+    mix = _mix(op, inputs.amplitude, rows)
+    search = _Search(op, parameters, rows, _unit(op, parameters, mix, inputs.key_gate), inputs.kappa)
+    value = branch(
+        op,
+        search.undecided,
+        lambda op: rows.divergence(op, search.last)(op, search.last),
+        search.no_divergence,
+        1,
+    )
+    return search.largest_share(op, search.binds(op, value), value), mix
 
 
 def branching_site(
@@ -104,33 +72,24 @@ def branching_site(
         attend: (op, alpha_k, a_v) -> the site's output [B, T, C].
     """
 
-    def found(op: Op) -> tuple[Any, Any, Any]:
-        rows = RowStatistics(op, inputs, ir.DataType.FLOAT, branches=True)
-        mix = _mix(op, inputs.amplitude, rows)
-        value_share = op.Clip(op.Mul(mix, inputs.value_gain), 0.0, 1.0)
-        search = _Search(op, parameters, rows, _unit(op, parameters, mix, inputs.key_gate), inputs.kappa)
+    rows = RowStatistics(op, inputs, ir.DataType.FLOAT)
+    mix = _mix(op, inputs.amplitude, rows)
+    value_share = op.Clip(op.Mul(mix, inputs.value_gain), 0.0, 1.0)
+    search = _Search(op, parameters, rows, _unit(op, parameters, mix, inputs.key_gate), inputs.kappa)
 
-        def together(op: Op) -> tuple[Any, Any]:
-            values = split_heads(op, mixed(op, v, v_perm, value_share))
-            value, y = rows.divergence(op, search.last).with_output(op, search.last, values)
-            return value, join_heads(op, y)
+    def together(op: Op) -> tuple[Any, Any]:
+        values = split_heads(op, mixed(op, v, v_perm, value_share))
+        value, y = rows.divergence(op, search.last).with_output(op, search.last, values)
+        return value, join_heads(op, y)
 
-        value, carried = branch(
-            op, search.undecided, together, lambda op: (search.no_divergence(op), inputs.q), 2
-        )
-        binds = search.binds(op, value)
-        share = search.largest_share(op, binds, value)
-        left_plain = true_for_any(op, op.LessOrEqual(mix, 0.0))
-        done = op.And(search.undecided, op.Not(op.Or(binds, left_plain)))
-        y = branch(op, done, lambda _: carried, lambda op: attend(op, share, value_share), 1)
-        return share, value_share, y
-
-    def plain(op: Op) -> tuple[Any, Any, Any]:
-        nothing = op.Mul(inputs.amplitude, 0.0)
-        return nothing, nothing, attend(op, nothing, nothing)
-
-    active = true_for_any(op, op.Greater(inputs.amplitude, 0.0))
-    share, value_share, y = branch(op, active, found, plain, 3)
+    value, carried = branch(
+        op, search.undecided, together, lambda op: (search.no_divergence(op), inputs.q), 2
+    )
+    binds = search.binds(op, value)
+    share = search.largest_share(op, binds, value)
+    left_plain = true_for_any(op, op.LessOrEqual(mix, 0.0))
+    done = op.And(search.undecided, op.Not(op.Or(binds, left_plain)))
+    y = branch(op, done, lambda _: carried, lambda op: attend(op, share, value_share), 1)
     return share, value_share, y
 
 
@@ -177,7 +136,7 @@ class _Search:
         return branch(op, binds, searched, lambda _: self.last, 1)
 
 
-def _mix(op: Op, amplitude: Any, rows: RowStatistics | MaterializedStatistics) -> Any:
+def _mix(op: Op, amplitude: Any, rows: RowStatistics) -> Any:
     """The amplitude a, [B]."""
     return op.Clip(op.Mul(amplitude, entropy_factor(op, rows.entropy)), 0.0, 1.0)
 

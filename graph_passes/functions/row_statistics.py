@@ -35,16 +35,13 @@ class RowStatistics:
         entropy: Of the plain rows in nats, less log T, [B, h, T', 1].
     """
 
-    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType, *, branches: bool) -> None:
+    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType) -> None:
         """Append the pass over the plain keys.
 
         Args:
             op: Builder.
             inputs: Queries, keys and temperature.
             dtype: Of the model's activations.
-            branches: Use branches for extreme logits, so that all rows are accurate. Without, a row is
-                wrong if its largest logit is 140 nats above both its mean logit and its logits of every
-                eighth key.
         """
         wide_k = cast(op, inputs.k, FLOAT, dtype)
         scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
@@ -58,7 +55,7 @@ class RowStatistics:
         self._marks = _marks(op, self._keys, self._tokens)
         self._marked_keys = self._marked(op, self._keys)
 
-        center = self._safe_center(op) if branches else self._likely_center(op)
+        center = self._safe_center(op)
         above, mean_key, real = self._attend(op, center, self._marked_keys, self._marked_keys)
         mean = op.Div(self._logit(op, mean_key), real)
         # The second term is a lower bound, reached if one key has all the weight; it limits rounding errors.
@@ -79,13 +76,12 @@ class RowStatistics:
         reach = op.Mul(_length(op, self._query), _longest(op, self._change))
         return op.Mul(per_sample(op, share, 4), reach)
 
-    def divergence(self, op: Op, last_share: Any = None) -> "Divergence":
+    def divergence(self, op: Op, last_share: Any) -> "Divergence":
         """The mean KL divergence as a function of t; appends the nodes that its evaluations share.
 
         Args:
             op: Builder.
-            last_share: Largest t that will be evaluated, [B]: branches make it accurate for any logits. None
-                for no branches; then logits must not change by more than 60 nats.
+            last_share: Largest t that will be evaluated, [B]: branches make it accurate for any logits.
         """
         return Divergence(self, op, last_share)
 
@@ -107,9 +103,6 @@ class RowStatistics:
             lambda inner: inner.Add(lowest, inner.Mul(width, _BELOW_CENTER / _READABLE_WIDTH)),
             1,
         )
-
-    def _likely_center(self, op: Op) -> Any:
-        return op.Add(self._highest_of_some(op), _BELOW_CENTER)
 
     def _highest_of_some(self, op: Op) -> Any:
         """The highest logit of every eighth key, at least the mean logit: a lower bound of the LSE."""
@@ -150,10 +143,8 @@ class Divergence:
         self._rows = rows
         self._marked_change = rows._marked(op, rows._change)
         self._key_change = op.Pad(rows._change, [0, 0, 1, 2], None, [2, 3])
-        self._extreme = None
-        if last_share is not None:
-            largest = rows.largest_change(op, last_share)
-            self._extreme = true_for_any(op, op.Greater(largest, _BELOW_CENTER))
+        largest = rows.largest_change(op, last_share)
+        self._extreme = true_for_any(op, op.Greater(largest, _BELOW_CENTER))
 
     def __call__(self, op: Op, share: Any) -> Any:
         """The divergence at t = `share` [B]; [B] in nats."""
@@ -172,8 +163,6 @@ class Divergence:
     def _attend(self, op: Op, spread: Any, values: Any) -> tuple[Any, Any, Any]:
         rows = self._rows
         keys = op.Add(rows._marked_keys, op.Mul(spread, self._key_change))
-        if self._extreme is None:
-            return rows._attend(op, rows.log_mean, keys, values)
 
         def by_mean(op: Op) -> Any:
             return rows._center_by_mean(op, op.Slice(keys, [0, 0], [-1, -2], [2, 3]))

@@ -10,31 +10,10 @@ from typing import Any
 
 from graph_passes.functions.building import Op, branch, true_for_any
 
-EVALUATIONS = 3
-"""Of `approximate_step`."""
 _MIN_DIVERGENCE = 1e-9
 
 DivergenceAt = Callable[[Op, Any], Any]
 """(op, step [B]) -> KL [B]."""
-
-
-def approximate_step(op: Op, divergence: DivergenceAt, kappa: Any, last: int) -> Any:
-    """The largest n in 0 .. last with divergence(n) <= kappa, [B] float32, from three evaluations.
-
-    The first is at `last`, the others at extrapolated integers. The result is inexact if these are not close
-    enough to the largest step.
-    """
-    low, high = op.Mul(kappa, 0.0), op.Add(op.Mul(kappa, 0.0), last + 1.0)
-    log_budget = _log(op, kappa)
-    step = op.Add(low, float(last))
-    earlier = None
-    for _ in range(EVALUATIONS):
-        value = divergence(op, step)
-        low, high = _narrowed(op, low, high, step, op.LessOrEqual(value, kappa))
-        root, *earlier = _extrapolated(op, log_budget, step, value, earlier)
-        root = op.Max(low, op.Min(root, op.Sub(high, 0.01)))
-        step = op.Clip(op.Round(root), 1.0, float(last))
-    return op.Floor(root)
 
 
 def exact_step(op: Op, divergence: DivergenceAt, kappa: Any, halvings: int, value: Any) -> Any:

@@ -9,6 +9,9 @@ from sws_export.errors import EngineError, OptionError
 
 BACKENDS = {backend.name: backend for backend in (tensorrt_rtx.BACKEND, tensorrt.BACKEND)}
 
+GRAPH_BACKENDS = ("onnxruntime-cuda",)
+"""Runtimes of ONNX graphs: they build no engine."""
+
 
 def choose_backend(name: str | None = None) -> EngineBackend:
     """The backend called `name`, or the default for this machine.
@@ -38,8 +41,11 @@ def get_backend(name: str) -> EngineBackend:
     Raises:
         OptionError: There is no backend with that name.
     """
+    if name in GRAPH_BACKENDS:
+        raise OptionError(f"--backend {name} runs an ONNX graph and builds no engine; use --out FILE.onnx")
     if name not in BACKENDS:
-        raise OptionError(f"--backend {name} is unknown; choose {' or '.join(BACKENDS)}")
+        known = ", ".join((*BACKENDS, *GRAPH_BACKENDS))
+        raise OptionError(f"--backend {name} is unknown; choose one of {known}")
     return BACKENDS[name]
 
 

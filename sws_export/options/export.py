@@ -17,6 +17,11 @@ from sws_export.options.sws import SwsOptions
 
 ArtefactKind = Literal["onnx", "engine"]
 
+_BACKEND_HELP = (
+    "tensorrt-rtx (default of an engine without a GPU), tensorrt, or onnxruntime-cuda for an .onnx that runs "
+    "on a GPU; default of an .onnx: ONNX Runtime on the CPU"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
@@ -28,8 +33,9 @@ class ExportOptions:
         quantization: What is stored in 8 bits.
         sizes: Batch, height, width and tokens.
         engine: How an engine is built.
-        backend: `tensorrt-rtx` or `tensorrt`: builds the engine, or is the target of an ONNX graph; None for
-            an engine of the backend that suits the machine, or a graph for ONNX Runtime.
+        backend: `tensorrt-rtx` or `tensorrt`: builds the engine, or is the target of an ONNX graph;
+            `onnxruntime-cuda`: the target of an ONNX graph. None for an engine of the backend that suits the
+            machine, or a graph for ONNX Runtime on the CPU.
         validate: Compare the graph with the reference before anything is written.
         keep_onnx: Keep the ONNX graph beside an engine.
         cache: Use and keep the results of other runs.
@@ -53,7 +59,7 @@ class ExportOptions:
         for group in (SourceOptions, SwsOptions, QuantizationOptions, SizeOptions, EngineOptions):
             group.add_arguments(parser)
         run = parser.add_argument_group("run")
-        run.add_argument("--backend", metavar="NAME", help="tensorrt-rtx (default without a GPU) or tensorrt")
+        run.add_argument("--backend", metavar="NAME", help=_BACKEND_HELP)
         run.add_argument("--no-validate", action="store_true", help="do not compare with the reference")
         run.add_argument("--keep-onnx", action="store_true", help="keep the graph beside the engine")
         run.add_argument("--no-cache", action="store_true", help="disable the cache")

@@ -230,6 +230,7 @@ class GraphExporter:
             preset=sws.chosen_preset,
             debug_outputs=sws.debug_outputs,
             sizes=sizes,
+            largest=self._plan.largest_sizes,
         )
 
     @functools.cached_property

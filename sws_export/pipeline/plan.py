@@ -7,7 +7,7 @@ from pathlib import Path
 
 from graph_passes.target import TARGETS, Target
 from sws_export.engines.backend import BuildOptions, EngineBackend, supports_fp8
-from sws_export.engines.choice import choose_backend, get_backend
+from sws_export.engines.choice import GRAPH_BACKENDS, choose_backend, get_backend
 from sws_export.engines.library_trust import check_library
 from sws_export.engines.plugin_library import find_plugin_library
 from sws_export.errors import OptionError
@@ -60,6 +60,14 @@ class ExportPlan:
         return (
             f"{self.source.name}, {self.source.precision}, {self.options.sws.method}, for {self.target.name}"
         )
+
+    @property
+    def largest_sizes(self) -> Mapping[str, int]:
+        """The largest sizes of batch, height and width (latent) and tokens, as far as they are known."""
+        if self.engine is None:
+            return self.static_sizes
+        ranges = [sizes.ranges() for sizes in self.engine.profiles]
+        return {name: max(sizes[name].maximum for sizes in ranges) for name in ranges[0]}
 
     @property
     def keeps_graph(self) -> bool:
@@ -141,11 +149,13 @@ def _static_sizes(source: Source, options: ExportOptions) -> dict[str, int]:
 
 
 def _graph_target(options: ExportOptions) -> Target:
-    """The target of an ONNX graph: ONNX Runtime, unless `--backend` names the builder of an engine.
+    """The target of an ONNX graph: ONNX Runtime on the CPU, unless `--backend` names another one.
 
     For `tensorrt` the graph keeps the operators that plugins implement, and their definitions for runtimes
     without plugins.
     """
     if options.backend is None:
         return TARGETS["onnxruntime"]
+    if options.backend in GRAPH_BACKENDS:
+        return TARGETS[options.backend]
     return TARGETS["tensorrt" if get_backend(options.backend).plugins else "tensorrt-rtx"]

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
+from graph_passes.activation_dtype import activation_dtype
+from graph_passes.choose_guard import STORED_TOKENS
 from graph_passes.debug_outputs import debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site, SkippedSite
@@ -61,6 +63,7 @@ def rewrite(
     preset: Preset = DEFAULT_PRESET,
     debug_outputs: bool = False,
     sizes: Mapping[str, int] | None = None,
+    largest: Mapping[str, int] | None = None,
 ) -> RewriteReport:
     """Insert SWS into `model`, in place, and lower it for `target`.
 
@@ -74,6 +77,7 @@ def rewrite(
         preset: Method to insert.
         debug_outputs: Add outputs with the metrics of each site.
         sizes: Static sizes by symbol: `batch`, `height` and `width` of the latent, `tokens`.
+        largest: Largest sizes of dynamic shapes, like `sizes`, as far as they are known.
 
     Raises:
         ExportError: The graph has no site that SWS can be inserted at, is not a plain export, or a site that
@@ -85,14 +89,28 @@ def rewrite(
         sites, skipped = _select_sites(model, preset, patterns)
         stage.describe("inserting SWS and lowering it")
         with pass_errors():
+            dtype = activation_dtype(model)
             insertion = preset.insertion(sites, parameters, guard, target, debug_outputs=debug_outputs)
-            sws_passes(target, insertion, declared_sizes(model) | dict(sizes or {}), guard.rows)(model)
+            static = declared_sizes(model) | dict(sizes or {})
+            sws_passes(target, insertion, static, guard.rows, largest)(model)
     report = _report(model, preset, sites, skipped, debug_outputs)
     for line in describe_sites(report):
         progress.log(line)
     if preset.fixed_guard is None:
-        progress.log(f"key guard: {guard.form}, {'all' if guard.rows == 1 else guard.rows} of the query rows")
+        rows = "all" if guard.rows == 1 else guard.rows
+        progress.log(f"key guard: {guard.form}, {rows} of the query rows{_statistics(guard, target, dtype)}")
     return report
+
+
+def _statistics(guard: GuardOptions, target: Target, dtype: ir.DataType) -> str:
+    """How the guard of a GPU target computes its statistics, if it is not the usual one of a CPU."""
+    if guard.form != "fused" or not target.float16_attention:
+        return ""
+    if dtype != ir.DataType.FLOAT:
+        return f"; float16 attention, and stored float32 logits at sites of up to {STORED_TOKENS} tokens"
+    if target.float32_attention:
+        return "; float32 attention (a float32 model)"
+    return f"; stored float32 logits: {target.name} has no float32 attention"
 
 
 @contextlib.contextmanager

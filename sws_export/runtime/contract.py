@@ -98,6 +98,21 @@ class Contract:
         """Name of the preset; None for a plain export."""
         return self.manifest["preset"]
 
+    def target_mismatch(self, provider: str) -> str | None:
+        """Why a provider of ONNX Runtime computes the key guard slower than it could; None if it does not.
+
+        The result is the same to the accuracy of the guard of the target that the graph was exported for.
+        """
+        expected = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}.get(provider, provider)
+        target = self.manifest["target"]
+        if self.preset != "sws" or target == expected:
+            return None
+        remedy = "without --backend" if provider == "cpu" else f"with --backend {expected}"
+        return (
+            f"{self.path} was exported for {target} and runs with the provider '{provider}', where the key "
+            f"guard of another target is faster: export it again {remedy}"
+        )
+
     @property
     def shared_inputs(self) -> tuple[str, ...]:
         """Inputs [B] that must have one value for the whole batch."""

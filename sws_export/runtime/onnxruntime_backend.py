@@ -1,5 +1,6 @@
 """Graphs in ONNX Runtime."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,9 @@ class OnnxRuntimeBackend:
         Raises:
             EngineError: ONNX Runtime or the provider is not installed or cannot start, or ONNX Runtime cannot
                 load the graph.
+
+        Warns:
+            RuntimeWarning: The graph was exported for another target.
         """
         runtime = _import_onnxruntime()
         options = runtime.SessionOptions()
@@ -48,6 +52,8 @@ class OnnxRuntimeBackend:
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
             raise EngineError(_refusal(contract, error)) from error
         self.device: str = PROVIDERS[used].device
+        if mismatch := contract.target_mismatch(used):
+            warnings.warn(mismatch, RuntimeWarning, stacklevel=2)
         embedded = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         check_embedded(contract.path, contract.manifest, embedded)
         check_tensors(

@@ -16,7 +16,8 @@ from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 
 def with_branches(branches: bool = True, model: ir.Model | None = None) -> ir.Model:
-    return inserted(model or two_grids(), form="fused", target="onnxruntime" if branches else "tensorrt")
+    """A graph with the fused guard, or with the literal one, which has no branches."""
+    return inserted(model or two_grids(), form="fused" if branches else "literal", target="onnxruntime")
 
 
 def finished(branches: bool = True, model: ir.Model | None = None) -> ir.Model:

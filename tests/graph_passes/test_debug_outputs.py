@@ -5,7 +5,7 @@ import onnx_ir as ir
 
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.debug_outputs import debug_order, debug_output_names
-from graph_passes.decompose_guard_attention import DecomposeGuardAttention
+from graph_passes.decompose_metrics_attention import DecomposeMetricsAttention
 from graph_passes.find_sites import find_sites
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
@@ -85,7 +85,7 @@ def test_metrics_are_consistent(run_onnx: RunOnnx) -> None:
 
 def test_decomposed_attention_gives_the_same_metrics(run_onnx: RunOnnx) -> None:
     plain, spelled_out = debugged(), debugged()
-    assert DecomposeGuardAttention()(spelled_out).modified
+    assert DecomposeMetricsAttention()(spelled_out).modified
     body = [node.op_type for node in spelled_out.functions["sws", "SiteMetrics", ""]]
     assert (body.count("Attention"), body.count("Einsum")) == (0, 4)
     feeds = sws_feeds(plain)

@@ -164,7 +164,10 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         (("--config", "/absent.json"), "cannot read /absent.json: No such file"),
         (("--variant", "fp17"), "fp17"),
         (("--ema",), "has no EMA weights"),
-        (("--backend", "openvino"), "--backend openvino is unknown; choose tensorrt-rtx or tensorrt"),
+        (
+            ("--backend", "openvino"),
+            "--backend openvino is unknown; choose one of tensorrt-rtx, tensorrt, onnxruntime-cuda",
+        ),
         (("--plain", "--sites", "mid_block.*"), "--plain"),
         (("--plain", "--sws", "beta=0.5"), "--plain"),
         (("--preset", "node", "--plain"), "--plain has no meaning with --preset comfyui-node"),
@@ -202,7 +205,10 @@ def test_graph_options(refuse: Refuse, random_unet: Path, option: tuple[str, ...
             "502 pixels is not a multiple of 8, the pixels of one latent",
         ),
         (("--compute-capability", "8"), "8"),
-        (("--backend", "openvino"), "--backend openvino is unknown; choose tensorrt-rtx or tensorrt"),
+        (
+            ("--backend", "openvino"),
+            "--backend openvino is unknown; choose one of tensorrt-rtx, tensorrt, onnxruntime-cuda",
+        ),
         (("--backend", "tensorrt"), "tensorrt"),
         (("--builder-optimization-level", "9"), "9"),
         (("--vae-scale", "0"), "--vae-scale"),

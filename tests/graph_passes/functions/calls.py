@@ -1,6 +1,7 @@
 """One function of domain `sws` in ONNX Runtime."""
 
 import collections
+import functools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -36,7 +37,14 @@ class Call:
             )
             for value in function.inputs
         ]
-        node = ir.node(name, inputs, attributes, domain="sws", num_outputs=len(function.outputs))
+        node = ir.node(
+            function.name,
+            inputs,
+            attributes,
+            domain="sws",
+            overload=function.overload,
+            num_outputs=len(function.outputs),
+        )
         for value, inner in zip(node.outputs, function.outputs, strict=True):
             value.name = inner.name
             value.type = ir.TensorType(dtype)
@@ -44,7 +52,11 @@ class Call:
         self.model = ir.Model(graph, ir_version=10, functions=list(functions.values()))
         LowerFunctions()(self.model)
         CleanGraph()(self.model)
-        self.session = self._open(onnxruntime.SessionOptions())
+
+    @functools.cached_property
+    def session(self) -> onnxruntime.InferenceSession:
+        """The graph in ONNX Runtime."""
+        return self._open(onnxruntime.SessionOptions())
 
     def __call__(self, **inputs: Array) -> list[Array]:
         """The outputs for `inputs`."""

@@ -26,7 +26,7 @@ TOKENS = HEIGHT * WIDTH
 def site(rows: Fraction, form: GuardForm = "fused") -> Call:
     tokens = ["batch", "tokens", CHANNELS]
     shapes = {"q": tokens, "k": tokens, "v": tokens, "transport": ["batch", 145, "height", "width"]}
-    functions = build_functions(SwsParameters(), FLOAT, TARGETS["tensorrt"], GuardOptions(form, rows))
+    functions = build_functions(SwsParameters(), FLOAT, TARGETS["onnxruntime"], GuardOptions(form, rows))
     return Call(functions, "Attention", shapes, FLOAT, {"num_heads": 2, "scale": 8**-0.5})
 
 
@@ -136,7 +136,7 @@ def cross_site(rows: Fraction, form: GuardForm = "literal") -> Call:
         "query_grid": [2],
     }
     functions = build_functions(
-        SwsParameters(), FLOAT, TARGETS["tensorrt"], GuardOptions(form, rows), cross_attention=True
+        SwsParameters(), FLOAT, TARGETS["onnxruntime"], GuardOptions(form, rows), cross_attention=True
     )
     return Call(functions, "CrossAttention", shapes, FLOAT, {"num_heads": 2, "scale": 8**-0.5})
 

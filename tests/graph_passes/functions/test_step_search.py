@@ -1,6 +1,4 @@
-"""The step searches, on tables of divergences."""
-
-import collections
+"""The step search, on tables of divergences."""
 
 import numpy as np
 import onnx_ir as ir
@@ -9,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graph_passes.functions.building import Op, define_function
-from graph_passes.functions.step_search import approximate_step, exact_step
+from graph_passes.functions.step_search import exact_step
 from tests.graph_passes.functions.calls import FLOAT, Array, Call
 
 
-def search(halvings: int, proven: bool) -> Call:
+def search(halvings: int) -> Call:
     """Steps [B] from `table` [B, N], whose entry n is the divergence at n, and `kappa` [B]."""
 
     def body(op: Op, table, kappa):  # type: ignore[no-untyped-def]
@@ -22,8 +20,6 @@ def search(halvings: int, proven: bool) -> Call:
             return op.Squeeze(op.GatherElements(table, index, axis=1), [1])
 
         last = 2**halvings - 1
-        if not proven:
-            return approximate_step(op, divergence, kappa, last)
         at_last = divergence(op, op.Add(op.Mul(kappa, 0.0), float(last)))
         return exact_step(op, divergence, kappa, halvings, at_last)
 
@@ -31,7 +27,7 @@ def search(halvings: int, proven: bool) -> Call:
     return Call({"Search": function}, "Search", {"table": ["batch", 2**halvings]}, FLOAT, {})
 
 
-CALLS = {halvings: search(halvings, proven=True) for halvings in (1, 2, 3, 5, 7, 8)}
+CALLS = {halvings: search(halvings) for halvings in (1, 2, 3, 5, 7, 8)}
 
 
 def expected(table: Array, kappa: Array) -> list[int]:
@@ -100,19 +96,3 @@ def test_samples_are_searched_independently() -> None:
     table = np.array([n > 127, n > 3, n > 90], np.float32)
     (found,) = CALLS[7](table=table, kappa=np.full(3, 0.5, np.float32))
     assert found.tolist() == [127, 3, 90]
-
-
-def test_three_evaluations_find_the_step_of_a_power_law() -> None:
-    call = search(7, proven=False)
-    n = np.arange(128.0)
-    for power in (1.6, 2.0, 2.4):
-        table = np.array([(n / 127) ** power], np.float32)
-        for kappa in (0.003, 0.02, 0.3, 0.9, 1.1):
-            (found,) = call(table=table, kappa=np.array([kappa], np.float32))
-            assert found.tolist() == expected(table, np.array([kappa], np.float32))
-
-
-def test_the_branchless_search_has_no_branches() -> None:
-    kinds = collections.Counter(node.op_type for node in search(7, proven=False).model.graph)
-    assert kinds["If"] == 0
-    assert kinds["GatherElements"] == 3

@@ -57,7 +57,10 @@ def test_tensorrt_without_a_gpu_is_refused_with_the_other_backend(machine):
 
 
 def test_an_unknown_backend():
-    with pytest.raises(OptionError, match="--backend openvino is unknown; choose tensorrt-rtx or tensorrt"):
+    with pytest.raises(
+        OptionError,
+        match="--backend openvino is unknown; choose one of tensorrt-rtx, tensorrt, onnxruntime-cuda",
+    ):
         choose_backend("openvino")
 
 
@@ -122,3 +125,10 @@ def test_an_optimization_level_out_of_range(level):
 )
 def test_the_memory_estimate_is_at_most_a_fifth_above_the_measurement(weights, measured):
     assert measured <= engine_memory_estimate(int(weights), RTX) <= 1.2 * measured
+
+
+def test_a_runtime_of_graphs_builds_no_engine() -> None:
+    with pytest.raises(
+        OptionError, match=r"--backend onnxruntime-cuda runs an ONNX graph .* use --out FILE\.onnx"
+    ):
+        get_backend("onnxruntime-cuda")

@@ -1,36 +1,32 @@
-"""Decompose the attention of statistics, for a runtime that cannot build it."""
+"""Decompose the attention of site metrics, for a runtime that cannot build it."""
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.functions import DOMAIN
 
-_FUNCTIONS = ("KeyGuard", "SiteMetrics")
 
+class DecomposeMetricsAttention(InPlacePass):
+    """Replace `Attention` in `sws.SiteMetrics` by products and a softmax.
 
-class DecomposeGuardAttention(InPlacePass):
-    """Replace `Attention` in `sws.KeyGuard` and `sws.SiteMetrics` by products and a softmax.
+    Run it before the function is inlined. `Attention` elsewhere is not changed.
 
-    Run it before these functions are inlined. `Attention` elsewhere is not changed.
-
-    TensorRT-RTX 1.7 has no kernel for float32 attention, and its builder ends with SIGSEGV if two such nodes
-    depend on each other and share an input, as those of the fused guard do. After the pass the logits of one
-    attention at a time are materialized.
+    TensorRT-RTX 1.7 has no kernel for float32 attention, and its builder has ended with SIGSEGV if two such nodes
+    depend on each other and share an input, as those of the site metrics do (docs/engines.md). After the pass
+    the logits of one attention at a time are stored.
     """
 
     def call(self, model: ir.Model) -> PassResult:
-        """Rewrite those of the functions that the model has."""
-        modified = False
-        for name in _FUNCTIONS:
-            function = model.functions.get((DOMAIN, name, ""))
-            for node in [node for node in function or () if node.op_type == "Attention"]:
-                assert function is not None
-                replacement = _decomposed(node)
-                function.insert_before(node, replacement)
-                ir.convenience.replace_all_uses_with(node.outputs[0], replacement[-1].outputs[0])
-                function.remove(node, safe=True)
-                modified = True
-        return PassResult(model, modified=modified)
+        """Rewrite the function, if the model has it."""
+        function = model.functions.get((DOMAIN, "SiteMetrics", ""))
+        nodes = [node for node in function or () if node.op_type == "Attention"]
+        for node in nodes:
+            assert function is not None
+            replacement = _decomposed(node)
+            function.insert_before(node, replacement)
+            ir.convenience.replace_all_uses_with(node.outputs[0], replacement[-1].outputs[0])
+            function.remove(node, safe=True)
+        return PassResult(model, modified=bool(nodes))
 
 
 def _decomposed(node: ir.Node) -> list[ir.Node]:

@@ -1,0 +1,268 @@
+"""The key guard without branches: `sws.KeyGuard` from means of the change of the logits.
+
+With K'(s) = E_s[Delta], the mean change of the logits under the weights of keys k + s d, d = k_perm - k,
+
+    KL(t) = t K'(t) - integral of K'(s) from 0 to t.
+
+K' averaged over rows and heads is an attention output with values d, followed by a dot product with q. Three
+nodes s = 0, L/2 and L, with L the last step of the grid, give a quadratic K' and from it KL at every step.
+Neither a log-sum-exp nor a stored logit is needed, and the rounding of 16-bit outputs averages out. See
+docs/method.md, third identity.
+
+`AttentionRows` uses fused attention: float16 on a GPU, in a bfloat16 model too, since float16 has three more
+bits and keys and queries are far from its range. `StoredRows` computes the same in float32 from stored
+logits, for sites with few tokens and for runtimes without float32 attention.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from graph_passes.functions.building import Op, attribute_int, cast, per_sample, split_heads
+from graph_passes.functions.entropy_factor import entropy_factor
+from graph_passes.functions.key_guard_inputs import GuardInputs
+from graph_passes.parameters import SwsParameters
+
+FLOAT = ir.DataType.FLOAT
+
+KEY_CHANNELS = 8
+"""Channels added to keys and values of the attention with a sentinel; head sizes are multiples of 8."""
+_MIN_WEIGHT = 1e-4
+_LARGEST_LOG = 40.0
+
+
+class Rows(Protocol):
+    """The query rows of one site under its keys k + s d.
+
+    Attributes:
+        entropy: Of the plain rows in nats, [B, h, T', 1] float32.
+        initial_slope: K'(0), [B, 1, 1, 1] float32.
+    """
+
+    entropy: Any
+    initial_slope: Any
+
+    def slope(self, op: Op, share: Any) -> Any:
+        """K'(s) at s = `share` [B, 1, 1, 1] float32; like `initial_slope`."""
+
+
+def means_guard(
+    op: Op,
+    parameters: SwsParameters,
+    inputs: GuardInputs,
+    rows: Rows,
+) -> tuple[Any, Any]:
+    """alpha_k and the amplitude a, [B] float32 each.
+
+    Args:
+        op: Builder.
+        parameters: Constants of the method.
+        inputs: Of `sws.KeyGuard`.
+        rows: The statistics of its rows.
+    """
+    mix = op.Clip(op.Mul(inputs.amplitude, entropy_factor(op, rows.entropy)), 0.0, 1.0)
+    steps = 2**parameters.bisection_steps
+    unit = op.Mul(mix, op.Mul(inputs.key_gate, parameters.key_cap / steps))
+    last = per_sample(op, op.Mul(unit, steps - 1.0), 4)
+    middle_slope, last_slope = rows.slope(op, op.Mul(last, 0.5)), rows.slope(op, last)
+
+    middle_weight, last_weight = _divergence_weights(steps)
+    divergence = op.Mul(
+        last,
+        op.Add(
+            op.Mul(op.Sub(middle_slope, rows.initial_slope), _row_constant(op, middle_weight, "middle")),
+            op.Mul(op.Sub(last_slope, rows.initial_slope), _row_constant(op, last_weight, "last")),
+        ),
+    )
+    allowed = op.Cast(op.Less(divergence, per_sample(op, inputs.kappa, 4)), to=int(FLOAT))
+    return op.Mul(unit, op.ReduceSum(allowed, [1, 2, 3], keepdims=0)), mix
+
+
+def _divergence_weights(steps: int) -> tuple[Any, Any]:
+    """Weights [steps - 1] of K'(L/2) - K'(0) and K'(L) - K'(0) in KL / L at the steps 1 to steps - 1.
+
+    With x = t / L and K' = K'(0) + c1 x + c2 x^2, KL / L = c1 x^2 / 2 + 2 c2 x^3 / 3.
+    """
+    x = np.arange(1, steps) / (steps - 1)
+    return 2 * x**2 - 8 * x**3 / 3, -(x**2) / 2 + 4 * x**3 / 3
+
+
+def _row_constant(op: Op, values: Any, name: str) -> Any:
+    return op.Constant(value=ir.tensor(values.astype(np.float32)[None, None, None], name=name))
+
+
+class AttentionRows:
+    """Rows from fused attention: two here, and one for each further node.
+
+    Keys are centred: a vector added to all keys does not change the weights, and the mean logit is then 0.
+    The first attention gives the mean logit E_0[S] of each row under its weights. The second has one more
+    key, the sentinel, whose logit is a level c of the row, and more value channels, which give the weight w
+    of the real keys. log(w / (1 - w)) = LSE - c, and with it the entropy LSE - E_0[S].
+
+    LSE lies between E_0[S] and that plus log T. The level is log T + E_0[S] / 2, the value for normally
+    distributed logits, or the lower bound if that is higher. The channel w - 1/2 keeps its relative precision
+    where w is near 1/2, the channel 1 - w where w is near 1.
+    """
+
+    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType, operands: ir.DataType) -> None:
+        """Append both attentions.
+
+        Args:
+            op: Builder.
+            inputs: Queries, keys and temperature.
+            dtype: Of the model's activations.
+            operands: Dtype of the attentions, float16 or float32.
+        """
+        self._operands = operands
+        scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
+        factor = cast(op, per_sample(op, op.Div(scale, inputs.tau_q), 3), operands, FLOAT)
+        self._query = split_heads(op, op.Mul(cast(op, inputs.q, operands, dtype), factor))
+        keys = split_heads(op, cast(op, inputs.k, operands, dtype))
+        mean_key = op.ReduceMean(self._wide(op, keys), [2], keepdims=1)
+        self._keys = op.Sub(keys, cast(op, mean_key, operands, FLOAT))
+        # The site mixes keys with the same difference.
+        change = op.Sub(inputs.k_perm, inputs.k)
+        self._change = split_heads(op, cast(op, change, operands, dtype))
+
+        mean = _attention(op, self._query, self._keys, self._keys)
+        mean_logit = self._dot(op, self._query, mean)
+
+        tokens = op.Shape(self._keys, start=2, end=3)
+        log_tokens = cast(op, op.Log(op.Cast(tokens, to=int(FLOAT))), operands, FLOAT)
+        least = cast(op, mean_logit, operands, FLOAT)
+        # Computed in the dtype of the operands, not rounded by a Cast, which an optimizer may remove together
+        # with the one back.
+        level = op.Max(least, op.Add(op.Mul(least, self._constant(op, [0.5], "half")), log_tokens))
+        weight, log_ratio, change_logit = self._with_sentinel(op, inputs.tau_q, tokens, level)
+        self.entropy = op.Add(op.Sub(self._wide(op, level), mean_logit), log_ratio)
+        self.initial_slope = op.ReduceMean(op.Div(change_logit, weight), [1, 2, 3], keepdims=1)
+
+    def slope(self, op: Op, share: Any) -> Any:
+        """See `Rows`."""
+        keys = op.Add(self._keys, op.Mul(cast(op, share, self._operands, FLOAT), self._change))
+        mean = _attention(op, self._query, keys, self._change)
+        return op.ReduceMean(self._dot(op, self._query, mean), [1, 2, 3], keepdims=1)
+
+    def _with_sentinel(self, op: Op, per_batch: Any, tokens: Any, level: Any) -> tuple[Any, Any, Any]:
+        """The attention with a sentinel.
+
+        Args:
+            op: Builder.
+            per_batch: Any tensor [B]. Shapes are made of it, so that all sites of a size share the marks.
+            tokens: Number of keys, [1] int64.
+            level: c, [B, h, T', 1].
+
+        Returns:
+            The weight w of the real keys, log(w / (1 - w)), and the sum of q . d over the real keys under
+            the weights of all keys; [B, h, T', 1] float32 each.
+        """
+        outer = op.Concat(op.Shape(per_batch), attribute_int(op, "num_heads"), axis=0)
+        raised = op.Mul(level, self._mark_constant(op, [1], "level"))
+        query = op.Concat(self._query, raised, axis=3)
+        size = op.Concat(outer, [1], op.Shape(self._keys, start=3, end=4), axis=0)
+        nothing = op.Expand(self._constant(op, [0], "nothing"), size)
+        marks = self._marks(op, outer, tokens, [], [1])
+        keys = op.Concat(op.Concat(self._keys, nothing, axis=2), marks, axis=3)
+        # The first channel is 0, so that the level, in the same channel of the query, does not count.
+        marks = self._marks(op, outer, tokens, [0, 0.5, 0], [0, -0.5, 1])
+        values = op.Concat(op.Concat(self._change, nothing, axis=2), marks, axis=3)
+
+        out = _attention(op, query, keys, values)
+        # Not Slice, which is 25 layers of TensorRT, for shapes that are not computed.
+        before = op.Add(op.Shape(self._keys, start=3, end=4), [1])
+        sizes = op.Concat(before, [1, 1, KEY_CHANNELS - 3], axis=0)
+        _, above_half, sentinel, _ = op.Split(out, sizes, axis=3, _outputs=4)
+        above_half, sentinel = self._wide(op, above_half), self._wide(op, sentinel)
+        weight = op.Max(op.Add(above_half, 0.5), _MIN_WEIGHT)
+        rest = op.Where(op.Greater(above_half, 0.25), sentinel, op.Sub(0.5, above_half))
+        log_ratio = op.Clip(op.Log(op.Div(weight, rest)), -_LARGEST_LOG, _LARGEST_LOG)
+        return weight, log_ratio, self._dot(op, query, out)
+
+    def _dot(self, op: Op, x: Any, y: Any) -> Any:
+        """As the function `_dot`, with products in the dtype of the operands: a float32 copy of each operand
+        would take twice its memory. Rounding of products is as small as that of attention outputs."""
+        return op.ReduceSum(self._wide(op, op.Mul(x, y)), [3], keepdims=1)
+
+    def _wide(self, op: Op, value: Any) -> Any:
+        return cast(op, value, FLOAT, self._operands)
+
+    def _marks(self, op: Op, outer: Any, tokens: Any, real: list[float], sentinel: list[float]) -> Any:
+        """[B, h, T + 1, KEY_CHANNELS]: `real` for each of the T keys, then `sentinel` for the last one.
+
+        `outer` is B and h, [2] int64; `tokens` is T, [1] int64.
+        """
+        return op.Concat(
+            *(
+                op.Expand(
+                    self._mark_constant(op, marks, "marks"), op.Concat(outer, count, [KEY_CHANNELS], axis=0)
+                )
+                for marks, count in ((real, tokens), (sentinel, [1]))
+            ),
+            axis=2,
+        )
+
+    def _mark_constant(self, op: Op, marks: list[float], name: str) -> Any:
+        """`marks`, and zeros in the other channels, [1, 1, 1, KEY_CHANNELS]."""
+        return self._constant(op, marks + [0.0] * (KEY_CHANNELS - len(marks)), name)
+
+    def _constant(self, op: Op, values: list[float], name: str) -> Any:
+        """A constant [1, 1, 1, n] of the dtype of the operands."""
+        array = np.array(values, self._operands.numpy())
+        return op.Constant(value=ir.tensor(array[None, None, None], name=name))
+
+
+class StoredRows:
+    """Rows from float32 products and a softmax, which store the logits of one attention at a time.
+
+    No sentinel is needed: with m the largest logit of a row and w its weight, LSE = m - log w.
+    """
+
+    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType) -> None:
+        """Append the pass over the plain keys.
+
+        Args:
+            op: Builder.
+            inputs: Queries, keys and temperature.
+            dtype: Of the model's activations.
+        """
+        wide_k = cast(op, inputs.k, FLOAT, dtype)
+        scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
+        factor = op.Div(scale, per_sample(op, inputs.tau_q, 3))
+        self._query = split_heads(op, op.Mul(cast(op, inputs.q, FLOAT, dtype), factor))
+        # A vector added to all keys does not change the weights, and costs precision.
+        self._keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
+        self._change = split_heads(op, op.Sub(cast(op, inputs.k_perm, FLOAT, dtype), wide_k))
+
+        logits, weights = self._weights(op, self._keys)
+        highest, largest = (op.ReduceMax(rows, [3], keepdims=1) for rows in (logits, weights))
+        mean_logit = _dot(op, self._query, op.MatMul(weights, self._keys))
+        self.entropy = op.Sub(op.Sub(highest, op.Log(largest)), mean_logit)
+        self.initial_slope = self._mean_change(op, weights)
+
+    def slope(self, op: Op, share: Any) -> Any:
+        """See `Rows`."""
+        _, weights = self._weights(op, op.Add(self._keys, op.Mul(share, self._change)))
+        return self._mean_change(op, weights)
+
+    def _weights(self, op: Op, keys: Any) -> tuple[Any, Any]:
+        # Not Transpose and MatMul: see decompose_metrics_attention.
+        logits = op.Einsum(self._query, keys, equation="bhqd,bhkd->bhqk")
+        return logits, op.Softmax(logits, axis=-1)
+
+    def _mean_change(self, op: Op, weights: Any) -> Any:
+        rows = _dot(op, self._query, op.MatMul(weights, self._change))
+        return op.ReduceMean(rows, [1, 2, 3], keepdims=1)
+
+
+def _attention(op: Op, q: Any, k: Any, v: Any) -> Any:
+    """`Attention` of [B, h, T, D] tensors with scaled queries.
+
+    TensorRT multiplies queries and keys by the square root of a scale in their own type; 1 is exact.
+    """
+    return op.Attention(q, k, v, scale=1.0)
+
+
+def _dot(op: Op, x: Any, y: Any) -> Any:
+    """Dot products of the vectors of two [B, h, T, D] tensors, [B, h, T, 1]."""
+    return op.ReduceSum(op.Mul(x, y), [3], keepdims=1)

@@ -1,0 +1,49 @@
+"""Slices of known bounds become splits; all others stay."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graph_passes.slices_to_splits import SlicesToSplits
+from tests.conftest import RunOnnx
+from tests.graph_passes.small_models import op_counts
+
+
+def sliced(
+    begin: int, end: int, axis: int, step: int = 1, shape: tuple[int | str, ...] = ("batch", 6)
+) -> ir.Model:
+    """A graph that takes a slice of its input."""
+    data = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+    bounds = []
+    for name, number in {"begin": begin, "end": end, "axis": axis, "step": step}.items():
+        bound = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+        bound.const_value = ir.tensor(np.array([number], np.int64), name=name)
+        bounds.append(bound)
+    node = ir.node("Slice", [data, *bounds], name="slice")
+    node.outputs[0].name = "y"
+    node.outputs[0].type = data.type
+    graph = ir.Graph(
+        [data], node.outputs, nodes=[node], initializers=bounds, opset_imports={"": 23}, name="g"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 2), (1, 4), (3, 2**31), (-2, 2**31), (0, -1)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_the_numbers_stay(run_onnx: RunOnnx, begin: int, end: int, axis: int) -> None:
+    model = sliced(begin, end, axis)
+    values = {"x": np.arange(12, dtype=np.float32).reshape(2, 6)}
+    expected = run_onnx(model, values)["y"]
+    assert SlicesToSplits()(model).modified
+    assert op_counts(model) == {"Split": 1}
+    assert (run_onnx(model, values)["y"] == expected).all()
+    assert not SlicesToSplits()(model).modified
+
+
+@pytest.mark.parametrize(
+    "model",
+    [sliced(0, 2, 0), sliced(0, 6, 1), sliced(0, 6, 1, 2), sliced(4, 4, 1), sliced(0, 2, 1, shape=(2, "n"))],
+)
+def test_other_slices_stay(model: ir.Model) -> None:
+    """Of an axis of unknown size, of everything or nothing, and with a step."""
+    assert not SlicesToSplits()(model).modified
