@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, common
 
 
 class SlicesToSplits(InPlacePass):
@@ -22,6 +22,9 @@ class SlicesToSplits(InPlacePass):
             if sizes is not None:
                 _replace(model.graph, node, *sizes)
                 modified = True
+        if modified:
+            # Bounds that no other Slice has are left.
+            common.RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=modified)
 
 
