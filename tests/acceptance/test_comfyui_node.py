@@ -182,7 +182,7 @@ def test_text_width_is_between_or_above_the_channels(request: pytest.FixtureRequ
 
 
 def test_float16_equals_the_reference(export_trained: ExportTrained, trained: Case) -> None:
-    graph = export_trained("fp16", preset="node")
+    graph = export_trained("fp16", preset="node", u="sigma")
     compare(dataclasses.replace(trained, graphs={"free": graph}), "free", 2, 77, out_limit=2e-2)
 
 
