@@ -48,7 +48,7 @@ def load_onnx(path: Path) -> ir.Model:
         CheckpointError: The file cannot be read, is not an ONNX model, or has external data outside of its
             directory.
     """
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file")
     try:
         with open_regular(path):
