@@ -42,7 +42,6 @@ def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         *("--out", directory / "shapes.plan", "--tokens", "1:8:8", "--batch", "1:2:4", "--vae-scale", "1"),
         *("--height", "32:32:64", "--width", "32:32:64"),
         *("--keep-onnx", "--json", "--compute-capability", "8.9,12.0", "--builder-optimization-level", "0"),
-        *("--precision", "fp32"),
     )
     assert done.returncode == 0, done.stderr
     assert "wrote" in done.stderr
