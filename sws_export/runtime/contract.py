@@ -149,7 +149,11 @@ def read_contract(path: Path, *, verify: bool = True) -> Contract:
     """
     if path.suffix != ".onnx" and path.suffix not in ENGINE_SUFFIXES:
         raise EngineError(f"{path}: expected .onnx, .plan or .engine, found '{path.suffix}'")
-    if not path.is_file():
+    try:
+        exists = path.is_file()
+    except OSError as error:  # the name is too long
+        raise EngineError(f"{path}: {error.strerror}") from error
+    if not exists:
         raise EngineError(f"{path}: no such file; make it with: sws-export MODEL --out {path}")
     manifest = _manifest_of(path)
     check_files(path, manifest, hashes=verify)

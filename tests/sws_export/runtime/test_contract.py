@@ -157,6 +157,8 @@ def test_a_damaged_graph(graph_copy: Path) -> None:
 def test_other_files(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no such file; make it with: sws-export"):
         Session.load(tmp_path / "engine.plan")
+    with pytest.raises(EngineError, match="File name too long"):
+        Session.load(tmp_path / ("a" * 300 + ".plan"))
     with pytest.raises(EngineError, match=r"expected \.onnx, \.plan or \.engine, found '\.bin'"):
         Session.load(tmp_path / "engine.bin")
 
