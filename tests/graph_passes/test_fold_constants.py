@@ -145,7 +145,7 @@ def test_a_plain_graph_keeps_its_nodes() -> None:
 def test_the_example_keeps_its_weights(shapes_model: ShapesModel) -> None:
     model = shapes_model("fp32")
     weights = {name for name in model.graph.initializers if name.endswith((".weight", ".bias"))}
-    inserted(model, form="fused")
+    inserted(model, form="fused", target="onnxruntime")
     SetStaticShapes({"height": 32, "width": 32, "tokens": 77})(model)
     LowerFunctions()(model)
     FoldConstants()(model)
