@@ -125,9 +125,9 @@ def _describe(message: str, document: Any, schema: Any) -> str:
     match = _PATH.search(message)
     expected = message[: match.start()] if match else message
     field, value, schema = _locate(match[1] if match else "", document, schema)
-    where = field or "it"
+    where = f"{field}: " if field else ""
     if missing := re.match(r"Object missing required field `(.*)`", expected):
-        return f"{where} has no field '{missing[1]}'"
+        return f"{field or 'it'} has no field '{missing[1]}'"
     expected = re.sub(r", got `.*`", "", expected)
     for pattern, name in _PATTERN_NAMES.items():
         expected = expected.replace(pattern, name)
@@ -138,7 +138,7 @@ def _describe(message: str, document: Any, schema: Any) -> str:
         lambda found: " or ".join(_TYPE_NAMES.get(name, name) for name in found[1].split(" | ")),
         expected,
     )
-    return f"{where}: {_lower(types)}, found {short(value)}"
+    return f"{where}{_lower(types)}, found {short(value)}"
 
 
 def _locate(path: str, value: Any, schema: Any) -> tuple[str, Any, Any]:

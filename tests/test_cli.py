@@ -177,7 +177,7 @@ def test_an_interrupt_during_the_summary_tells_what_is_complete(
         [],
         ["unet"],
         ["--out", "g.onnx"],
-        ["unet", "--out", "g.onnx", "--precision", "int8"],
+        ["unet", "--out", "g.onnx", "--precision", "int4"],
         ["unet", "--out", "g.onnx", "--no-such-option"],
         ["unet", "--out", "g.onnx", "--attention-head-dim", "five"],
         ["inspect"],

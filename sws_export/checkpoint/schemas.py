@@ -120,7 +120,7 @@ class PeftEntry(TypedDict, total=False):
     """What is read of PEFT's configuration of an adapter."""
 
     peft_type: str
-    r: Annotated[int, Meta(ge=1, le=2**16)] | None
+    r: Annotated[int, Meta(ge=0, le=2**16)] | None
     lora_alpha: float | None
     alpha: float | None
     rank_pattern: Annotated[dict[str, Annotated[int, Meta(ge=1, le=2**16)]], Meta(max_length=4096)] | None

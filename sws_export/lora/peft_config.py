@@ -162,6 +162,9 @@ def _check(where: Path, config: Mapping[str, Any]) -> None:
     initialization = config.get("init_lora_weights")
     if option is None and str(initialization).startswith(_CHANGED_BASE):
         option = f"init_lora_weights={initialization}"
+    if kind != "OFT" and config.get("r") == 0:
+        # OFT has the size of its blocks instead.
+        raise CheckpointError(f"{where}: PEFT's configuration: r: expected an integer >= 1, found 0")
     if kind == "OFT" and config.get("coft"):
         option = "coft"
     if option is not None:

@@ -294,7 +294,7 @@ class StageCache:
                 "validated": plan.options.validate,
                 "target": plan.target.name,
                 "sizes": dict(sizes),
-                "largest": {} if plan.target.branches else dict(plan.largest_sizes),
+                "largest": dict(plan.largest_sizes),
                 "versions": library_versions(("onnxruntime", "numpy", "polygraphy")),
                 "code": code_version(),
             }

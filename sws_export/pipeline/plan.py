@@ -63,11 +63,13 @@ class ExportPlan:
 
     @property
     def largest_sizes(self) -> Mapping[str, int]:
-        """The largest sizes of batch, height and width (latent) and tokens, as far as they are known."""
+        """The largest height and width (latent) and tokens that are known, if the key guard depends on them."""
+        if self.target.branches or self.options.sws.guard == "literal":
+            return {}
         if self.engine is None:
             return self.static_sizes
         ranges = [sizes.ranges() for sizes in self.engine.profiles]
-        return {name: max(sizes[name].maximum for sizes in ranges) for name in ranges[0]}
+        return {name: max(sizes[name].maximum for sizes in ranges) for name in ranges[0] if name != "batch"}
 
     @property
     def keeps_graph(self) -> bool:

@@ -75,6 +75,7 @@ class OnnxRuntimeLoop:
     def __init__(self, session: Any, contract: Contract, device: str, states: StateShapes) -> None:
         from onnxruntime import OrtValue
 
+        device = _GPU if device == "cuda" else device
         self._session = session
         self._sets = tuple(
             {

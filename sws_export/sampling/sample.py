@@ -100,19 +100,19 @@ def sample_pipeline(
     zero = ""
     _check_pixels(pipe, options)
     with progress.stage("sample", total=total) as stage:
-        for file in files:
+        for number, file in enumerate(files):
             unet = SWSUNet.load(
                 file,
                 config=config,
                 pad=options.pad,
                 engine_host_code_allowed=options.engine_host_code_allowed,
             )
-            if file is artefact:
+            if number == 0:
                 for change in fit_pipeline(pipe, unet.session.contract.manifest["source"]):
                     progress.warn(change)
             unet.attach(pipe)
             zero = zero or ("plain" if _is_plain_at_zero(unet.session.contract) else "SWS 0")
-            runs += _sample(pipe, unet, "" if file is artefact else file.name, options, stage)
+            runs += _sample(pipe, unet, file.name if number else "", options, stage)
     effects = [measure(run, runs[0]) for run in runs]
     sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
     save_picture(sheet, out)

@@ -40,7 +40,7 @@ def test_text_that_is_no_json(text: str | bytes) -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ([], r"it: expected an object, found \[\]"),
+        ([], r"^expected an object, found \[\]"),
         ({}, "it has no field 'size'"),
         ({"size": True}, "size: expected an integer, found true"),
         ({"size": 1, "levels": 3}, "levels: expected an object or null, found 3"),

@@ -80,21 +80,28 @@ class TestDiffusers:
 class TestComfyUi:
     """Conditions may have other numbers of tokens, from each other and from step to step."""
 
-    def test_conditions_of_two_lengths(self, session: Session) -> None:
-        sampler = Sampler(SwsDiffusionModel(session, intensity=1.0), together=False)
+    @pytest.fixture
+    def model(self, text_graph: Path) -> SwsDiffusionModel:
+        return SwsDiffusionModel.load(text_graph, device="cpu", threads=1)
+
+    def test_conditions_of_two_lengths(self, model: SwsDiffusionModel, session: Session) -> None:
+        sampler = Sampler(model, together=False)
         sampler.conds[1] = (sampler.conds[1][0], draw(1, 12, 16, seed=4))
         latent, _ = by_hand(session, sampler)
         for _ in range(2):
             torch.testing.assert_close(sampler.run(), latent, rtol=0, atol=1e-4)
 
-    def test_a_condition_that_grows_on_the_way(self, session: Session, inputs: MakeInputs) -> None:
-        model, stream = SwsDiffusionModel(session, intensity=1.0), session.stream()
+    def test_a_condition_that_grows_on_the_way(
+        self, model: SwsDiffusionModel, session: Session, inputs: MakeInputs
+    ) -> None:
+        stream = session.stream()
         for number, tokens in enumerate((5, 5, 10, 10)):
             step = inputs(number, batch=1, tokens=tokens)
             x, context, sigma = (
                 torch.from_numpy(step[name]) for name in ("sample", "encoder_hidden_states", "sigma")
             )
-            found = model(x, torch.tensor([500.0]), context, transformer_options={"sigmas": sigma})
+            options = {"sigmas": sigma, "sws_intensity": 1.0}
+            found = model(x, torch.tensor([500.0]), context, transformer_options=options)
             expected = stream.step(x, 500.0, context, sigma=sigma, intensity=1.0)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
