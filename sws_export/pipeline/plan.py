@@ -63,7 +63,7 @@ class ExportPlan:
 
     @property
     def largest_sizes(self) -> Mapping[str, int]:
-        """The largest height and width (latent) and tokens that are known, if the key guard depends on them."""
+        """The largest height and width (latent) and tokens, as far as the key guard depends on them."""
         if self.target.branches or self.options.sws.guard == "literal":
             return {}
         if self.engine is None:
