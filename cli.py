@@ -2,13 +2,14 @@
 
 import errno
 import importlib
+import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sws_export.commands.shared import print_line
+from sws_export.commands.shared import EscapedLog, print_line
 from sws_export.errors import SwsExportError
 from sws_export.extras import missing_extras_as_errors
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = given.pop(0) if given and given[0] in _VERBS else "export"
     # As Ctrl-C: leave through the clean-up of every stage.
     signal.signal(signal.SIGTERM, _interrupt)
+    # What libraries log contains names from files.
+    logging.lastResort = EscapedLog(logging.WARNING)
     try:
         with missing_extras_as_errors():
             return int(importlib.import_module(f"sws_export.commands.{verb}").run(given))

@@ -1,6 +1,7 @@
 """The command line itself: what reaches the library, where output goes, exit codes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from sws_export.cli import main
 
 from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsOptions, SwsParameters
+from sws_export.commands.shared import EscapedLog
 from sws_export.errors import CheckpointError
 from sws_export.pipeline.preflight import Preflight
 from sws_export.pipeline.run import ExportReport
@@ -232,3 +234,8 @@ def test_compute_capabilities_are_split_and_not_repeated(asked: list[Any], tmp_p
     out = str(tmp_path / "e.plan")
     assert main(["unet", "--out", out, "--compute-capability", "8.9, 12.0,8.9"]) == 0
     assert asked[0][2].engine.compute_capabilities == ("8.9", "12.0")
+
+
+def test_control_characters_in_logs_of_libraries_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    EscapedLog().emit(logging.makeLogRecord({"msg": "Input '\x1b[31mz'"}))
+    assert capsys.readouterr().err == "Input '\\x1b[31mz'\n"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -80,3 +81,11 @@ def _one_line(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(_one_line(item) for item in value) or "none"
     return "unknown" if value is None else str(value)
+
+
+class EscapedLog(logging.Handler):
+    """Prints what libraries log on stderr, as `printable` returns it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        print_line(self.format(record))
