@@ -13,8 +13,9 @@ from torch import Tensor
 from graph_passes.parameters import SwsParameters
 from sws_export.adapters.comfyui.conditions import Row
 from sws_export.adapters.comfyui.model import rows_of_call
-from sws_export.adapters.live_attention import Levels, plain_attention, progress, shuffled_attention
+from sws_export.adapters.live_attention import Levels, plain_attention, shuffled_attention
 from sws_export.adapters.live_transport import Transport
+from sws_export.reference import schedule
 
 STEP_OPTION = "sws_live_step"
 """Entry of `transformer_options` with the `LiveStep` of the call."""
@@ -66,8 +67,10 @@ class LiveStep:
         self.parameters = shuffle.parameters
         self._shuffle, self._rows = shuffle, rows
         self._height, self._width = x.shape[2:4]
-        self._u = [progress(sigma, shuffle.parameters) for sigma in sigmas]
-        self.levels = Levels.of(self._u, shuffle.intensity, x.device, shuffle.parameters)
+        # The last noise level of a run may be 0, and a logarithm is taken.
+        noise = torch.tensor(sigmas, dtype=torch.float64).clamp(min=0)
+        self._schedule = schedule(noise, torch.full_like(noise, shuffle.intensity), shuffle.parameters)
+        self.levels = Levels.of(self._schedule, shuffle.intensity, x.device, shuffle.parameters)
         self._grids: dict[Grid, _BatchTransports] = {}
 
     def transports(self, tokens: int, device: torch.device) -> "_BatchTransports | None":
@@ -82,11 +85,12 @@ class LiveStep:
     def _next(self, grid: Grid, device: torch.device) -> "_BatchTransports":
         """Advance the transports of a grid. Conditions with the same history share one."""
         made: dict[tuple[int, float], tuple[Transport, list[int]]] = {}
-        for index, (row, u) in enumerate(zip(self._rows, self._u, strict=True)):
+        for index, (row, u) in enumerate(zip(self._rows, self._schedule.u.tolist(), strict=True)):
             previous = self._shuffle.transports.get((row, grid))
             key = (id(previous), u)
             if key not in made:
-                made[key] = (Transport.of_step(previous, u, *grid, device, self.parameters), [])
+                blend = self._schedule.blend[index]
+                made[key] = (Transport.of_step(previous, blend, *grid, device, self.parameters), [])
             made[key][1].append(index)
         for transport, indices in made.values():
             for index in indices:

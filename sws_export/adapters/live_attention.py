@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graph_passes.parameters import SwsParameters
+from sws_export.reference import Schedule
 
 _MIN_RANGE = 1e-6
 _LARGEST_MARK = 1 - 2.0**-22
@@ -65,28 +66,20 @@ class Levels:
 
     @classmethod
     def of(
-        cls, u: list[float], intensity: float, device: torch.device, parameters: SwsParameters
+        cls, schedule: Schedule, intensity: float, device: torch.device, parameters: SwsParameters
     ) -> "Levels":
-        """From the progress of each sample."""
-        progress = torch.tensor(u, dtype=torch.float32)
-        amplitude = intensity * 4 * progress * (1 - progress)
-        gate = (progress < parameters.u_stop).float()
+        """From the schedule of the samples, which is on the CPU."""
+        amplitude = intensity * schedule.w
+        gate = (schedule.u < parameters.u_stop).float()
         return cls(
-            tau_q=(1 + parameters.theta * intensity * (1 - progress)).to(device),
-            amplitude=amplitude.to(device),
-            kappa=(parameters.kl_slope * (1 - progress) + parameters.kl_floor).to(device),
+            tau_q=schedule.tau_q.float().to(device),
+            amplitude=amplitude.float().to(device),
+            kappa=schedule.kappa.float().to(device),
             key_gate=gate.to(device),
-            value_gain=(parameters.value_cap * (0.5 + 0.5 * (1 - progress))).to(device),
+            value_gain=(parameters.value_cap * schedule.g).float().to(device),
             mixes=bool((amplitude > 0).any()),
             mixes_keys=bool((amplitude * gate > 0).any()),
         )
-
-
-def progress(sigma: float, parameters: SwsParameters) -> float:
-    """u of a noise level: 0 at sigma_max and above, 1 at sigma_min and below."""
-    high, low = math.log(parameters.sigma_max), math.log(parameters.sigma_min)
-    u = min(max((high - math.log(sigma)) / (high - low), 0.0), 1.0) if sigma > 0 else 1.0
-    return 1 - u if parameters.schedule == "noise" else u
 
 
 def shuffled_attention(

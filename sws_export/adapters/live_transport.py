@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
+from sws_export.reference import SUM_FLOOR
 
-_SUM_FLOOR = 1e-8
 _TILE = 8
 _WINDOW = _TILE + 2 * STATE_RADIUS
 
@@ -57,9 +57,9 @@ def _places(height: int, width: int, device: torch.device) -> _Places:
 def _rebalanced(band: Tensor, places: _Places, iterations: int) -> Tensor:
     """Normalize the rows, then the columns, to sum 1, a number of times."""
     for _ in range(iterations):
-        band = band / band.sum(dim=0).clamp(min=_SUM_FLOOR)
+        band = band / band.sum(dim=0).clamp(min=SUM_FLOOR)
         columns = band.new_zeros(band.shape[1]).index_add_(0, places.target.flatten(), band.flatten())
-        band = band / columns.clamp(min=_SUM_FLOOR)[places.target]
+        band = band / columns.clamp(min=SUM_FLOOR)[places.target]
     return band
 
 
@@ -91,18 +91,16 @@ class Transport:
     def of_step(
         cls,
         previous: "Transport | None",
-        u: float,
+        blend: Tensor,
         height: int,
         width: int,
         device: torch.device,
         parameters: SwsParameters,
     ) -> "Transport":
-        """The blend of the scales at progress `u`, averaged with the transport of the step before, if any."""
+        """The scales weighted by `blend` [3], averaged with the transport of the step before, if any."""
         places = _places(height, width, device)
-        weights = torch.tensor([0.5 * (1 - u), u * (1 - u), u], device=device)
-        weights = weights / weights.sum()
         scales = _of_scales(height, width, device, parameters)
-        band = torch.einsum("s,skt->kt", weights, scales)
+        band = torch.einsum("s,skt->kt", blend.float().to(device), scales)
         band = _rebalanced(band, places, parameters.rebalance_iters)
         # Without a previous one, the average is that of zeros: rebalancing does not depend on the scale.
         average = (1 - parameters.beta) * band

@@ -23,6 +23,7 @@ from sws_export.reference.comfyui_node_transport import (
 from sws_export.reference.comfyui_node_unet import ComfyUINodeReferenceUNet, comfyui_node_sites
 from sws_export.reference.noise_schedule import Schedule, blend_weights, schedule
 from sws_export.reference.transport import (
+    SUM_FLOOR,
     band_from_dense,
     blended_transport,
     dense_from_band,
@@ -33,6 +34,7 @@ from sws_export.reference.transport import (
 from sws_export.reference.unet import ReferenceSite, ReferenceUNet, attention_sites, self_attention_sites
 
 __all__ = [
+    "SUM_FLOOR",
     "ComfyUINodeReferenceUNet",
     "ComfyUINodeResult",
     "ComfyUINodeSchedule",

@@ -11,7 +11,14 @@ from torch import Tensor
 from sws_export.adapters.live import STEP_OPTION, LiveShuffle, self_attention
 from sws_export.adapters.live_transport import Transport
 from sws_export.parameters import SwsParameters
-from sws_export.reference import attention_site, blended_transport, dense_from_band, momentum, schedule
+from sws_export.reference import (
+    attention_site,
+    blend_weights,
+    blended_transport,
+    dense_from_band,
+    momentum,
+    schedule,
+)
 
 HEADS, SIZE = 2, 8
 SIGMAS = (9.0, 1.5, 0.3)
@@ -112,9 +119,9 @@ def test_the_transport_is_that_of_the_graph() -> None:
     previous, expected = None, torch.zeros(())
     x = draw(2, 99, 6, seed=1)
     for u in (0.1, 0.6):
-        previous = Transport.of_step(previous, u, *grid, device, DEFAULT)
-        blend = blended_transport(torch.tensor([u], dtype=torch.float64), *grid, DEFAULT)
-        expected = momentum(expected, blend, DEFAULT)
+        progress = torch.tensor([u], dtype=torch.float64)
+        previous = Transport.of_step(previous, blend_weights(progress)[0], *grid, device, DEFAULT)
+        expected = momentum(expected, blended_transport(progress, *grid, DEFAULT), DEFAULT)
         dense = dense_from_band(previous.band.view(1, -1, *grid))
         torch.testing.assert_close(dense.double(), expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(previous.apply(x), (expected @ x.double()).float(), rtol=0, atol=1e-5)
