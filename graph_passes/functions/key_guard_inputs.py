@@ -2,6 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import onnx_ir as ir
+
+from graph_passes.functions.building import Op, cast, per_sample, split_heads
+
 
 class GuardInputs(NamedTuple):
     """The inputs of `sws.KeyGuard`, in order.
@@ -25,3 +29,23 @@ class GuardInputs(NamedTuple):
     kappa: Any
     key_gate: Any
     value_gain: Any
+
+
+def float32_rows(op: Op, inputs: GuardInputs, dtype: ir.DataType) -> tuple[Any, Any, Any]:
+    """Queries, keys and the change d = k_perm - k of the keys in float32, split into heads [B, h, T, D].
+
+    The scale of the logits and the temperature are in the queries. The keys are centred: a vector added to
+    all keys does not change the weights, and costs precision. The mean logit of centred keys is 0.
+
+    Args:
+        op: Builder of a function with the attribute `scale`.
+        inputs: Queries, keys and temperature.
+        dtype: Of the model's activations.
+    """
+    wide_k = cast(op, inputs.k, ir.DataType.FLOAT, dtype)
+    scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
+    factor = op.Div(scale, per_sample(op, inputs.tau_q, 3))
+    query = split_heads(op, op.Mul(cast(op, inputs.q, ir.DataType.FLOAT, dtype), factor))
+    keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
+    change = split_heads(op, op.Sub(cast(op, inputs.k_perm, ir.DataType.FLOAT, dtype), wide_k))
+    return query, keys, change

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from graph_passes.functions.building import Op, attribute_int, cast, per_sample, split_heads
 from graph_passes.functions.entropy_factor import entropy_factor
-from graph_passes.functions.key_guard_inputs import GuardInputs
+from graph_passes.functions.key_guard_inputs import GuardInputs, float32_rows
 from graph_passes.parameters import SwsParameters
 
 FLOAT = ir.DataType.FLOAT
@@ -226,14 +226,7 @@ class StoredRows:
             inputs: Queries, keys and temperature.
             dtype: Of the model's activations.
         """
-        wide_k = cast(op, inputs.k, FLOAT, dtype)
-        scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        factor = op.Div(scale, per_sample(op, inputs.tau_q, 3))
-        self._query = split_heads(op, op.Mul(cast(op, inputs.q, FLOAT, dtype), factor))
-        # A vector added to all keys does not change the weights, and costs precision.
-        self._keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
-        self._change = split_heads(op, op.Sub(cast(op, inputs.k_perm, FLOAT, dtype), wide_k))
-
+        self._query, self._keys, self._change = float32_rows(op, inputs, dtype)
         logits, weights = self._weights(op, self._keys)
         highest, largest = (op.ReduceMax(rows, [3], keepdims=1) for rows in (logits, weights))
         mean_logit = _dot(op, self._query, op.MatMul(weights, self._keys))

@@ -16,8 +16,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graph_passes.functions.building import Op, branch, cast, per_sample, split_heads, true_for_any
-from graph_passes.functions.key_guard_inputs import GuardInputs
+from graph_passes.functions.building import Op, branch, per_sample, true_for_any
+from graph_passes.functions.key_guard_inputs import GuardInputs, float32_rows
 
 FLOAT = ir.DataType.FLOAT
 _BELOW_CENTER = 60.0
@@ -43,14 +43,8 @@ class RowStatistics:
             inputs: Queries, keys and temperature.
             dtype: Of the model's activations.
         """
-        wide_k = cast(op, inputs.k, FLOAT, dtype)
-        scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        factor = op.Div(scale, per_sample(op, inputs.tau_q, 3))
-        self._query = split_heads(op, op.Mul(cast(op, inputs.q, FLOAT, dtype), factor))
+        self._query, self._keys, self._change = float32_rows(op, inputs, dtype)
         self._padded_query = op.Pad(self._query, [0, 1], None, [3])
-        # A vector added to all keys does not change the weights; the mean logit of centred keys is 0.
-        self._keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
-        self._change = split_heads(op, op.Sub(cast(op, inputs.k_perm, FLOAT, dtype), wide_k))
         self._tokens = op.Cast(op.Shape(self._keys, start=2, end=3), to=int(FLOAT))
         self._marks = _marks(op, self._keys, self._tokens)
         self._marked_keys = self._marked(op, self._keys)
