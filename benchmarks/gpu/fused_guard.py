@@ -13,7 +13,7 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.gpu.references import SearchInputs, split_heads
+from benchmarks.gpu.references import SearchInputs, site_amplitude, split_heads
 
 ATTENTIONS = 4
 _MARK_CHANNELS = 8  # of the value that marks the extra key; head sizes stay multiples of 8
@@ -40,9 +40,7 @@ def fused_guard(
     queries = (split_heads(q, heads).float() * scale).to(q.dtype)
     change = moved - keys
     entropy, slope_zero = _entropy_and_slope(queries, keys, change)
-    low, high = entropy.amin(1), entropy.amax(1)
-    hu = ((entropy.mean(1) - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    a = (amplitude * hu).clamp(0, 1)
+    a = site_amplitude(entropy, amplitude)
     points = 2**bisection_steps
     limit = key_cap * a * (points - 1) / points
     slopes = [slope_zero] + [_slope(queries, keys, change, limit * part) for part in (0.5, 1.0)]

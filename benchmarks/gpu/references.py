@@ -74,6 +74,13 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: in
     return out.transpose(1, 2).flatten(2)
 
 
+def site_amplitude(entropy: torch.Tensor, amplitude: torch.Tensor) -> torch.Tensor:
+    """a [B]: `amplitude` [B] times the entropy factor of the entropies [B, h * T]."""
+    low, high = entropy.amin(1), entropy.amax(1)
+    hu = ((entropy.mean(1) - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    return (amplitude * hu).clamp(0, 1)
+
+
 def literal_guard(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -93,9 +100,7 @@ def literal_guard(
     delta = queries @ split_heads(k_perm, heads).to(dtype).transpose(-1, -2) * scale - base
     log_a0 = torch.log_softmax(base, -1)
     entropy = -(log_a0.exp() * log_a0).nan_to_num().sum(-1).flatten(1)
-    low, high = entropy.amin(1), entropy.amax(1)
-    hu = ((entropy.mean(1) - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    a = (amplitude * hu).clamp(0, 1)
+    a = site_amplitude(entropy, amplitude)
     below, above = torch.zeros_like(a), key_cap * a
     for _ in range(bisection_steps):
         middle = (below + above) / 2
