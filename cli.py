@@ -1,12 +1,14 @@
 """The command `sws-export`: which verb, signals, exit codes."""
 
+import contextlib
 import errno
 import importlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from sws_export.commands.shared import EscapedLog, print_line
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What libraries log contains names from files.
     logging.lastResort = EscapedLog(logging.WARNING)
     try:
-        with missing_extras_as_errors():
+        with missing_extras_as_errors(), _warnings_as_lines():
             return int(importlib.import_module(f"sws_export.commands.{verb}").run(given))
     except SwsExportError as error:
         # Libraries that we quote break their messages into lines, and names in files may be of any length.
@@ -50,6 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cure = "; raise the limit with ulimit -n" if limit.errno in (errno.EMFILE, errno.ENFILE) else ""
         print_line(f"sws-export: {limit.filename or 'this process'}: {limit.strerror}{cure}")
     return 1
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print a Python warning as one line, without the line of source that gave it."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print_line(f"warning: {' '.join(str(message).split())}")
+        yield
 
 
 def _machine_error(error: BaseException | None) -> OSError | None:

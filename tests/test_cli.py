@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import subprocess
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,19 @@ def test_a_message_of_several_lines_becomes_one(
     monkeypatch.setattr("sws_export.pipeline.run.export", export)
     assert main(["m.safetensors", "--out", "g.onnx", "--quiet"]) == 1
     assert capsys.readouterr().err == "sws-export: damaged: line 1 ^ here\n"
+
+
+def test_a_python_warning_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(*_: Any) -> None:
+        warnings.simplefilter("default")
+        warnings.warn("the target is\nanother one", RuntimeWarning, stacklevel=1)
+        raise CheckpointError("broken")
+
+    monkeypatch.setattr("sws_export.pipeline.run.export", export)
+    assert main(["m.safetensors", "--out", "g.onnx", "--quiet"]) == 1
+    assert capsys.readouterr().err == "warning: the target is another one\nsws-export: broken\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.functions.building import Op, cast, define_function, per_sample
-from graph_passes.functions.entropy_factor import MIN_RANGE
+from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.parameters import SwsParameters
 
 FLOAT = ir.DataType.FLOAT
@@ -63,7 +63,8 @@ def build_comfyui_node_guard(
         logits = op.MatMul(cast(op, hidden, FLOAT, dtype), op.Transpose(keys, perm=[0, 2, 1]))
         log_plain = op.LogSoftmax(logits, axis=-1)
         entropy = op.Neg(op.ReduceSum(op.Mul(op.Exp(log_plain), log_plain), [2], keepdims=0))
-        mix = op.Clip(op.Mul(amplitude, _entropy_factor(op, entropy)), 0.0, 1.0)
+        rows = _all_rows(op, entropy)
+        mix = op.Clip(op.Mul(amplitude, entropy_factor(op, rows, [1])), 0.0, 1.0)
 
         transport = op.ComfyUINodeMomentum(previous, fresh, mix, _domain="sws")
         moved = op.MatMul(logits, op.Transpose(transport, perm=[0, 2, 1]))
@@ -86,7 +87,6 @@ def build_comfyui_node_guard(
         alpha_k, a_v = op.Mul(low, key_gate), op.Clip(op.Mul(mix, value_gain), 0.0, 1.0)
         if not site_metrics:
             return transport, alpha_k, a_v
-        rows = _all_rows(op, entropy)
         reductions = (op.ReduceMean, op.ReduceMin, op.ReduceMax)
         metrics = [
             alpha_k,
@@ -104,14 +104,6 @@ def build_comfyui_node_guard(
         ["transport", "alpha_k", "a_v", *(["site_metrics"] if site_metrics else [])],
         [ir.Attr("scale", ir.AttributeType.FLOAT, None)],
     )
-
-
-def _entropy_factor(op: Op, entropy: Any) -> Any:
-    """The entropy factor over all rows of all samples: [B, T] to [1]."""
-    rows = _all_rows(op, entropy)
-    low = op.ReduceMin(rows, [1], keepdims=0)
-    width = op.Max(op.Sub(op.ReduceMax(rows, [1], keepdims=0), low), MIN_RANGE)
-    return op.Clip(op.Div(op.Sub(op.ReduceMean(rows, [1], keepdims=0), low), width), 0.0, 1.0)
 
 
 def _all_rows(op: Op, x: Any) -> Any:

@@ -1,20 +1,21 @@
 """The entropy factor hu: the mean row entropy, relative to the range of all row entropies."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from graph_passes.functions.building import Op
 
-MIN_RANGE = 1e-6
+_MIN_RANGE = 1e-6
 """Smallest range of entropies (nats) that the factor is relative to."""
 
 
-def entropy_factor(op: Op, entropy: Any) -> Any:
-    """(mean - min) / max(max - min, 1e-6) of the row entropies of a sample, clamped to [0, 1]; [B] float32.
+def entropy_factor(op: Op, entropy: Any, axes: Sequence[int] = (1, 2, 3)) -> Any:
+    """(mean - min) / max(max - min, 1e-6) of row entropies over `axes`, clamped to [0, 1].
 
-    `entropy` is [B, h, T, 1] float32.
+    By default `entropy` is [B, h, T, 1] and the result [B], both float32.
     """
-    axes = [1, 2, 3]
+    axes = list(axes)
     smallest = op.ReduceMin(entropy, axes, keepdims=0)
     mean = op.ReduceMean(entropy, axes, keepdims=0)
-    width = op.Max(op.Sub(op.ReduceMax(entropy, axes, keepdims=0), smallest), MIN_RANGE)
+    width = op.Max(op.Sub(op.ReduceMax(entropy, axes, keepdims=0), smallest), _MIN_RANGE)
     return op.Clip(op.Div(op.Sub(mean, smallest), width), 0.0, 1.0)

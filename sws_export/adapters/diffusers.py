@@ -15,8 +15,8 @@ from sws_export.adapters.fit_pipeline import EDM_TYPES, fit_pipeline, missing_se
 from sws_export.checkpoint.ip_adapter import image_inputs, ip_adapters
 from sws_export.errors import EngineError, OptionError, StepError
 from sws_export.manifest import SourceEntry
+from sws_export.noise_levels import edm_noise_levels, noise_levels
 from sws_export.runtime.inputs import to_numpy
-from sws_export.runtime.noise_levels import edm_noise_levels, noise_levels
 from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session
 from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, PRECISIONS
 

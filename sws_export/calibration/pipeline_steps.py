@@ -9,9 +9,9 @@ import numpy as np
 
 from sws_export.calibration.pipeline_class import check_components, pipeline_class
 from sws_export.errors import CheckpointError, OptionError
+from sws_export.noise_levels import noise_levels
 from sws_export.progress import Progress
 from sws_export.runtime.inputs import to_numpy
-from sws_export.runtime.noise_levels import noise_levels
 from sws_export.runtime.session import RECOMMENDED_INTENSITY
 from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, concrete_shape
 from sws_export.validation.trajectory import Array

@@ -28,7 +28,8 @@ def validate(
         progress: Receives the stages.
 
     Raises:
-        CheckpointError: A file is missing, or the graph was not written by sws-export.
+        CheckpointError: The checkpoint is missing, or the graph was not written by sws-export.
+        ManifestError: The graph cannot be read.
         ValidationError: The graph was exported from another checkpoint.
     """
     graph, model = Path(graph), Path(model)
@@ -49,8 +50,6 @@ def validate(
 
 
 def _manifest(graph: Path) -> Manifest:
-    if not graph.is_file():
-        raise CheckpointError(f"{graph}: no such file")
     manifest = read_embedded(graph)
     if manifest is None:
         raise CheckpointError(f"{graph} was not written by sws-export: it has no embedded manifest")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sws_export.runtime.noise_levels import stable_diffusion_levels
+from sws_export.noise_levels import stable_diffusion_levels
 from sws_export.tensors import TensorSpec, concrete_shape
 
 Array = npt.NDArray[np.generic]

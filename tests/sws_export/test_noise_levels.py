@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 
-from sws_export.runtime.noise_levels import noise_levels, stable_diffusion_levels
+from sws_export.noise_levels import noise_levels, stable_diffusion_levels
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
