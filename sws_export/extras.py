@@ -18,6 +18,7 @@ EXTRAS = {
     "gpu": ("tensorrt",),
     "rtx": ("tensorrt_rtx",),
     "sample": ("transformers",),
+    "evaluate": ("scipy", "skimage"),
 }
 """Packages of each extra, by the names under which they are imported."""
 
