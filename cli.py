@@ -21,7 +21,7 @@ _MACHINE_ERRORS = (
     *(errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE),
 )
-_VERBS = ("inspect", "validate", "plugins", "sample", "report", "triton", "cache")
+_VERBS = ("inspect", "validate", "plugins", "sample", "evaluate", "report", "triton", "cache")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has enough. Keep Python from failing once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("sws-export: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print_line(f"sws-export: {str(error) or 'interrupted; nothing was written'}")
     except Exception as error:
         limit = _machine_error(error)
         if limit is None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "docs", "examples", "graph_passes", "integrations", "plugins", "sws_export", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 VERBS = (
-    *("export", "inspect", "validate", "sample", "report", "triton"),
+    *("export", "inspect", "validate", "sample", "evaluate", "report", "triton"),
     *("cache", "cache list", "cache clear", "plugins", "plugins build", "plugins info"),
 )
 OTHER_OPTIONS = {

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from examples.shapes import prompts, scenes
-from examples.shapes.scenes import Scene, SceneObject
+# Relative, so that `sws-export evaluate` imports it from wherever the folder lies.
+from . import prompts, scenes
+from .scenes import Scene, SceneObject
 
 Floats = npt.NDArray[np.float32]
 _HALF_CELL = 5
@@ -57,6 +58,16 @@ def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
             shape.append(other is not None and other.shape == thing.shape)
         exact.append(seen == frozenset(scene))
     return Accuracy(*(float(np.mean(share)) for share in (position, colour, shape, exact)))
+
+
+def adherence(prompt: str, picture: Floats) -> float:
+    """How far a picture float32 [3, 32, 32] in [-1, 1] shows what its prompt asks for: 0 to 1.
+
+    Objects that are asked for and seen, with colour, shape and position, as a share of those that are either.
+    `sws-export evaluate` calls it.
+    """
+    wanted, seen = frozenset(prompts.parse(prompt)), recognise(picture)
+    return len(wanted & seen) / len(wanted | seen) if wanted | seen else 1.0
 
 
 def random_scenes(count: int, seed: int) -> list[Scene]:

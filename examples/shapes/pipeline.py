@@ -32,11 +32,12 @@ class ShapesPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """One picture, `height` by `width` pixels, multiples of 4.
+        """One picture, `height` by `width` pixels, multiples of 4; `latents` are noise of that size.
 
         Raises:
             PromptError: The prompt is outside the grammar.
@@ -44,9 +45,9 @@ class ShapesPipeline(DiffusionPipeline):
         words = torch.from_numpy(prompts.embed_all([prompt, ""])).to(self.unet.device, self.unet.dtype)
         side = self.unet.config.sample_size
         shape = (1, self.unet.config.in_channels, height or side, width or side)
-        noise = torch.randn(shape, generator=generator).to(self.unet.device, self.unet.dtype)
+        noise = torch.randn(shape, generator=generator) if latents is None else latents
         self.scheduler.set_timesteps(num_inference_steps)
-        latents = noise * self.scheduler.init_noise_sigma
+        latents = noise.to(self.unet.device, self.unet.dtype) * self.scheduler.init_noise_sigma
         for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             scaled = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
             both = self.unet(

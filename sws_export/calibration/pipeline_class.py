@@ -52,7 +52,7 @@ def pipeline_class(pipeline: Path, *, trust_code: bool) -> Any:
             f"{pipeline} is a {name}, which is defined in its {CODE}; add --trust-code to run this code if "
             "you trust its origin"
         )
-    own = getattr(_import(pipeline), name, None)
+    own = getattr(import_code(pipeline, CODE), name, None)
     if not (isinstance(own, type) and issubclass(own, diffusers.DiffusionPipeline)):
         raise CheckpointError(f"{pipeline / CODE} has no pipeline {name}")
     return own
@@ -94,11 +94,11 @@ def check_components(pipeline: Path, *, own_code: bool) -> None:
             )
 
 
-def _import(pipeline: Path) -> ModuleType:
-    """Import `pipeline.py` as a module of a package, so that it can import its neighbours."""
+def import_code(pipeline: Path, file: str) -> ModuleType:
+    """Import a Python file of a pipeline directory, with its neighbours as modules of the same package."""
     package = ModuleType(_PACKAGE)
     package.__path__ = [str(pipeline.resolve())]
     for module in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]:
         del sys.modules[module]
     sys.modules[_PACKAGE] = package
-    return importlib.import_module(f"{_PACKAGE}.{Path(CODE).stem}")
+    return importlib.import_module(f"{_PACKAGE}.{Path(file).stem}")

@@ -72,7 +72,8 @@ def radial_power_spectrum(picture: Picture) -> Floats:
     ring = np.rint(np.hypot(down[:, None], right[None, :]) * 2 * RINGS).astype(int).ravel()
     counts = np.bincount(ring, minlength=RINGS + 1)[1 : RINGS + 1]
     sums = np.bincount(ring, power.ravel(), minlength=RINGS + 1)[1 : RINGS + 1]
-    return np.divide(sums, counts, out=np.full(RINGS, np.nan), where=counts > 0)
+    means: Floats = np.divide(sums, counts, out=np.full(RINGS, np.nan), where=counts > 0)
+    return means
 
 
 def structure(picture: Picture, plain: Picture) -> float:
@@ -80,11 +81,12 @@ def structure(picture: Picture, plain: Picture) -> float:
 
     The low-pass is a Gaussian whose standard deviation is 1/32 of the short side, after which every such
     distance is sampled once, so that pictures of all sizes are compared at the same share of their size.
-    SSIM: Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment", 2004, equation 13.
+    SSIM: Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment", 2004, equation 13. NaN for pictures
+    with a side of fewer than 11 pixels, the window of SSIM.
     """
     small, reference = _low_passed(picture), _low_passed(plain)
     if min(small.shape[:2]) < _SSIM_WINDOW:
-        raise ValueError(f"SSIM needs {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, found {picture.shape[:2]}")
+        return float("nan")
     return float(structural_similarity(small, reference, data_range=1.0, channel_axis=-1, **_SSIM))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
 from sws_export.errors import OptionError
+from sws_export.options.prompts import read_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +83,7 @@ class QuantizationOptions:
             OptionError: The file cannot be read, or has none.
         """
         assert self.prompts is not None
-        try:
-            lines = self.prompts.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"--prompts {self.prompts}: cannot be read as text: {error}") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise OptionError(f"--prompts {self.prompts}: expected a prompt a line, found an empty file")
-        return prompts
+        return read_prompts(self.prompts)
 
     def cache_key(self) -> dict[str, Any]:
         """The options that the graph depends on, as JSON values."""

@@ -2,12 +2,17 @@
 
 from typing import Protocol, cast
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("sws_export.report", ""), autoescape=True, undefined=StrictUndefined
-)
+
+def environment(*packages: str) -> Environment:
+    """An environment that finds templates in these packages, and in this one."""
+    loaders = [PackageLoader(package, "") for package in (*packages, "sws_export.report")]
+    return Environment(loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined)
+
+
+_ENVIRONMENT = environment()
 PAGE = _ENVIRONMENT.get_template("report.html")
 """The page."""
 

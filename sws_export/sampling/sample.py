@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sws_export.calibration.pipeline_class import check_components, pipeline_class
-from sws_export.checkpoint.config import read_json
-from sws_export.errors import CheckpointError, OptionError
+from sws_export.errors import OptionError
 from sws_export.presets import recorded_preset
 from sws_export.progress import Progress, SilentProgress, Stage
 from sws_export.runtime.contract import Contract
+from sws_export.sampling.draw import Drawing, attach_artefact, check_pixels, draw, load_pipeline
 from sws_export.sampling.effects import Effect, Floats, Sampled, measure
 from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
-from sws_export.tensors import nearest_multiples
 
 _LARGEST_SHOWN = 0.8
 # The largest changes are clipped, so that the others are visible.
@@ -62,8 +60,12 @@ class SampleOptions:
         for intensity in self.intensities:
             if not 0.0 <= intensity <= 1.0:
                 raise OptionError(f"intensity {intensity:g} is out of range; allowed is 0 to 1")
-        if self.steps < 1:
-            raise OptionError(f"steps {self.steps} is out of range; at least 1 is needed")
+        self.drawing.check()
+
+    @property
+    def drawing(self) -> Drawing:
+        """How each picture is drawn."""
+        return Drawing(self.steps, self.guidance, self.height, self.width)
 
 
 def sample_pipeline(
@@ -88,30 +90,24 @@ def sample_pipeline(
         SwsExportError: A file is missing, the artefact does not fit the pipeline, or the PNG cannot be
             written.
     """
-    from sws_export.adapters.diffusers import SWSUNet
-    from sws_export.adapters.fit_pipeline import fit_pipeline
-
     progress = progress or SilentProgress()
-    pipe = _load_pipeline(pipeline, trust_code=options.trust_code)
-    config = _unet_config(pipeline)
+    pipe = load_pipeline(pipeline, trust_code=options.trust_code)
     files = (artefact, *options.beside)
     total = len(files) * len(options.prompts) * len(options.seeds) * len(options.intensities)
     runs: list[Sampled] = []
     zero = ""
-    _check_pixels(pipe, options)
+    check_pixels(pipe, options.drawing)
     with progress.stage("sample", total=total) as stage:
         for number, file in enumerate(files):
-            unet = SWSUNet.load(
+            unet = attach_artefact(
+                pipe,
                 file,
-                config=config,
+                pipeline,
+                progress,
                 pad=options.pad,
                 engine_host_code_allowed=options.engine_host_code_allowed,
             )
-            if number == 0:
-                for change in fit_pipeline(pipe, unet.session.contract.manifest["source"]):
-                    progress.warn(change)
-            unet.attach(pipe)
-            zero = zero or ("plain" if _is_plain_at_zero(unet.session.contract) else "SWS 0")
+            zero = zero or ("plain" if is_plain_at_zero(unet.session.contract) else "SWS 0")
             runs += _sample(pipe, unet, file.name if number else "", options, stage)
     effects = [measure(run, runs[0]) for run in runs]
     sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
@@ -127,7 +123,7 @@ def _sample(pipe: Any, unet: Any, name: str, options: SampleOptions, stage: Stag
         for prompt, seed in itertools.product(options.prompts, options.seeds):
             stage.describe(f"{name} intensity {intensity:g}: {prompt}".strip())
             unet.reset()
-            picture, moved = _one(pipe, prompt, seed, intensity, options)
+            picture, moved = _one(pipe, prompt, seed, intensity, options.drawing)
             pictures.append(picture)
             changes.append(moved)
             stage.advance()
@@ -135,7 +131,7 @@ def _sample(pipe: Any, unet: Any, name: str, options: SampleOptions, stage: Stag
     return runs
 
 
-def _is_plain_at_zero(contract: Contract) -> bool:
+def is_plain_at_zero(contract: Contract) -> bool:
     """Whether a graph at intensity 0 is the plain UNet at every noise level."""
     preset = recorded_preset(contract.manifest)
     return preset is None or preset.plain_at_zero
@@ -186,67 +182,14 @@ def _shown(picture: Floats, scale: int) -> Image.Image:
     return image
 
 
-def _unet_config(pipeline: Path) -> dict[str, Any]:
-    config: dict[str, Any] = read_json(pipeline / "unet" / "config.json", dict[str, Any])
-    return config
-
-
-def _load_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
-    """The pipeline without its UNet."""
-    from diffusers.utils import logging
-
-    kind = pipeline_class(pipeline, trust_code=trust_code)
-    check_components(pipeline, own_code=not kind.__module__.startswith("diffusers."))
-    # The progress of `sample_pipeline` replaces it.
-    logging.disable_progress_bar()
-    try:
-        pipe = kind.from_pretrained(
-            pipeline, unet=None, local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True
-        )
-    except Exception as error:  # configurations and weights of components can be malformed in many ways
-        raise CheckpointError(f"diffusers cannot load the pipeline {pipeline}: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _check_pixels(pipe: Any, options: SampleOptions) -> None:
-    """Refuse sizes that the VAE cannot decode, before the pipeline does without naming others."""
-    scale = getattr(pipe, "vae_scale_factor", 1)
-    for name in ("height", "width"):
-        size = getattr(options, name)
-        if size is not None and (size % scale or size < 1):
-            nearest = " or ".join(map(str, nearest_multiples(max(size, 0), scale)))
-            raise OptionError(
-                f"--{name} {size}: expected a multiple of {scale} pixels, such as {nearest}, found {size}"
-            )
-
-
-def _one(
-    pipe: Any, prompt: str, seed: int, intensity: float, options: SampleOptions
-) -> tuple[Floats, Floats]:
+def _one(pipe: Any, prompt: str, seed: int, intensity: float, drawing: Drawing) -> tuple[Floats, Floats]:
     """One image [3, H, W] in [-1, 1], and the change of the latents at each step but the first."""
-    import torch
-
     latents: list[Floats] = []
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
         latents.append(tensors["latents"].float().cpu().numpy())
         return tensors
 
-    try:
-        (image,) = pipe(
-            prompt,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
-            height=options.height,
-            width=options.width,
-            generator=torch.Generator().manual_seed(seed),
-            cross_attention_kwargs={"intensity": intensity},
-            callback_on_step_end=keep,
-            output_type="np",
-        ).images
-    except ValueError as error:
-        # Pipelines raise it for invalid sizes, prompts and numbers of steps.
-        raise OptionError(f"the pipeline rejects the options: {error}") from error
+    image = draw(pipe, prompt, seed, intensity, drawing, on_step=keep)
     moved = [np.sqrt(np.square(after - before).mean()) for before, after in itertools.pairwise(latents)]
     return np.asarray(image.transpose(2, 0, 1) * 2 - 1, np.float32), np.asarray(moved, np.float32)

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from sws_export.cli import main
 
+from examples.shapes import prompts, scenes
 from examples.shapes import sample as plain
+from examples.shapes.check import adherence
 from examples.shapes.pipeline import ShapesPipeline
 from sws_export import ExportOptions, SwsOptions, export
 from sws_export.adapters.diffusers import SWSUNet
@@ -50,6 +52,32 @@ def test_it_draws_and_measures(shapes_sws: Path, tmp_path: Path) -> None:
     with Image.open(out) as image:
         assert image.width > 8 * 96
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 100
+
+
+def test_its_checker_measures_adherence(
+    shapes_sws: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sws_export.evaluation.statistics.RESAMPLES", 50)
+    file, out = tmp_path / "prompts.txt", tmp_path / "results"
+    file.write_text("red circle center\n")
+    command = ["evaluate", str(shapes_sws), str(plain.HERE), "--prompts", str(file), "--seeds", "1"]
+    assert main([*command, "--frames", "2", "--steps", "6", "--out", str(out), "--trust-code"]) == 0
+    assert "Prompt adherence" in capsys.readouterr().err
+    metrics = json.loads((out / "evaluation.json").read_text())["metrics"]
+    assert metrics["check"]["values"][0]["value"] == 1.0
+    assert metrics["flicker"]["values"][0]["value"] > 0
+    # One pair has no interval.
+    assert metrics["flicker"]["values"][0]["low"] is None
+
+
+def test_adherence_is_the_share_of_the_objects() -> None:
+    scene = prompts.parse("red circle left and blue cross top")
+    picture = scenes.render(scene)
+    assert adherence("red circle left and blue cross top", picture) == 1.0
+    assert adherence("red circle left", picture) == 0.5
+    assert adherence("red circle left and blue square top", picture) == pytest.approx(1 / 3)
+    assert adherence("", picture) == 0.0
+    assert adherence("", scenes.render(())) == 1.0
 
 
 def test_the_metrics_are_printed(

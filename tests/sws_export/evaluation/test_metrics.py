@@ -65,8 +65,7 @@ def test_structure() -> None:
     # Fine noise is below the low-pass, a shift by a quarter is not.
     assert metrics.structure(picture + noise, picture) > 0.97
     assert metrics.structure(np.roll(picture, 16, axis=0), picture) < 0.9
-    with pytest.raises(ValueError, match="SSIM needs 11 x 11 pixels"):
-        metrics.structure(picture[:8], picture[:8])
+    assert np.isnan(metrics.structure(picture[:8], picture[:8]))
 
 
 def test_difference() -> None:

@@ -1,0 +1,21 @@
+"""Files of prompts, one on each line."""
+
+from pathlib import Path
+
+from sws_export.errors import OptionError
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a `--prompts` file, without empty lines.
+
+    Raises:
+        OptionError: The file cannot be read, or has none.
+    """
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--prompts {file}: cannot be read as text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise OptionError(f"--prompts {file}: expected a prompt a line, found an empty file")
+    return prompts
