@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sws_export.errors import OptionError
-from sws_export.runtime.noise_levels import noise_levels
+from sws_export.noise_levels import noise_levels
 
 
 class StepRecord:
