@@ -1,0 +1,79 @@
+"""The textures model as a diffusers pipeline: no text encoder, and 2 x 2 pixels in 12 channels as latents.
+
+sws-export sample out/engine.onnx examples/textures --trust-code --prompt "red dotted circle top-left on wood"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+# Relative, so that the folder is loaded from wherever it lies.
+from . import prompts
+
+PIXELS = 2
+CONTRAST = 2.5
+
+
+def to_latents(pictures: torch.Tensor) -> torch.Tensor:
+    """Latents [N, 12, H / 2, W / 2] of standard deviation near 1, of pictures [N, 3, H, W] in [-1, 1]."""
+    return CONTRAST * torch.nn.functional.pixel_unshuffle(pictures, PIXELS)
+
+
+def to_pictures(latents: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_latents`, clipped to [-1, 1]."""
+    return (torch.nn.functional.pixel_shuffle(latents, PIXELS) / CONTRAST).clamp(-1, 1)
+
+
+class TexturesPipeline(DiffusionPipeline):
+    """Called as `StableDiffusionPipeline` is, as far as the model has what an argument speaks of."""
+
+    vae_scale_factor = PIXELS
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """One picture for each prompt, `height` by `width` pixels, multiples of 8.
+
+        Raises:
+            PromptError: A prompt is outside the grammar.
+        """
+        wanted = [prompt] if isinstance(prompt, str) else list(prompt)
+        words = torch.from_numpy(prompts.embed_all([*wanted, *[""] * len(wanted)]))
+        words = words.to(self.unet.device, self.unet.dtype)
+        config = self.unet.config
+        sides = [size // PIXELS if size else config.sample_size for size in (height, width)]
+        sources = generator if isinstance(generator, Sequence) else [generator] * len(wanted)
+        noise = [torch.randn(config.in_channels, *sides, generator=source) for source in sources]
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.stack(noise).to(words) * self.scheduler.init_noise_sigma
+        for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            scaled = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+            both = self.unet(
+                scaled, timestep, words, cross_attention_kwargs=cross_attention_kwargs, return_dict=False
+            )
+            told, untold = both[0].chunk(2)
+            prediction = untold + guidance_scale * (told - untold)
+            latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, number, timestep, {"latents": latents})["latents"]
+        pictures = (to_pictures(latents.float()) / 2 + 0.5).cpu().permute(0, 2, 3, 1).numpy()
+        return ImagePipelineOutput(self.numpy_to_pil(pictures) if output_type == "pil" else pictures)

@@ -1,0 +1,177 @@
+"""Train the textures UNet: `python -m examples.textures.train --out FOLDER` in the repository root.
+
+The same scenes, prompts and noise levels on a CPU and on a GPU; the noise itself and the precision differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+
+from examples.textures import check, prompts, scenes
+from examples.textures.pipeline import PIXELS, to_latents
+
+HERE = Path(__file__).resolve().parent
+SEED = 7
+EMPTY_PROMPT_RATE = 0.1
+EMA_DECAY = 0.997
+WARMUP = 0.03
+# Self-attention begins with logits of about this squared, in place of nearly flat rows.
+QUERY_KEY_GAIN = 2.5
+
+ARCHITECTURE: dict[str, Any] = {
+    "sample_size": scenes.SIZE // PIXELS,
+    "in_channels": 3 * PIXELS**2,
+    "out_channels": 3 * PIXELS**2,
+    "block_out_channels": (32, 64, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    # diffusers reads this as the number of heads: head size 32.
+    "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": prompts.WIDTH,
+    "norm_num_groups": 16,
+}
+# Stable Diffusion's noise schedule: sigma from 0.029 to 14.6.
+NOISE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The architecture with its seeded random initial weights, float32."""
+    torch.manual_seed(SEED)
+    unet = UNet2DConditionModel(**ARCHITECTURE)
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            if "attn1.to_q" in name or "attn1.to_k" in name:
+                weight.mul_(QUERY_KEY_GAIN)
+    return unet
+
+
+def make_batch(step: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents float32 [size, 12, 32, 32] and encoder_hidden_states float32 [size, 12, 64] of a step."""
+    rng = np.random.default_rng((SEED, step))
+    drawn = [scenes.random_scene(rng) for _ in range(size)]
+    untold = rng.random(size) < EMPTY_PROMPT_RATE
+    said = [scenes.Scene((), None) if no else scene for scene, no in zip(drawn, untold, strict=True)]
+    words = torch.from_numpy(np.stack([prompts.embed(scene) for scene in said])).to(device, non_blocking=True)
+    return to_latents(scenes.render(drawn, rng, device)), words
+
+
+def loss_of_step(
+    unet: UNet2DConditionModel, step: int, size: int, alphas: torch.Tensor, noises: torch.Generator
+) -> torch.Tensor:
+    """Weighted error of the predicted velocity on the batch of a step; a scalar.
+
+    The weight (min(SNR, 5) + 1) / (SNR + 1) gives errors of the predicted picture the weight min(SNR, 5) + 1:
+    min-SNR-5 (Hang et al. 2023, arXiv 2303.09556) plus one for the layout, which is decided at high noise.
+    """
+    latents, words = make_batch(step, size, alphas.device)
+    noise = torch.randn(latents.shape, generator=noises, device=alphas.device)
+    # Stratified: one timestep from each of `size` equal slices, which steadies the loss.
+    drawn = np.random.default_rng((SEED, step, 1)).random(size)
+    timesteps = torch.from_numpy((np.arange(size) + drawn) * (len(alphas) / size)).to(alphas.device).long()
+    alpha = alphas[timesteps][:, None, None, None]
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    with torch.autocast(alphas.device.type, torch.bfloat16, enabled=alphas.device.type == "cuda"):
+        predicted = unet(noisy, timesteps, words, return_dict=False)[0]
+    error = (predicted.float() - velocity).square().mean(dim=(1, 2, 3), keepdim=True)
+    ratio = alpha / (1 - alpha)
+    return ((ratio.clamp(max=5) + 1) / (ratio + 1) * error).mean()
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """Linear warm-up, flat, then linear to zero over the second half; `progress` is in [0, 1]."""
+    return peak * min(1.0, progress / WARMUP + 0.01, 2 * (1 - progress) + 0.001)
+
+
+def save(average: list[torch.Tensor], folder: Path) -> None:
+    """Write a pipeline directory with the averaged weights as float16."""
+    unet = build_unet()
+    with torch.no_grad():
+        for weight, value in zip(unet.parameters(), average, strict=True):
+            weight.copy_(value)
+    unet.half().save_pretrained(folder / "unet", safe_serialization=True)
+    EulerDiscreteScheduler(**NOISE).save_pretrained(folder / "scheduler")
+    for name in ("pipeline.py", "prompts.py", "scenes.py", "model_index.json"):
+        if folder.resolve() != HERE:
+            shutil.copy(HERE / name, folder / name)
+
+
+def train(steps: int, batch: int, peak: float, folder: Path, device: torch.device, seconds: float) -> None:
+    """Take `steps` steps, or as many as fit into `seconds`; the learning rate falls to zero by then."""
+    started, shown = time.monotonic(), []
+    unet = build_unet().train().to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    weights = list(unet.parameters())
+    average = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda")
+    alphas = DDIMScheduler(**NOISE).alphas_cumprod.to(device)
+    noises = torch.Generator(device).manual_seed(SEED)
+    step = 0
+    while (progress := max(step / steps, (time.monotonic() - started) / seconds)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress, peak)
+        loss = loss_of_step(unet, step, batch, alphas, noises)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, weights, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
+        step += 1
+        shown.append(loss.detach())
+        if step % 50 == 0:
+            took = time.monotonic() - started
+            loss = torch.stack(shown).mean()
+            print(f"step {step}/{steps}  loss {loss:.4f}  {took / step:.3f} s/step", file=sys.stderr)
+            shown.clear()
+        if step % 500 == 0:
+            save(average, folder)
+    save(average, folder)
+    print(f"{step} steps in {time.monotonic() - started:.0f} s", file=sys.stderr)
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--out", type=Path, required=True, help="gets the pipeline directory")
+    parser.add_argument("--seconds", type=float, default=7200, help="stop then at the latest")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prompts", type=int, default=96, help="samples to check at the end")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    train(arguments.steps, arguments.batch, arguments.learning_rate, arguments.out, device, arguments.seconds)
+    if arguments.prompts:
+        from examples.shapes.sample import to_grid
+        from examples.textures.sample import load, sample
+
+        wanted = check.random_scenes(arguments.prompts, 0)
+        said = [prompts.describe(scene) for scene in wanted]
+        pictures = sample(load(arguments.out, arguments.device), said)
+        to_grid(pictures, scale=2).save(arguments.out / "samples.png")
+        print(json.dumps(check.rates_by_kind(wanted, pictures), indent=2))
+
+
+if __name__ == "__main__":
+    main()
