@@ -33,7 +33,7 @@ PLAIN = 0.16
 # A texture has at least this correlation with the best of all placed patterns of its kind.
 CORRELATION = 0.6
 # Squared Mahalanobis distance, as a multiple of the number of features, beyond which a background is none.
-FAR = 20.0
+FAR = 12.0
 
 
 class Accuracy(NamedTuple):
@@ -74,7 +74,8 @@ def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
         right = seen.background == scene.background
         backgrounds += [right] if scene.background else []
         exact.append(set(seen.objects) == set(scene.objects) and (right or scene.background is None))
-    return Accuracy(*np.mean(objects, axis=0).tolist(), float(np.mean(backgrounds)), float(np.mean(exact)))
+    named = np.mean(backgrounds) if backgrounds else math.nan
+    return Accuracy(*np.mean(objects, axis=0).tolist(), float(named), float(np.mean(exact)))
 
 
 def random_scenes(count: int, seed: int) -> list[Scene]:

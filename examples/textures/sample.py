@@ -23,10 +23,10 @@ HERE = Path(__file__).resolve().parent
 
 def load(folder: Path = HERE, device: str = "cpu") -> TexturesPipeline:
     """The trained pipeline of a folder, float32."""
-    pipe = TexturesPipeline.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    pipe = TexturesPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.eval()
-    return pipe.to(device)
+    return pipe.to(device, torch.float32)
 
 
 def sample(
