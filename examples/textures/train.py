@@ -118,7 +118,6 @@ def train(steps: int, batch: int, peak: float, folder: Path, device: torch.devic
     started, shown = time.monotonic(), []
     unet = build_unet().train().to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     weights = list(unet.parameters())
     average = [weight.detach().clone() for weight in weights]
@@ -152,7 +151,7 @@ def train(steps: int, batch: int, peak: float, folder: Path, device: torch.devic
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, required=True, help="gets the pipeline directory")
