@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sws_export.checkpoint.config import complete, read_unet_config
-from sws_export.checkpoint.families import Family, find_family, find_family_with_other_inputs
+from sws_export.checkpoint.families import (
+    SDXL_ADDITIONS,
+    SDXL_TIME_IDS,
+    Family,
+    find_family,
+    find_family_with_other_inputs,
+)
 from sws_export.checkpoint.header import StoredTensor
 from sws_export.checkpoint.layouts import Layout
 from sws_export.checkpoint.other_models import part_that_needs_config
@@ -110,12 +116,7 @@ def _infer(
     if family is not None:
         source = f"inferred from tensor shapes: {family.name} with {structure.in_channels} input channels"
         return Architecture(replace(family, structure=structure).config(), source, family, structure)
-    shapes = structure_config(structure)
-    if structure.addition is not None:
-        raise CheckpointError(
-            f"{path}: {_describe(structure)}. It takes added conditions, and tensor shapes do not determine "
-            "the width of the time_ids embedding: pass the configuration with --config FILE"
-        )
+    shapes = structure_config(structure) | _added_conditions(path, structure)
     if any(channels % 32 for channels in structure.channels):
         raise CheckpointError(
             f"{path}: {_describe(structure)}. Its channels are not multiples of 32, the usual number of "
@@ -128,11 +129,31 @@ def _infer(
             "pass it with --attention-head-dim, one number for all levels or one for each level"
             f"{_heads_hint(structure)}, or pass the whole configuration with --config FILE"
         )
+    assumed = "32 normalization groups, SiLU"
+    if structure.addition is not None:
+        assumed += ", and time_ids as in SDXL"
     remark = (
         f"{path.name}: unknown family; diffusers' defaults are used where tensor shapes do not determine an "
-        "option (32 normalization groups, SiLU)"
+        f"option ({assumed})"
     )
     return Architecture(complete(shapes), "inferred from tensor shapes", None, structure, (remark,))
+
+
+def _added_conditions(path: Path, structure: Structure) -> dict[str, Any]:
+    """The width of the embedding of each number of time_ids, where the added conditions are those of SDXL.
+
+    Raises:
+        CheckpointError: The total width is neither that of SDXL nor that of its refiner.
+    """
+    if structure.addition is None:
+        return {}
+    if structure.addition not in SDXL_ADDITIONS:
+        raise CheckpointError(
+            f"{path}: {_describe(structure)}. It takes added conditions of width {structure.addition}, and "
+            "tensor shapes do not determine the width of the time_ids embedding: pass the configuration with "
+            "--config FILE"
+        )
+    return {"addition_time_embed_dim": SDXL_TIME_IDS}
 
 
 def _describe(structure: Structure) -> str:

@@ -6,6 +6,15 @@ from typing import Any
 from sws_export.checkpoint.config import complete
 from sws_export.checkpoint.structure import Depths, Structure, structure_config
 
+SDXL_TIME_IDS = 256
+"""SDXL and models derived from it embed each number of time_ids in this width."""
+
+_POOLED = 1280
+_SDXL_ADDITION, _REFINER_ADDITION = _POOLED + 6 * SDXL_TIME_IDS, _POOLED + 5 * SDXL_TIME_IDS
+
+SDXL_ADDITIONS = (_SDXL_ADDITION, _REFINER_ADDITION)
+"""Widths of the added conditions of SDXL and its refiner: text_embeds, and six or five embedded time_ids."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -35,8 +44,7 @@ class Family:
                 "attention_head_dim": list(self.heads),
                 "sample_size": self.sample_size,
                 "upcast_attention": self.upcast,
-                # SDXL and models derived from it embed each number of time_ids in this width.
-                "addition_time_embed_dim": 256 if self.structure.addition is not None else None,
+                "addition_time_embed_dim": SDXL_TIME_IDS if self.structure.addition is not None else None,
             }
         )
 
@@ -63,10 +71,15 @@ _SD1 = _trunk(_FOUR, (1, 1, 1, 0), layers=2, mid=(1,))
 _SD1_HEADS = (8, 8, 8, 8)
 _SD2 = replace(_SD1, context=1024, linear=True)
 _SD2_HEADS = (5, 10, 20, 20)
-_SDXL = replace(_trunk(_THREE, (0, 2, 10), layers=2, mid=(10,)), context=2048, linear=True, addition=2816)
+_SDXL = replace(
+    _trunk(_THREE, (0, 2, 10), layers=2, mid=(10,)), context=2048, linear=True, addition=_SDXL_ADDITION
+)
 _SDXL_HEADS = (5, 10, 20)
 _REFINER = replace(
-    _trunk((384, 768, 1536, 1536), (0, 4, 4, 0), layers=2, mid=(4,)), context=1280, linear=True, addition=2560
+    _trunk((384, 768, 1536, 1536), (0, 4, 4, 0), layers=2, mid=(4,)),
+    context=1280,
+    linear=True,
+    addition=_REFINER_ADDITION,
 )
 _SSD_1B = replace(
     _SDXL,
@@ -74,9 +87,15 @@ _SSD_1B = replace(
     mid=(),
     up=((4, 4, 10), (2, 1, 1), (0, 0, 0)),
 )
-_VEGA = replace(_trunk(_THREE, (0, 1, 2), layers=2, mid=()), context=2048, linear=True, addition=2816)
-_KOALA_700M = replace(_trunk(_THREE, (0, 2, 5), layers=1, mid=None), context=2048, linear=True, addition=2816)
-_KOALA_1B = replace(_trunk(_THREE, (0, 2, 6), layers=1, mid=(6,)), context=2048, linear=True, addition=2816)
+_VEGA = replace(
+    _trunk(_THREE, (0, 1, 2), layers=2, mid=()), context=2048, linear=True, addition=_SDXL_ADDITION
+)
+_KOALA_700M = replace(
+    _trunk(_THREE, (0, 2, 5), layers=1, mid=None), context=2048, linear=True, addition=_SDXL_ADDITION
+)
+_KOALA_1B = replace(
+    _trunk(_THREE, (0, 2, 6), layers=1, mid=(6,)), context=2048, linear=True, addition=_SDXL_ADDITION
+)
 
 # Distilled, with fewer layers: https://github.com/Nota-NetsPresso/BK-SDM and https://github.com/segmind/distill-sd.
 _BK_BASE = _trunk(_FOUR, (1, 1, 1, 0), layers=1, mid=(1,))

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sws_export.adapters.comfyui.inputs import count_sizes
 from sws_export.errors import StepError
 from sws_export.runtime.contract import Contract
 
+_REFINER_SIZES = 5
 _MODEL_TYPES = {
     None: "EPS",
     "epsilon": "EPS",
@@ -41,11 +43,17 @@ def family_of(contract: Contract) -> str:
     """Which of ComfyUI's models the UNet belongs to, from its inputs: sd15, sd20, sdxl or sdxl_refiner.
 
     Raises:
-        StepError: The width of the text embeddings is not that of a Stable Diffusion model.
+        StepError: The width of the text embeddings, or of `y`, is not that of a Stable Diffusion model.
     """
     shapes = {spec.name: spec.shape for spec in contract.inputs}
+    sizes = None
     if "time_ids" in shapes:
-        return "sdxl_refiner" if shapes["time_ids"][1] == 5 else "sdxl"
+        sizes = shapes["time_ids"][1]
+    elif "y" in shapes:
+        # A graph that was made from ComfyUI's own ONNX export.
+        sizes = count_sizes(shapes["y"])
+    if sizes is not None:
+        return "sdxl_refiner" if sizes == _REFINER_SIZES else "sdxl"
     width = shapes["encoder_hidden_states"][2]
     known = {768: "sd15", 1024: "sd20"}
     if width not in known:

@@ -1,7 +1,7 @@
 """Inputs of an exported UNet from the arguments of a ComfyUI diffusion model."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,13 +95,24 @@ def split_adm(y: "torch.Tensor") -> dict[str, Any]:
     Raises:
         StepError: The width is not 1280 + 256 N.
     """
-    count, rest = divmod(y.shape[1] - _POOLED, _EMBEDDING)
-    if rest or count < 1:
-        raise StepError(f"y: expected [B, {_POOLED} + {_EMBEDDING} N], found {list(y.shape)}")
+    count = count_sizes(y.shape)
     embedded = to_numpy(y[:, _POOLED:]).reshape(-1, _EMBEDDING).astype(np.float32)
     nearest = (embedded @ _size_embeddings().T).argmax(axis=1)
     time_ids = (nearest * np.float32(_RESOLUTION)).reshape(len(y), count)
     return {"text_embeds": y[:, :_POOLED], "time_ids": time_ids}
+
+
+def count_sizes(shape: Sequence[Any]) -> int:
+    """N of a `y` of shape [B, 1280 + 256 N].
+
+    Raises:
+        StepError: The width is another one.
+    """
+    width = shape[1]
+    count, rest = divmod(width - _POOLED, _EMBEDDING) if isinstance(width, int) else (0, 0)
+    if rest or count < 1:
+        raise StepError(f"y: expected [B, {_POOLED} + {_EMBEDDING} N], found {list(shape)}")
+    return count
 
 
 @functools.cache

@@ -98,7 +98,8 @@ class SwsDiffusionModel:
             x: Latent, scaled for the model, [B, C, H, W]; conditions one after the other along B.
             timesteps: [B].
             context: Text embeddings, [B, L, X].
-            y: SDXL's pooled text and embedded sizes, [B, 1280 + 256 N].
+            y: SDXL's pooled text and embedded sizes, [B, 1280 + 256 N]; given to the graph under this name if
+                it was made from ComfyUI's own ONNX export, otherwise as `text_embeds` and `time_ids`.
             control: ControlNet residuals, for a graph exported with `--controlnet`.
             transformer_options: `sigmas` [b], with B a multiple of b; optionally `uuids`, `cond_or_uncond`
                 and `sws_intensity`.
@@ -124,7 +125,7 @@ class SwsDiffusionModel:
             "timestep": timesteps,
             "encoder_hidden_states": context,
             "sigma": sigmas.repeat(len(x) // len(sigmas)),
-            **(split_adm(y) if y is not None and "text_embeds" in self._names else {}),
+            **self._added_conditions(y),
             **control_residuals(control, self._names, self.engine.contract.path.name),
             **others,
         }
@@ -132,6 +133,11 @@ class SwsDiffusionModel:
         prediction = self._run(inputs, rows_of_call(options, len(x)), options)
         cropped: torch.Tensor = convert_like(prediction[:, :, :height, :width], x)
         return cropped
+
+    def _added_conditions(self, y: "torch.Tensor | None") -> dict[str, Any]:
+        if y is None:
+            return {}
+        return {"y": y} if "y" in self._names else split_adm(y) if "text_embeds" in self._names else {}
 
     def _padded(self, inputs: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         """The inputs of a latent of a size that the artefact takes, with one warning about each size."""

@@ -332,6 +332,28 @@ def test_sdxl(sdxl_graph: Path) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(("count", "family"), [(6, "sdxl"), (5, "sdxl_refiner")])
+def test_a_graph_of_comfyuis_own_export_takes_y(count: int, family: str) -> None:
+    contract = _contract_of(2048)
+    contract.inputs += [TensorSpec("y", "float16", ("batch", POOLED + count * 256))]
+    contract.inputs += [TensorSpec(name, "float32", ("batch",)) for name in ("timestep", "sigma")]
+    contract.size_multiple, contract.profiles, contract.resets_per_image = 1, (), False
+    assert family_of(contract) == family
+    given: dict[str, Any] = {}
+
+    def step(**inputs: Any) -> Any:
+        given.update(inputs)
+        return inputs["sample"]
+
+    stream = SimpleNamespace(step=step)
+    session = SimpleNamespace(stream=lambda: stream)
+    model = SwsDiffusionModel(SimpleNamespace(contract=contract, session=lambda: session))  # type: ignore[arg-type]
+    y, options = draw(1, POOLED + count * 256), {"sigmas": torch.tensor([3.0])}
+    model(draw(1, 4, 8, 6), torch.tensor([500.0]), context=draw(1, 5, 2048), y=y, transformer_options=options)
+    assert given["y"] is y
+    assert not {"text_embeds", "time_ids"} & given.keys()
+
+
 @pytest.mark.parametrize(
     ("width", "time_ids", "family"),
     [(768, None, "sd15"), (1024, None, "sd20"), (2048, 6, "sdxl"), (1280, 5, "sdxl_refiner")],

@@ -79,6 +79,20 @@ def test_heads_are_required_and_used(tiny_unet: Path, tiny_config: dict[str, Any
         open_checkpoint(tiny_unet, attention_head_dim=(4, 8, 8))
 
 
+def test_an_unknown_family_with_the_added_conditions_of_sdxl(
+    tmp_path: Path, tiny_config: dict[str, Any], unet_shapes: Any, write_sparse: Any
+) -> None:
+    added = {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 2816}
+    config = tiny_config | added | {"addition_time_embed_dim": 256}
+    file = write_sparse(tmp_path / WEIGHTS, unet_shapes(config))
+    with pytest.raises(CheckpointError, match="--attention-head-dim"):
+        open_checkpoint(file)
+    checkpoint = open_checkpoint(file, attention_head_dim=(4,))
+    assert checkpoint.config["addition_time_embed_dim"] == 256
+    assert checkpoint.remarks[0].endswith("(32 normalization groups, SiLU, and time_ids as in SDXL)")
+    assert check_tensors(checkpoint) == 0
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -114,7 +128,7 @@ def test_other_input_channels_keep_the_family(
                 "addition_time_embed_dim": 8,
                 "projection_class_embeddings_input_dim": 80,
             },
-            "time_ids.*--config FILE",
+            "added conditions of width 80.*time_ids.*--config FILE",
         ),
         (
             {"cross_attention_dim": [48, 32], "down_block_types": ["CrossAttnDownBlock2D"] * 2},
