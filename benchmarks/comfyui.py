@@ -25,6 +25,7 @@ TOKENS = 77
 SIDE = 16
 # Attention of random weights is flat; these factors make it differ from row to row.
 PEAK = 3.0
+RANK = 4
 
 TWINS: dict[str, dict[str, Any]] = {
     "sd15": {
@@ -85,6 +86,48 @@ def write_twin(directory: Path, name: str) -> None:
     unet.save_pretrained(directory)
 
 
+def torch_model(directory: Path, name: str, dtype: str = "float32") -> Any:
+    """A MODEL with ComfyUI's torch UNet and the weights of a twin that `write_twin` saved."""
+    import comfy.model_patcher
+    import comfy.supported_models
+    import comfy.utils
+    import torch
+    from safetensors.torch import load_file
+
+    from sws_export.adapters.comfyui.family import unet_config_of
+
+    settings = unet_config_of(json.loads((directory / "config.json").read_text()))
+    heads = {"num_heads": 8} if name == "sd15" else {"num_head_channels": 64}
+    build = settings | heads | {"image_size": 32, "dtype": getattr(torch, dtype), "legacy": False}
+    if name == "sdxl":
+        build["num_classes"] = "sequential"
+    supported = getattr(comfy.supported_models, {"sd15": "SD15", "sdxl": "SDXL"}[name])(build)
+    supported.manual_cast_dtype = None
+    model = supported.get_model({}, "")
+    weights = load_file(directory / "diffusion_pytorch_model.safetensors")
+    names = comfy.utils.unet_to_diffusers(settings)
+    model.diffusion_model.load_state_dict({ldm: weights[own] for own, ldm in names.items() if own in weights})
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
+
+
+def write_lora(file: Path, directory: Path) -> None:
+    """Save a LoRA for a twin: of the values of its middle block, with names that ComfyUI reads."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(directory / "diffusion_pytorch_model.safetensors")
+    weight = weights["mid_block.attentions.0.transformer_blocks.0.attn1.to_v.weight"]
+    random = torch.Generator().manual_seed(2)
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v"
+    lora = {
+        f"{name}.lora_up.weight": torch.randn(len(weight), RANK, generator=random),
+        f"{name}.lora_down.weight": weight.std() * torch.randn(RANK, weight.shape[1], generator=random),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(lora, file)
+
+
 class Twin:
     """A twin in torch and as artefacts, with conditions.
 
@@ -100,7 +143,7 @@ class Twin:
         self.name, self.directory = name, directory / name
         self.nodes = sys.modules["any_name.nodes"]
         write_twin(self.directory, name)
-        self.torch_model = self._torch_model()
+        self.torch_model = torch_model(self.directory, name)
         random = torch.Generator().manual_seed(5)
         width = TWINS[name]["cross_attention_dim"]
         self.positive, self.negative = (
@@ -113,48 +156,18 @@ class Twin:
             for _ in range(2)
         )
 
-    def export(self, label: str, **options: Any) -> Path:
-        """An artefact of the twin in `models/sws` of a temporary folder."""
+    def export(self, label: str, source_file: Path | None = None, **options: Any) -> Path:
+        """An artefact of the twin, or of a graph of it, in a temporary folder."""
         from sws_export import ExportOptions, export
 
         out = self.directory / f"{label}.onnx"
         if not out.exists():
-            export(self.directory, out, ExportOptions(**options, validate=False))
+            export(source_file or self.directory, out, ExportOptions(**options, validate=False))
         return out
 
     def engine(self, label: str, **options: Any) -> Any:
         """A MODEL of an artefact."""
         return self.nodes.load.model_from(self.export(label, **options))
-
-    def _torch_model(self) -> Any:
-        import comfy.model_patcher
-        import comfy.supported_models
-        import comfy.utils
-        import torch
-        from safetensors.torch import load_file
-
-        config = json.loads((self.directory / "config.json").read_text())
-        from sws_export.adapters.comfyui.family import unet_config_of
-
-        settings = unet_config_of(config)
-        heads = {"num_heads": 8} if self.name == "sd15" else {"num_head_channels": 64}
-        build = settings | heads | {"image_size": 32, "dtype": torch.float32, "legacy": False}
-        if self.name == "sdxl":
-            build["num_classes"] = "sequential"
-        # ComfyUI's constructor takes one entry for each residual block from these lists.
-        kind = getattr(comfy.supported_models, {"sd15": "SD15", "sdxl": "SDXL"}[self.name])
-        supported = kind(
-            {name: list(value) if isinstance(value, list) else value for name, value in build.items()}
-        )
-        supported.manual_cast_dtype = None
-        model = supported.get_model({}, "")
-        weights = load_file(self.directory / "diffusion_pytorch_model.safetensors")
-        names = comfy.utils.unet_to_diffusers(settings)
-        model.diffusion_model.load_state_dict(
-            {ldm: weights[own] for own, ldm in names.items() if own in weights}
-        )
-        cpu = torch.device("cpu")
-        return comfy.model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
 
     def sample(
         self,

@@ -1,6 +1,7 @@
 """The cases of benchmarks.comfyui; imports ComfyUI, which `import_comfyui` makes importable."""
 
 import importlib.util
+import logging
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -8,11 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import comfy.controlnet
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import torch
 
-from benchmarks.comfyui import SIDE, STEPS, TOKENS, TWINS, Twin, difference, with_intensity
+from benchmarks.comfyui import (
+    SIDE,
+    STEPS,
+    TOKENS,
+    TWINS,
+    Twin,
+    difference,
+    torch_model,
+    with_intensity,
+    write_lora,
+)
 from sws_export import SourceOptions, SwsOptions
 
 Case = dict[str, Any]
@@ -62,7 +74,10 @@ def _cases(twin: Twin, samplers: Sequence[str], published: Path | None) -> list[
     found: list[Case] = []
 
     def add(case: str, sampler: str, value: Any, expected: Any) -> None:
-        found.append({"case": case, "sampler": sampler, "difference": difference(value, expected)})
+        rms = float((value - expected).norm() / expected.norm())
+        found.append(
+            {"case": case, "sampler": sampler, "difference": difference(value, expected), "rms": rms}
+        )
         sys.stderr.write(f"{twin.name} {sampler} {case}: {found[-1]['difference']:.2g}\n")
 
     for sampler in samplers:
@@ -83,9 +98,9 @@ def _cases(twin: Twin, samplers: Sequence[str], published: Path | None) -> list[
     _input_cases(twin, at[0.0], plain, first, add)
     _memory_case(twin, at[1.0], first, add)
     _patch_case(twin, at[1.0], first, add)
-    if twin.name == "sd15":
-        # The tensors of a small SDXL UNet, which has no configuration beside it, do not determine its inputs.
-        _convert_case(twin, first, add)
+    _float16_cases(twin, first, add)
+    _own_export_case(twin, first, add)
+    _convert_cases(twin, first, add)
     if published is not None:
         _published_case(twin, published, first, add)
     return found
@@ -184,17 +199,51 @@ def _memory_case(twin: Twin, engine: Any, sampler: str, add: Any) -> None:
 
 def _patch_case(twin: Twin, engine: Any, sampler: str, add: Any) -> None:
     """Patches that an engine cannot apply: one with, and one without an effect on its inputs."""
+    import comfy.sd
+    import comfy.utils
     import comfy_extras.nodes_freelunch
+    import comfy_extras.nodes_model_merging
     import comfy_extras.nodes_sag
 
     (freeu,) = comfy_extras.nodes_freelunch.FreeU_V2().patch(engine, 1.3, 1.4, 0.9, 0.2)
     add("FreeU, without effect", sampler, twin.sample(freeu, sampler), twin.sample(engine, sampler))
-    weight = "diffusion_model.input_blocks.0.0.weight"
-    lora = engine.clone()
-    assert lora.add_patches({weight: ("diff", (torch.ones(1),))}) == []
-    assert _refusal(
-        lambda: comfy_extras.nodes_sag.SelfAttentionGuidance.execute(engine, 0.5, 2.0)
-    ).startswith("Self-Attention Guidance reads the attention weights of the UNet")
+    lora = twin.directory / "lora.safetensors"
+    write_lora(lora, twin.directory)
+    weights = comfy.utils.load_torch_file(str(lora))
+    with _Warnings() as warnings:
+        patched, _ = comfy.sd.load_lora_for_models(engine, None, weights, 0.8, 0.0)
+        comfy.sd.load_lora_for_models(patched, None, weights, 0.8, 0.0)
+    assert sum("a LoRA or another weight patch: it has no effect" in text for text in warnings.texts) == 1
+    add("a LoRA, without effect", sampler, twin.sample(patched, sampler), twin.sample(engine, sampler))
+    for refused, message in (
+        (
+            lambda: comfy_extras.nodes_sag.SelfAttentionGuidance.execute(engine, 0.5, 2.0),
+            "Self-Attention Guidance reads the attention weights of the UNet",
+        ),
+        (
+            lambda: comfy_extras.nodes_model_merging.ModelMergeSimple().merge(twin.torch_model, engine, 0.5),
+            f"{engine.unet.engine.contract.path.name} is an engine, whose weights cannot be merged",
+        ),
+    ):
+        assert _refusal(refused).startswith(message)
+
+
+class _Warnings(logging.Handler):
+    """Collects the warnings that are logged meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+    def __enter__(self) -> "_Warnings":
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
 
 
 def _refusal(call: Callable[[], Any]) -> str:
@@ -205,34 +254,109 @@ def _refusal(call: Callable[[], Any]) -> str:
     return "not refused"
 
 
-def _convert_case(twin: Twin, sampler: str, add: Any) -> None:
-    """A MODEL with patched weights, converted twice: the second time the file is found."""
-    import folder_paths
-
-    folder_paths.folder_names_and_paths["sws"] = ([str(twin.directory / "converted")], {".onnx"})
-    patched = twin.torch_model.clone()
-    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_v.weight"
-    weight = patched.model.get_parameter(name)
-    random = torch.Generator().manual_seed(2)
-    added = 0.3 * weight.std() * torch.randn(weight.shape, generator=random)
-    assert patched.add_patches({name: ("diff", (added,))}, 0.8) == [name]
-    settings = {"format": "ONNX graph", "precision": "as the model", "controlnet": False}
-    settings |= {"batch": "1:2:4", "height": "", "width": "", "tokens": str(TOKENS)}
-    node = sys.modules["any_name.nodes"].ConvertToSwsEngine()
-    for time in ("first", "second"):
-        (converted,) = node.convert(patched, name="a name", **settings)
-        path = converted.unet.engine.contract.path
-        if time == "first":
-            written = path.stat().st_mtime_ns
-        assert path.stat().st_mtime_ns == written
-    expected = twin.sample(patched, sampler)
+def _float16_cases(twin: Twin, sampler: str, add: Any) -> None:
+    """Engine, live node and torch UNet in float16; the differences of rounding alone, to compare."""
+    plain = torch_model(twin.directory, twin.name, "float16")
+    engine = twin.engine("fp16", source=SourceOptions(precision="fp16"))
+    expected = twin.sample(plain, sampler)
     add(
-        "converted with patched weights",
+        "float16, intensity 0 = torch UNet",
         sampler,
-        twin.sample(with_intensity(converted, 0.0), sampler),
+        twin.sample(with_intensity(engine, 0.0), sampler),
         expected,
     )
-    add("patched and not patched (effect)", sampler, expected, twin.sample(twin.torch_model, sampler))
+    live = twin.sample(with_intensity(plain, 1.0), sampler)
+    add("float16, intensity 1 = live node", sampler, twin.sample(with_intensity(engine, 1.0), sampler), live)
+    add("float16 and float32, torch UNet", sampler, expected, twin.sample(twin.torch_model, sampler))
+    add(
+        "float16 and float32, live node",
+        sampler,
+        live,
+        twin.sample(with_intensity(twin.torch_model, 1.0), sampler),
+    )
+
+
+def _own_export_case(twin: Twin, sampler: str, add: Any) -> None:
+    """ComfyUI's UNet exported as ComfyUI's TensorRT node does it, and SWS put into that graph."""
+    unet = twin.torch_model.model.diffusion_model
+    names = ["x", "timesteps", "context"]
+    example = [
+        torch.randn(2, 4, SIDE, SIDE),
+        torch.ones(2),
+        torch.randn(2, TOKENS, TWINS[twin.name]["cross_attention_dim"]),
+    ]
+    if twin.name == "sdxl":
+        names.append("y")
+        example.append(torch.randn(2, TWINS[twin.name]["projection_class_embeddings_input_dim"]))
+    graph = twin.directory / "own.onnx"
+    sizes = {"x": {0: "batch", 2: "height", 3: "width"}, "context": {0: "batch", 1: "tokens"}}
+    # What ComfyUI uses on a GPU, where that node runs.
+    attention = comfy.ldm.modules.attention
+    before, attention.optimized_attention = attention.optimized_attention, attention.attention_pytorch
+    try:
+        torch.onnx.export(
+            unet.eval(),
+            tuple(example),
+            str(graph),
+            input_names=names,
+            output_names=["h"],
+            dynamic_axes={name: sizes.get(name, {0: "batch"}) for name in (*names, "h")},
+            opset_version=17,
+            dynamo=False,
+        )
+    finally:
+        attention.optimized_attention = before
+    engine = twin.nodes.load.model_from(twin.export("of_own", source_file=graph))
+    add(
+        "SWS put into ComfyUI's own ONNX export = live node",
+        sampler,
+        twin.sample(with_intensity(engine, 1.0), sampler),
+        twin.sample(with_intensity(twin.torch_model, 1.0), sampler),
+    )
+
+
+def _convert_cases(twin: Twin, sampler: str, add: Any) -> None:
+    """A MODEL with a LoRA, converted twice with each kind of sizes: the second time the file is found."""
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+
+    folder = twin.directory / "converted"
+    folder_paths.folder_names_and_paths["sws"] = ([str(folder)], {".onnx"})
+    lora = twin.directory / "lora.safetensors"
+    write_lora(lora, twin.directory)
+    patched, _ = comfy.sd.load_lora_for_models(
+        twin.torch_model, None, comfy.utils.load_torch_file(str(lora)), 0.8, 0.0
+    )
+    expected = twin.sample(patched, sampler)
+    add("with and without the LoRA (effect)", sampler, expected, twin.sample(twin.torch_model, sampler))
+    side = str(8 * SIDE)
+    kinds = {
+        "static": {"batch": "2", "height": side, "width": side, "tokens": str(TOKENS)},
+        "ranged": {
+            "batch": "1:2:4",
+            "height": f"64:{side}:256",
+            "width": f"64:{side}:256",
+            "tokens": "77:77:154",
+        },
+    }
+    node = twin.nodes.ConvertToSwsEngine()
+    for number, (kind, sizes) in enumerate(kinds.items(), start=1):
+        settings = {"format": "ONNX graph", "precision": "as the model", "controlnet": False} | sizes
+        (converted,) = node.convert(patched, name="a name", **settings)
+        path = converted.unet.engine.contract.path
+        written = path.stat().st_mtime_ns
+        (again,) = node.convert(patched, name="a name", **settings)
+        assert again.unet.engine is converted.unet.engine
+        assert path.stat().st_mtime_ns == written
+        assert len(list(folder.glob("*.onnx"))) == number
+        assert bool(converted.unet.engine.contract.fixed_sizes) == (kind == "static")
+        add(
+            f"converted with the LoRA, {kind} sizes",
+            sampler,
+            twin.sample(with_intensity(converted, 0.0), sampler),
+            expected,
+        )
 
 
 def _published_case(twin: Twin, published: Path, sampler: str, add: Any) -> None:

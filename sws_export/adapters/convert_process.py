@@ -37,6 +37,10 @@ class _Stage:
     def advance(self, amount: float = 1.0) -> None:
         self._amount += amount
         if time.monotonic() - self._sent >= _SECONDS_BETWEEN_EVENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._amount:
             self._events.send("advance", amount=self._amount)
             self._amount, self._sent = 0.0, time.monotonic()
 
@@ -53,7 +57,9 @@ class _EventProgress:
     @contextlib.contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[_Stage]:
         self._events.send("stage", name=name, total=total)
-        yield _Stage(self._events)
+        stage = _Stage(self._events)
+        yield stage
+        stage.flush()
 
     def log(self, message: str) -> None:
         self._events.send("log", text=message)

@@ -126,6 +126,9 @@ class _Rows:
     """
 
     def __init__(self, q: Tensor, k: Tensor, kp: Tensor) -> None:
+        if q.device.type != "cuda":
+            # Attention in 16 bits is fast on GPUs only, and rounds the mixing shares.
+            q, k, kp = q.float(), k.float(), kp.float()
         self.dtype = q.dtype
         # The scale of the logits is in the queries. A shift of all keys shifts all logits of a row alike.
         self.q = (q / math.sqrt(q.shape[-1])).to(self.dtype)

@@ -159,7 +159,7 @@ def test_an_intensity_is_set_on_engines_only(nodes: ModuleType) -> None:
 
 def test_files_that_the_registry_reads() -> None:
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text("utf-8"))
-    assert {"PublisherId", "DisplayName", "requires-comfyui"} <= project["tool"]["comfy"].keys()
+    assert {"PublisherId", "DisplayName", "requires-comfyui"} == project["tool"]["comfy"].keys()
     lines = (PACKAGE / "requirements.txt").read_text("utf-8").splitlines()
     requirements = [line for line in lines if line and not line.startswith("#")]
     assert requirements == project["project"]["dependencies"]

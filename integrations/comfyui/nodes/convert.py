@@ -21,6 +21,7 @@ import torch
 
 from sws_export.engines.events import EventReader
 from sws_export.errors import SwsExportError
+from sws_export.tensors import parse_range
 
 from .folders import output_folder
 from .load import model_from, show
@@ -29,6 +30,8 @@ from .patcher import SwsModelPatcher
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
 _BAR = 1000
+# Per latent element, in all models that ComfyUI runs with this kind of UNet.
+_PIXELS = 8
 _FORMATS = {
     "TensorRT for RTX engine": ("tensorrt-rtx", ".plan"),
     "TensorRT engine": ("tensorrt", ".plan"),
@@ -95,6 +98,10 @@ class ConvertToSwsEngine:
                 file = Path(directory) / f"{stem}.safetensors"
                 comfy.utils.save_torch_file(weights, str(file))
                 del weights
+                if backend is not None:
+                    # The builder needs the memory of the GPU.
+                    comfy.model_management.unload_all_models()
+                    comfy.model_management.soft_empty_cache()
                 _run(request | {"model": str(file), "out": str(out)}, unique_id)
         loaded = model_from(out)
         show(unique_id, f"{out.name}: {loaded.unet.engine.summary()}")
@@ -149,12 +156,13 @@ def _request(model: Any, backend: str | None, settings: dict[str, Any]) -> dict[
     precision = settings["precision"]
     if precision == "as the model":
         precision = _DTYPES.get(model.model_dtype(), "fp16")
-    sizes = {
-        name: value.strip() or None
-        for name in ("batch", "height", "width", "tokens")
-        # In a graph, a range is a dynamic size.
-        if (value := settings[name]) and not (backend is None and ":" in value)
-    }
+    sizes: dict[str, Any] = {"vae_scale": _PIXELS}
+    for name in ("batch", "height", "width", "tokens"):
+        if text := settings[name].strip():
+            size = parse_range(text, name)
+            # In a graph, a range is a dynamic size.
+            if backend is not None or size.minimum == size.maximum:
+                sizes[name] = text
     return {
         "source": {
             "precision": precision,
@@ -162,7 +170,7 @@ def _request(model: Any, backend: str | None, settings: dict[str, Any]) -> dict[
             "attention_head_dim": _heads(model.model.model_config.unet_config),
         },
         "sws": {},
-        "sizes": sizes | {"vae_scale": 8},
+        "sizes": sizes,
         "engine": {},
         "backend": backend,
     }
@@ -230,6 +238,7 @@ def _follow(child: subprocess.Popen[bytes], events: EventReader, unique_id: str 
             continue
         kind = event["event"]
         if kind == "finished":
+            bar.update_absolute(_BAR, _BAR)
             return
         if kind == "failed":
             raise SwsExportError(event["message"])

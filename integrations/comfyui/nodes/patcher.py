@@ -64,13 +64,22 @@ class SwsModelPatcher(comfy.model_patcher.ModelPatcher):
     def add_patches(
         self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
-        """Patch nothing: an engine has no weights that could be patched."""
-        if patches:
-            self.unet.warn_once(
-                "a LoRA or another weight patch",
-                f"{_HAS_NO_EFFECT}; apply it before 'Convert to SWS engine', or fuse it with --lora",
-            )
+        """Patch nothing: an engine has no weights that could be patched.
+
+        ComfyUI passes no patches if it finds no weights under the names of a LoRA.
+        """
+        self.unet.warn_once(
+            "a LoRA or another weight patch",
+            f"{_HAS_NO_EFFECT}; apply it before 'Convert to SWS engine', or fuse it with --lora",
+        )
         return []
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        """Refuse merges with a torch model, which would ignore the engine."""
+        raise ValueError(
+            f"{self.unet.engine.contract.path.name} is an engine, whose weights cannot be merged or read; "
+            "merge the torch models, and use 'Convert to SWS engine'"
+        )
 
     def register_all_hook_patches(self, hooks: Any, target_dict: Any, *arguments: Any, **named: Any) -> None:
         """Warn about hooks that change weights."""
@@ -86,6 +95,20 @@ class SwsModelPatcher(comfy.model_patcher.ModelPatcher):
                 "return; remove it from the workflow, or use the torch model"
             )
         super().set_model_attn1_replace(patch, *arguments, **named)
+
+
+class _RecordedConfig(dict[str, Any]):
+    """A `unet_config` that refuses entries that the manifest does not determine."""
+
+    def __init__(self, entries: dict[str, Any], file: str) -> None:
+        super().__init__(entries)
+        self._file = file
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(
+            f"{self._file}: a node reads '{name}' of the UNet's configuration, which the manifest does not "
+            "have; remove the node from the workflow, or use the torch model"
+        )
 
 
 def model_of(engine: Engine) -> SwsModelPatcher:
@@ -115,6 +138,7 @@ def _base_model(unet: SwsDiffusionModel) -> Any:
     name, base, settings = _FAMILIES[family_of(contract)]
     config = getattr(comfy.supported_models, name)(unet_config(contract) | settings)
     config.unet_config["disable_unet_model_creation"] = True
+    config.unet_config = _RecordedConfig(config.unet_config, contract.path.name)
     sampling = sampling_of(contract)
     # The dictionary of the class is shared by all models.
     config.sampling_settings = {**config.sampling_settings, **sampling.settings}

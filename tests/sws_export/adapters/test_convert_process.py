@@ -45,6 +45,14 @@ def test_an_artefact_is_complete_when_it_is_finished(
     assert Session.load(out, device="cpu", threads=1).contract.takes_intensity
     assert {"stage", "describe", "log"} <= {event["event"] for event in events.sent}
     assert "validate" in {event["name"] for event in events.sent if event["event"] == "stage"}
+    # What is advanced by in each stage adds up to its total.
+    total, done = None, 0.0
+    for event in [*events.sent, {"event": "stage", "total": None}]:
+        if event["event"] == "stage":
+            assert total is None or done == pytest.approx(total)
+            total, done = event["total"], 0.0
+        elif event["event"] == "advance":
+            done += event["amount"]
 
 
 def test_an_error_is_one_event(events: Events, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
