@@ -269,7 +269,8 @@ def test_an_engine_over_http(server: Server) -> None:
     listed = json.loads(server.get("/object_info/LoadSwsEngine"))["LoadSwsEngine"]
     assert listed["input"]["required"]["engine"][0] == ["sub/unet.onnx", "unet.onnx"]
     assert listed["output_name"] == ["model", "info"]
-    assert server.get("/extensions/any-name/docs/LoadSwsEngine.md").startswith(b"# Load SWS engine")
+    page = "LoadSwsEngine.md"
+    assert server.get(f"/extensions/any-name/docs/{page}").startswith(b"# Load SWS engine")
     cached = []
     for intensity in (0.0, 1.0):
         prompt = {
