@@ -5,6 +5,8 @@ Loop. In all descriptions B is the batch, T = H * W the tokens of a grid, h the 
 C = h D the channels.
 """
 
+import functools
+
 import onnx_ir as ir
 
 from graph_passes.functions.attention import build_attention
@@ -59,6 +61,21 @@ def build_functions(
     Raises:
         GraphError: The fused guard does not support the parameters, or the share of rows is not supported.
     """
+    built = _sws_functions(parameters, dtype, target, guard, site_metrics, cross_attention)
+    return _clones(built)
+
+
+# Building takes a quarter of a rewrite, and an export with static shapes has two rewrites.
+@functools.lru_cache(maxsize=16)
+def _sws_functions(
+    parameters: SwsParameters,
+    dtype: ir.DataType,
+    target: Target,
+    guard: GuardOptions,
+    site_metrics: bool,
+    cross_attention: bool,
+) -> tuple[ir.Function, ...]:
+    """The functions of `build_functions`; passes change clones of them."""
     functions = [
         build_schedule(parameters),
         build_transport(parameters),
@@ -75,7 +92,7 @@ def build_functions(
         functions.append(build_site_metrics(dtype))
     if guard.form == "fused" and target.float16_attention and dtype != ir.DataType.FLOAT:
         functions.append(build_key_guard(parameters, dtype, target, guard.form, overload=STORED_LOGITS))
-    return {".".join(filter(None, (function.name, function.overload))): function for function in functions}
+    return tuple(functions)
 
 
 def build_comfyui_node_functions(
@@ -93,7 +110,15 @@ def build_comfyui_node_functions(
         site_metrics: Give `ComfyUINodeGuard` and `ComfyUINodeAttention` an output with the metrics of a site.
         counted_sites: Number of sites, where u is the counter of calls; None where u is computed from sigma.
     """
-    functions = [
+    return _clones(_comfyui_node_functions(parameters, dtype, site_metrics, counted_sites))
+
+
+@functools.lru_cache(maxsize=16)
+def _comfyui_node_functions(
+    parameters: SwsParameters, dtype: ir.DataType, site_metrics: bool, counted_sites: int | None
+) -> tuple[ir.Function, ...]:
+    """The functions of `build_comfyui_node_functions`; passes change clones of them."""
+    return (
         build_comfyui_node_schedule(parameters)
         if counted_sites is None
         else build_comfyui_node_call_schedule(parameters, counted_sites),
@@ -102,5 +127,11 @@ def build_comfyui_node_functions(
         build_comfyui_node_keys(dtype),
         build_comfyui_node_guard(parameters, dtype, site_metrics),
         build_comfyui_node_attention(dtype, site_metrics),
-    ]
-    return {function.name: function for function in functions}
+    )
+
+
+def _clones(functions: tuple[ir.Function, ...]) -> dict[str, ir.Function]:
+    """A copy of each function, by its name and overload."""
+    return {
+        ".".join(filter(None, (function.name, function.overload))): function.clone() for function in functions
+    }

@@ -3,7 +3,6 @@
 from typing import Any
 
 from sws_export.checkpoint.header import StoredTensor
-from sws_export.checkpoint.ip_adapter import unet_from_config
 from sws_export.checkpoint.model import Checkpoint
 from sws_export.errors import CheckpointError, first_items
 
@@ -56,11 +55,14 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: diffusers rejects the configuration.
     """
+    # Outside of the context: torch 2.5 and 2.6 cannot import diffusers while another device is the default.
     import torch
+
+    from sws_export.checkpoint.unet_module import build_unet
 
     try:
         with torch.device("meta"):
-            model = unet_from_config(config)
+            model = build_unet(config, "fp32")
     except (ValueError, TypeError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
         raise CheckpointError(f"diffusers rejects the configuration of the UNet: {error}") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

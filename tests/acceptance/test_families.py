@@ -54,11 +54,12 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_twin_is_validated_and_parsed(
     family: Family, tmp_path: Path, parsed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Families differ in topology: two steps feed the state back once.
+    # Families differ in topology, not in their guard. Two steps feed the state back once.
     monkeypatch.setattr(validate, "STEPS", 2)
     config = twin_config(family.config())
     write_checkpoint(tmp_path / "unet", config, dtype="fp32")
     options = ExportOptions(
+        sws=SwsOptions(guard="literal"),
         sizes=SizeOptions(vae_scale=8, batch="1:2:2", height=SIDE, width=SIDE, tokens="1:77:77"),
     )
     report = export(tmp_path / "unet", tmp_path / "e.plan", options)

@@ -9,15 +9,20 @@ import pytest
 
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.lower_functions import LowerFunctions
+from graph_passes.parameters import SwsParameters
 from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from tests.conftest import RunOnnx, ShapesModel
 from tests.graph_passes.small_models import feeds, graph_bytes
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
+# Each step of the search adds branches of the same nodes.
+PARAMETERS = SwsParameters(bisection_steps=2)
+
 
 def with_branches(branches: bool = True, model: ir.Model | None = None) -> ir.Model:
     """A graph with the fused guard, or with the literal one, which has no branches."""
-    return inserted(model or two_grids(), form="fused" if branches else "literal", target="onnxruntime")
+    form = "fused" if branches else "literal"
+    return inserted(model or two_grids(), form=form, target="onnxruntime", parameters=PARAMETERS)
 
 
 def finished(branches: bool = True, model: ir.Model | None = None) -> ir.Model:

@@ -95,6 +95,16 @@ def test_remaining_nodes() -> None:
     assert model.graph.opset_imports["sws"] == 1
 
 
+def test_models_do_not_share_functions() -> None:
+    """What a pass changes in the functions of one model is not in the next."""
+    model = inserted(two_grids())
+    before = graph_bytes(model)
+    for function in model.functions.values():
+        for node in function:
+            node.op_type = "Changed"
+    assert graph_bytes(inserted(two_grids())) == before
+
+
 def test_sites_of_one_grid_share_one_transport() -> None:
     model = inserted(two_grids())
     calls = {node.name: node for node in model.graph if node.domain == "sws"}

@@ -20,6 +20,8 @@ NAMES = {
     1: ["down_blocks.0", "up_blocks.1", "up_blocks.1.more", "down_blocks.0.more"],
     2: ["mid_block", "up_blocks.0", "down_blocks.1"],
 }
+# The search repeats the same nodes for each step; one step is enough to count them.
+PARAMETERS = SwsParameters(bisection_steps=1)
 # Transport, its momentum and the schedule are made of these, a site of none.
 ONCE_A_GRID = ("Conv", "ConvTranspose")
 ON_TOKENS = {"Conv", "ConvTranspose", "Range", "Expand", "Reciprocal", "ReduceProd"}
@@ -32,7 +34,7 @@ def finished(factors: list[int], sizes: dict[str, int], target: str = "onnxrunti
     model = build_model(specs, levels=2)
     rewrite(
         model,
-        SwsParameters(),
+        PARAMETERS,
         (),
         GuardOptions("fused", Fraction(1)),
         TARGETS[target],
@@ -88,7 +90,7 @@ def test_no_node_is_unused_or_duplicate(
 ) -> None:
     """The example in float16, whose statistics are float32: no Cast is repeated or reverted."""
     model = shapes_model("fp16")
-    rewrite(model, SwsParameters(), (), GuardOptions("fused"), TARGETS[target], SilentProgress(), sizes=sizes)
+    rewrite(model, PARAMETERS, (), GuardOptions("fused"), TARGETS[target], SilentProgress(), sizes=sizes)
     casts = collections.Counter()
     for node in model.graph.all_nodes():
         assert any(value.uses() or value.is_graph_output() for value in node.outputs), node.name

@@ -22,13 +22,15 @@ from tests.graph_passes.small_models import SiteSpec, build_model, feeds, site_n
 from tests.graph_passes.test_insert_sws import sws_feeds
 
 SITES = ("down_blocks.0", "up_blocks.1", "up_blocks.1.more")
+# What is in the branches of the search does not matter here, their number costs time.
+PARAMETERS = SwsParameters(bisection_steps=1)
 STATIC = {"height": 8, "width": 12, "tokens": 5}
 
 
 def made(rows: Fraction = Fraction(1), **sizes: int) -> ir.Model:
     model = build_model([SiteSpec(name=site_name(name)) for name in SITES], levels=2)
     guard, target = GuardOptions("fused", rows), TARGETS["onnxruntime"]
-    rewrite(model, SwsParameters(), (), guard, target, SilentProgress(), sizes=sizes)
+    rewrite(model, PARAMETERS, (), guard, target, SilentProgress(), sizes=sizes)
     return model
 
 

@@ -17,14 +17,15 @@ import pytest
 
 from sws_export.engines.plugin_library import build_plugins, source_hash
 from sws_export.errors import PluginError
+from sws_export.files import user_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 HARNESS = ROOT / "tests" / "plugins" / "harness"
 CONTRACT = ROOT / "tests" / "plugins" / "contract"
 LAUNCHES = ROOT / "tests" / "plugins" / "launches"
-BUILDS = Path(os.environ.get("SWS_TEST_BUILDS") or ROOT / "build" / "tests-plugins")
-"""Everything compiled or fetched; keyed by content, so runs, workers and checkouts may share it."""
+BUILDS = Path(os.environ.get("SWS_TEST_BUILDS") or user_cache() / "test-builds")
+"""Everything compiled or fetched; keyed by content, so that runs, workers and checkouts share it."""
 SANITIZER_FLAGS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 STRICT_FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Wconversion", "-Werror")
 
