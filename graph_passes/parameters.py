@@ -25,7 +25,7 @@ class SwsParameters:
         kl_floor: KL budget (nats) at the end of sampling.
         kl_slope: KL budget (nats) added at the start, decreasing linearly in u.
         theta: Query temperature at intensity 1 and u = 0, minus 1.
-        scales: Three L1 radii, ascending: fine, middle and coarse transport.
+        scales: Three L1 radii, none below the one before: fine, middle and coarse transport.
         schedule: `progress` (u increases as sigma decreases) or `noise` (the schedule is reversed).
     """
 

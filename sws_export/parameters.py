@@ -83,14 +83,11 @@ def check_parameters(parameters: SwsParameters) -> None:
             f"--sws schedule: '{parameters.schedule}' is unknown; use {' or '.join(_SCHEDULES)}"
         )
     scales = parameters.scales
-    if (
-        len(scales) != 3
-        or list(scales) != sorted(set(scales))
-        or not 1 <= scales[0] <= scales[-1] <= STATE_RADIUS
-    ):
+    if len(scales) != 3 or list(scales) != sorted(scales) or not 1 <= scales[0] <= scales[-1] <= STATE_RADIUS:
         found = ",".join(str(scale) for scale in scales)
         raise OptionError(
-            f"--sws scales: expected three ascending integers from 1 to {STATE_RADIUS}, found {found}"
+            f"--sws scales: expected three integers from 1 to {STATE_RADIUS}, none below the one before, "
+            f"found {found}"
         )
 
 

@@ -5,7 +5,7 @@ sws-export sample out/engine.onnx examples/shapes --trust-code --prompt "red cir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,29 +25,35 @@ class ShapesPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
         num_inference_steps: int = 25,
         guidance_scale: float = 3.0,
         height: int | None = None,
         width: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """One picture, `height` by `width` pixels, multiples of 4; `latents` are noise of that size.
+        """One picture for each prompt, `height` by `width` pixels, multiples of 4.
+
+        `latents` is the noise [B, 3, height, width], instead of that of `generator`.
 
         Raises:
             PromptError: The prompt is outside the grammar.
         """
-        words = torch.from_numpy(prompts.embed_all([prompt, ""])).to(self.unet.device, self.unet.dtype)
+        wanted = [prompt] if isinstance(prompt, str) else list(prompt)
+        words = torch.from_numpy(prompts.embed_all([*wanted, *[""] * len(wanted)]))
+        words = words.to(self.unet.device, self.unet.dtype)
         side = self.unet.config.sample_size
-        shape = (1, self.unet.config.in_channels, height or side, width or side)
-        noise = torch.randn(shape, generator=generator) if latents is None else latents
+        shape = (self.unet.config.in_channels, height or side, width or side)
+        if latents is None:
+            sources = generator if isinstance(generator, Sequence) else [generator] * len(wanted)
+            latents = torch.stack([torch.randn(shape, generator=source) for source in sources])
         self.scheduler.set_timesteps(num_inference_steps)
-        latents = noise.to(self.unet.device, self.unet.dtype) * self.scheduler.init_noise_sigma
+        latents = latents.to(words) * self.scheduler.init_noise_sigma
         for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             scaled = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
             both = self.unet(

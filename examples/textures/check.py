@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from examples.textures import prompts, scenes
-from examples.textures.scenes import Scene, SceneObject
+# Relative, so that `sws-export evaluate` imports it from wherever the folder lies.
+from . import prompts, scenes
+from .scenes import Scene, SceneObject
 
 Floats = npt.NDArray[np.floating]
 
@@ -76,6 +77,20 @@ def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
         exact.append(set(seen.objects) == set(scene.objects) and (right or scene.background is None))
     named = np.mean(backgrounds) if backgrounds else math.nan
     return Accuracy(*np.mean(objects, axis=0).tolist(), float(named), float(np.mean(exact)))
+
+
+def adherence(prompt: str, picture: Floats) -> float:
+    """How far a picture [3, 64, 64] in [-1, 1] shows what its prompt asks for: 0 to 1.
+
+    Objects (and the background, if the prompt names it) that are asked for and seen, with all their words, as
+    a share of those that are either. `sws-export evaluate` calls it.
+    """
+    asked, found = prompts.parse(prompt), recognise(picture)
+    wanted, seen = set[object](asked.objects), set[object](found.objects)
+    if asked.background:
+        wanted.add(asked.background)
+        seen.add(found.background)
+    return len(wanted & seen) / len(wanted | seen) if wanted | seen else 1.0
 
 
 def random_scenes(count: int, seed: int) -> list[Scene]:

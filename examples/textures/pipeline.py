@@ -47,11 +47,14 @@ class TexturesPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
         """One picture for each prompt, `height` by `width` pixels, multiples of 8.
+
+        `latents` is the noise [B, 12, height / 2, width / 2], instead of that of `generator`.
 
         Raises:
             PromptError: A prompt is outside the grammar.
@@ -61,10 +64,12 @@ class TexturesPipeline(DiffusionPipeline):
         words = words.to(self.unet.device, self.unet.dtype)
         config = self.unet.config
         sides = [size // PIXELS if size else config.sample_size for size in (height, width)]
-        sources = generator if isinstance(generator, Sequence) else [generator] * len(wanted)
-        noise = [torch.randn(config.in_channels, *sides, generator=source) for source in sources]
+        if latents is None:
+            sources = generator if isinstance(generator, Sequence) else [generator] * len(wanted)
+            noise = [torch.randn(config.in_channels, *sides, generator=source) for source in sources]
+            latents = torch.stack(noise)
         self.scheduler.set_timesteps(num_inference_steps)
-        latents = torch.stack(noise).to(words) * self.scheduler.init_noise_sigma
+        latents = latents.to(words) * self.scheduler.init_noise_sigma
         for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             scaled = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
             both = self.unet(

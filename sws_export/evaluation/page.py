@@ -6,6 +6,7 @@ Its template is `evaluation.html`; the styles are those of the report.
 import base64
 import dataclasses
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,8 +124,13 @@ def number(figure: Figure) -> str:
     if figure.value is None:
         return "unknown"
     if figure.low is None or figure.high is None:
-        return f"{figure.value:.4g}"
-    return f"{figure.value:.4g} ({figure.low:.4g} to {figure.high:.4g})"
+        return _digits(figure.value)
+    return f"{_digits(figure.value)} ({_digits(figure.low)} to {_digits(figure.high)})"
+
+
+def _digits(value: float) -> str:
+    """Three digits, or five decimals where that is more: SSIM differs from 1 in the fifth."""
+    return f"{value:.3g}" if abs(value) < 0.1 or abs(value) >= 10 else f"{value:.5f}".rstrip("0").rstrip(".")
 
 
 def change_texts(name: str, summary: Summary) -> list[tuple[str, bool]]:
@@ -215,7 +221,7 @@ def _chart(
             points.append(Point(float(x) + shift, y, low, high, f"{label} {text}".strip()))
         lines.append((label, points))
     levels = [
-        (_place(level, bottom, top), f"{level:.2g}" if not percentages else f"{level:+.1%}")
+        (_place(level, bottom, top), f"{level:+.1%}" if percentages else _text(level, top - bottom))
         for level in np.linspace(bottom, top, _LEVELS)
     ]
     named = [(float(x), tick) for x, tick in zip(places, ticks, strict=True)]
@@ -227,6 +233,12 @@ def _range(ends: Sequence[float]) -> tuple[float, float]:
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
     space = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     return low - space, high + space
+
+
+def _text(level: float, span: float) -> str:
+    """`level` with the decimals that tell the levels of an axis apart."""
+    decimals = max(0, math.ceil(-math.log10(span)) + 1)
+    return f"{level:.{decimals}f}" if decimals < 6 else f"{level:.1e}"
 
 
 def _place(value: float, bottom: float, top: float) -> float:

@@ -28,7 +28,8 @@ FRAME_ANGLE = 0.05
 """Angle in radians between the noises of consecutive frames, which differ by 5 % of their norm."""
 
 _FORMAT = 1
-_WALK_SEED = 1 << 32
+# Below 2**32, of which torch's generator on the CPU takes the remainder.
+_WALK_SEED = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +70,12 @@ def draw_pair(pipe: Any, unet: Any, pair: Pair, options: EvaluationOptions, stag
         stage.advance()
         for number in range(1, options.frames):
             unet.reset()
-            noise = _walk(record.noise, pair.seed, number)
+            noise = walk(record.noise, pair.seed, number)
             picture = draw(pipe, pair.prompt, pair.seed, intensity, options.drawing, latents=noise)
             frames.append(_eight_bit(picture))
             stage.advance()
         pictures.append(np.stack(frames))
-        changes.append(record.changes)
+        changes.append([float(moved[0]) for moved in record.changes])
     return PairPictures(np.stack(pictures), np.asarray(changes, np.float32))
 
 
@@ -83,8 +84,14 @@ def _eight_bit(picture: Floats) -> npt.NDArray[np.uint8]:
     return pixels
 
 
-def _walk(noise: Any, seed: int, frame: int) -> Any:
-    """The noise of a frame: rotated towards another noise, so that its distribution stays the same."""
+def walk(noise: Any, seed: int, frame: int) -> Any:
+    """The noise of a frame: rotated towards another noise, so that its distribution stays the same.
+
+    Args:
+        noise: Of frame 0, [1, C, H, W].
+        seed: Of the pair.
+        frame: Number of the frame.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(_WALK_SEED + seed)

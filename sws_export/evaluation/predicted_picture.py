@@ -5,22 +5,25 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from sws_export.errors import OptionError
 from sws_export.noise_levels import noise_levels
 
 
 class StepRecord:
-    """What the scheduler of a pipeline was given while one picture was drawn.
+    """What the scheduler of a pipeline was given while it drew a batch of pictures.
 
     Attributes:
-        noise: Initial latents divided by their standard deviation, [1, C, H, W].
-        changes: Root mean square change of the predicted picture from one step to the next, in the units of
-            the latents, one less than there are steps.
+        noise: Initial latents divided by their standard deviation, [B, C, H, W].
+        changes: Root mean square change of each predicted picture from one step to the next, [B], in the
+            units of the latents; one less than there are steps.
     """
 
     def __init__(self) -> None:
         self.noise: Any = None
-        self.changes: list[float] = []
+        self.changes: list[npt.NDArray[np.float32]] = []
         self._last: Any = None
 
     def add(self, scheduler: Any, output: Any, timestep: Any, sample: Any) -> None:
@@ -29,7 +32,8 @@ class StepRecord:
             self.noise = sample.float().cpu() / float(scheduler.init_noise_sigma)
         predicted = predicted_picture(scheduler, output, timestep, sample)
         if self._last is not None:
-            self.changes.append(float((predicted - self._last).square().mean().sqrt()))
+            moved = (predicted - self._last).square().flatten(1).mean(dim=1).sqrt()
+            self.changes.append(moved.cpu().numpy())
         self._last = predicted
 
 

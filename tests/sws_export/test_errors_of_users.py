@@ -159,7 +159,7 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         (("--sws", "bisection_steps=2.5"), "--sws bisection_steps: expected an integer, found '2.5'"),
         (("--sws", "sigma_min=30"), "--sws sigma_min: 30 must be below sigma_max (25)"),
         (("--sws", "schedule=fast"), "--sws schedule: 'fast' is unknown; use progress or noise"),
-        (("--sws", "scales=2,4,9"), "--sws scales: expected three ascending integers from 1 to 8"),
+        (("--sws", "scales=2,4,9"), "--sws scales: expected three integers from 1 to 8, none below"),
         (("--sites", "nowhere.*"), "--sites 'nowhere.*' matches no attention site; there are down_blocks.1"),
         (("--config", "/absent.json"), "cannot read /absent.json: No such file"),
         (("--variant", "fp17"), "fp17"),

@@ -19,7 +19,7 @@ from sws_export.errors import CheckpointError, OptionError, SwsExportError
 from sws_export.evaluation import evaluate as module
 from sws_export.evaluation.adherence import check_clip, clip_scorer
 from sws_export.evaluation.options import EvaluationOptions, Pair
-from sws_export.evaluation.pairs import PairPictures, PairStore, basis_of, draw_pair
+from sws_export.evaluation.pairs import FRAME_ANGLE, PairPictures, PairStore, basis_of, draw_pair, walk
 from sws_export.runtime.contract import read_contract
 from sws_export.sampling.draw import Drawing
 from tests.export_runs import error_line, shared
@@ -200,6 +200,17 @@ def test_the_pipeline_is_released_before_clip_is_loaded(
     monkeypatch.setattr(module, "load_pipeline", loading)
     monkeypatch.setattr(module, "clip_scorer", scoring)
     assert main([*command, "--clip", str(clip), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_frames_rotate_the_noise(seed: int) -> None:
+    noise = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(seed))
+    for frame in (0, 1, 8):
+        moved = walk(noise, seed, frame)
+        cosine = float((noise * moved).sum() / noise.norm() / moved.norm())
+        # The other noise is perpendicular up to 1 / sqrt(16384).
+        assert cosine == pytest.approx(np.cos(FRAME_ANGLE * frame), abs=0.02)
+        assert float(moved.std()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_the_clip_score_is_the_cosine(clip: Path) -> None:

@@ -14,7 +14,7 @@ from sws_export.errors import CheckpointError, ManifestError, ValidationError
 from sws_export.pipeline.revalidate import validate
 from tests.export_runs import error_line, make_unet
 
-PARAMETERS = SwsParameters(beta=0.5, scales=(1, 2, 4))
+PARAMETERS = SwsParameters(beta=0.5, scales=(2, 2, 4))
 
 
 @pytest.fixture(scope="module")
