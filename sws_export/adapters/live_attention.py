@@ -6,13 +6,15 @@ No logits are stored. The entropies and the KL divergence of the key guard come 
 * with the keys as values, the mean logit E_0[S] of each row;
 * with one more key of a known logit c and a channel that marks it, the log-sum-exp of each row, and with it
   the entropy; the other channels hold the change d of the keys, which gives the slope K'(0) = E_0[Delta];
-* with the keys k + s d and the values d, the slope K'(s) = E_s[Delta].
+* with the keys k + s d and the values d, the slope K'(s) = E_s[Delta]; with the marks, the log-sum-exp too.
 
-KL(t) = t K'(t) - integral of K' from 0 to t. K' is interpolated by a polynomial over a few nodes.
+KL(t) = t K'(t) - integral of K' from 0 to t, which is the change of the log-sum-exp. K' is interpolated by a
+polynomial over a few nodes for an estimate; single steps are computed with the log-sum-exp.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -28,11 +30,14 @@ _LARGEST_MARK = 1 - 2.0**-22
 # Head sizes that fused kernels on GPUs support are multiples of this.
 _HEAD_MULTIPLE = 8
 # The guard first looks at every n-th query row of a large site. If the KL divergence there is not well below
-# the budget, it looks at all rows.
+# the budget, it looks at all rows, at few steps.
 _ROW_STRIDE = 7
 _LARGE = 512
 _CLEARLY_WITHIN = 0.7
-_COARSE_NODES, _FINE_NODES = 3, 5
+# What the estimate from some rows may be wrong by: this part of the difference of two steps, for each step
+# of distance.
+_UNSURE = 0.1
+_TINY = 1e-30
 
 
 class Transports(Protocol):
@@ -134,78 +139,130 @@ class _Rows:
         self.q = (q / math.sqrt(q.shape[-1])).to(self.dtype)
         self.k = k - k.mean(dim=2, keepdim=True)
         self.d = kp - k
-        self.slope_rows: Tensor | None = None
+        self.log_sum, self.mean = self._plain_rows()
 
-    def entropy_factor(self) -> Tensor:
-        """hu [B]: the position of the mean entropy between the smallest and the largest, over all rows."""
-        tokens, size = self.k.shape[2:]
+    def _plain_rows(self) -> tuple[Tensor, Tensor]:
+        """The log-sum-exp and the mean of the logits of each row, [B, h, T] float32; sets `slope`."""
+        tokens = self.k.shape[2]
         q, k = self.q.float(), self.k.float()
         mean = (q * self._attention(self.q, self.k, self.k).float()).sum(dim=-1)
         covariance = k.transpose(2, 3) @ k / tokens
         spread = ((q @ covariance) * q).sum(dim=-1)
         centre = math.log(tokens) + spread / 2
         # The log-sum-exp lies between the mean logit and that plus log T; the nearer c, the more precise.
-        centre = torch.minimum(torch.maximum(centre, mean), mean + math.log(tokens)).to(self.dtype)
+        centre = torch.minimum(torch.maximum(centre, mean), mean + math.log(tokens))
+        log_sum, self.slope = self._log_sum_and_slope(self.k, self.d, centre)
+        return log_sum, mean
 
-        extra = 1 if self.q.device.type == "cpu" else _HEAD_MULTIPLE
-        wide_q = F.pad(self.q, (0, extra))
-        wide_q[..., size] = centre
-        wide_k, values = F.pad(self.k, (0, extra, 0, 1)), F.pad(self.d, (0, extra, 0, 1))
-        wide_k[:, :, tokens, size] = 1
-        values[..., size] = -1
-        values[:, :, tokens, size] = 1
-        out = self._attention(wide_q, wide_k, values).float()
-        mark = out[..., size].clamp(-_LARGEST_MARK, _LARGEST_MARK)
-        log_sum = centre.float() - 2 * torch.atanh(mark)
-        self.slope_rows = (q * out[..., :size]).sum(dim=-1) * 2 / (1 - mark)
-
-        entropy = (log_sum - mean).flatten(1)
+    def entropy_factor(self) -> Tensor:
+        """hu [B]: the position of the mean entropy between the smallest and the largest, over all rows."""
+        entropy = (self.log_sum - self.mean).flatten(1)
         low, high = entropy.amin(dim=1), entropy.amax(dim=1)
         return ((entropy.mean(dim=1) - low) / (high - low).clamp(min=_MIN_RANGE)).clamp(0, 1)
 
     def steps(self, limit: Tensor, kappa: Tensor, bisections: int) -> Tensor:
         """Share of `limit` [B] that keeps the KL divergence within `kappa` [B], in steps of 2^-bisections."""
-        stride = _ROW_STRIDE if self.q.shape[2] > _LARGE else 1
-        found, divergence = self._search(limit, kappa, bisections, _COARSE_NODES, stride)
-        # All but the clear cases are computed again with all rows.
-        if bool((divergence <= _CLEARLY_WITHIN * kappa).all()):
-            return found
-        found, _ = self._search(limit, kappa, bisections, _FINE_NODES, 1)
-        return found
-
-    def _search(
-        self, limit: Tensor, kappa: Tensor, bisections: int, nodes: int, stride: int
-    ) -> tuple[Tensor, Tensor]:
-        """The share, and the KL divergence at the largest step."""
-        assert self.slope_rows is not None
-        places = np.linspace(0.0, 1.0, nodes)
-        slopes = [self.slope_rows[:, :, ::stride].flatten(1).mean(dim=1)]
-        slopes += [self._slope(limit * float(place), stride) for place in places[1:]]
-        inverse = torch.from_numpy(np.linalg.inv(np.vander(places, increasing=True))).to(slopes[0])
-        coefficients = torch.stack(slopes, dim=1) @ inverse.T
         count = 2**bisections
-        power = torch.arange(1, nodes, device=limit.device, dtype=torch.float32)
-        x = torch.arange(1, count, device=limit.device, dtype=torch.float32)[:, None] / count
-        # x K'(x) minus the integral of K', term by term.
-        terms = x ** (power + 1) * power / (power + 1)
-        divergence = limit[:, None] * (coefficients[:, 1:] @ terms.T)
-        return (divergence <= kappa[:, None]).sum(dim=1) / count, divergence[:, -1]
+        stride = _ROW_STRIDE if self.q.shape[2] > _LARGE else 1
+        slopes = {0.0: self.slope[:, :, ::stride].flatten(1).mean(dim=1)}
+        slopes |= {place: self._mean_slope(limit * place, stride) for place in (0.5, 1.0)}
+        divergence = limit[:, None] * _divergence_of(slopes, count)
+        if bool((divergence[:, -1] <= _CLEARLY_WITHIN * kappa).all()):
+            return (divergence <= kappa[:, None]).sum(dim=1) / count
+        slopes |= {place: self._mean_slope(limit * place, stride) for place in (0.25, 0.75)}
+        return self._locate(limit[:, None] * _divergence_of(slopes, count), limit, kappa) / count
 
-    def _slope(self, share: Tensor, stride: int) -> Tensor:
-        """K'(share) [B], the mean over heads and query rows."""
-        share = share[:, None, None, None]
+    def _locate(self, estimate: Tensor, limit: Tensor, kappa: Tensor) -> Tensor:
+        """The largest step [B] whose KL divergence is within `kappa`, from an estimate for each step.
+
+        The divergence of single steps is computed with all rows until one is allowed and the next is not. The
+        estimate is scaled to the last of them; its error then grows with the distance from that step.
+        """
+        count = estimate.shape[1] + 1
+        estimate = F.pad(estimate, (1, 0))
+        allowed, refused = torch.zeros_like(kappa, dtype=torch.long), torch.full_like(kappa, count).long()
+        scaled, computed = estimate, None
+        while True:
+            step = (scaled <= kappa[:, None]).sum(dim=1) - 1
+            step = torch.minimum(torch.maximum(step, allowed), refused - 1)
+            pair = torch.stack([step, step + 1], dim=1)
+            gap = (scaled.gather(1, pair.clamp(max=count - 1)) - kappa[:, None]).abs()
+            open_ = (pair > allowed[:, None]) & (pair < refused[:, None])
+            if computed is not None:
+                upper = step[:, None].clamp(min=1)
+                spacing = scaled.gather(1, upper) - scaled.gather(1, upper - 1)
+                open_ &= gap <= _UNSURE * spacing * (pair - computed[:, None]).abs()
+            if not bool(open_.any()):
+                return step
+            nearer = torch.where(open_, gap, math.inf).argmin(dim=1, keepdim=True)
+            computed = pair.gather(1, nearer)[:, 0].clamp(1, count - 1)
+            exact = self._divergence(limit * computed / count)
+            within = exact <= kappa
+            allowed = torch.where(within, torch.maximum(allowed, computed), allowed)
+            refused = torch.where(within, refused, torch.minimum(refused, computed))
+            at = estimate.gather(1, computed[:, None])[:, 0]
+            scaled = estimate * (exact / at.clamp(min=_TINY))[:, None]
+
+    def _divergence(self, share: Tensor) -> Tensor:
+        """KL divergence at `share` [B], the mean over heads and all query rows."""
+        wide = share[:, None, None]
+        # To first order; the second one is what is computed.
+        log_sum, slope = self._log_sum_and_slope(*self._moved(share), self.log_sum + wide * self.slope)
+        return (wide * slope - (log_sum - self.log_sum)).flatten(1).mean(dim=1)
+
+    def _mean_slope(self, share: Tensor, stride: int) -> Tensor:
+        """K'(share) [B], the mean over heads and every `stride`-th query row."""
         q = self.q[:, :, ::stride]
-        keys = (self.k.float() + share * self.d.float()).to(self.dtype)
-        # In 16 bits, the change as it was rounded: rounding then cancels to first order.
-        values = self.d
-        if self.dtype != torch.float32:
-            values = ((keys.float() - self.k.float()) / share.clamp(min=_MIN_RANGE)).to(self.dtype)
-        out = self._attention(q, keys, values).float()
+        out = self._attention(q, *self._moved(share)).float()
         return (q.float() * out).sum(dim=-1).flatten(1).mean(dim=1)
+
+    def _moved(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys at `share` [B], and their change for a share of 1."""
+        share = share[:, None, None, None]
+        keys = (self.k.float() + share * self.d.float()).to(self.dtype)
+        if self.dtype == torch.float32:
+            return keys, self.d
+        # In 16 bits, the change as it was rounded: rounding then cancels to first order.
+        return keys, ((keys.float() - self.k.float()) / share.clamp(min=_MIN_RANGE)).to(self.dtype)
+
+    def _log_sum_and_slope(self, keys: Tensor, change: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-sum-exp of the logits of `keys`, and the mean of the logits of `change`, [B, h, T] float32.
+
+        Args:
+            keys: [B, h, T, D].
+            change: [B, h, T, D].
+            centre: A number near the log-sum-exp of each row, [B, h, T].
+        """
+        tokens, size = keys.shape[2:]
+        centre = centre.to(self.dtype)
+        extra = 1 if self.q.device.type == "cpu" else _HEAD_MULTIPLE
+        wide_q = F.pad(self.q, (0, extra))
+        wide_q[..., size] = centre
+        wide_k, values = F.pad(keys, (0, extra, 0, 1)), F.pad(change, (0, extra, 0, 1))
+        wide_k[:, :, tokens, size] = 1
+        values[..., size] = -1
+        values[:, :, tokens, size] = 1
+        out = self._attention(wide_q, wide_k, values).float()
+        mark = out[..., size].clamp(-_LARGEST_MARK, _LARGEST_MARK)
+        slope = (self.q.float() * out[..., :size]).sum(dim=-1) * 2 / (1 - mark)
+        return centre.float() - 2 * torch.atanh(mark), slope
 
     @staticmethod
     def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
+def _divergence_of(slopes: Mapping[float, Tensor], count: int) -> Tensor:
+    """KL(x) at x = 1/count … (count - 1)/count, [B, count - 1], from K' [B] at some x, by interpolation."""
+    places = sorted(slopes)
+    values = torch.stack([slopes[place] for place in places], dim=1)
+    inverse = torch.from_numpy(np.linalg.inv(np.vander(places, increasing=True))).to(values)
+    coefficients = values @ inverse.T
+    power = torch.arange(1, len(places), device=values.device, dtype=torch.float32)
+    x = torch.arange(1, count, device=values.device, dtype=torch.float32)[:, None] / count
+    # x K'(x) minus the integral of K', term by term.
+    terms = x ** (power + 1) * power / (power + 1)
+    return coefficients[:, 1:] @ terms.T
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
