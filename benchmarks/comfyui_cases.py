@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.controlnet
+import comfy.hooks
 import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
@@ -213,8 +214,15 @@ def _patch_case(twin: Twin, engine: Any, sampler: str, add: Any) -> None:
     with _Warnings() as warnings:
         patched, _ = comfy.sd.load_lora_for_models(engine, None, weights, 0.8, 0.0)
         comfy.sd.load_lora_for_models(patched, None, weights, 0.8, 0.0)
-    assert sum("a LoRA or another weight patch: it has no effect" in text for text in warnings.texts) == 1
-    add("a LoRA, without effect", sampler, twin.sample(patched, sampler), twin.sample(engine, sampler))
+        hooks = comfy.hooks.create_hook_lora(weights, strength_model=1.0, strength_clip=0.0)
+        hooked = comfy.hooks.set_hooks_for_conditioning(twin.positive, hooks=hooks)
+        for _ in range(2):
+            with_hook = twin.sample(engine, sampler, positive=hooked)
+    for warned in ("a LoRA or another weight patch", "a weight hook"):
+        assert sum(f"{warned}: it has no effect" in text for text in warnings.texts) == 1, warned
+    expected = twin.sample(engine, sampler)
+    add("a LoRA, without effect", sampler, twin.sample(patched, sampler), expected)
+    add("a weight hook, without effect", sampler, with_hook, expected)
     for refused, message in (
         (
             lambda: comfy_extras.nodes_sag.SelfAttentionGuidance.execute(engine, 0.5, 2.0),

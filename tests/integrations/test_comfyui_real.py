@@ -254,14 +254,15 @@ def _sampled(model: str, name: str, width: int) -> dict[str, Any]:
 
 
 def _conversion(folder: Path, twin: str, **settings: Any) -> dict[str, Any]:
-    """Nodes that convert a twin with a LoRA."""
+    """Nodes that convert a twin with a LoRA, merged with the twin itself."""
     given = {"format": "ONNX graph", "precision": "as the model", "controlnet": False} | settings
     return {
         "twin": _node("TwinModel", directory=str(folder / twin), twin=twin, load=0),
         "lora": _node(
             "LoraLoaderModelOnly", model=["twin", 0], lora_name=f"{twin}.safetensors", strength_model=0.8
         ),
-        "convert": _node("ConvertToSwsEngine", model=["lora", 0], name=twin, **given),
+        "merge": _node("ModelMergeSimple", model1=["lora", 0], model2=["twin", 0], ratio=0.5),
+        "convert": _node("ConvertToSwsEngine", model=["merge", 0], name=twin, **given),
     }
 
 
@@ -288,14 +289,27 @@ def test_an_engine_over_http(server: Server) -> None:
     assert not torch.equal(server.latent("at_0.0"), server.latent("at_1.0"))
 
 
+def test_workflows_have_the_widgets_of_their_nodes(server: Server) -> None:
+    for file in (export_runs.ROOT / "integrations" / "comfyui" / "example_workflows").glob("*.json"):
+        for node in json.loads(file.read_text("utf-8"))["nodes"]:
+            kind = node["type"]
+            inputs = json.loads(server.get(f"/object_info/{kind}"))[kind]["input"]["required"]
+            links = {given["name"] for given in node["inputs"]}
+            assert links <= inputs.keys(), kind
+            widgets = [options for name, options in inputs.items() if name not in links]
+            # The editor adds one after a seed.
+            added = sum(bool(len(given) > 1 and given[1].get("control_after_generate")) for given in widgets)
+            assert len(node["widgets_values"]) == len(widgets) + added, kind
+
+
 @pytest.mark.parametrize(("twin", "kind"), [("sd15", "ranged"), ("sdxl", "static")])
 def test_a_conversion_over_http(server: Server, twin: str, kind: str) -> None:
-    """The LoRA is in the artefact, progress is shown, and the same content is converted once."""
+    """LoRA and merge are in the artefact, progress is shown, and the same content is converted once."""
     prompt = {
         **_conversion(server.folder, twin, **SIZES[kind]),
         "strength": _node("SetSwsIntensity", model=["convert", 0], intensity=0.0),
         **_sampled("strength", f"{twin}_converted", TWINS[twin]["cross_attention_dim"]),
-        **_sampled("lora", f"{twin}_lora", TWINS[twin]["cross_attention_dim"]),
+        **_sampled("merge", f"{twin}_merged", TWINS[twin]["cross_attention_dim"]),
         **_sampled("twin", f"{twin}_plain", TWINS[twin]["cross_attention_dim"]),
     }
     number = server.start(prompt)
@@ -304,7 +318,7 @@ def test_a_conversion_over_http(server: Server, twin: str, kind: str) -> None:
     shown = server.progress(number, "convert")
     assert shown[-1] == 1.0
     assert any(0 < value < 1 for value in shown)
-    found, expected, plain = (server.latent(f"{twin}_{part}") for part in ("converted", "lora", "plain"))
+    found, expected, plain = (server.latent(f"{twin}_{part}") for part in ("converted", "merged", "plain"))
     assert difference(found, expected) < 1e-4
     assert difference(plain, expected) > 1e-3
 
