@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sws_export.errors import OptionError
 from tests import export_runs
 
 PACKAGE = export_runs.ROOT / "integrations" / "comfyui"
@@ -155,6 +156,46 @@ def test_an_intensity_is_set_on_engines_only(nodes: ModuleType) -> None:
     node = nodes.NODE_CLASS_MAPPINGS["SetSwsIntensity"]()
     with pytest.raises(ValueError, match=r"expected a MODEL from 'Load SWS engine' .* found SimpleNamespace"):
         node.set(FakePatcher(SimpleNamespace()), 0.5)
+
+
+def test_what_an_engine_does_not_have_is_refused(nodes: ModuleType) -> None:
+    patcher = nodes.nodes.patcher
+    contract = SimpleNamespace(path=Path("unet.plan"))
+    model = SimpleNamespace(
+        diffusion_model=SimpleNamespace(engine=SimpleNamespace(contract=contract)),
+    )
+    with pytest.raises(ValueError, match=r"unet\.plan is an engine, whose weights cannot be merged or read"):
+        patcher.SwsModelPatcher(model).get_key_patches("diffusion_model.")
+    config = patcher._RecordedConfig({"model_channels": 320}, "unet.plan")
+    assert config["model_channels"] == 320
+    assert config.get("context_dim") is None
+    with pytest.raises(ValueError, match=r"unet\.plan: a node reads 'context_dim' .* does not have"):
+        config["context_dim"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "height", "expected"),
+    [
+        (None, "512", {"height": "512"}),
+        (None, "512:512:1024", {}),
+        ("tensorrt-rtx", "512:512:1024", {"height": "512:512:1024"}),
+        (None, " ", {}),
+    ],
+)
+def test_sizes_of_a_conversion(
+    nodes: ModuleType, backend: str | None, height: str, expected: dict[str, str]
+) -> None:
+    config = {"num_head_channels": 64, "model_channels": 64, "channel_mult": [1, 2]}
+    model = SimpleNamespace(
+        model=SimpleNamespace(model_config=SimpleNamespace(unet_config=config)),
+        model_dtype=lambda: torch.float16,
+    )
+    settings = {"precision": "as the model", "controlnet": False, "batch": "", "width": "", "tokens": ""}
+    request = nodes.nodes.convert._request(model, backend, settings | {"height": height})
+    assert request["sizes"] == {"vae_scale": 8} | expected
+    assert request["source"] == {"precision": "fp16", "controlnet": False, "attention_head_dim": [1, 2]}
+    with pytest.raises(OptionError, match="height 512:256: expected one number or MIN:OPT:MAX"):
+        nodes.nodes.convert._request(model, backend, settings | {"height": "512:256"})
 
 
 def test_files_that_the_registry_reads() -> None:

@@ -74,7 +74,7 @@ NODE_CLASS_MAPPINGS = {{"RandomConditioning": RandomConditioning, "TwinModel": T
 
 
 def test_samplers_states_inputs_and_memory(tmp_path: Path) -> None:
-    """See benchmarks/comfyui.py; the limits are those of float32."""
+    """See benchmarks/comfyui.py."""
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", "benchmarks.comfyui", "--quick", "--out", str(out)]
     subprocess.run(command, cwd=export_runs.ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -88,11 +88,12 @@ def _is_right(case: dict[str, Any]) -> bool:
     name, found = case["case"], case["difference"]
     if "effect)" in name:
         return found > 1e-3
-    if name.startswith(("second run", "FreeU")):
+    if name.startswith(("second run", "FreeU", "a LoRA")):
         return found == 0.0
     if "border" in name:
         return found < 1.0
-    return found < (1e-3 if "intensity 1" in name or "joins" in name else 1e-4)
+    # In float16 the UNets without SWS differ by as much.
+    return found < (5e-3 if "float16" in name else 1e-5)
 
 
 @dataclasses.dataclass
