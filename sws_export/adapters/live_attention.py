@@ -162,7 +162,7 @@ class _Rows:
 
     def steps(self, limit: Tensor, kappa: Tensor, bisections: int) -> Tensor:
         """Share of `limit` [B] that keeps the KL divergence within `kappa` [B], in steps of 2^-bisections."""
-        count = 2**bisections
+        count: int = 2**bisections
         stride = _ROW_STRIDE if self.q.shape[2] > _LARGE else 1
         slopes = {0.0: self.slope[:, :, ::stride].flatten(1).mean(dim=1)}
         slopes |= {place: self._mean_slope(limit * place, stride) for place in (0.5, 1.0)}
