@@ -1,7 +1,7 @@
 #include "common/device.h"
 #include "key_guard/kernel.h"
 #include "key_guard/launches.h"
-#include "key_guard/stages.h"
+#include "key_guard/tiling.h"
 
 namespace sws {
 namespace {
@@ -13,16 +13,18 @@ constexpr int kSurveyBlocks = 3;
 #else
 constexpr int kSurveyBlocks = 4;
 #endif
+constexpr int kCandidateBlocks = 2;
+constexpr int kScalarBlocks = 2;
 
 template <typename Element>
 __global__ void __launch_bounds__(kGuardThreads, kSurveyBlocks)
-    survey_tensor_core_kernel(GuardProblem problem, GuardWorkspace workspace, int stages) {
+    survey_tensor_core_kernel(GuardProblem problem, GuardWorkspace workspace, GuardTiling tiling) {
   Block<kGuardThreads> block;
-  survey_tensor_core<Element>(block, problem, workspace, stages);
+  survey_tensor_core<Element>(block, problem, workspace, tiling);
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kScalarGuardThreads, 2)
+__global__ void __launch_bounds__(kScalarGuardThreads, kScalarBlocks)
     survey_scalar_kernel(GuardProblem problem, GuardWorkspace workspace) {
   Block<kScalarGuardThreads> block;
   survey_scalar<Element>(block, problem, workspace);
@@ -30,23 +32,23 @@ __global__ void __launch_bounds__(kScalarGuardThreads, 2)
 
 template <typename Element>
 __global__ void __launch_bounds__(kGuardThreads, kSurveyBlocks)
-    middle_tensor_core_kernel(GuardProblem problem, GuardWorkspace workspace, RoundTiles tiles, int stages) {
+    middle_tensor_core_kernel(GuardProblem problem, GuardWorkspace workspace, RoundTiles tiles, GuardTiling tiling) {
   Block<kGuardThreads> block;
-  middle_tensor_core<Element>(block, problem, workspace, tiles, stages);
+  middle_tensor_core<Element>(block, problem, workspace, tiles, tiling);
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kScalarGuardThreads, 2)
+__global__ void __launch_bounds__(kScalarGuardThreads, kScalarBlocks)
     middle_scalar_kernel(GuardProblem problem, GuardWorkspace workspace, RoundTiles tiles) {
   Block<kScalarGuardThreads> block;
   middle_scalar<Element>(block, problem, workspace, tiles);
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kGuardThreads, 2)
-    candidate_tensor_core_kernel(GuardProblem problem, GuardWorkspace workspace, RoundTiles tiles, int stages) {
+__global__ void __launch_bounds__(kGuardThreads, kCandidateBlocks)
+    candidate_tensor_core_kernel(GuardProblem problem, GuardWorkspace workspace, RoundTiles tiles, GuardTiling tiling) {
   Block<kGuardThreads> block;
-  candidate_tensor_core<Element>(block, problem, workspace, tiles, stages);
+  candidate_tensor_core<Element>(block, problem, workspace, tiles, tiling);
 }
 
 template <typename Element>
@@ -74,15 +76,15 @@ struct Plan {
   GuardProblem problem;
   GuardWorkspace workspace;
   RoundTiles tiles;
-  int stages;  // of the tensor-core kernels; 0: they do not support the problem
+  GuardTiling tiling;  // of the tensor-core kernels; without stages they do not support the problem
   int processors;
   cudaStream_t stream;
 
   unsigned samples() const { return static_cast<unsigned>(problem.batch); }
 
-  // For rounds that usually return immediately: few blocks, each of which processes several tiles.
-  dim3 small_grid(int tiles_of_round) const {
-    const int wanted = 2 * processors / problem.batch;
+  // For rounds that usually return immediately: no more blocks than are resident, each processes several tiles.
+  dim3 resident_grid(int tiles_of_round, int blocks_of_processor) const {
+    const int wanted = blocks_of_processor * processors / problem.batch;
     const int blocks = wanted < 1 ? 1 : (wanted > tiles_of_round ? tiles_of_round : wanted);
     return dim3(static_cast<unsigned>(blocks), 1, samples());
   }
@@ -95,10 +97,10 @@ const void* address_of(Kernel* kernel) {
   return reinterpret_cast<const void*>(kernel);
 }
 
-// Sets the kernels' shared-memory limits and the number of stages.
+// Sets the kernels' shared-memory limits and chooses the tiling.
 template <typename Element>
-cudaError_t prepare_tensor_cores(GuardProblem const& problem, int* stages) {
-  *stages = 0;
+cudaError_t prepare_tensor_cores(Plan* plan) {
+  GuardProblem const& problem = plan->problem;
   const bool whole_vectors = problem.head_size % 8 == 0 && is_aligned(problem.queries) && is_aligned(problem.keys) &&
                              is_aligned(problem.moved_keys);
   if (!whole_vectors) return cudaSuccess;
@@ -107,29 +109,30 @@ cudaError_t prepare_tensor_cores(GuardProblem const& problem, int* stages) {
        {survey, address_of(middle_tensor_core_kernel<Element>), address_of(candidate_tensor_core_kernel<Element>)}) {
     if (cudaError_t error = allow_shared_memory(kernel); error != cudaSuccess) return error;
   }
-  return choose_stages(survey, problem.head_size, stages);
+  return choose_tiling(survey, problem, plan->processors, &plan->tiling);
 }
 
 template <typename Element>
 cudaError_t launch_fast_rounds(Plan const& plan) {
-  const auto bytes = static_cast<size_t>(tensor_core_guard_bytes(plan.problem.head_size, plan.stages));
-  const dim3 small = plan.small_grid(plan.tiles.fast);
+  const auto bytes = static_cast<size_t>(tensor_core_guard_bytes(plan.problem.head_size, plan.tiling));
   survey_tensor_core_kernel<Element>
-      <<<plan.full_grid(), kGuardThreads, bytes, plan.stream>>>(plan.problem, plan.workspace, plan.stages);
+      <<<plan.full_grid(), kGuardThreads, bytes, plan.stream>>>(plan.problem, plan.workspace, plan.tiling);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   middle_tensor_core_kernel<Element>
-      <<<small, kGuardThreads, bytes, plan.stream>>>(plan.problem, plan.workspace, plan.tiles, plan.stages);
+      <<<plan.resident_grid(plan.tiles.fast, kSurveyBlocks), kGuardThreads, bytes, plan.stream>>>(
+          plan.problem, plan.workspace, plan.tiles, plan.tiling);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   candidate_tensor_core_kernel<Element>
-      <<<small, kGuardThreads, bytes, plan.stream>>>(plan.problem, plan.workspace, plan.tiles, plan.stages);
+      <<<plan.resident_grid(plan.tiles.fast, kCandidateBlocks), kGuardThreads, bytes, plan.stream>>>(
+          plan.problem, plan.workspace, plan.tiles, plan.tiling);
   return cudaGetLastError();
 }
 
 template <typename Element>
 cudaError_t launch_search_round(Plan const& plan, int round) {
-  search_scalar_kernel<Element>
-      <<<plan.small_grid(plan.tiles.of(round)), kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(
-          plan.problem, plan.workspace, plan.tiles, round);
+  const dim3 grid = plan.resident_grid(plan.tiles.of(round), kScalarBlocks);
+  search_scalar_kernel<Element><<<grid, kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(
+      plan.problem, plan.workspace, plan.tiles, round);
   return cudaGetLastError();
 }
 
@@ -140,7 +143,7 @@ cudaError_t launch_scalar_rounds(Plan const& plan) {
       <<<plan.full_grid(), kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(plan.problem, plan.workspace);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   middle_scalar_kernel<Element>
-      <<<plan.small_grid(plan.tiles.fast), kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(
+      <<<plan.resident_grid(plan.tiles.fast, kScalarBlocks), kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(
           plan.problem, plan.workspace, plan.tiles);
   if (cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   return launch_search_round<Element>(plan, kCandidateRound);
@@ -149,7 +152,7 @@ cudaError_t launch_scalar_rounds(Plan const& plan) {
 template <typename Element>
 cudaError_t launch_first_rounds(Plan const& plan) {
   if constexpr (sizeof(Element) == 2) {
-    if (plan.stages > 0) return launch_fast_rounds<Element>(plan);
+    if (plan.tiling.stages > 0) return launch_fast_rounds<Element>(plan);
   }
   return launch_scalar_rounds<Element>(plan);
 }
@@ -159,12 +162,12 @@ cudaError_t launch_all(GuardProblem const& problem, void* workspace, cudaStream_
   Plan plan = {};
   plan.problem = problem;
   plan.stream = stream;
-  if constexpr (sizeof(Element) == 2) {
-    if (cudaError_t error = prepare_tensor_cores<Element>(problem, &plan.stages); error != cudaSuccess) return error;
-  }
   if (cudaError_t error = processor_count(&plan.processors); error != cudaSuccess) return error;
-  plan.workspace = lay_out_workspace(problem, workspace, plan.stages > 0 ? kCandidateProbes : kSearchProbes);
-  plan.tiles = round_tiles(problem, plan.stages > 0);
+  if constexpr (sizeof(Element) == 2) {
+    if (cudaError_t error = prepare_tensor_cores<Element>(&plan); error != cudaSuccess) return error;
+  }
+  plan.workspace = lay_out_workspace(problem, workspace, plan.tiling.stages > 0 ? kCandidateProbes : kSearchProbes);
+  plan.tiles = round_tiles(problem, plan.tiling);
   if (cudaError_t error = launch_first_rounds<Element>(plan); error != cudaSuccess) return error;
   const int last = final_round(problem.bisection_steps);
   for (int round = kCandidateRound + 1; round < last; ++round) {

@@ -14,18 +14,18 @@ SWS_HD int guard_row_tiles(GuardProblem const& problem, int rows) {
   return problem.heads * ((problem.query_tokens + rows - 1) / rows);
 }
 
-// Row tiles of each round, given whether survey, middle and candidate round run on tensor cores.
-SWS_HD RoundTiles round_tiles(GuardProblem const& problem, bool tensor_cores) {
+// Row tiles of each round; without stages, survey, middle and candidate round are scalar.
+SWS_HD RoundTiles round_tiles(GuardProblem const& problem, GuardTiling tiling) {
   const int scalar = guard_row_tiles(problem, kScalarRows);
-  return RoundTiles{tensor_cores ? guard_row_tiles(problem, kGuardRows) : scalar, scalar};
+  return RoundTiles{tiling.stages > 0 ? guard_row_tiles(problem, tiling.rows()) : scalar, scalar};
 }
 
 template <typename Element, typename BlockType>
 SWS_KERNEL_BODY void survey_tensor_core(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
-                                        int stages) {
+                                        GuardTiling tiling) {
   const SampleLimits limits = limits_of(problem, block.z());
   if (!(limits.amplitude > 0.0f)) return;
-  measure_tensor_core<Element, SurveyPass>(block, problem, workspace, stages, kSurveyRound, survey_nodes(limits));
+  measure_tensor_core<Element, SurveyPass>(block, problem, workspace, tiling, kSurveyRound, survey_nodes(limits));
 }
 
 template <typename Element, typename BlockType>
@@ -37,10 +37,10 @@ SWS_KERNEL_BODY void survey_scalar(BlockType& block, GuardProblem const& problem
 
 template <typename Element, typename BlockType>
 SWS_KERNEL_BODY void middle_tensor_core(BlockType& block, GuardProblem const& problem, GuardWorkspace const& workspace,
-                                        RoundTiles tiles, int stages) {
+                                        RoundTiles tiles, GuardTiling tiling) {
   const SearchState state = begin_round(block, problem, workspace, tiles, kMiddleRound, block.z());
   if (!measures(state, kMiddleRound, workspace.candidate_probes)) return;
-  measure_tensor_core<Element, MiddlePass>(block, problem, workspace, stages, kMiddleRound,
+  measure_tensor_core<Element, MiddlePass>(block, problem, workspace, tiling, kMiddleRound,
                                            middle_nodes(limits_of(problem, block.z())));
 }
 
@@ -55,10 +55,10 @@ SWS_KERNEL_BODY void middle_scalar(BlockType& block, GuardProblem const& problem
 
 template <typename Element, typename BlockType>
 SWS_KERNEL_BODY void candidate_tensor_core(BlockType& block, GuardProblem const& problem,
-                                           GuardWorkspace const& workspace, RoundTiles tiles, int stages) {
+                                           GuardWorkspace const& workspace, RoundTiles tiles, GuardTiling tiling) {
   const SearchState state = begin_round(block, problem, workspace, tiles, kCandidateRound, block.z());
   if (!measures(state, kCandidateRound, workspace.candidate_probes)) return;
-  measure_tensor_core<Element, CandidatePass>(block, problem, workspace, stages, kCandidateRound,
+  measure_tensor_core<Element, CandidatePass>(block, problem, workspace, tiling, kCandidateRound,
                                               probe_nodes(state, problem.bisection_steps));
 }
 

@@ -36,30 +36,30 @@ struct SurveyPass {
     return result == kEntropyGreatest ? Combine::kGreatest : Combine::kSum;
   }
 
-  static SWS_HD void measure(Row const& row, AlphaNodes nodes, float (&result)[kResults]) {
+  static SWS_HD void measure(Row const& row, float scale, AlphaNodes nodes, float (&result)[kResults]) {
     const float entropy = row_entropy(row);
     result[kEntropySum] = entropy;
     result[kEntropyLeast] = entropy;
     result[kEntropyGreatest] = entropy;
-    result[kKl] = row_kl(row, 0, nodes.at(0));
-    result[kDrift] = row_node_drift(row, 0);
-    result[kReliable] = is_reliable(row, nodes) ? 1.0f : 0.0f;
+    result[kKl] = row_kl(row, 0, nodes.at(0), scale);
+    result[kDrift] = row_node_drift(row, 0, scale);
+    result[kReliable] = is_reliable(row, scale, nodes) ? 1.0f : 0.0f;
   }
 };
 
 // KL at half the limit, and E[Delta] there and at alpha = 0: what a polynomial for KL needs besides the survey.
 struct MiddlePass {
-  using Row = SharedPeakRow<1, Moment::kDrift>;
+  using Row = SharedPeakRow<1, Moment::kDelta>;
   static constexpr int kResults = 4;
   enum Result { kKl, kDrift, kZeroDrift, kReliable };
 
   static SWS_HD Combine how(int result) { return result == kReliable ? Combine::kLeast : Combine::kSum; }
 
-  static SWS_HD void measure(Row const& row, AlphaNodes nodes, float (&result)[kResults]) {
-    result[kKl] = row_kl(row, 0, nodes.at(0));
-    result[kDrift] = row_node_drift(row, 0);
-    result[kZeroDrift] = row_drift(row);
-    result[kReliable] = is_reliable(row, nodes) ? 1.0f : 0.0f;
+  static SWS_HD void measure(Row const& row, float scale, AlphaNodes nodes, float (&result)[kResults]) {
+    result[kKl] = row_kl(row, 0, nodes.at(0), scale);
+    result[kDrift] = row_node_drift(row, 0, scale);
+    result[kZeroDrift] = row_drift(row, scale);
+    result[kReliable] = is_reliable(row, scale, nodes) ? 1.0f : 0.0f;
   }
 };
 
@@ -70,10 +70,10 @@ struct CandidatePass {
 
   static SWS_HD Combine how(int result) { return result < kCandidateProbes ? Combine::kSum : Combine::kLeast; }
 
-  static SWS_HD void measure(Row const& row, AlphaNodes nodes, float (&result)[kResults]) {
+  static SWS_HD void measure(Row const& row, float scale, AlphaNodes nodes, float (&result)[kResults]) {
     SWS_UNROLL
-    for (int i = 0; i < kCandidateProbes; ++i) result[i] = row_kl(row, i, nodes.at(i));
-    result[kCandidateProbes] = is_reliable(row, nodes) ? 1.0f : 0.0f;
+    for (int i = 0; i < kCandidateProbes; ++i) result[i] = row_kl(row, i, nodes.at(i), scale);
+    result[kCandidateProbes] = is_reliable(row, scale, nodes) ? 1.0f : 0.0f;
   }
 };
 
@@ -84,7 +84,7 @@ struct SearchPass {
 
   static SWS_HD Combine how(int result) { return result < kSearchProbes ? Combine::kSum : Combine::kLeast; }
 
-  static SWS_HD void measure(Row const& row, AlphaNodes nodes, float (&result)[kResults]) {
+  static SWS_HD void measure(Row const& row, float /*scale*/, AlphaNodes nodes, float (&result)[kResults]) {
     SWS_UNROLL
     for (int i = 0; i < kSearchProbes; ++i) result[i] = row_kl(row, i, nodes.at(i));
     result[kSearchProbes] = 1.0f;

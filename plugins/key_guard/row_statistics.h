@@ -1,7 +1,8 @@
 // Statistics of one row of logits, accumulated in a single pass over the keys. Logits are in units of log 2.
 //
-// A row receives pairs (x0, x1): the logits under k and under P k; x(alpha) = x0 + alpha (x1 - x0). Sums of exp2(x) are
-// relative to running maxima ("peaks") and are rescaled when a maximum rises, so nothing overflows.
+// A row receives pairs (y0, y1), the products of its query with a key under k and under P k. The logits are x0 = scale
+// y0 and x1 = scale y1, and x(alpha) = x0 + alpha (x1 - x0). Sums of exp2(x) are relative to running maxima ("peaks")
+// and are rescaled when a maximum rises.
 #pragma once
 
 #include <cmath>
@@ -45,32 +46,34 @@ struct AlphaNodes {
   SWS_HD float at(int node) const { return base + static_cast<float>(node) * stride; }
 };
 
-// How far, in units of log 2, x0 and x1 may exceed the peaks of a SharedPeakRow before its sums are rescaled. Rescaling
-// at each new maximum would happen in some thread of a warp in most steps; weights up to 2^4 cost no accuracy.
+// How far, in units of log 2, x0 may exceed the peak of a SharedPeakRow before its sums are rescaled. Rescaling at each
+// new maximum would happen in some thread of a warp in most steps; weights up to 2^4 cost no accuracy.
 constexpr float kPeakSlack = 4.0f;
 
-// What a SharedPeakRow sums at alpha = 0 besides the weights e = exp2(x0 - peak0).
+// What a SharedPeakRow sums at alpha = 0 besides the weights e = exp2(x0 - peak).
 enum class Moment {
   kNone,
-  kLevel,  // e (x0 - peak0), for the entropy
-  kDrift,  // e d, d = (x1 - peak1) - (x0 - peak0), for E_0[Delta]
+  kLevel,  // e (x0 - peak), for the entropy
+  kDelta,  // e (y1 - y0), for E_0[Delta]
 };
 
-// Row sums at alpha = 0 and at kNodes other alphas ("nodes"), all relative to two peaks: max x0 and max x1, or up to
-// kPeakSlack less. Costs one exponential for alpha = 0, one for the first node and, with several nodes, one for the
-// factor from each node to the next. Not accurate if no key is near the peak of x(alpha), see is_reliable.
+// Row sums at alpha = 0 and at kNodes other alphas ("nodes"), all relative to one peak: max x0, or up to kPeakSlack
+// less. Costs one exponential for alpha = 0, one for the first node and, with several nodes, one for the factor from
+// each node to the next. Sums of differences are of products q . k before scaling, y1 - y0. Not accurate if the weights
+// at a node leave the range of float, see is_reliable.
 template <int kNodeCount, Moment kMomentKind>
 struct SharedPeakRow {
   static constexpr int kNodes = kNodeCount;
   static constexpr Moment kMoment = kMomentKind;
   static constexpr int kMomentSums = kMoment == Moment::kNone ? 0 : 1;
-  static constexpr int kFields = 3 + kMomentSums + 2 * kNodes;
-  static constexpr int kPeak0 = 0;
-  static constexpr int kPeak1 = 1;
-  static constexpr int kMass = 2;                        // sum of e
-  static constexpr int kMomentSum = 3;                   // if there is one
-  static constexpr int kNodeMass = 3 + kMomentSums;      // sum of w = exp2((x0 - peak0) + alpha d)
-  static constexpr int kNodeDrift = kNodeMass + kNodes;  // sum of w d
+  static constexpr int kGreatestDeltas = kNodes == 1 ? 0 : 1;
+  static constexpr int kPeak = 0;
+  static constexpr int kMass = 1;                             // sum of e
+  static constexpr int kMomentSum = 2;                        // if there is one
+  static constexpr int kNodeMass = 2 + kMomentSums;           // sum of w = exp2(x0 - peak + alpha (x1 - x0))
+  static constexpr int kNodeDelta = kNodeMass + kNodes;       // sum of w (y1 - y0)
+  static constexpr int kGreatestDelta = kNodeDelta + kNodes;  // if there are several nodes
+  static constexpr int kFields = kGreatestDelta + kGreatestDeltas;
 
   float field[kFields];
 };
@@ -80,90 +83,69 @@ SWS_HD void clear_row(SharedPeakRow<kNodes, kMoment>& row) {
   using Row = SharedPeakRow<kNodes, kMoment>;
   SWS_UNROLL
   for (int i = 0; i < Row::kFields; ++i) row.field[i] = 0.0f;
-  row.field[Row::kPeak0] = kNoPeak;
-  row.field[Row::kPeak1] = kNoPeak;
+  row.field[Row::kPeak] = kNoPeak;
 }
 
-// Expresses the sums relative to other peaks, which are not lower.
+// Expresses the sums relative to another peak, which is not lower.
 template <int kNodes, Moment kMoment>
-SWS_HD void rebase(SharedPeakRow<kNodes, kMoment>& row, float peak0, float peak1, AlphaNodes nodes) {
+SWS_HD void rebase(SharedPeakRow<kNodes, kMoment>& row, float peak) {
   using Row = SharedPeakRow<kNodes, kMoment>;
-  const float fall = row.field[Row::kPeak0] - peak0;
-  const float shift = (row.field[Row::kPeak1] - peak1) - fall;
+  const float fall = row.field[Row::kPeak] - peak;
   const float factor = fast_exp2(fall);
-  const float mass = row.field[Row::kMass];
-  if constexpr (kMoment != Moment::kNone) {
-    const float change = kMoment == Moment::kLevel ? fall : shift;
-    row.field[Row::kMomentSum] = factor * (row.field[Row::kMomentSum] + mass * change);
-  }
-  row.field[Row::kMass] = factor * mass;
+  if constexpr (kMoment == Moment::kLevel) row.field[Row::kMomentSum] += row.field[Row::kMass] * fall;
   SWS_UNROLL
-  for (int i = 0; i < kNodes; ++i) {
-    const float node_factor = fast_exp2(fall + nodes.at(i) * shift);
-    const float node_mass = row.field[Row::kNodeMass + i];
-    row.field[Row::kNodeDrift + i] = node_factor * (row.field[Row::kNodeDrift + i] + node_mass * shift);
-    row.field[Row::kNodeMass + i] = node_factor * node_mass;
-  }
-  row.field[Row::kPeak0] = peak0;
-  row.field[Row::kPeak1] = peak1;
+  for (int i = Row::kMass; i < Row::kNodeDelta + kNodes; ++i) row.field[i] *= factor;
+  row.field[Row::kPeak] = peak;
 }
-
-// Limit of the exponent of the factor between two nodes, so that it stays finite. It discards no weight that matters: a
-// pair beyond it has d > 64 / stride >= 256 for alpha = 2 stride <= 1/2, hence x0 - peak0 < kPeakSlack - 256, and its
-// weight at alpha is below 2^-122.
-constexpr float kLargestStepLog2 = 64.0f;
 
 // Adds keys whose logits are scale * y0 and scale * y1, scale > 0.
 template <int kNodes, Moment kMoment, int kCount>
 SWS_HD void absorb(SharedPeakRow<kNodes, kMoment>& row, const float (&y0)[kCount], const float (&y1)[kCount],
                    float scale, AlphaNodes nodes) {
   using Row = SharedPeakRow<kNodes, kMoment>;
-  float greatest0 = y0[0];
-  float greatest1 = y1[0];
+  float greatest = y0[0];
   SWS_UNROLL
-  for (int i = 1; i < kCount; ++i) {
-    greatest0 = fmaxf(greatest0, y0[i]);
-    greatest1 = fmaxf(greatest1, y1[i]);
-  }
-  const bool rises = scale * greatest0 > row.field[Row::kPeak0] + kPeakSlack ||
-                     scale * greatest1 > row.field[Row::kPeak1] + kPeakSlack;
-  if (rises) {
-    rebase(row, fmaxf(row.field[Row::kPeak0], scale * greatest0), fmaxf(row.field[Row::kPeak1], scale * greatest1),
-           nodes);
-  }
-  const float peak0 = row.field[Row::kPeak0];
-  const float peak1 = row.field[Row::kPeak1];
+  for (int i = 1; i < kCount; ++i) greatest = fmaxf(greatest, y0[i]);
+  if (scale * greatest > row.field[Row::kPeak] + kPeakSlack) rebase(row, scale * greatest);
+  const float peak = row.field[Row::kPeak];
+  const float base = scale * nodes.base;
+  const float stride = scale * nodes.stride;
   SWS_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    const float level = scale * y0[i] - peak0;
-    const float d = (scale * y1[i] - peak1) - level;
+    const float level = scale * y0[i] - peak;
+    const float delta = y1[i] - y0[i];
     const float e = fast_exp2(level);
     row.field[Row::kMass] += e;
-    if constexpr (kMoment != Moment::kNone) row.field[Row::kMomentSum] += e * (kMoment == Moment::kLevel ? level : d);
-    float weight = fast_exp2(level + nodes.base * d);
+    if constexpr (kMoment != Moment::kNone) {
+      row.field[Row::kMomentSum] += e * (kMoment == Moment::kLevel ? level : delta);
+    }
+    float weight = fast_exp2(level + base * delta);
     row.field[Row::kNodeMass] += weight;
-    row.field[Row::kNodeDrift] += weight * d;
+    row.field[Row::kNodeDelta] += weight * delta;
     if constexpr (kNodes > 1) {
-      const float step = fast_exp2(fminf(nodes.stride * d, kLargestStepLog2));
+      row.field[Row::kGreatestDelta] = fmaxf(row.field[Row::kGreatestDelta], delta);
+      const float step = fast_exp2(stride * delta);
       SWS_UNROLL
       for (int n = 1; n < kNodes; ++n) {
         weight *= step;
         row.field[Row::kNodeMass + n] += weight;
-        row.field[Row::kNodeDrift + n] += weight * d;
+        row.field[Row::kNodeDelta + n] += weight * delta;
       }
     }
   }
 }
 
 template <int kNodes, Moment kMoment>
-SWS_HD void merge(SharedPeakRow<kNodes, kMoment>& row, SharedPeakRow<kNodes, kMoment> other, AlphaNodes nodes) {
+SWS_HD void merge(SharedPeakRow<kNodes, kMoment>& row, SharedPeakRow<kNodes, kMoment> other) {
   using Row = SharedPeakRow<kNodes, kMoment>;
-  const float peak0 = fmaxf(row.field[Row::kPeak0], other.field[Row::kPeak0]);
-  const float peak1 = fmaxf(row.field[Row::kPeak1], other.field[Row::kPeak1]);
-  rebase(row, peak0, peak1, nodes);
-  rebase(other, peak0, peak1, nodes);
+  const float peak = fmaxf(row.field[Row::kPeak], other.field[Row::kPeak]);
+  rebase(row, peak);
+  rebase(other, peak);
   SWS_UNROLL
-  for (int i = Row::kMass; i < Row::kFields; ++i) row.field[i] += other.field[i];
+  for (int i = Row::kMass; i < Row::kNodeDelta + kNodes; ++i) row.field[i] += other.field[i];
+  if constexpr (kNodes > 1) {
+    row.field[Row::kGreatestDelta] = fmaxf(row.field[Row::kGreatestDelta], other.field[Row::kGreatestDelta]);
+  }
 }
 
 // Entropy of the row at alpha = 0, in nats: log Z - E[x0].
@@ -174,41 +156,44 @@ SWS_HD float row_entropy(SharedPeakRow<kNodes, Moment::kLevel> const& row) {
   return kLn2 * (log2f(mass) - row.field[Row::kMomentSum] / mass);
 }
 
-// KL(softmax(x(alpha)) || softmax(x0)) in nats, alpha E_alpha[Delta] - log(Z_alpha / Z_0); the peaks cancel.
+// E_alpha[Delta] in nats.
 template <int kNodes, Moment kMoment>
-SWS_HD float row_kl(SharedPeakRow<kNodes, kMoment> const& row, int node, float alpha) {
+SWS_HD float row_node_drift(SharedPeakRow<kNodes, kMoment> const& row, int node, float scale) {
   using Row = SharedPeakRow<kNodes, kMoment>;
-  const float node_mass = row.field[Row::kNodeMass + node];
-  return kLn2 * (alpha * (row.field[Row::kNodeDrift + node] / node_mass) - log2f(node_mass / row.field[Row::kMass]));
+  return kLn2 * scale * (row.field[Row::kNodeDelta + node] / row.field[Row::kNodeMass + node]);
 }
 
-// E_alpha[Delta] in nats. Unlike KL it contains the difference of the peaks and so is less accurate if that is large.
+// KL(softmax(x(alpha)) || softmax(x0)) in nats, alpha E_alpha[Delta] - log(Z_alpha / Z_0); the peak cancels.
 template <int kNodes, Moment kMoment>
-SWS_HD float row_node_drift(SharedPeakRow<kNodes, kMoment> const& row, int node) {
+SWS_HD float row_kl(SharedPeakRow<kNodes, kMoment> const& row, int node, float alpha, float scale) {
   using Row = SharedPeakRow<kNodes, kMoment>;
-  const float peaks = row.field[Row::kPeak1] - row.field[Row::kPeak0];
-  return kLn2 * (row.field[Row::kNodeDrift + node] / row.field[Row::kNodeMass + node] + peaks);
+  const float node_mass = row.field[Row::kNodeMass + node];
+  return alpha * row_node_drift(row, node, scale) - kLn2 * log2f(node_mass / row.field[Row::kMass]);
 }
 
 // E_0[Delta] in nats.
 template <int kNodes>
-SWS_HD float row_drift(SharedPeakRow<kNodes, Moment::kDrift> const& row) {
-  using Row = SharedPeakRow<kNodes, Moment::kDrift>;
-  const float peaks = row.field[Row::kPeak1] - row.field[Row::kPeak0];
-  return kLn2 * (row.field[Row::kMomentSum] / row.field[Row::kMass] + peaks);
+SWS_HD float row_drift(SharedPeakRow<kNodes, Moment::kDelta> const& row, float scale) {
+  using Row = SharedPeakRow<kNodes, Moment::kDelta>;
+  return kLn2 * scale * (row.field[Row::kMomentSum] / row.field[Row::kMass]);
 }
 
-// False if a node may have lost weights that matter. A weight at the first node below 2^-126 becomes zero; its factor
-// to the last node may raise it to about 2^(-126 (1 - last) / (1 - first)). 2^14 keys lose less than 2^-32 of the sum
-// if the sum is 2^48 times that; the margin is for the sums of w d. With a single node the bound is 2^-78.
+// False if a node may have lost weights that matter, or if its sums overflowed. A weight at the first node below 2^-126
+// becomes zero; at the last node it would be larger by at most the factor exp2(span), span the distance of the nodes
+// times the greatest x1 - x0. 2^14 keys lose less than 2^-32 of a sum if the sum is 2^48 times that; the margin is for
+// the sums of w (y1 - y0). No comparison with a NaN is true.
 template <int kNodes, Moment kMoment>
-SWS_HD bool is_reliable(SharedPeakRow<kNodes, kMoment> const& row, AlphaNodes nodes) {
-  const float range = kNodes == 1 ? 1.0f : (1.0f - nodes.at(kNodes - 1)) / (1.0f - nodes.at(0));
-  const float least = fast_exp2(48.0f - 126.0f * range);
+SWS_HD bool is_reliable(SharedPeakRow<kNodes, kMoment> const& row, float scale, AlphaNodes nodes) {
+  using Row = SharedPeakRow<kNodes, kMoment>;
+  float span = 0.0f;
+  if constexpr (kNodes > 1) span = (nodes.at(kNodes - 1) - nodes.at(0)) * scale * row.field[Row::kGreatestDelta];
+  const float least = fast_exp2(span - 78.0f);
+  const float most = 0x1p100f;
   bool reliable = true;
   SWS_UNROLL
   for (int i = 0; i < kNodes; ++i) {
-    reliable = reliable && row.field[SharedPeakRow<kNodes, kMoment>::kNodeMass + i] >= least;
+    const float mass = row.field[Row::kNodeMass + i];
+    reliable = reliable && mass >= least && mass <= most;
   }
   return reliable;
 }
@@ -272,7 +257,7 @@ SWS_HD void absorb(OwnPeakRow<kNodes>& row, const float (&y0)[kCount], const flo
 }
 
 template <int kNodes>
-SWS_HD void merge(OwnPeakRow<kNodes>& row, OwnPeakRow<kNodes> other, AlphaNodes /*nodes*/) {
+SWS_HD void merge(OwnPeakRow<kNodes>& row, OwnPeakRow<kNodes> other) {
   using Row = OwnPeakRow<kNodes>;
   SWS_UNROLL
   for (int sum = 0; sum < Row::kSums; ++sum) {

@@ -93,8 +93,7 @@ SWS_KERNEL_BODY void absorb_scalar_logits(ScalarLogits& logits, float scale, int
 }
 
 template <typename Row, typename BlockType>
-SWS_KERNEL_BODY void merge_scalar_lanes(BlockType& block, AlphaNodes nodes,
-                                        PerThread<LaneRowSums<Row>, kScalarGuardThreads>& rows) {
+SWS_KERNEL_BODY void merge_scalar_lanes(BlockType& block, PerThread<LaneRowSums<Row>, kScalarGuardThreads>& rows) {
   for (int mask = 1; mask < kLanes; mask *= 2) {
     SWS_UNROLL
     for (int r = 0; r < kLaneRows; ++r) {
@@ -106,7 +105,7 @@ SWS_KERNEL_BODY void merge_scalar_lanes(BlockType& block, AlphaNodes nodes,
         block.shuffle_xor(values, mask);
         block.each_thread([&](int thread) { theirs[thread].field[f] = values[thread]; });
       }
-      block.each_thread([&](int thread) { merge(rows[thread].row[r], theirs[thread], nodes); });
+      block.each_thread([&](int thread) { merge(rows[thread].row[r], theirs[thread]); });
     }
   }
 }
@@ -141,7 +140,7 @@ SWS_KERNEL_BODY void measure_scalar_tile(BlockType& block, GuardProblem const& p
       absorb_scalar_logits(logits[thread], scale, thread, problem.tokens - first_key, nodes, rows[thread]);
     });
   }
-  merge_scalar_lanes(block, nodes, rows);
+  merge_scalar_lanes(block, rows);
 
   Shared<float> results = block.template shared<float>(0, Pass::kResults * kScalarRows);
   Shared<double> parts = block.template shared<double>(kScalarResultBytes, kRecordFields * kReductionParts);
@@ -150,7 +149,7 @@ SWS_KERNEL_BODY void measure_scalar_tile(BlockType& block, GuardProblem const& p
     SWS_UNROLL
     for (int r = 0; r < kLaneRows; ++r) {
       float result[Pass::kResults];
-      Pass::measure(rows[thread].row[r], nodes, result);
+      Pass::measure(rows[thread].row[r], scale, nodes, result);
       SWS_UNROLL
       for (int i = 0; i < Pass::kResults; ++i) {
         results.store(i * kScalarRows + thread / kLanes * kLaneRows + r, result[i], thread);

@@ -30,6 +30,9 @@ PROVIDERS: dict[ProviderName, Provider] = {
 
 _RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 
+# TF32, the default, would round the operands of float32 products (transports, statistics) to 10 bits.
+_CUDA_OPTIONS = {"use_tf32": "0"}
+
 
 def create_session(
     runtime: Any, contract: Contract, provider: ProviderName | None, options: Any
@@ -48,19 +51,19 @@ def create_session(
     """
     available = runtime.get_available_providers()
     chosen = provider or ("cuda" if PROVIDERS["cuda"].name in available else "cpu")
-    names: list[str] | None = [PROVIDERS[chosen].name]
+    providers: list[Any] | None = [PROVIDERS[chosen].name]
     if chosen == "tensorrt-rtx":
         _check_target(contract)
         options.add_provider_for_devices(_rtx_devices(runtime), {})
-        names = None
+        providers = None
     elif chosen not in ("cpu", *(name for name, found in PROVIDERS.items() if found.name in available)):
         raise EngineError(
             "ONNX Runtime has no CUDA provider here; install it with: pip install 'sws-export[gpu]', or load "
             "with provider='cpu'"
         )
     elif chosen == "cuda":
-        names = [PROVIDERS["cuda"].name, PROVIDERS["cpu"].name]
-    session = runtime.InferenceSession(contract.path, options, providers=names)
+        providers = [(PROVIDERS["cuda"].name, _CUDA_OPTIONS), PROVIDERS["cpu"].name]
+    session = runtime.InferenceSession(contract.path, options, providers=providers)
     if PROVIDERS[chosen].name in session.get_providers():
         return session, chosen
     if provider is None:

@@ -13,7 +13,7 @@ def launch_program() -> Path:
 
 
 @pytest.mark.parametrize(
-    "check", ["limit_is_set_once", "threads_do_not_race", "errors_are_cleared", "stages_follow_occupancy"]
+    "check", ["limit_is_set_once", "threads_do_not_race", "errors_are_cleared", "tiling_follows_occupancy"]
 )
 def test_launches(launch_program: Path, check: str) -> None:
     run([str(launch_program), check])

@@ -37,6 +37,7 @@ void run_guard_case(const Case& test) {
   problem.key_cap = test.real("key_cap");
   problem.bisection_steps = test.integer("bisection_steps");
   problem.format = format_of_name(test.text("format"));
+  run.row_warps = test.integer("row_warps");
   run.stages = test.integer("stages");
   run.reversed = test.integer("reversed") != 0;
   run.blocks = test.integer("blocks");

@@ -10,17 +10,19 @@ namespace {
 struct Launches : GuardRun {
   GuardWorkspace workspace;
   RoundTiles tiles;
-  bool tensor_cores;
+  GuardTiling tiling;
+
+  bool tensor_cores() const { return stages > 0; }
 };
 
 template <typename Element>
 void run_survey(const Launches& run) {
   const int batch = run.problem.batch;
   if constexpr (sizeof(Element) == 2) {
-    if (run.tensor_cores) {
-      const int bytes = tensor_core_guard_bytes(run.problem.head_size, run.stages);
+    if (run.tensor_cores()) {
+      const int bytes = tensor_core_guard_bytes(run.problem.head_size, run.tiling);
       run_grid<kGuardThreads>(run.tiles.fast, 1, batch, bytes, run.reversed, [&](auto& block) {
-        survey_tensor_core<Element>(block, run.problem, run.workspace, run.stages);
+        survey_tensor_core<Element>(block, run.problem, run.workspace, run.tiling);
       });
       return;
     }
@@ -33,10 +35,10 @@ template <typename Element>
 void run_middle(const Launches& run) {
   const int batch = run.problem.batch;
   if constexpr (sizeof(Element) == 2) {
-    if (run.tensor_cores) {
-      const int bytes = tensor_core_guard_bytes(run.problem.head_size, run.stages);
+    if (run.tensor_cores()) {
+      const int bytes = tensor_core_guard_bytes(run.problem.head_size, run.tiling);
       run_grid<kGuardThreads>(run.blocks, 1, batch, bytes, run.reversed, [&](auto& block) {
-        middle_tensor_core<Element>(block, run.problem, run.workspace, run.tiles, run.stages);
+        middle_tensor_core<Element>(block, run.problem, run.workspace, run.tiles, run.tiling);
       });
       return;
     }
@@ -56,10 +58,10 @@ void run_search(const Launches& run, int round) {
 template <typename Element>
 void run_candidate(const Launches& run) {
   if constexpr (sizeof(Element) == 2) {
-    if (run.tensor_cores) {
-      const int bytes = tensor_core_guard_bytes(run.problem.head_size, run.stages);
+    if (run.tensor_cores()) {
+      const int bytes = tensor_core_guard_bytes(run.problem.head_size, run.tiling);
       run_grid<kGuardThreads>(run.blocks, 1, run.problem.batch, bytes, run.reversed, [&](auto& block) {
-        candidate_tensor_core<Element>(block, run.problem, run.workspace, run.tiles, run.stages);
+        candidate_tensor_core<Element>(block, run.problem, run.workspace, run.tiles, run.tiling);
       });
       return;
     }
@@ -95,8 +97,8 @@ GuardWorkspace workspace_of(GuardRun const& run, void* workspace) {
 }
 
 void run_guard(GuardRun const& run, void* workspace) {
-  const bool tensor_cores = run.stages > 0;
-  const Launches launches{run, workspace_of(run, workspace), round_tiles(run.problem, tensor_cores), tensor_cores};
+  const GuardTiling tiling{run.row_warps, run.stages};
+  const Launches launches{run, workspace_of(run, workspace), round_tiles(run.problem, tiling), tiling};
   with_element(run.problem.format, [&](auto element) { run_all<decltype(element)>(launches); });
 }
 

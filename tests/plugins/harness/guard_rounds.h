@@ -7,6 +7,7 @@ namespace sws {
 
 struct GuardRun {
   GuardProblem problem;
+  int row_warps;       // warps with different rows
   int stages;          // 0: scalar kernels
   int blocks;          // grid size of the rounds in which a block processes several tiles
   bool reversed;       // order of the threads

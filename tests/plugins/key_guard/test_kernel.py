@@ -9,8 +9,14 @@ import torch
 from tests.plugins.cases import FORMATS, Harness, read_tensor
 from tests.plugins.key_guard.reference import GuardCase, amplitude_of, bisection_step, logits_of, value_mix
 
-# (name, stages): stages > 0 is the tensor-core path with that many shared-memory stages.
-PATHS = {"scalar": 0, "tensor core, one stage": 1, "tensor core, two stages": 2}
+# The kernels by name: (warps with different rows, shared-memory stages); without stages the scalar kernels.
+PATHS = {
+    "scalar": (4, 0),
+    "tensor core, one stage": (4, 1),
+    "tensor core, two stages": (4, 2),
+    "tensor core, shared rows": (2, 2),
+}
+TENSOR_CORE = PATHS["tensor core, two stages"]
 
 MIDDLE, CANDIDATE, SEARCH, DONE = range(4)  # SearchMode in plugins/key_guard/search.h
 
@@ -74,7 +80,7 @@ def run_guard(
     harness: Harness,
     case: GuardCase,
     *,
-    stages: int,
+    path: tuple[int, int],
     blocks: int = 3,
     disturbance: float = 0.0,
     reversed_threads: bool = False,
@@ -92,7 +98,8 @@ def run_guard(
             "scale": repr(case.scale),
             "key_cap": case.key_cap,
             "bisection_steps": case.bisection_steps,
-            "stages": stages,
+            "row_warps": path[0],
+            "stages": path[1],
             "blocks": blocks,
             "disturbance": disturbance,
             "reversed": int(reversed_threads),
@@ -135,7 +142,7 @@ def test_lands_on_the_step_of_the_literal_bisection(
 ) -> None:
     case = make_case(kappa=kappa, sharpness=sharpness)
 
-    result = run_guard(harness, case, stages=PATHS[path])
+    result = run_guard(harness, case, path=PATHS[path])
 
     check_against_literal(case, result)
 
@@ -147,6 +154,8 @@ def test_lands_on_the_step_of_the_literal_bisection(
         (2, 1, 8, "float16", "tensor core, two stages"),
         (64, 2, 160, "float16", "tensor core, one stage"),
         (129, 1, 64, "bfloat16", "tensor core, two stages"),
+        (97, 1, 8, "float16", "tensor core, shared rows"),
+        (130, 2, 80, "bfloat16", "tensor core, shared rows"),
         (200, 3, 80, "bfloat16", "tensor core, two stages"),
         (33, 2, 41, "float16", "scalar"),
         (70, 1, 5, "bfloat16", "scalar"),
@@ -160,7 +169,7 @@ def test_shapes_and_formats(
         tokens=tokens, heads=heads, head_size=head_size, dtype=FORMATS[name], kappa=5e-4, sharpness=2
     )
 
-    result = run_guard(harness, case, stages=PATHS[path])
+    result = run_guard(harness, case, path=PATHS[path])
 
     check_against_literal(case, result)
 
@@ -170,7 +179,7 @@ def test_a_sample_of_the_query_rows(harness: Harness, path: str) -> None:
     case = make_case(tokens=150, kappa=1e-3, sharpness=2)
     case.q = case.q[:, ::8]
 
-    result = run_guard(harness, case, stages=PATHS[path])
+    result = run_guard(harness, case, path=PATHS[path])
 
     check_against_literal(case, result)
 
@@ -182,7 +191,7 @@ def test_more_queries_than_keys(harness: Harness, path: str, tokens: int) -> Non
     case = make_case(tokens=150, kappa=1e-3, sharpness=2)
     case.k, case.kp = case.k[:, :tokens], case.kp[:, :tokens]
 
-    result = run_guard(harness, case, stages=PATHS[path])
+    result = run_guard(harness, case, path=PATHS[path])
 
     check_against_literal(case, result)
 
@@ -190,7 +199,7 @@ def test_more_queries_than_keys(harness: Harness, path: str, tokens: int) -> Non
 def test_a_wide_budget_needs_the_survey_alone(harness: Harness) -> None:
     case = make_case(kappa=1.0)
 
-    result = run_guard(harness, case, stages=2)
+    result = run_guard(harness, case, path=TENSOR_CORE)
 
     assert [result.rounds_measured(sample) for sample in range(2)] == [0, 0]
     assert [result.final_step(sample) for sample in range(2)] == [127, 127]
@@ -200,7 +209,7 @@ def test_a_wide_budget_needs_the_survey_alone(harness: Harness) -> None:
 def test_a_binding_budget_needs_the_middle_and_the_candidate_round(harness: Harness, path: str) -> None:
     case = make_case(kappa=1e-3, sharpness=2)
 
-    result = run_guard(harness, case, stages=PATHS[path])
+    result = run_guard(harness, case, path=PATHS[path])
 
     for sample in range(2):
         assert result.modes(sample)[:3] == [MIDDLE, CANDIDATE, DONE]
@@ -215,7 +224,7 @@ def test_a_wrong_polynomial_costs_rounds_but_not_the_answer(
 ) -> None:
     case = make_case(kappa=1e-3, sharpness=2)
 
-    result = run_guard(harness, case, stages=PATHS[path], disturbance=disturbance)
+    result = run_guard(harness, case, path=PATHS[path], disturbance=disturbance)
 
     assert max(result.rounds_measured(sample) for sample in range(2)) > 2
     check_against_literal(case, result)
@@ -237,7 +246,7 @@ def one_hot_case(dtype: torch.dtype, size: float) -> GuardCase:
 def test_one_hot_attention(harness: Harness, path: str, size: float, kappa: float) -> None:
     case = dataclasses.replace(one_hot_case(torch.float16, size), kappa=torch.tensor([kappa]))
 
-    result = run_guard(harness, case, stages=PATHS[path])
+    result = run_guard(harness, case, path=PATHS[path])
 
     check_against_literal(case, result)
 
@@ -249,7 +258,7 @@ def test_logits_beyond_the_survey_are_searched(harness: Harness, path: str, size
     case = one_hot_case(torch.float16, size)
     case = dataclasses.replace(case, amplitude=torch.tensor([1.0]), kappa=torch.tensor([5.0]))
 
-    result = run_guard(harness, case, stages=PATHS[path])
+    result = run_guard(harness, case, path=PATHS[path])
 
     assert result.modes(0)[0] == SEARCH
     check_against_literal(case, result)
@@ -261,7 +270,7 @@ def test_alphas_up_to_one(harness: Harness, path: str) -> None:
         key_cap=1.0, kappa=0.02, sharpness=2, amplitude=torch.tensor([1.0, 0.8]), bisection_steps=10
     )
 
-    result = run_guard(harness, case, stages=PATHS[path])
+    result = run_guard(harness, case, path=PATHS[path])
 
     check_against_literal(case, result)
 
@@ -270,13 +279,13 @@ def test_alphas_up_to_one(harness: Harness, path: str) -> None:
 def test_other_numbers_of_bisection_steps(harness: Harness, steps: int) -> None:
     case = make_case(batch=1, tokens=40, kappa=4e-4, sharpness=2, bisection_steps=steps)
 
-    check_against_literal(case, run_guard(harness, case, stages=2))
+    check_against_literal(case, run_guard(harness, case, path=TENSOR_CORE))
 
 
 def test_alpha_has_the_bits_of_the_float32_bisection(harness: Harness) -> None:
     case = make_case(batch=1, kappa=1e-3, sharpness=2)
 
-    result = run_guard(harness, case, stages=2)
+    result = run_guard(harness, case, path=TENSOR_CORE)
 
     # a_v = value_gain * a with a gain of 1/2 gives back a exactly, hence the very cap.
     low, high = torch.tensor(0.0), torch.tensor(0.3) * (2 * result.a_v[0])
@@ -294,7 +303,7 @@ def test_gates_and_zero_amplitude(harness: Harness) -> None:
     case.amplitude = torch.tensor([0.5, 0.0, 0.5])
     case.key_gate = torch.tensor([0.0, 1.0, 1.0])
 
-    result = run_guard(harness, case, stages=2)
+    result = run_guard(harness, case, path=TENSOR_CORE)
 
     assert result.alpha_k[:2].tolist() == [0, 0]
     assert result.a_v[1] == 0
@@ -305,7 +314,7 @@ def test_gates_and_zero_amplitude(harness: Harness) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_members_of_a_batch_do_not_meet(harness: Harness, path: str) -> None:
     case = make_case(batch=3, kappa=1e-3, sharpness=2)
-    together = run_guard(harness, case, stages=PATHS[path])
+    together = run_guard(harness, case, path=PATHS[path])
 
     def alone(sample: int) -> GuardCase:
         part: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor[sample : sample + 1]  # noqa: E731
@@ -317,7 +326,7 @@ def test_members_of_a_batch_do_not_meet(harness: Harness, path: str) -> None:
         return dataclasses.replace(case, **changed)
 
     for sample in range(3):
-        result = run_guard(harness, alone(sample), stages=PATHS[path])
+        result = run_guard(harness, alone(sample), path=PATHS[path])
         assert result.alpha_k[0] == together.alpha_k[sample]
         assert result.a_v[0] == together.a_v[sample]
 
@@ -326,8 +335,8 @@ def test_members_of_a_batch_do_not_meet(harness: Harness, path: str) -> None:
 def test_the_order_of_threads_and_the_grid_do_not_matter(harness: Harness, path: str) -> None:
     case = make_case(kappa=1e-3, sharpness=2)
 
-    once = run_guard(harness, case, stages=PATHS[path])
-    again = run_guard(harness, case, stages=PATHS[path], blocks=1, reversed_threads=True)
+    once = run_guard(harness, case, path=PATHS[path])
+    again = run_guard(harness, case, path=PATHS[path], blocks=1, reversed_threads=True)
 
     assert torch.equal(once.alpha_k, again.alpha_k)
     assert torch.equal(once.a_v, again.a_v)
@@ -338,7 +347,7 @@ def test_non_finite_keys_mix_nothing(harness: Harness, path: str) -> None:
     case = make_case(batch=2)
     case.k[1, 5, 3] = torch.inf
 
-    result = run_guard(harness, case, stages=PATHS[path])
+    result = run_guard(harness, case, path=PATHS[path])
 
     assert result.alpha_k[1] == 0
     assert result.a_v[1] == 0
@@ -349,6 +358,6 @@ def test_non_finite_keys_mix_nothing(harness: Harness, path: str) -> None:
 def test_sanitizers_find_nothing(sanitized_harness: Harness, path: str) -> None:
     case = make_case(tokens=70, kappa=1e-3, sharpness=2)
 
-    result = run_guard(sanitized_harness, case, stages=PATHS[path], disturbance=0.05)
+    result = run_guard(sanitized_harness, case, path=PATHS[path], disturbance=0.05)
 
     assert torch.isfinite(result.alpha_k).all()

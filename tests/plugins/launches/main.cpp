@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "common/device.h"
-#include "key_guard/stages.h"
+#include "key_guard/tiling.h"
 
 namespace {
 
@@ -93,41 +93,54 @@ void check_errors_are_cleared() {
   require(cudaGetLastError() == cudaSuccess, "the error of a query remains the last error");
 }
 
-int stages_of(Device device, int blocks_by_registers, int head_size) {
-  devices = {device};
-  register_blocks = blocks_by_registers;
-  attributes = {{{&kernels[3], 0}, device.block_limit}};
-  int stages = -1;
-  require(sws::choose_stages(&kernels[3], head_size, &stages) == cudaSuccess, "refused");
-  return stages;
+struct TilingCase {
+  const char* name;
+  Device device;
+  int blocks_by_registers;
+  int head_size;
+  int row_tiles;  // of 128 rows, times batch and heads
+  sws::GuardTiling expected;
+};
+
+void check_tiling(const TilingCase& test) {
+  devices = {test.device};
+  register_blocks = test.blocks_by_registers;
+  attributes = {{{&kernels[3], 0}, test.device.block_limit}};
+  sws::GuardProblem problem = {};
+  problem.batch = 2;
+  problem.heads = test.row_tiles / 2;
+  problem.query_tokens = 128;
+  problem.head_size = test.head_size;
+  constexpr int kProcessors = 100;
+  sws::GuardTiling found{-1, -1};
+  require(sws::choose_tiling(&kernels[3], problem, kProcessors, &found) == cudaSuccess, "refused");
+  auto text = [](sws::GuardTiling tiling) {
+    return std::to_string(tiling.row_warps) + " row warps, " + std::to_string(tiling.stages) + " stages";
+  };
+  require(found.stages == test.expected.stages && (found.stages == 0 || found.row_warps == test.expected.row_warps),
+          std::string(test.name) + ", head size " + std::to_string(test.head_size) + ": expected " +
+              text(test.expected) + ", found " + text(found));
 }
 
-void check_stages_follow_occupancy() {
-  struct Case {
-    const char* name;
-    Device device;
-    int blocks_by_registers;
-    int head_size;
-    int expected;
+void check_tiling_follows_occupancy() {
+  constexpr int kMany = 800;
+  const TilingCase cases[] = {
+      {"4 blocks either way", kHopper, 4, 64, kMany, {4, 2}},
+      {"3 blocks with two stages, 4 with one", kHopper, 4, 80, kMany, {4, 1}},
+      {"3 blocks either way, for registers", kHopper, 3, 80, kMany, {4, 2}},
+      {"1 block with two stages, 2 with one", kHopper, 4, 160, kMany, {4, 1}},
+      {"1 block either way", kHopper, 4, 256, kMany, {4, 2}},
+      {"1 block with two stages, 2 with one", kAda, 3, 64, kMany, {4, 1}},
+      {"1 block with one stage, two do not fit", kAda, 3, 160, kMany, {4, 1}},
+      {"not even one stage fits", kAda, 3, 256, kMany, {4, 0}},
+      {"2 blocks with two stages, 3 with one", kAmpere, 3, 64, kMany, {4, 1}},
+      {"3 blocks either way", kAmpere, 3, 40, kMany, {4, 2}},
+      {"3 of 4 blocks for each multiprocessor", kHopper, 4, 80, 240, {4, 2}},
+      {"one block for each multiprocessor", kHopper, 4, 80, 100, {2, 2}},
+      {"fewer blocks than multiprocessors", kHopper, 4, 160, 30, {2, 2}},
+      {"the smaller block has one stage", kAda, 3, 160, 30, {2, 1}},
   };
-  const Case cases[] = {
-      {"4 blocks either way", kHopper, 4, 64, 2},
-      {"3 blocks with two stages, 4 with one", kHopper, 4, 80, 1},
-      {"3 blocks either way, for registers", kHopper, 3, 80, 2},
-      {"1 block with two stages, 2 with one", kHopper, 4, 160, 1},
-      {"1 block either way", kHopper, 4, 256, 2},
-      {"1 block with two stages, 2 with one", kAda, 3, 64, 1},
-      {"1 block with one stage, two do not fit", kAda, 3, 160, 1},
-      {"not even one stage fits", kAda, 3, 256, 0},
-      {"2 blocks with two stages, 3 with one", kAmpere, 3, 64, 1},
-      {"3 blocks either way", kAmpere, 3, 40, 2},
-  };
-  for (const Case& test : cases) {
-    const int found = stages_of(test.device, test.blocks_by_registers, test.head_size);
-    require(found == test.expected, std::string(test.name) + ", head size " + std::to_string(test.head_size) +
-                                        ": expected " + std::to_string(test.expected) + " stages, found " +
-                                        std::to_string(found));
-  }
+  for (const TilingCase& test : cases) check_tiling(test);
 }
 
 }  // namespace
@@ -175,7 +188,7 @@ int main(int argc, char** argv) {
       {"limit_is_set_once", check_limit_is_set_once},
       {"threads_do_not_race", check_threads_do_not_race},
       {"errors_are_cleared", check_errors_are_cleared},
-      {"stages_follow_occupancy", check_stages_follow_occupancy},
+      {"tiling_follows_occupancy", check_tiling_follows_occupancy},
   };
   if (argc != 2 || checks.count(argv[1]) == 0) {
     std::fprintf(stderr, "usage: launches CHECK\n");

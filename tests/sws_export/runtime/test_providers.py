@@ -98,3 +98,19 @@ def test_options_that_contradict_each_other(sws_graph: Path) -> None:
         Session.load(sws_graph, provider="dml")
     with pytest.raises(OptionError, match="provider 'cuda' runs on device 'cuda', found device='cpu'"):
         Session.load(sws_graph, provider="cuda", device="cpu")
+
+
+def test_float32_products_on_a_gpu_are_not_rounded(contract: Contract) -> None:
+    """Without TF32."""
+    asked: list[Any] = []
+
+    class Runtime:
+        get_available_providers = staticmethod(lambda: ["CUDAExecutionProvider", CPU])
+
+        @staticmethod
+        def InferenceSession(*_: object, providers: list[Any]) -> Any:  # noqa: N802
+            asked.extend(providers)
+            return SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider", CPU])
+
+    create_session(Runtime, contract, "cuda", onnxruntime.SessionOptions())
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), CPU]

@@ -5,6 +5,7 @@
 #include "common/device.h"
 #include "guard_rounds.h"
 #include "key_guard/kernel.h"
+#include "key_guard/tensor_core.h"
 #include "transport_grid.h"
 
 namespace sws {
@@ -19,7 +20,7 @@ cudaError_t launch_banded_transport(TransportProblem const& problem, cudaStream_
 cudaError_t launch_key_guard(GuardProblem const& problem, void* workspace, cudaStream_t) {
   if (workspace == nullptr || !is_aligned(workspace)) return cudaErrorInvalidValue;
   const bool tensor_cores = problem.format != NumberFormat::kFloat32 && problem.head_size % 8 == 0;
-  run_guard(GuardRun{problem, tensor_cores ? 2 : 0, 3, false, 0.0}, workspace);
+  run_guard(GuardRun{problem, kGuardWarps, tensor_cores ? 2 : 0, 3, false, 0.0}, workspace);
   return cudaSuccess;
 }
 
