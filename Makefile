@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
-# Test processes. A file of tests stays in one process, so that its fixtures are made once.
+# Test processes. A file of tests stays in one process, so that its fixtures are made once. Files run in the order
+# of their paths, which has the long ones (tests/acceptance) first and many short ones at the end.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo quick test slow lint clean
 

@@ -11,8 +11,9 @@ from sws_export.checkpoint.families import FAMILIES
 from sws_export.progress import SilentProgress
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "ldm"])
-@pytest.mark.parametrize("family", ["tiny", "tiny-sd", "sdxl-lcm"])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("tiny", "diffusers"), ("tiny-sd", "ldm"), ("sdxl-lcm", "ldm")]
+)
 def test_twins_are_complete_and_reproducible(family: str, layout: str, tmp_path: Path) -> None:
     config = family_config(family, twin=True)
     first = write_checkpoint(tmp_path / "a" / "x.safetensors", config, layout)

@@ -18,7 +18,7 @@ from sws_export import ExportOptions, SwsOptions, export
 from sws_export.adapters.diffusers import SWSUNet
 from tests import export_runs
 from tests.conftest import ShapesOnnx
-from tests.export_runs import error_line, run_command
+from tests.export_runs import error_line
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
@@ -35,15 +35,17 @@ def shapes_sws(tmp_path_factory: pytest.TempPathFactory, shapes_onnx: ShapesOnnx
     )
 
 
-def test_it_draws_and_measures(shapes_sws: Path, tmp_path: Path) -> None:
+def test_it_draws_and_measures(
+    shapes_sws: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "pictures.png"
-    arguments = ["--steps", 4, "--guidance", 3, "--prompt", "red circle center", "--seed", 2, "--seed", 3]
+    command = ["sample", str(shapes_sws), str(plain.HERE), "--trust-code", "--out", str(out), "--json"]
+    command += ["--steps", "4", "--guidance", "3", "--prompt", "red circle center"]
+    command += ["--seed", "2", "--seed", "3"]
     # The folder's code runs from any place.
-    done = run_command(
-        *("sample", shapes_sws, plain.HERE, "--trust-code", "--out", out, "--json", *arguments), cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    effects = json.loads(done.stdout)["effects"]
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 0
+    effects = json.loads(capsys.readouterr().out)["effects"]
     assert [effect["intensity"] for effect in effects] == [0.0, 0.5, 1.0]
     difference = [effect["difference"] for effect in effects]
     assert 0 == difference[0] < difference[1] < difference[2]
