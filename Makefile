@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
+CHROMIUM ?= chromium
 # Test processes. A file of tests stays in one process, so that its fixtures are made once. Files run in the order
 # of their paths, which has the long ones (tests/acceptance) first and many short ones at the end.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo quick test slow lint clean
+.PHONY: demo quick test slow lint images clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(OUT)
@@ -18,6 +19,17 @@ demo: $(VENV)/.installed
 		--prompt "red circle center" --prompt "blue cross top and white square bottom" \
 		--prompt "green triangle left and yellow circle right" --prompt "" \
 		--seed 2 --seed 3 --steps 16 --guidance 3
+
+# The images of README.md, from the example.
+images: $(VENV)/.installed
+	mkdir -p $(OUT)
+	$(BIN)/sws-export examples/shapes --out $(OUT)/shapes.onnx --debug-outputs
+	$(BIN)/sws-export sample $(OUT)/shapes.onnx examples/shapes --trust-code --out docs/images/samples.png \
+		--prompt "red circle center" --prompt "green triangle left and yellow circle right" \
+		--prompt "blue cross top and white square bottom" --seed 2 --steps 20
+	$(BIN)/sws-export report $(OUT)/shapes.onnx --out $(OUT)/report.html
+	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=960,1032 \
+		--screenshot=docs/images/report.png $(OUT)/report.html
 
 # Lint, types and the tests of the graph passes: at most a minute.
 quick: lint

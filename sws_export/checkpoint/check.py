@@ -55,7 +55,7 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: diffusers rejects the configuration.
     """
-    # Outside of the context: torch 2.5 and 2.6 cannot import diffusers while another device is the default.
+    # Outside of the context: torch 2.4 to 2.6 cannot import diffusers while another device is the default.
     import torch
 
     from sws_export.checkpoint.unet_module import build_unet

@@ -54,6 +54,7 @@ class ExportReport:
         return describe_gpu_memory(self.engine.gpu_memory, self.preflight.profiles)
 
 
+@rare_garbage_collection()
 def export(
     model: Path | str,
     out: Path | str,
@@ -75,13 +76,9 @@ def export(
     Raises:
         SwsExportError: The model, the options or the machine do not allow the export; no file is left behind.
     """
-    with rare_garbage_collection():
-        return _export(
-            Path(model), Path(out), options or ExportOptions(), RunLog(progress or SilentProgress())
-        )
+    model, out, options = Path(model), Path(out), options or ExportOptions()
+    log = RunLog(progress or SilentProgress())
 
-
-def _export(model: Path, out: Path, options: ExportOptions, log: RunLog) -> ExportReport:
     # 1. Open: read headers, refuse what cannot be exported or written.
     options.sws.guard_options()
     _check_destination(model, out, options)
