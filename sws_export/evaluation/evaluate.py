@@ -1,5 +1,6 @@
 """Draw pairs, measure them, and write the results."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sws_export.calibration.pipeline_class import pipeline_class
 from sws_export.errors import OptionError, OutputError
 from sws_export.evaluation.adherence import Scorer, check_clip, clip_scorer, pipeline_checker
 from sws_export.evaluation.measure import METRICS, PairMetrics, Summary, measure_pair, summarize
@@ -62,14 +64,37 @@ def evaluate(
         raise OptionError(f"{artefact} was exported without SWS: there is nothing to evaluate")
     if options.clip is not None:
         check_clip(options.clip)
-    checker = pipeline_checker(pipeline, trust_code=options.trust_code)
+    pipeline_class(pipeline, trust_code=options.trust_code)
+    store = PairStore(out / PAIRS, basis_of(contract, pipeline, options))
     with output_errors(out):
         out.mkdir(exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise OutputError(f"cannot write {out}: no permission; choose another --out")
-    store = PairStore(out / PAIRS, basis_of(contract, pipeline, options))
-    _draw_missing(artefact, pipeline, store, options, progress)
-    gc.collect()
+    try:
+        if not os.access(out, os.W_OK):
+            raise OutputError(f"cannot write {out}: no permission; choose another --out")
+        _draw_missing(artefact, pipeline, store, options, progress)
+        gc.collect()
+        return _evaluated(contract, pipeline, out, store, options, progress)
+    except KeyboardInterrupt:
+        finished = sum(map(store.has, options.pairs))
+        raise KeyboardInterrupt(
+            f"interrupted; {finished} of {len(options.pairs)} pairs are finished: the same command continues"
+        ) from None
+    finally:
+        # Nothing is left of a run that drew nothing.
+        with contextlib.suppress(OSError):
+            out.rmdir()
+
+
+def _evaluated(
+    contract: Contract,
+    pipeline: Path,
+    out: Path,
+    store: PairStore,
+    options: EvaluationOptions,
+    progress: Progress,
+) -> tuple[dict[str, Any], Summary]:
+    """Measure the pairs, which are all drawn, and write document and page."""
+    checker = pipeline_checker(pipeline, trust_code=options.trust_code)
     scorers: dict[str, Scorer] = {} if checker is None else {"check": checker}
     if options.clip is not None:
         scorers["clip_score"] = clip_scorer(options.clip)
@@ -114,12 +139,7 @@ def _draw_missing(
         stage.advance(finished * pictures)
         for pair in missing:
             start = time.monotonic()
-            try:
-                store.save(pair, draw_pair(pipe, unet, pair, options, stage))
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(
-                    f"interrupted; {finished} of {len(pairs)} pairs are finished: the same command continues"
-                ) from None
+            store.save(pair, draw_pair(pipe, unet, pair, options, stage))
             finished += 1
             seconds = time.monotonic() - start
             progress.log(f"pair {finished} of {len(pairs)}, {seconds:.1f} s: {pair.prompt}, seed {pair.seed}")

@@ -116,6 +116,10 @@ class PairStore:
                 return found
         return None
 
+    def has(self, pair: Pair) -> bool:
+        """Whether a file with the pictures of a pair exists."""
+        return self._path(pair).is_file()
+
     def save(self, pair: Pair, pictures: PairPictures) -> None:
         """Write the pictures of a pair.
 

@@ -269,3 +269,6 @@ def test_what_cannot_be_evaluated(
     monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: Pipeline())
     with pytest.raises(OptionError, match="Pipeline has no argument latents"):
         refused(sws_graph, pipeline, tmp_path / "results", options)
+    with pytest.raises(CheckpointError, match=r"is not a diffusers pipeline: model_index\.json is missing"):
+        refused(sws_graph, traced.parent, tmp_path / "results", options)
+    assert not (tmp_path / "results").exists()
