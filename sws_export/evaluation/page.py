@@ -238,7 +238,7 @@ def _range(ends: Sequence[float]) -> tuple[float, float]:
 def _text(level: float, span: float) -> str:
     """`level` with the decimals that tell the levels of an axis apart."""
     decimals = max(0, math.ceil(-math.log10(span)) + 1)
-    return f"{level:.{decimals}f}" if decimals < 6 else f"{level:.1e}"
+    return f"{level:.{decimals}f}" if decimals <= 6 else f"{level:.1e}"
 
 
 def _place(value: float, bottom: float, top: float) -> float:
