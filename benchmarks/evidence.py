@@ -68,6 +68,8 @@ VARIANTS = (
     Variant("no late anneal (u_stop=1)", parameters(u_stop=1.0)),
     Variant("keys only (value_cap=0)", parameters(value_cap=0.0)),
     Variant("values only (key_cap=0)", parameters(key_cap=0.0)),
+    Variant("query temperature only (key_cap=0, value_cap=0)", parameters(key_cap=0.0, value_cap=0.0)),
+    Variant("no query temperature (theta=0)", parameters(theta=0.0)),
     Variant("cross-attention", SwsOptions(sites=("*.attn2",))),
     Variant("comfyui-node", SwsOptions(preset="comfyui-node")),
 )
@@ -125,7 +127,7 @@ def run_example(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     checker = pipeline_checker(folder, trust_code=True)
     assert checker is not None
     plain = pictures_of(PLAIN, folder, prompts, arguments)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {"plain": {}}
     for variant in VARIANTS:
         found = pictures_of(variant, folder, prompts, arguments)
         # Each pair as the two intensities of an evaluation: plain, and this variant.
@@ -144,7 +146,7 @@ def run_example(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             )
             figure = (summary.changes or summary.values)[1]
             rows[variant.name][name] = dataclasses.asdict(figure)
-            rows.setdefault("plain", {})[name] = dataclasses.asdict(summary.values[0])
+            rows["plain"][name] = dataclasses.asdict(summary.values[0])
     settings = {name: getattr(arguments, name) for name in ("pairs", "frames", "steps", "guidance")}
     return settings | {"variants": rows}
 
@@ -270,7 +272,7 @@ def draw_figure(report: dict[str, Any], file: Path) -> None:
     pyplot = importlib.import_module("matplotlib.pyplot")
     metrics = ("laplacian_variance", "gradient_energy", "step_change", "flicker")
     names = [variant.name for variant in VARIANTS]
-    plot, axes = pyplot.subplots(1, len(metrics), figsize=(12, 4.2), sharey=True)
+    plot, axes = pyplot.subplots(1, len(metrics), figsize=(12.5, 4.6), sharey=True)
     colours = ("#4a1840", "#c95c3e")
     for axis, metric in zip(axes, metrics, strict=True):
         for offset, (colour, (example, results)) in enumerate(
