@@ -130,11 +130,15 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for form, path in paths.items():
         row: dict[str, Any] = {} if arguments.no_build else build(path)
-        row["modelled"] = {
-            gpu_name: added_time(works["plain"], works[form], gpu) / gpu.steps[name]
-            for gpu_name, gpu in GPUS.items()
-            if name in gpu.steps
-        }
+        for key, kinds in (("modelled", ""), ("modelled_attention", "Attention")):
+            plain, sws = (
+                [work for work in works[which] if work.kind.startswith(kinds)] for which in ("plain", form)
+            )
+            row[key] = {
+                gpu_name: added_time(plain, sws, gpu) / gpu.steps[name]
+                for gpu_name, gpu in GPUS.items()
+                if name in gpu.steps
+            }
         if form != "plain":
             row["added"] = added_work(works["plain"], works[form])[:_ROWS]
         rows[form] = row
@@ -145,8 +149,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| model, batch 2 | form | layers | build | plan | activations | modelled step |",
-        "|" + "---|" * 7,
+        "| model, batch 2 | form | layers | build | plan | activations | modelled step | attention alone |",
+        "|" + "---|" * 8,
     ]
     for name, rows in results.items():
         plain = rows["plain"]
@@ -162,8 +166,11 @@ def table(results: dict[str, Any]) -> str:
                 )
                 if key in row
             ]
-            modelled = ", ".join(f"{1 + share:.2f} × {gpu}" for gpu, share in row["modelled"].items())
-            lines.append(f"| {MODELS[name].title} | {form} | {' | '.join(cells)} | {modelled} |")
+            cells += [
+                ", ".join(f"{1 + share:.2f} × {gpu}" for gpu, share in row[key].items())
+                for key in ("modelled", "modelled_attention")
+            ]
+            lines.append(f"| {MODELS[name].title} | {form} | {' | '.join(cells)} |")
     lines += [
         "",
         "| added by SWS, modelled | layers | GFLOP | MB | " + " | ".join(GPUS) + " |",

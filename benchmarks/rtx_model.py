@@ -2,7 +2,9 @@
 
 The layers are those of TensorRT for RTX after parsing, with the shapes that the parser infers, so no figure
 of a layer is put in by hand. Not a measurement: launch overhead and caches are ignored, and a layer takes the
-longer of its arithmetic and its traffic at the rates given for the GPU.
+longer of its arithmetic and its traffic at the rates given for the GPU. Elementwise operations, reductions
+and concatenations have the traffic of one kernel: they read what other layers wrote, and write what others
+read.
 """
 
 import collections
@@ -11,6 +13,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ GPUS = {
 }
 
 _FUSED = {"ELEMENTWISE", "UNARY", "CAST", "ACTIVATION", "SELECT", "REDUCE", "SHUFFLE", "UNSQUEEZE", "SQUEEZE"}
-_FUSED |= {"IDENTITY", "CONSTANT"}
+_FUSED |= {"IDENTITY", "CONSTANT", "CONCATENATION"}
 """Layers that are computed where their operands are read, as one kernel with their neighbours."""
 
 
@@ -79,19 +83,28 @@ def network_work(path: Path) -> list[Work]:
 
 
 def _works(trt: Any, layers: list[Any], outputs: set[str]) -> Iterable[Work]:
-    producers: dict[str, str] = {}
+    producers: dict[str, Any] = {}
     unfused_uses: collections.Counter[str] = collections.Counter()
+    same: dict[str, Any] = {}
     for layer in layers:
         kind = _kind(layer)
+        if _multiplies_by_one(trt, layer, kind, producers):
+            # The parser scales the operands of each attention. The builder removes factors of 1: it reports
+            # the same activations without these layers.
+            same[layer.get_output(0).name] = layer.get_input(0)
+            continue
         for tensor in _outputs(layer):
-            producers[tensor.name] = kind
+            producers[tensor.name] = layer
         if kind not in _FUSED:
-            unfused_uses.update({tensor.name for tensor in _inputs(layer)})
+            unfused_uses.update({same.get(tensor.name, tensor).name for tensor in _inputs(layer)})
+    kinds = {name: _kind(layer) for name, layer in producers.items()}
     for layer in layers:
         kind = _kind(layer)
+        if layer.num_outputs and layer.get_output(0).name in same:
+            continue
         if kind in _FUSED:
             # A chain of fused layers reads what others wrote, and writes what others read.
-            read = [x for x in _inputs(layer) if producers.get(x.name) not in _FUSED]
+            read = [x for x in _inputs(layer) if kinds.get(x.name) not in _FUSED]
             written = [x for x in _outputs(layer) if unfused_uses[x.name] or x.name in outputs]
             if kind == "CONSTANT":
                 read, written = [], []
@@ -100,6 +113,21 @@ def _works(trt: Any, layers: list[Any], outputs: set[str]) -> Iterable[Work]:
             continue
         else:
             yield _work(trt, layer, kind)
+
+
+def _multiplies_by_one(trt: Any, layer: Any, kind: str, producers: dict[str, Any]) -> bool:
+    """Whether a layer multiplies its first input by a constant 1, which may be cast."""
+    if kind != "ELEMENTWISE" or layer.num_inputs != 2:
+        return False
+    factor = producers.get(layer.get_input(1).name)
+    if factor is not None and _kind(factor) == "CAST":
+        factor = producers.get(factor.get_input(0).name)
+    if factor is None or _kind(factor) != "CONSTANT":
+        return False
+    factor.__class__ = trt.IConstantLayer
+    layer.__class__ = trt.IElementWiseLayer
+    weights = np.asarray(factor.weights)
+    return bool(layer.op == trt.ElementWiseOperation.PROD and weights.size == 1 and weights.item() == 1)
 
 
 def _work(trt: Any, layer: Any, kind: str) -> Work:
@@ -112,6 +140,10 @@ def _work(trt: Any, layer: Any, kind: str) -> Work:
         # Its output is as large as its queries.
         traffic = _bytes(trt, [*inputs[:3], inputs[0]])
         return Work(f"Attention {_text(q)} over {k[2]} keys", "attention", operations, traffic)
+    if kind in ("SLICE", "GATHER"):
+        # They read what they write, and no more than there is.
+        read = min(_bytes(trt, inputs[:1]), _bytes(trt, outputs))
+        return Work(kind.lower(), "float32", 0.0, read + _bytes(trt, outputs))
     if kind in ("MATRIX_MULTIPLY", "EINSUM"):
         a, b, y = (math.prod(x.shape) for x in (inputs[0], inputs[1], outputs[0]))
         batches = math.prod(outputs[0].shape[:-2]) if len(outputs[0].shape) > 2 else 1

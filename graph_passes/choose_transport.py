@@ -20,10 +20,11 @@ class ChooseTransport(InPlacePass):
     `sws.Attention` must be inlined before. A grid with dynamic shapes keeps `sws.BandedTransport`.
     """
 
-    def __init__(self, dense_tokens: int = DENSE_TOKENS) -> None:
-        """Use the dense product on grids of up to `dense_tokens` tokens."""
+    def __init__(self, dense_tokens: int = DENSE_TOKENS, *, joined: bool = True) -> None:
+        """Use the dense product on grids of up to `dense_tokens` tokens; `joined` as for the function."""
         super().__init__()
         self.dense_tokens = dense_tokens
+        self.joined = joined
 
     def call(self, model: ir.Model) -> PassResult:
         """Replace the calls."""
@@ -31,7 +32,7 @@ class ChooseTransport(InPlacePass):
         if not calls:
             return PassResult(model, modified=False)
         dtype = activation_dtype(model)
-        function = build_dense_transport(dtype)
+        function = build_dense_transport(dtype, joined=self.joined)
         add_function(model, function)
         for node in calls:
             dense = ir.node(

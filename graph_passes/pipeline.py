@@ -11,6 +11,8 @@ from graph_passes.clean_graph import CleanGraph
 from graph_passes.decompose_metrics_attention import DecomposeMetricsAttention
 from graph_passes.fold_constants import FoldConstants
 from graph_passes.lower_functions import LowerFunctions
+from graph_passes.match_ranks import MatchRanks
+from graph_passes.mix_before_projections import MixBeforeProjections
 from graph_passes.set_static_shapes import SetStaticShapes
 from graph_passes.sink_into_branches import SinkIntoBranches
 from graph_passes.slices_to_splits import SlicesToSplits
@@ -48,15 +50,16 @@ def sws_passes(
             if target.plugin_operators
             else [
                 ChooseGuard({**(largest or {}), **sizes}),
+                MixBeforeProjections(),
                 LowerFunctions({"BandedTransport"}),
-                ChooseTransport(),
+                ChooseTransport(joined=not target.float16_attention),
             ]
         ),
         LowerFunctions(target.plugin_operators),
         FoldConstants(),
         CleanGraph(),
         *([SinkIntoBranches()] if target.branches else []),
-        *([SlicesToSplits()] if target.costly_slices else []),
+        *([SlicesToSplits(), MatchRanks()] if target.costly_shapes else []),
     )
 
 

@@ -20,7 +20,8 @@ class Target:
             uses in a float16 or bfloat16 model.
         float32_attention: The runtime has float32 attention that stores no logits. Without, the guard of a
             float32 model and the site metrics use products and a softmax.
-        costly_slices: The parser makes many layers of a Slice; Split is used where all sizes are known.
+        costly_shapes: The parser adds layers for the bounds of a Slice and for operands of lower rank. Split
+            and constants of full rank are used where all sizes are known.
         split_heads: The heads of a site's own attention are split by Reshape and Transpose nodes. ONNX
             Runtime takes longer to split them itself; TensorRT builds faster if it does.
         query_chunks: Attentions of many tokens are computed on one chunk of the query rows after another.
@@ -31,7 +32,7 @@ class Target:
     branches: bool = False
     float16_attention: bool = False
     float32_attention: bool = True
-    costly_slices: bool = False
+    costly_shapes: bool = False
     split_heads: bool = False
     query_chunks: bool = False
     plugin_operators: frozenset[str] = frozenset()
@@ -42,8 +43,8 @@ TARGETS: Mapping[str, Target] = {
     for target in (
         Target("onnxruntime", branches=True, split_heads=True, query_chunks=True),
         Target("onnxruntime-cuda", float16_attention=True),
-        Target("tensorrt-rtx", float16_attention=True, float32_attention=False, costly_slices=True),
-        Target("tensorrt", float16_attention=True, costly_slices=True, plugin_operators=PLUGIN_OPERATORS),
+        Target("tensorrt-rtx", float16_attention=True, float32_attention=False, costly_shapes=True),
+        Target("tensorrt", float16_attention=True, costly_shapes=True, plugin_operators=PLUGIN_OPERATORS),
     )
 }
 """All targets by name."""

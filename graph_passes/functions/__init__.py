@@ -23,6 +23,7 @@ from graph_passes.functions.comfyui_node_transport import (
 )
 from graph_passes.functions.dense_transport import build_dense_transport
 from graph_passes.functions.key_guard import build_key_guard
+from graph_passes.functions.projected_attention import build_projected_attention
 from graph_passes.functions.schedule import build_schedule
 from graph_passes.functions.site_metrics import build_site_metrics
 from graph_passes.functions.transport import build_transport
@@ -85,13 +86,16 @@ def _sws_functions(
     ]
     if cross_attention:
         functions += [
-            build_dense_transport(dtype),
+            build_dense_transport(dtype, joined=not target.float16_attention),
             build_attention(parameters, dtype, target, guard, site_metrics=site_metrics, cross=True),
         ]
     if site_metrics:
         functions.append(build_site_metrics(dtype))
     if guard.form == "fused" and target.float16_attention and dtype != ir.DataType.FLOAT:
         functions.append(build_key_guard(parameters, dtype, target, guard.form, overload=STORED_LOGITS))
+        # A bfloat16 model rounds keys too coarsely for the guard to ignore whether they or their input moved.
+        if dtype == ir.DataType.FLOAT16 and not target.plugin_operators and not site_metrics:
+            functions.append(build_projected_attention(parameters, guard))
     return tuple(functions)
 
 

@@ -10,27 +10,19 @@ from graph_passes.parameters import STATE_RADIUS, diamond_offsets
 
 FLOAT = ir.DataType.FLOAT
 TILE = 8
+"""Rows and columns of a tile on the CPU."""
 _WINDOW = 2 * STATE_RADIUS + 1
-_HALO = TILE + 2 * STATE_RADIUS
 
 
 def build_banded_transport(dtype: ir.DataType) -> ir.Function:
     """`BandedTransport(transport [B, 145, H, W] float32, k, v [B, T, C]) -> k_perm, v_perm`, as k and v.
 
-    The tokens of an 8 x 8 tile are sums over the 24 x 24 tokens around it: one product [64, 576] x [576, C]
-    for each tile, a seventh of the work of the dense product at 64 x 64 tokens. The indices that gather
-    tokens into tiles and back depend on the grid only, so all sites of a grid share them and the tile
-    matrices. One product transports keys and values. Entries of `transport` for targets outside the grid
-    must be 0.
+    One product transports keys and values. Entries of `transport` for targets outside the grid must be 0.
     """
 
     def body(op: Op, transport: Any, k: Any, v: Any) -> Any:
-        grid = _Grid(op, transport)
-        matrices = _tile_matrices(op, cast(op, transport, dtype, FLOAT), grid)
-        both = op.Concat(k, v, axis=2)
-        tiles = op.MatMul(matrices, op.Gather(both, grid.tokens_around_tiles(), axis=1))
-        flat = op.Reshape(tiles, op.Concat([0, -1], op.Shape(both, start=2, end=3), axis=0))
-        moved = op.Gather(flat, grid.places_in_tiles(), axis=1)
+        tiles = Tiles(op, transport, dtype, TILE)
+        moved = tiles.transported(op.Concat(k, v, axis=2))
         return op.Split(moved, num_outputs=2, axis=2, _outputs=2)
 
     # Constants of the body; the plugin that replaces it reads them.
@@ -39,31 +31,64 @@ def build_banded_transport(dtype: ir.DataType) -> ir.Function:
     return define_function("BandedTransport", body, inputs, ["k_perm", "v_perm"], attributes)
 
 
+class Tiles:
+    """A transport as one matrix for each tile of the grid.
+
+    The tokens of a tile of 8 x 8 are sums over the 24 x 24 tokens around it: one product [64, 576] x [576, C]
+    for each tile, a seventh of the work of the dense product at 64 x 64 tokens. Tiles of 16 x 16 are 1.8
+    times the work, and gather each token 4 times instead of 9. The indices that gather tokens into tiles and
+    back depend on the grid only, so all sites of a grid share them and the matrices.
+    """
+
+    def __init__(self, op: Op, transport: Any, dtype: ir.DataType, tile: int) -> None:
+        """Append the matrices.
+
+        Args:
+            op: Builder.
+            transport: [B, 145, H, W] float32; entries for targets outside the grid must be 0.
+            dtype: Of the tokens.
+            tile: Rows and columns of a tile.
+        """
+        self._op = op
+        self._grid = _Grid(op, transport, tile)
+        self._matrices = _tile_matrices(op, cast(op, transport, dtype, FLOAT), self._grid)
+
+    def transported(self, x: Any, indices: ir.DataType = ir.DataType.INT64) -> Any:
+        """The transported tokens of `x` [B, T, C]. TensorRT casts `indices` that are not int32."""
+        op = self._op
+        around = cast(op, self._grid.tokens_around_tiles(), indices, ir.DataType.INT64)
+        tiles = op.MatMul(self._matrices, op.Gather(x, around, axis=1))
+        flat = op.Reshape(tiles, op.Concat([0, -1], op.Shape(x, start=2, end=3), axis=0))
+        return op.Gather(flat, cast(op, self._grid.places_in_tiles(), indices, ir.DataType.INT64), axis=1)
+
+
 class _Grid:
     """A grid of H x W tokens, covered by tiles; the last row and column of tiles may exceed it."""
 
-    def __init__(self, op: Op, transport: Any) -> None:
+    def __init__(self, op: Op, transport: Any, tile: int) -> None:
         self.op = op
+        self.tile = tile
+        self.halo = tile + 2 * STATE_RADIUS
         self.sides = [op.Shape(transport, start=axis, end=axis + 1) for axis in (2, 3)]
-        self.tile_sides = [op.Div(op.Add(side, [TILE - 1]), [TILE]) for side in self.sides]
+        self.tile_sides = [op.Div(op.Add(side, [tile - 1]), [tile]) for side in self.sides]
         self.size = op.Concat(*self.sides, axis=0)
         self.tiles = op.Concat(*self.tile_sides, axis=0)
-        self.covered = op.Mul(self.tiles, [TILE])
+        self.covered = op.Mul(self.tiles, [tile])
 
     def tokens_around_tiles(self) -> Any:
-        """[tiles, 576] int64: the tokens of each tile and its halo, clamped to the grid."""
+        """[tiles, halo^2] int64: the tokens of each tile and its halo, clamped to the grid."""
         op = self.op
         rows, columns = (
             self._around(side, tiles) for side, tiles in zip(self.sides, self.tile_sides, strict=True)
         )
         starts = op.Unsqueeze(op.Mul(rows, self.sides[1]), [1, 3])
-        return op.Reshape(op.Add(starts, op.Unsqueeze(columns, [0, 2])), [-1, _HALO * _HALO])
+        return op.Reshape(op.Add(starts, op.Unsqueeze(columns, [0, 2])), [-1, self.halo * self.halo])
 
     def _around(self, side: Any, tiles: Any) -> Any:
-        """[tiles, 24] int64: the rows, or the columns, of each tile and its halo."""
+        """[tiles, halo] int64: the rows, or the columns, of each tile and its halo."""
         op = self.op
-        first = op.Unsqueeze(op.Mul(_count(op, tiles), TILE), [1])
-        reach = np.arange(_HALO, dtype=np.int64) - STATE_RADIUS
+        first = op.Unsqueeze(op.Mul(_count(op, tiles), self.tile), [1])
+        reach = np.arange(self.halo, dtype=np.int64) - STATE_RADIUS
         inside = op.Add(first, op.Constant(value=ir.tensor(reach, name="reach")))
         return op.Max(op.Min(inside, op.Sub(side, [1])), [0])
 
@@ -71,7 +96,7 @@ class _Grid:
         """[T] int64: the index of each token in the concatenation of all tiles."""
         op = self.op
         places = _count(op, op.ReduceProd(self.covered, [0]))
-        by_tile = op.Reshape(places, op.Concat(self.tiles, [TILE, TILE], axis=0))
+        by_tile = op.Reshape(places, op.Concat(self.tiles, [self.tile, self.tile], axis=0))
         by_row = op.Reshape(op.Transpose(by_tile, perm=[0, 2, 1, 3]), self.covered)
         return op.Reshape(op.Slice(by_row, [0, 0], self.size, [0, 1]), [-1])
 
@@ -82,16 +107,17 @@ def _count(op: Op, end: Any) -> Any:
 
 
 def _tile_matrices(op: Op, band: Any, grid: _Grid) -> Any:
-    """The band as [B, tiles, 64, 576]: for each tile, the matrix from the tokens around it to its own."""
+    """The band as [B, tiles, tile^2, halo^2]: for each tile, the matrix from the tokens around it."""
+    tile, halo = grid.tile, grid.halo
     padding = op.Concat([0, 0], op.Sub(grid.covered, grid.size), axis=0)
     window = band_window(op, op.Pad(band, padding, None, [2, 3]))
     rows, columns = grid.tile_sides
-    tiled = op.Reshape(window, op.Concat([0, 0, 0], rows, [TILE], columns, [TILE], axis=0))
+    tiled = op.Reshape(window, op.Concat([0, 0, 0], rows, [tile], columns, [tile], axis=0))
     by_token = op.Transpose(tiled, perm=[0, 3, 5, 4, 1, 6, 2])
-    across = _shift(op, by_token, axis=6, block=1, shape=[0, 0, 0, TILE, _WINDOW, TILE, _HALO])
-    around = _shift(op, across, axis=4, block=TILE * _HALO, shape=[0, 0, 0, TILE, _HALO, TILE, _HALO])
+    across = _shift(op, by_token, axis=6, tile=tile, block=1, shape=[0, 0, 0, tile, _WINDOW, tile, halo])
+    around = _shift(op, across, axis=4, tile=tile, block=tile * halo, shape=[0, 0, 0, tile, halo, tile, halo])
     by_row = op.Transpose(around, perm=[0, 1, 2, 3, 5, 4, 6])
-    return op.Reshape(by_row, [0, -1, TILE * TILE, _HALO * _HALO])
+    return op.Reshape(by_row, [0, -1, tile * tile, halo * halo])
 
 
 def band_window(op: Op, band: Any) -> Any:
@@ -104,14 +130,15 @@ def band_window(op: Op, band: Any) -> Any:
     return op.Gather(padded, op.Constant(value=ir.tensor(planes, name="planes")), axis=1)
 
 
-def _shift(op: Op, x: Any, axis: int, block: int, shape: list[int]) -> Any:
+def _shift(op: Op, x: Any, axis: int, tile: int, block: int, shape: list[int]) -> Any:
     """Shift each token of a tile along `axis` by its position, so that offsets become positions in the halo.
 
-    Rows of 17 offsets are padded to 25; the same memory with rows of 24 has each row shifted by one more.
+    Rows of 17 offsets are padded by the size of the tile; the same memory with rows shorter by one has each
+    row shifted by one more.
     `block` is the number of elements behind `axis`; the tokens are in the axis before it.
     """
-    padded = op.Pad(x, [0, TILE], None, [axis])
+    padded = op.Pad(x, [0, tile], None, [axis])
     kept = [0] * (axis - 1) + [-1]
     flat = op.Reshape(padded, kept)
-    cut = op.Slice(flat, [0], [TILE * _HALO * block], [axis - 1])
+    cut = op.Slice(flat, [0], [tile * (tile + 2 * STATE_RADIUS) * block], [axis - 1])
     return op.Reshape(cut, shape)

@@ -146,6 +146,12 @@ def per_sample(op: Op, vector: Any, rank: int) -> Any:
     return op.Unsqueeze(vector, list(range(1, rank)))
 
 
+def mean_token(op: Op, x: Any, dtype: ir.DataType) -> Any:
+    """The mean over the tokens of `x` [B, T, C], of `dtype`: [B, 1, C], summed in float32."""
+    mean = op.ReduceMean(cast(op, x, ir.DataType.FLOAT, dtype), [1], keepdims=1)
+    return cast(op, mean, dtype, ir.DataType.FLOAT)
+
+
 def mixed(op: Op, x: Any, moved: Any, share: Any) -> Any:
     """`x + share (moved - x)` for x and moved [B, T, C], share [B], one dtype; share 0 gives exactly x."""
     return op.Add(x, op.Mul(per_sample(op, share, 3), op.Sub(moved, x)))

@@ -11,11 +11,15 @@ from graph_passes.parameters import STATE_RADIUS
 FLOAT = ir.DataType.FLOAT
 
 
-def build_dense_transport(dtype: ir.DataType) -> ir.Function:
+def build_dense_transport(dtype: ir.DataType, *, joined: bool) -> ir.Function:
     """`DenseTransport(transport [B, 145, H, W] float32, k, v [B, T, C]) -> k_perm, v_perm`, as k and v.
 
-    The result of `BandedTransport`, computed as one product [T, T] x [T, 2 C] with a matrix that all sites of
-    a grid share. Entries of `transport` for targets outside the grid must be 0.
+    The result of `BandedTransport`, computed as dense products with a matrix [T, T] that all sites of a grid
+    share. Entries of `transport` for targets outside the grid must be 0.
+
+    Args:
+        dtype: Of keys and values.
+        joined: One product [T, T] x [T, 2 C], which reads the matrix once, instead of two.
     """
 
     def body(op: Op, transport: Any, k: Any, v: Any) -> Any:
@@ -28,6 +32,8 @@ def build_dense_transport(dtype: ir.DataType) -> ir.Function:
         by_token = op.Transpose(split, perm=[0, 1, 3, 2, 4])
         tokens = op.Mul(height, width)
         matrix = op.Reshape(by_token, op.Concat([0], tokens, tokens, axis=0))
+        if not joined:
+            return op.MatMul(matrix, k), op.MatMul(matrix, v)
         moved = op.MatMul(matrix, op.Concat(k, v, axis=2))
         return op.Split(moved, num_outputs=2, axis=2, _outputs=2)
 

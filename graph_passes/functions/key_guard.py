@@ -5,7 +5,14 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.errors import GraphError
-from graph_passes.functions.building import Op, cast, define_function, per_sample, split_heads
+from graph_passes.functions.building import (
+    Op,
+    cast,
+    define_function,
+    mean_token,
+    per_sample,
+    split_heads,
+)
 from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.functions.key_guard_fused import branching_guard
 from graph_passes.functions.key_guard_inputs import GuardInputs
@@ -54,7 +61,7 @@ def build_key_guard(
         elif target.branches:
             share, mix = branching_guard(op, parameters, dtype, inputs)
         else:
-            share, mix = means_guard(op, parameters, inputs, _rows(op, inputs, dtype, target, overload))
+            return means_guard(op, parameters, inputs, _rows(op, inputs, dtype, target, overload))
         return share, op.Clip(op.Mul(mix, inputs.value_gain), 0.0, 1.0)
 
     function = define_function(
@@ -78,7 +85,12 @@ def _rows(op: Op, inputs: GuardInputs, dtype: ir.DataType, target: Target, overl
     if overload or (dtype == FLOAT and not target.float32_attention):
         return StoredRows(op, inputs, dtype)
     narrow = target.float16_attention and dtype != FLOAT
-    return AttentionRows(op, inputs, dtype, ir.DataType.FLOAT16 if narrow else FLOAT)
+    operands = ir.DataType.FLOAT16 if narrow else FLOAT
+    k = cast(op, inputs.k, operands, dtype)
+    keys = op.Sub(k, mean_token(op, k, operands))
+    # The site mixes keys with the same difference.
+    change = cast(op, op.Sub(inputs.k_perm, inputs.k), operands, dtype)
+    return AttentionRows(op, inputs.q, keys, change, inputs.tau_q, dtype, operands)
 
 
 def _literal_guard(

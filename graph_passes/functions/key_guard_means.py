@@ -14,9 +14,11 @@ bits and keys and queries are far from its range. `StoredRows` computes the same
 logits, for sites with few tokens and for runtimes without float32 attention.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graph_passes.functions.building import Op, attribute_int, cast, per_sample, split_heads
@@ -43,8 +45,11 @@ class Rows(Protocol):
     entropy: Any
     initial_slope: Any
 
-    def slope(self, op: Op, share: Any) -> Any:
-        """K'(s) at s = `share` [B, 1, 1, 1] float32; like `initial_slope`."""
+    def slopes(self, op: Op, last: Any) -> tuple[Any, Any]:
+        """L K'(L/2) / D and L K'(L) / D for L = `last`; all [B, 1, 1, 1] float32.
+
+        Means over rows, heads and channels: one reduction instead of a sum over the D channels and a mean.
+        """
 
 
 def means_guard(
@@ -53,43 +58,41 @@ def means_guard(
     inputs: GuardInputs,
     rows: Rows,
 ) -> tuple[Any, Any]:
-    """alpha_k and the amplitude a, [B] float32 each.
+    """alpha_k and a_v, [B] float32 each.
 
     Args:
-        op: Builder.
+        op: Builder of a function with the attribute `num_heads`.
         parameters: Constants of the method.
-        inputs: Of `sws.KeyGuard`.
+        inputs: Of `sws.KeyGuard`; its keys are not read.
         rows: The statistics of its rows.
     """
     mix = op.Clip(op.Mul(inputs.amplitude, entropy_factor(op, rows.entropy)), 0.0, 1.0)
     steps = 2**parameters.bisection_steps
-    unit = op.Mul(mix, op.Mul(inputs.key_gate, parameters.key_cap / steps))
-    last = per_sample(op, op.Mul(unit, steps - 1.0), 4)
-    middle_slope, last_slope = rows.slope(op, op.Mul(last, 0.5)), rows.slope(op, last)
+    last_step = op.Mul(mix, op.Mul(inputs.key_gate, parameters.key_cap * (steps - 1) / steps))
+    last = per_sample(op, last_step, 4)
+    slopes = op.Concat(op.Mul(last, rows.initial_slope), *rows.slopes(op, last), axis=2)
 
-    middle_weight, last_weight = _divergence_weights(steps)
-    divergence = op.Mul(
-        last,
-        op.Add(
-            op.Mul(op.Sub(middle_slope, rows.initial_slope), _row_constant(op, middle_weight, "middle")),
-            op.Mul(op.Sub(last_slope, rows.initial_slope), _row_constant(op, last_weight, "last")),
-        ),
-    )
+    head_size = op.Div(op.Shape(inputs.q, start=2, end=3), attribute_int(op, "num_heads"))
+    channels = op.Cast(op.Concat([1], head_size, head_size, axis=0), to=int(FLOAT))
+    weights = op.Constant(value=ir.tensor(_divergence_weights(steps), name="divergence_weights"))
+    # Not MatMul: its operands may be rounded to TensorFloat-32.
+    terms = op.Mul(slopes, op.Mul(weights, op.Unsqueeze(channels, [0, 1, 3])))
+    divergence = op.ReduceSum(terms, [2], keepdims=1)
     allowed = op.Cast(op.Less(divergence, per_sample(op, inputs.kappa, 4)), to=int(FLOAT))
-    return op.Mul(unit, op.ReduceSum(allowed, [1, 2, 3], keepdims=0)), mix
+    alpha_k = op.Mul(last_step, op.ReduceMean(allowed, [1, 2, 3], keepdims=0))
+    a_v = op.Mul(mix, inputs.value_gain)
+    # g(u) is at most 1.
+    return alpha_k, a_v if parameters.value_cap <= 1 else op.Clip(a_v, 0.0, 1.0)
 
 
-def _divergence_weights(steps: int) -> tuple[Any, Any]:
-    """Weights [steps - 1] of K'(L/2) - K'(0) and K'(L) - K'(0) in KL / L at the steps 1 to steps - 1.
+def _divergence_weights(steps: int) -> npt.NDArray[np.float32]:
+    """Weights [1, 1, 3, steps - 1] of L K'(0), L K'(L/2) and L K'(L) in KL at the steps 1 to steps - 1.
 
-    With x = t / L and K' = K'(0) + c1 x + c2 x^2, KL / L = c1 x^2 / 2 + 2 c2 x^3 / 3.
+    With x = t / L and K' = K'(0) + c1 x + c2 x^2, KL = L (c1 x^2 / 2 + 2 c2 x^3 / 3).
     """
     x = np.arange(1, steps) / (steps - 1)
-    return 2 * x**2 - 8 * x**3 / 3, -(x**2) / 2 + 4 * x**3 / 3
-
-
-def _row_constant(op: Op, values: Any, name: str) -> Any:
-    return op.Constant(value=ir.tensor(values.astype(np.float32)[None, None, None], name=name))
+    middle, last = 2 * x**2 - 8 * x**3 / 3, -(x**2) / 2 + 4 * x**3 / 3
+    return np.stack([-middle - last, middle, last]).astype(np.float32)[None, None]
 
 
 class AttentionRows:
@@ -105,25 +108,37 @@ class AttentionRows:
     where w is near 1/2, the channel 1 - w where w is near 1.
     """
 
-    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType, operands: ir.DataType) -> None:
+    def __init__(
+        self,
+        op: Op,
+        q: Any,
+        keys: Any,
+        change: Any,
+        tau_q: Any,
+        dtype: ir.DataType,
+        operands: ir.DataType,
+        scaled_change: Callable[[Any], Any] | None = None,
+    ) -> None:
         """Append both attentions.
 
         Args:
-            op: Builder.
-            inputs: Queries, keys and temperature.
+            op: Builder of a function with the attributes `num_heads` and `scale`.
+            q: Queries before their temperature, [B, T', C] of `dtype`.
+            keys: Centred keys, [B, T, C] of `operands`.
+            change: d, as `keys`.
+            tau_q: Temperature of the queries, [B] float32.
             dtype: Of the model's activations.
             operands: Dtype of the attentions, float16 or float32.
+            scaled_change: Computes s d for s [B, 1, 1] float32, as `change`. Without, the change split into
+                heads is kept for it until s is known.
         """
         self._operands = operands
+        self._scaled_change = scaled_change
         scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        factor = cast(op, per_sample(op, op.Div(scale, inputs.tau_q), 3), operands, FLOAT)
-        self._query = split_heads(op, op.Mul(cast(op, inputs.q, operands, dtype), factor))
-        keys = split_heads(op, cast(op, inputs.k, operands, dtype))
-        mean_key = op.ReduceMean(self._wide(op, keys), [2], keepdims=1)
-        self._keys = op.Sub(keys, cast(op, mean_key, operands, FLOAT))
-        # The site mixes keys with the same difference.
-        change = op.Sub(inputs.k_perm, inputs.k)
-        self._change = split_heads(op, cast(op, change, operands, dtype))
+        factor = cast(op, per_sample(op, op.Div(scale, tau_q), 3), operands, FLOAT)
+        self._query = split_heads(op, op.Mul(cast(op, q, operands, dtype), factor))
+        self._keys = split_heads(op, keys)
+        self._change = split_heads(op, change)
 
         mean = _attention(op, self._query, self._keys, self._keys)
         mean_logit = self._dot(op, self._query, mean)
@@ -134,15 +149,24 @@ class AttentionRows:
         # Computed in the dtype of the operands, not rounded by a Cast, which an optimizer may remove together
         # with the one back.
         level = op.Max(least, op.Add(op.Mul(least, self._constant(op, [0.5], "half")), log_tokens))
-        weight, log_ratio, change_logit = self._with_sentinel(op, inputs.tau_q, tokens, level)
+        weight, log_ratio, change_logit = self._with_sentinel(op, tau_q, tokens, level)
         self.entropy = op.Add(op.Sub(self._wide(op, level), mean_logit), log_ratio)
         self.initial_slope = op.ReduceMean(op.Div(change_logit, weight), [1, 2, 3], keepdims=1)
 
-    def slope(self, op: Op, share: Any) -> Any:
-        """See `Rows`."""
-        keys = op.Add(self._keys, op.Mul(cast(op, share, self._operands, FLOAT), self._change))
-        mean = _attention(op, self._query, keys, self._change)
-        return op.ReduceMean(self._dot(op, self._query, mean), [1, 2, 3], keepdims=1)
+    def slopes(self, op: Op, last: Any) -> tuple[Any, Any]:
+        """See `Rows`. The values are the change L d as it was rounded for the keys."""
+        if self._scaled_change is None:
+            change = op.Mul(self._change, cast(op, last, self._operands, FLOAT))
+        else:
+            change = split_heads(op, self._scaled_change(op.Squeeze(last, [3])))
+        middle = op.Mul(change, self._constant(op, [0.5], "half"))
+        middle_slope, last_slope = (
+            op.ReduceMean(self._product(op, self._query, mean), [1, 2, 3], keepdims=1)
+            for mean in (
+                _attention(op, self._query, op.Add(self._keys, step), change) for step in (middle, change)
+            )
+        )
+        return middle_slope, last_slope
 
     def _with_sentinel(self, op: Op, per_batch: Any, tokens: Any, level: Any) -> tuple[Any, Any, Any]:
         """The attention with a sentinel.
@@ -165,14 +189,14 @@ class AttentionRows:
         marks = self._marks(op, outer, tokens, [], [1])
         keys = op.Concat(op.Concat(self._keys, nothing, axis=2), marks, axis=3)
         # The first channel is 0, so that the level, in the same channel of the query, does not count.
-        marks = self._marks(op, outer, tokens, [0, 0.5, 0], [0, -0.5, 1])
+        zeros = [0.0] * (KEY_CHANNELS - 2)
+        marks = self._marks(op, outer, tokens, [*zeros, 0.5, 0.0], [*zeros, -0.5, 1.0])
         values = op.Concat(op.Concat(self._change, nothing, axis=2), marks, axis=3)
 
         out = _attention(op, query, keys, values)
         # Not Slice, which is 25 layers of TensorRT, for shapes that are not computed.
-        before = op.Add(op.Shape(self._keys, start=3, end=4), [1])
-        sizes = op.Concat(before, [1, 1, KEY_CHANNELS - 3], axis=0)
-        _, above_half, sentinel, _ = op.Split(out, sizes, axis=3, _outputs=4)
+        before = op.Add(op.Shape(self._keys, start=3, end=4), [KEY_CHANNELS - 2])
+        _, above_half, sentinel = op.Split(out, op.Concat(before, [1, 1], axis=0), axis=3, _outputs=3)
         above_half, sentinel = self._wide(op, above_half), self._wide(op, sentinel)
         weight = op.Max(op.Add(above_half, 0.5), _MIN_WEIGHT)
         rest = op.Where(op.Greater(above_half, 0.25), sentinel, op.Sub(0.5, above_half))
@@ -180,9 +204,13 @@ class AttentionRows:
         return weight, log_ratio, self._dot(op, query, out)
 
     def _dot(self, op: Op, x: Any, y: Any) -> Any:
-        """As the function `_dot`, with products in the dtype of the operands: a float32 copy of each operand
-        would take twice its memory. Rounding of products is as small as that of attention outputs."""
-        return op.ReduceSum(self._wide(op, op.Mul(x, y)), [3], keepdims=1)
+        """Dot products of the vectors of two [B, h, T', D] tensors, [B, h, T', 1] float32."""
+        return op.ReduceSum(self._product(op, x, y), [3], keepdims=1)
+
+    def _product(self, op: Op, x: Any, y: Any) -> Any:
+        """x y in float32, multiplied in the dtype of the operands: a float32 copy of each operand would take
+        twice its memory. Rounding of products is as small as that of attention outputs."""
+        return self._wide(op, op.Mul(x, y))
 
     def _wide(self, op: Op, value: Any) -> Any:
         return cast(op, value, FLOAT, self._operands)
@@ -231,21 +259,23 @@ class StoredRows:
         highest, largest = (op.ReduceMax(rows, [3], keepdims=1) for rows in (logits, weights))
         mean_logit = _dot(op, self._query, op.MatMul(weights, self._keys))
         self.entropy = op.Sub(op.Sub(highest, op.Log(largest)), mean_logit)
-        self.initial_slope = self._mean_change(op, weights)
+        initial = _dot(op, self._query, op.MatMul(weights, self._change))
+        self.initial_slope = op.ReduceMean(initial, [1, 2, 3], keepdims=1)
 
-    def slope(self, op: Op, share: Any) -> Any:
+    def slopes(self, op: Op, last: Any) -> tuple[Any, Any]:
         """See `Rows`."""
-        _, weights = self._weights(op, op.Add(self._keys, op.Mul(share, self._change)))
-        return self._mean_change(op, weights)
+        change = op.Mul(self._change, last)
+        means = []
+        for step in (op.Mul(change, 0.5), change):
+            _, weights = self._weights(op, op.Add(self._keys, step))
+            product = op.Mul(self._query, op.MatMul(weights, change))
+            means.append(op.ReduceMean(product, [1, 2, 3], keepdims=1))
+        return means[0], means[1]
 
     def _weights(self, op: Op, keys: Any) -> tuple[Any, Any]:
         # Not Transpose and MatMul: see decompose_metrics_attention.
         logits = op.Einsum(self._query, keys, equation="bhqd,bhkd->bhqk")
         return logits, op.Softmax(logits, axis=-1)
-
-    def _mean_change(self, op: Op, weights: Any) -> Any:
-        rows = _dot(op, self._query, op.MatMul(weights, self._change))
-        return op.ReduceMean(rows, [1, 2, 3], keepdims=1)
 
 
 def _attention(op: Op, q: Any, k: Any, v: Any) -> Any:

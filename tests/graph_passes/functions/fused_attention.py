@@ -36,9 +36,15 @@ def fused_attention(
 
 
 class Attention(OpRun):
-    """The operator `Attention` for [B, h, T, D] tensors: float16 as above, others as the standard says."""
+    """The operator `Attention`: float16 as above, others as the standard says."""
 
-    def _run(self, q: Any, k: Any, v: Any, *_: Any, scale: float | None = None, **__: Any) -> tuple[Any]:
+    def _run(
+        self, q: Any, k: Any, v: Any, *_: Any, scale: float | None = None, q_num_heads: int = 0, **__: Any
+    ) -> tuple[Any]:
+        if q.ndim == 3:
+            split = (x.reshape(*x.shape[:2], q_num_heads, -1).transpose(0, 2, 1, 3) for x in (q, k, v))
+            (y,) = self._run(*split, scale=scale)
+            return (y.transpose(0, 2, 1, 3).reshape(q.shape),)
         factor = scale or 1 / math.sqrt(q.shape[3])
         if q.dtype == np.float16:
             return (fused_attention(q, k, v, factor),)

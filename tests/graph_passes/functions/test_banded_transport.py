@@ -36,7 +36,7 @@ def transport(dtype: ir.DataType = FLOAT) -> Call:
 
 @cache
 def dense_transport(dtype: ir.DataType = FLOAT) -> Call:
-    function = build_dense_transport(dtype)
+    function = build_dense_transport(dtype, joined=True)
     return Call({function.name: function}, function.name, SHAPES, dtype, {})
 
 

@@ -1,0 +1,99 @@
+"""`sws.ProjectedAttention`: one attention site whose keys and values are mixed before they are projected."""
+
+from typing import Any
+
+import onnx_ir as ir
+
+from graph_passes.functions.attention import sampled_rows
+from graph_passes.functions.banded_transport import Tiles
+from graph_passes.functions.building import Op, cast, define_function, mean_token, per_sample
+from graph_passes.functions.key_guard_inputs import GuardInputs
+from graph_passes.functions.key_guard_means import AttentionRows, means_guard
+from graph_passes.guard import ROW_STRIDES, GuardOptions
+from graph_passes.parameters import SwsParameters
+
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+TILE = 16
+"""Rows and columns of a tile on a GPU, where the gathered tokens are stored and read again."""
+
+
+def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) -> ir.Function:
+    """`ProjectedAttention(q, x [B, T, C], key_weight, value_weight [C, C], transport, ...) -> y`, float16.
+
+    Other inputs, the output and the attributes are those of `sws.Attention`. Keys and values are x W, without
+    a bias. A transport mixes tokens and a projection mixes channels, so
+
+        P (x W) = (P x) W,    P (x W) - x W = (P x - x) W:
+
+    one tensor is transported instead of two, and the change of the keys is not a difference of rounded keys.
+    Mixed keys and values are projections of x + share (P x - x), with share 0 exactly those of x.
+
+    On a GPU this also orders the work. An engine computes a tensor as early as it can, and keeps it. Here the
+    guard depends on the transport, and mixed keys and values depend on the guard. Queries are made to depend
+    on the transport for this alone, see `_one_after`.
+
+    Args:
+        parameters: Constants of the method.
+        guard: How the key guard is computed.
+    """
+
+    def body(
+        op: Op, q: Any, x: Any, key_weight: Any, value_weight: Any, transport: Any, *per_batch: Any
+    ) -> Any:
+        tau_q = per_batch[0]
+        # The rank of x; TensorRT's parser raises it in each product otherwise.
+        key_weight, value_weight = (op.Unsqueeze(weight, [0]) for weight in (key_weight, value_weight))
+        moved = Tiles(op, transport, HALF, TILE).transported(x, ir.DataType.INT32)
+        change = op.Sub(moved, x)
+        # Queries, and with them all attentions, wait for the transport.
+        q = op.Mul(q, cast(op, _one_after(op, cast(op, moved, FLOAT, HALF)), HALF, FLOAT))
+        rows = q
+        if guard.rows != 1:
+            size = op.Shape(transport, start=2, end=4)
+            rows = sampled_rows(op, q, size, ROW_STRIDES[guard.rows], HALF)
+
+        def projected_change(share: Any = None) -> Any:
+            x = change if share is None else op.Mul(change, cast(op, share, HALF, FLOAT))
+            return op.MatMul(x, key_weight)
+
+        statistics = AttentionRows(
+            op,
+            rows,
+            op.MatMul(op.Sub(x, mean_token(op, moved, HALF)), key_weight),
+            projected_change(),
+            tau_q,
+            HALF,
+            HALF,
+            projected_change,
+        )
+        inputs = GuardInputs(rows, None, None, *per_batch)
+        alpha_k, a_v = means_guard(op, parameters, inputs, statistics)
+
+        def mixed_projection(share: Any, weight: Any) -> Any:
+            factor = cast(op, per_sample(op, share, 3), HALF, FLOAT)
+            return op.MatMul(op.Add(x, op.Mul(factor, change)), weight)
+
+        return op.Attention(
+            op.Div(q, cast(op, per_sample(op, tau_q, 3), HALF, FLOAT)),
+            mixed_projection(alpha_k, key_weight),
+            mixed_projection(a_v, value_weight),
+            q_num_heads=ir.RefAttr("q_num_heads", "num_heads", ir.AttributeType.INT),
+            kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
+            scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
+        )
+
+    inputs = dict.fromkeys(("q", "x", "key_weight", "value_weight"), HALF)
+    inputs |= dict.fromkeys(("transport", *GuardInputs._fields[3:]), FLOAT)
+    attributes = [
+        ir.Attr("num_heads", ir.AttributeType.INT, None),
+        ir.Attr("scale", ir.AttributeType.FLOAT, None),
+    ]
+    return define_function("ProjectedAttention", body, inputs, ["y"], attributes)
+
+
+def _one_after(op: Op, tokens: Any) -> Any:
+    """1 for each sample, [B, 1, 1] float32, computed from all of `tokens` [B, T, C] float32.
+
+    Multiplying by it changes nothing, and cannot be done before `tokens` are known.
+    """
+    return op.Max(op.Min(op.ReduceMin(tokens, [1, 2], keepdims=1), 1.0), 1.0)
