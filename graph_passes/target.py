@@ -22,6 +22,8 @@ class Target:
             float32 model and the site metrics use products and a softmax.
         costly_shapes: The parser adds layers for the bounds of a Slice and for operands of lower rank. Split
             and constants of full rank are used where all sizes are known.
+        slow_convolutions: Float32 convolutions with large kernels and few channels are slow; transports copy
+            rows instead.
         split_heads: The heads of a site's own attention are split by Reshape and Transpose nodes. ONNX
             Runtime takes longer to split them itself; TensorRT builds faster if it does.
         query_chunks: Attentions of many tokens are computed on one chunk of the query rows after another.
@@ -33,6 +35,7 @@ class Target:
     float16_attention: bool = False
     float32_attention: bool = True
     costly_shapes: bool = False
+    slow_convolutions: bool = False
     split_heads: bool = False
     query_chunks: bool = False
     plugin_operators: frozenset[str] = frozenset()
@@ -42,7 +45,7 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         Target("onnxruntime", branches=True, split_heads=True, query_chunks=True),
-        Target("onnxruntime-cuda", float16_attention=True),
+        Target("onnxruntime-cuda", float16_attention=True, slow_convolutions=True),
         Target("tensorrt-rtx", float16_attention=True, float32_attention=False, costly_shapes=True),
         Target("tensorrt", float16_attention=True, costly_shapes=True, plugin_operators=PLUGIN_OPERATORS),
     )

@@ -5,6 +5,9 @@ that is 1 at the offset. A convolution with it gathers the values of a map at al
 transposed convolution adds the entries of the band at their targets. Both are exact, with zeros outside the
 grid.
 
+On a GPU such convolutions are slow: with ONNX Runtime on an H100 they took longer than all other operators of
+SWS together (benchmarks/results/gpu-onnxruntime.json). `_gather_rows` and `_scatter_rows` copy instead.
+
 The transport of one scale needs no band: Sinkhorn preserves the form diag(r) K diag(c), and K x is a
 convolution with the diamond kernel. Row and column sums of this form stay near 1, so the floor of 1e-8 of
 the definition has an effect in the momentum only.
@@ -16,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graph_passes.functions.banded_transport import band_window
 from graph_passes.functions.building import Op, define_function
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 
@@ -25,10 +29,14 @@ _WINDOW = 2 * STATE_RADIUS + 1
 _PADS = [STATE_RADIUS] * 4
 
 
-def build_transport(parameters: SwsParameters) -> ir.Function:
+def build_transport(parameters: SwsParameters, *, convolutions: bool = True) -> ir.Function:
     """`Transport(state [B, 145, H, W], blend [B, 3]) -> transport [B, 145, H, W]`, float32.
 
     `state` is the transport of the previous step, or zeros for none; `blend` has the weights of the scales.
+
+    Args:
+        parameters: Constants of the method.
+        convolutions: Move bands by convolutions with one-hot kernels.
     """
     diamonds = np.stack([_diamond(scale, parameters.tau) for scale in parameters.scales])
     offsets = diamond_offsets(STATE_RADIUS)
@@ -47,9 +55,13 @@ def build_transport(parameters: SwsParameters) -> ir.Function:
             return op.Conv(maps, diamond_weight, pads=_PADS, group=3)
 
         def gather(maps: Any) -> Any:
+            if not convolutions:
+                return _gather_rows(op, maps, size)
             return op.Conv(maps, selector_weight, pads=_PADS)
 
         def scatter(band: Any) -> Any:
+            if not convolutions:
+                return _scatter_rows(op, band, size)
             return op.ConvTranspose(band, selector_weight, pads=_PADS)
 
         size = op.Shape(state, start=2, end=4)
@@ -129,3 +141,44 @@ def _rebalance_band(op: Op, gather: Any, scatter: Any, band: Any, iterations: in
         columns = scatter(band)
         band = op.Mul(band, gather(op.Reciprocal(op.Max(columns, _SUM_FLOOR))))
     return band
+
+
+# Pads are given for all axes: ONNX Runtime 1.32 exchanges Transpose and Pad, and forgets the axes of the Pad.
+
+
+def _gather_rows(op: Op, maps: Any, size: Any) -> Any:
+    """The values of `maps` [N, 1, H, W] at all targets of a band, [N, 145, H, W]."""
+    window = op.Pad(maps, 2 * [0, 0, STATE_RADIUS, STATE_RADIUS])
+    for axis, side in ((2, 0), (4, 1)):
+        places = op.Range(0, op.Squeeze(op.Slice(size, [side], [side + 1], [0]), [0]), 1)
+        shifts = op.Constant(value=ir.tensor(np.arange(_WINDOW, dtype=np.int64)[:, None], name="shifts"))
+        window = op.Gather(window, op.Add(shifts, op.Unsqueeze(places, [0])), axis=axis)
+    # [N, 1, dy, H, dx, W]
+    planes = op.Reshape(
+        op.Transpose(window, perm=[0, 1, 2, 4, 3, 5]), op.Concat([0, _WINDOW * _WINDOW], size, axis=0)
+    )
+    kept = [(dy + STATE_RADIUS) * _WINDOW + dx + STATE_RADIUS for dy, dx in diamond_offsets(STATE_RADIUS)]
+    return op.Gather(
+        planes, op.Constant(value=ir.tensor(np.array(kept, np.int64), name="kept_planes")), axis=1
+    )
+
+
+def _scatter_rows(op: Op, band: Any, size: Any) -> Any:
+    """The sums of the entries of `band` [B, 145, H, W] at their targets, [B, 1, H, W].
+
+    Rows of offset i have to be shifted by i. They are padded by 17; the same memory with rows shorter by one
+    has each row shifted by one more.
+    """
+    height, width = (op.Slice(size, [side], [side + 1], [0]) for side in (0, 1))
+    wide, high = (op.Add(side, [_WINDOW - 1]) for side in (width, height))
+    rows = op.Transpose(band_window(op, band), perm=[0, 1, 3, 2, 4])  # [B, dy, H, dx, W]
+    flat = op.Reshape(op.Pad(rows, [0] * 9 + [_WINDOW]), [0, 0, 0, -1])
+    cut = op.Slice(flat, [0], op.Mul(wide, [_WINDOW]), [3])
+    shifted = op.Reshape(cut, op.Concat([0, 0, 0, _WINDOW], wide, axis=0))
+    columns = op.ReduceSum(shifted, [3], keepdims=0)  # [B, dy, H, W + 16]
+    flat = op.Reshape(op.Pad(columns, [0] * 6 + [_WINDOW, 0]), op.Concat([0, -1], wide, axis=0))
+    cut = op.Slice(flat, [0], op.Mul(high, [_WINDOW]), [1])
+    shifted = op.Reshape(cut, op.Concat([0, _WINDOW], high, wide, axis=0))
+    sums = op.ReduceSum(shifted, [1], keepdims=1)
+    ends = op.Add(size, [STATE_RADIUS, STATE_RADIUS])
+    return op.Slice(sums, [STATE_RADIUS, STATE_RADIUS], ends, [2, 3])
