@@ -113,22 +113,37 @@ def save(average: list[torch.Tensor], folder: Path) -> None:
             shutil.copy(HERE / name, folder / name)
 
 
-def train(steps: int, batch: int, peak: float, folder: Path, device: torch.device, seconds: float) -> None:
-    """Take `steps` steps, or as many as fit into `seconds`; the learning rate falls to zero by then."""
+def train(
+    steps: int,
+    batch: int,
+    peak: float,
+    folder: Path,
+    device: torch.device,
+    seconds: float,
+    start: Path | None = None,
+    first_batch: int = 0,
+) -> None:
+    """Take `steps` steps, or as many as fit into `seconds`; the learning rate falls to zero by then.
+
+    `start` is a pipeline directory whose weights are trained further, after the batches before `first_batch`.
+    """
     started, shown = time.monotonic(), []
-    unet = build_unet().train().to(device, memory_format=torch.channels_last)
+    unet = build_unet()
+    if start is not None:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start / "unet").float().state_dict())
+    unet = unet.train().to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     weights = list(unet.parameters())
     average = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda")
     alphas = DDIMScheduler(**NOISE).alphas_cumprod.to(device)
-    noises = torch.Generator(device).manual_seed(SEED)
+    noises = torch.Generator(device).manual_seed(SEED + first_batch)
     step = 0
     while (progress := max(step / steps, (time.monotonic() - started) / seconds)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, peak)
-        loss = loss_of_step(unet, step, batch, alphas, noises)
+        loss = loss_of_step(unet, first_batch + step, batch, alphas, noises)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -155,12 +170,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, required=True, help="gets the pipeline directory")
+    parser.add_argument("--start", type=Path, help="a pipeline directory whose weights to train further")
+    parser.add_argument("--first-batch", type=int, default=0, help="batches that it has seen")
     parser.add_argument("--seconds", type=float, default=7200, help="stop then at the latest")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=96, help="samples to check at the end")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    train(arguments.steps, arguments.batch, arguments.learning_rate, arguments.out, device, arguments.seconds)
+    train(
+        arguments.steps,
+        arguments.batch,
+        arguments.learning_rate,
+        arguments.out,
+        device,
+        arguments.seconds,
+        arguments.start,
+        arguments.first_batch,
+    )
     if arguments.prompts:
         from examples.shapes.sample import to_grid
         from examples.textures.sample import load, sample
