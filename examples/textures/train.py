@@ -6,6 +6,7 @@ The same scenes, prompts and noise levels on a CPU and on a GPU; the noise itsel
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -23,6 +24,8 @@ from examples.textures.pipeline import PIXELS, to_latents
 HERE = Path(__file__).resolve().parent
 SEED = 7
 EMPTY_PROMPT_RATE = 0.1
+# Steps whose scenes are drawn at once.
+CHUNK = 16
 EMA_DECAY = 0.997
 WARMUP = 0.03
 # Self-attention begins with logits of about this squared, in place of nearly flat rows.
@@ -62,9 +65,13 @@ def build_unet() -> UNet2DConditionModel:
     return unet
 
 
-def make_batch(step: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents float32 [size, 12, 32, 32] and encoder_hidden_states float32 [size, 12, 64] of a step."""
-    rng = np.random.default_rng((SEED, step))
+@functools.lru_cache(maxsize=1)
+def make_batches(chunk: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents float32 [size, 12, 32, 32] and encoder_hidden_states float32 [size, 12, 64] of some steps.
+
+    Scenes of many steps are drawn at once, because drawing takes hundreds of small operations on a GPU.
+    """
+    rng = np.random.default_rng((SEED, chunk))
     drawn = [scenes.random_scene(rng) for _ in range(size)]
     untold = rng.random(size) < EMPTY_PROMPT_RATE
     said = [scenes.Scene((), None) if no else scene for scene, no in zip(drawn, untold, strict=True)]
@@ -80,7 +87,10 @@ def loss_of_step(
     The weight (min(SNR, 5) + 1) / (SNR + 1) gives errors of the predicted picture the weight min(SNR, 5) + 1:
     min-SNR-5 (Hang et al. 2023, arXiv 2303.09556) plus one for the layout, which is decided at high noise.
     """
-    latents, words = make_batch(step, size, alphas.device)
+    chunk, place = divmod(step, CHUNK)
+    latents, words = (
+        drawn[place * size : (place + 1) * size] for drawn in make_batches(chunk, CHUNK * size, alphas.device)
+    )
     noise = torch.randn(latents.shape, generator=noises, device=alphas.device)
     # Stratified: one timestep from each of `size` equal slices, which steadies the loss.
     drawn = np.random.default_rng((SEED, step, 1)).random(size)
