@@ -5,8 +5,8 @@ that is 1 at the offset. A convolution with it gathers the values of a map at al
 transposed convolution adds the entries of the band at their targets. Both are exact, with zeros outside the
 grid.
 
-On a GPU such convolutions are slow: with them the transports of four grids took 1.3 ms of a step in torch on an
-H100, with copies by index 0.6 ms (benchmarks/gpu/README.md). `_gather_rows` and `_scatter_rows` copy.
+On a GPU such convolutions are slow: with them the transports of four grids took 1.3 ms of a step in torch on
+an H100, with copies by index 0.6 ms (benchmarks/gpu/README.md). `_gather_rows` and `_scatter_rows` copy.
 
 The transport of one scale needs no band: Sinkhorn preserves the form diag(r) K diag(c), and K x is a
 convolution with the diamond kernel. Row and column sums of this form stay near 1, so the floor of 1e-8 of
