@@ -10,6 +10,12 @@ from tests.plugins.cases import FORMATS, Harness, read_tensor
 GRIDS = [(1, 1), (3, 5), (8, 8), (9, 17), (24, 10), (1, 30), (21, 1)]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The ratio of two rounding errors depends on the values."""
+    torch.manual_seed(0)
+
+
 def make_weights(batch: int, radius: int, grid: tuple[int, int], seed: int) -> torch.Tensor:
     """Rows that sum to about one; entries that leave the grid hold garbage which must not be used."""
     generator = torch.Generator().manual_seed(seed)
