@@ -31,7 +31,7 @@ images: $(VENV)/.installed
 	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=960,1032 \
 		--screenshot=docs/images/report.png $(OUT)/report.html
 
-# Lint, types and the tests of the graph passes: at most a minute.
+# Lint, types and the tests of the graph passes: about a minute.
 quick: lint
 	$(PYTEST) tests/graph_passes
 
