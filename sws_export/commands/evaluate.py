@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sws_export.commands.shared import (
+    add_drawing_options,
     add_host_code_option,
     add_output_options,
     make_progress,
@@ -48,15 +49,7 @@ def run(arguments: list[str]) -> int:
         metavar="DIR",
         help="directory of the results; default: the name of the artefact with .evaluation",
     )
-    parser.add_argument("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
-    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale; default: %(default)s")
-    parser.add_argument("--height", type=int, help="height in pixels; default: the training size of the UNet")
-    parser.add_argument("--width", type=int, help="width in pixels; default: the training size of the UNet")
-    parser.add_argument(
-        "--no-pad",
-        action="store_true",
-        help="refuse sizes that are not multiples of what the UNet takes, instead of padding and cropping",
-    )
+    add_drawing_options(parser)
     parser.add_argument(
         "--trust-code",
         action="store_true",

@@ -44,6 +44,19 @@ def add_host_code_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """Add what determines a picture beside prompt and seed: steps, guidance, sizes and `--no-pad`."""
+    parser.add_argument("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
+    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale; default: %(default)s")
+    parser.add_argument("--height", type=int, help="height in pixels; default: the training size of the UNet")
+    parser.add_argument("--width", type=int, help="width in pixels; default: the training size of the UNet")
+    parser.add_argument(
+        "--no-pad",
+        action="store_true",
+        help="refuse sizes that are not multiples of what the UNet takes, instead of padding and cropping",
+    )
+
+
 def make_progress(parsed: argparse.Namespace) -> tuple["Progress", "Console"]:
     """The progress of the terminal, and the console for a summary; both write to stderr."""
     from sws_export.commands.terminal import QuietProgress, TerminalProgress
