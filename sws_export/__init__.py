@@ -21,8 +21,8 @@ if TYPE_CHECKING:
         SwsOptions,
     )
     from sws_export.parameters import SwsParameters
-    from sws_export.pipeline.revalidate import validate
     from sws_export.pipeline.run import ExportReport, export
+    from sws_export.pipeline.validate import validate
 
 __all__ = [
     "EngineOptions",
@@ -42,7 +42,7 @@ _MODULES = {
     "ExportReport": "sws_export.pipeline.run",
     "SwsParameters": "sws_export.parameters",
     "export": "sws_export.pipeline.run",
-    "validate": "sws_export.pipeline.revalidate",
+    "validate": "sws_export.pipeline.validate",
 } | dict.fromkeys(
     ("EngineOptions", "ExportOptions", "QuantizationOptions", "SizeOptions", "SourceOptions", "SwsOptions"),
     "sws_export.options",

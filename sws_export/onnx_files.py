@@ -144,8 +144,22 @@ def relocate_external_data(model: ir.Model) -> Path | None:
     return directory
 
 
-def save_onnx(model: ir.Model, path: Path, progress: Progress) -> dict[Path, FileDigest]:
+def save_onnx(
+    model: ir.Model,
+    path: Path,
+    progress: Progress,
+    data: Path | None = None,
+    *,
+    embed_limit: int | None = None,
+) -> dict[Path, FileDigest]:
     """Write `model`, one tensor at a time; the bytes depend on the model only.
+
+    Args:
+        model: The graph to write.
+        path: Its ONNX file.
+        progress: Receives the stage.
+        data: File of large weights, in the directory of `path`; by default the usual name.
+        embed_limit: Bytes of weights up to which all are in the ONNX file; `EMBED_LIMIT` by default.
 
     Returns:
         The files that were written, the ONNX file first, with the digests of the bytes that were written.
@@ -160,15 +174,16 @@ def save_onnx(model: ir.Model, path: Path, progress: Progress) -> dict[Path, Fil
         if value.const_value is not None
     }
     total = weight_bytes(model)
+    limit = EMBED_LIMIT if embed_limit is None else embed_limit
     beside = {
         value: tensor
         for value, tensor in weights.items()
-        if total > EMBED_LIMIT and tensor.nbytes > _EMBED_TENSOR_BYTES
+        if total > limit and tensor.nbytes > _EMBED_TENSOR_BYTES
     }
     files = {}
     try:
         if beside:
-            data, offset = external_data_path(path), 0
+            data, offset = data or external_data_path(path), 0
             with progress.stage("save", total=total) as stage:
                 files[data] = _write_tensors(beside.values(), data, stage)
             for value, tensor in beside.items():

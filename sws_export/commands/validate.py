@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> int:
     add_output_options(parser)
     parsed = parser.parse_args(arguments)
     from sws_export.commands.terminal import print_validation
-    from sws_export.pipeline.revalidate import validate
+    from sws_export.pipeline.validate import validate
 
     progress, console = make_progress(parsed)
     options = group_from_arguments(SourceOptions, parsed)

@@ -5,17 +5,13 @@ needed again is written from the checkpoint and the cached graph without weights
 the digest that they had when the graph was made.
 """
 
+import contextlib
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, Literal, TypedDict
 
-import onnx_ir as ir
-
-from graph_passes.quantize_weights import restored_tensor
 from sws_export.cache import Cache, Entry, cache_key, code_version
-from sws_export.cache.digests import Stamps, file_stamps
 from sws_export.cache.store import Kind
 from sws_export.documents import Sha256, check_document
 from sws_export.engines.build import EngineReport
@@ -23,21 +19,17 @@ from sws_export.engines.gpu import gpu_names
 from sws_export.errors import CheckpointError
 from sws_export.files import FileDigest, file_digest, output_errors
 from sws_export.manifest import GraphDescription
-from sws_export.onnx_files import load_onnx, save_onnx
+from sws_export.onnx_files import save_onnx
+from sws_export.pipeline.cached_check import CachedCheck, changed_unnoticed
 from sws_export.pipeline.describe import library_versions
 from sws_export.pipeline.engine import Engine, profile_shapes
 from sws_export.pipeline.graph import Graph, WrittenGraph
 from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import EngineConfig, ExportPlan
 from sws_export.pipeline.run_log import Recorded, RunLog
-from sws_export.pipeline.source_check import SourceCheck
-from sws_export.progress import Progress
-from sws_export.sources import Source
+from sws_export.pipeline.skeleton import SKELETON, complete_skeleton, save_skeleton, weights_digest
 from sws_export.tensors import ProfileShapes
 from sws_export.validation import OutputDifference, ValidationReport
-
-_FILE = "graph.onnx"
-_PLACEHOLDER = "weights-of-the-source"
 
 
 class _Metadata(TypedDict):
@@ -71,51 +63,6 @@ _SCHEMAS: Mapping[Kind, tuple[Any, int]] = {
 """Schema of the metadata, and number of files, of each kind of result."""
 
 
-class CachedCheck(SourceCheck):
-    """A check that is not done while the remembered digest of unchanged files is all that is needed."""
-
-    def __init__(self, source: Source, cache: Cache, log: RunLog) -> None:
-        super().__init__(source, log)
-        self._digests = cache.digests
-        self._remembered = cache.digests.get(source.files)
-        self._before: tuple[Stamps, float] | None = None
-
-    def __enter__(self) -> Self:
-        """Start to read the weights, unless their digest is remembered."""
-        return self if self.is_remembered else super().__enter__()
-
-    def start(self) -> None:
-        """Start to read the weights in a thread, unless that was done."""
-        if self._before is None:
-            self._before = file_stamps(self._source.files)
-        super().start()
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the source's files, in hex."""
-        return self._remembered or super().sha256
-
-    @property
-    def is_remembered(self) -> bool:
-        """Whether the digest is known without reading the files."""
-        return self._remembered is not None
-
-    def forget(self) -> None:
-        """Read the files again, because the remembered digest is not theirs."""
-        self._remembered = None
-        self._digests.evict(self._source.files)
-
-    def _wait(self) -> str:
-        assert self._before is not None
-        sha256 = super()._wait()
-        if self._remembered not in (None, sha256):
-            self.forget()
-            raise CheckpointError(_changed_unnoticed(self._source.path))
-        self._remembered = sha256
-        self._digests.put(self._source.files, *self._before, sha256)
-        return sha256
-
-
 class StageCache:
     """The stages of one export, each of them with a look into the cache before it.
 
@@ -134,8 +81,10 @@ class StageCache:
         """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
         if not self.check.is_remembered:
             return ()
-        entry = self._get("graph", self._graph_key(self._plan.static_sizes))
-        if entry is None or (self._plan.options.validate and self._find_validation() is None):
+        entry = self._get("graph", self._key("graph"))
+        if entry is None:
+            return ()
+        if self._plan.options.validate and self._get("validation", self._key("validation")) is None:
             return ()
         config = self._plan.engine
         if config is None or config.build.timing_cache is not None:
@@ -145,53 +94,51 @@ class StageCache:
         )
         return ("graph", "engine") if self._get("engine", key) else ("graph",)
 
-    def graph(self, graph: Graph) -> Graph:
-        """`graph`, or the same one from the cache, which is not written until its file is needed."""
-        if self._cache.root is None:
-            return graph
-        key = self._graph_key(self._plan.static_sizes)
-        with self._cache.lock("graph", key, self._log):
-            entry = None if graph.is_written else self._get("graph", key)
-            if entry is None:
-                self.keep_graph(graph)
-                return graph
-            self._log.log(f"graph: from the cache ({key[:12]})")
-            self._replay(entry)
-            return _CachedGraph(entry, graph, self, self._log)
-
     def validation(self, graph: Graph, validate: Callable[[], ValidationReport]) -> ValidationReport:
         """The result of `validate`, or that of an earlier run for the same `graph`."""
-        if self._cache.root is None:
-            return validate()
-        key = self._graph_key({})
-        with self._cache.lock("validation", key, self._log):
-            entry = self._find_validation()
+        with self._found("validation") as entry:
             if entry is not None:
-                self._log.log(f"validation: from the cache ({key[:12]})")
+                self._log.log(f"validation: from the cache ({entry.key[:12]})")
                 self._replay(entry)
                 return _read_validation(entry.metadata["report"])
-            self._make(graph)
+            # What the making of the graph logs is recorded by the graph, not here.
+            self.check.start()
+            graph.write()
             with self._log.record() as making:
                 validation = validate()
-            metadata = {
-                "label": self._plan.summary,
-                "report": dataclasses.asdict(validation),
-                **self._recorded(making),
-            }
-            self._put("validation", self._graph_key({}), metadata, {})
+            if self._is_enabled:
+                metadata = {
+                    "label": self._plan.summary,
+                    "report": dataclasses.asdict(validation),
+                    **self._recorded(making),
+                }
+                self._put("validation", self._key("validation"), metadata, {})
             return validation
+
+    def graph(self, graph: Graph) -> Graph:
+        """`graph`, or the same one from the cache, which is not written until its file is needed."""
+        with self._found("graph") as entry:
+            if entry is not None and not graph.is_written:
+                self._log.log(f"graph: from the cache ({entry.key[:12]})")
+                self._replay(entry)
+                return _CachedGraph(entry, graph, self, self._log)
+            self.check.start()
+            graph.write()
+            if self._is_enabled:
+                self.keep_graph(graph)
+            return graph
 
     def engine(self, graph: Graph, config: EngineConfig, path: Path, build: Callable[[], Engine]) -> Engine:
         """The result of `build`, or the engine of an earlier run, whose plan is put at `path`."""
         # Kernel timings are a result of the build too, which the cache does not keep.
-        if self._cache.root is None or config.build.timing_cache is not None:
+        if not self._is_enabled or config.build.timing_cache is not None:
             return build()
         key = self._engine_key(graph, config)
         with self._cache.lock("engine", key, self._log), output_errors(self._plan.out):
             entry = self._get("engine", key)
             if entry is not None and (engine := self._take_engine(entry, path)) is not None:
                 return engine
-            assert graph.file
+            graph.write()
             with self._log.record() as making:
                 engine = build()
             metadata = {
@@ -205,11 +152,11 @@ class StageCache:
             return engine
 
     def keep_graph(self, graph: Graph) -> None:
-        """Make `graph` and keep it without its weights."""
-        file = self._make(graph)
+        """Keep a graph without its weights."""
+        written = graph.write()
         with self._log.record() as digesting, self._log.measure("digest"):
-            weights = _weights_digest(file, self._log)
-        skeleton = _save_skeleton(graph.model, self._plan.source.weights(), graph.path.parent)
+            weights = weights_digest(written.path, self._log)
+        skeleton = save_skeleton(written.model, self._plan.source.weights(), graph.path.parent)
         digest = file_digest(skeleton)
         graph.content = cache_key({"weights": weights, "graph": digest.sha256})
         metadata = {
@@ -220,7 +167,7 @@ class StageCache:
             "weights": weights,
             **self._recorded(graph.recorded + digesting),
         }
-        self._put("graph", self._graph_key(self._plan.static_sizes), metadata, {skeleton: digest})
+        self._put("graph", self._key("graph"), metadata, {skeleton: digest})
 
     def restore_graph(self, entry: Entry, path: Path) -> WrittenGraph | None:
         """Write a graph from the cache to `path`; None if it is damaged or was removed, with a warning.
@@ -228,29 +175,37 @@ class StageCache:
         Raises:
             CheckpointError: The source is not what its remembered digest says.
         """
-        skeleton = path.parent / f"skeleton-{_FILE}"
-        if not self._cache.extract(entry, _FILE, skeleton):
+        skeleton = path.parent / f"skeleton-{SKELETON}"
+        if not self._cache.extract(entry, SKELETON, skeleton):
             self._log.warn(
                 f"the graph {entry.key[:12]} in the cache is damaged or was removed: making it again"
             )
             return None
-        model = load_onnx(skeleton)
+        model = complete_skeleton(skeleton, self._plan.source.weights())
         skeleton.unlink()
-        weights = self._plan.source.weights()
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name == _PLACEHOLDER:
-                value.const_value = _source_tensor(value, weights)
-        complete = all(value.const_value is not None for value in model.graph.initializers.values())
-        if complete:
+        if model is not None:
             with self._log.measure("restore"):
                 files = save_onnx(model, path, self._log)
-                complete = _weights_digest(path, self._log) == entry.metadata["weights"]
-        if complete:
-            return WrittenGraph(model, files, entry.metadata["remark"])
+                unchanged = weights_digest(path, self._log) == entry.metadata["weights"]
+            if unchanged:
+                return WrittenGraph(path, model, files, entry.metadata["remark"])
         self._cache.evict(entry)
         self.check.forget()
-        raise CheckpointError(_changed_unnoticed(self._plan.source.path))
+        raise CheckpointError(changed_unnoticed(self._plan.source.path))
+
+    @property
+    def _is_enabled(self) -> bool:
+        return self._cache.root is not None
+
+    @contextlib.contextmanager
+    def _found(self, kind: Literal["graph", "validation"]) -> Iterator[Entry | None]:
+        """The cached graph or validation, which no other process makes meanwhile; None if there is none."""
+        if not self._is_enabled:
+            yield None
+            return
+        key = self._key(kind)
+        with self._cache.lock(kind, key, self._log):
+            yield self._get(kind, key)
 
     def _get(self, kind: Kind, key: str) -> Entry | None:
         """The cached result of `key`; one with malformed metadata is removed."""
@@ -276,13 +231,8 @@ class StageCache:
         self._inputs.require_unchanged()
         self._cache.put(kind, key, metadata, files, self._log)
 
-    def _make(self, graph: Graph) -> Path:
-        """The file of `graph`, made while the weights of the source are read."""
-        self.check.start()
-        return graph.file
-
-    def _graph_key(self, sizes: Mapping[str, int]) -> str:
-        """What a graph and its validation depend on, those `sizes` included that are static."""
+    def _key(self, kind: Literal["graph", "validation"]) -> str:
+        """What a graph and its validation depend on. Static shapes are those of the graph only."""
         plan = self._plan
         return cache_key(
             {
@@ -293,7 +243,7 @@ class StageCache:
                 | plan.options.quantization.cache_key(),
                 "validated": plan.options.validate,
                 "target": plan.target.name,
-                "sizes": dict(sizes),
+                "sizes": dict(plan.static_sizes) if kind == "graph" else {},
                 "largest": dict(plan.largest_sizes),
                 "versions": library_versions(("onnxruntime", "numpy", "polygraphy")),
                 "code": code_version(),
@@ -311,9 +261,6 @@ class StageCache:
             self.check.recorded = Recorded.from_json(entry.metadata["check"])
             self._log.replay(self.check.recorded)
         self._log.replay(Recorded.from_json(entry.metadata["making"]))
-
-    def _find_validation(self) -> Entry | None:
-        return self._get("validation", self._graph_key({}))
 
     def _engine_key(self, graph: Graph, config: EngineConfig) -> str:
         return _engine_key(graph.content, profile_shapes(graph.description, config), config)
@@ -349,9 +296,10 @@ class _CachedGraph(Graph):
             return written
         recorded = Recorded.from_json(self._entry.metadata["making"])
         self._log.forget({timing.name for timing in recorded.timings})
+        written = self._made.write()
         self._cache.keep_graph(self._made)
         self.content = self._made.content
-        return self._made.written
+        return written
 
     @property
     def description(self) -> GraphDescription:
@@ -365,13 +313,6 @@ class _CachedGraph(Graph):
     def remark(self) -> str:
         """How a static graph was compared with the dynamic one."""
         return super().remark if self.is_written else str(self._entry.metadata["remark"])
-
-
-def _changed_unnoticed(path: Path) -> str:
-    return (
-        f"{path} was changed and has the size and times of before: its weights are not those that the cached "
-        "results are for, which are removed now; run the command again"
-    )
 
 
 def _engine_key(content: str, profiles: Sequence[ProfileShapes], config: EngineConfig) -> str:
@@ -390,53 +331,6 @@ def _engine_key(content: str, profiles: Sequence[ProfileShapes], config: EngineC
             "code": code_version(),
         }
     )
-
-
-def _save_skeleton(model: ir.Model, weights: Mapping[str, ir.TensorProtocol], scratch: Path) -> Path:
-    """Write `model` without those of its weights that are unchanged from the source; returns the file."""
-    kept = {}
-    for name, value in model.graph.initializers.items():
-        tensor, original = value.const_value, _source_tensor(value, weights)
-        unchanged = tensor is original or isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
-        if tensor is None or original is None or not unchanged:
-            continue
-        kept[name] = tensor
-        value.const_value = ir.ExternalTensor(
-            _PLACEHOLDER, 0, tensor.nbytes, tensor.dtype, shape=value.shape or ir.Shape([]), name=name
-        )
-    directory = scratch / "skeleton"
-    directory.mkdir(exist_ok=True)
-    try:
-        ir.save(model, directory / _FILE)
-    finally:
-        for name, tensor in kept.items():
-            model.graph.initializers[name].const_value = tensor
-    return directory / _FILE
-
-
-def _source_tensor(value: ir.Value, weights: Mapping[str, ir.TensorProtocol]) -> ir.TensorProtocol | None:
-    """The data of an initializer, read or quantized from the weights of the source; None for others."""
-    tensor = weights.get(str(value.name))
-    return tensor if tensor is not None else restored_tensor(value, weights)
-
-
-def _weights_digest(path: Path, progress: Progress) -> str:
-    """sha256, in hex, of names and bytes of all weights of the graph at `path`, sorted by name."""
-    digest = hashlib.sha256()
-    initializers = load_onnx(path).graph.initializers
-    tensors = {
-        name: value.const_value for name, value in initializers.items() if value.const_value is not None
-    }
-    with progress.stage("hash", total=sum(tensor.nbytes for tensor in tensors.values())) as stage:
-        for name in sorted(tensors):
-            digest.update(f"{name}\n".encode())
-            tensor = tensors[name]
-            digest.update(tensor.tobytes())
-            stage.advance(tensor.nbytes)
-            if isinstance(tensor, ir.ExternalTensor):
-                # Otherwise every page that was read counts as memory of this process.
-                tensor.release()
-    return digest.hexdigest()
 
 
 def _read_validation(report: Mapping[str, Any]) -> ValidationReport:

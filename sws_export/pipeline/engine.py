@@ -37,7 +37,7 @@ def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> 
         OptionError: The sizes do not fit the graph.
         OSError: `path` cannot be written.
     """
-    file, profiles = graph.file, profile_shapes(graph.description, config)
+    file, profiles = graph.write().path, profile_shapes(graph.description, config)
     with log.measure("build") as timing:
         report = build_engine(file, path, profiles, config.build, log)
         timing.peak_memory = report.peak_memory

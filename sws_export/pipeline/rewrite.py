@@ -18,7 +18,7 @@ from graph_passes.grids import TEXT, Grid, sorted_grids
 from graph_passes.guard import GuardOptions
 from graph_passes.insert_sws import StatePair, state_pair
 from graph_passes.parameters import SwsParameters
-from graph_passes.pipeline import sws_passes
+from graph_passes.pipeline import plain_passes, sws_passes
 from graph_passes.target import Target
 from sws_export.errors import ExportError, OptionError, SwsExportError
 from sws_export.onnx_files import declared_sizes
@@ -100,6 +100,16 @@ def rewrite(
         rows = "all" if guard.rows == 1 else guard.rows
         progress.log(f"key guard: {guard.form}, {rows} of the query rows{_statistics(guard, target, dtype)}")
     return report
+
+
+def rewrite_plain(model: ir.Model, *, sizes: Mapping[str, int], progress: Progress) -> None:  # noqa: ARG001  (as `rewrite`)
+    """As `rewrite`, without SWS: set static `sizes` in `model`, in place.
+
+    Raises:
+        ExportError: A shape of the graph cannot have these sizes.
+    """
+    with pass_errors():
+        plain_passes(sizes)(model)
 
 
 def _statistics(guard: GuardOptions, target: Target, dtype: ir.DataType) -> str:

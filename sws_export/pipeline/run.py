@@ -14,11 +14,12 @@ from sws_export.options import ExportOptions, artefact_kind
 from sws_export.pipeline.cached import StageCache
 from sws_export.pipeline.describe import complete
 from sws_export.pipeline.engine import Engine, check_gpu_memory, make_engine, profile_shapes
-from sws_export.pipeline.graph import Graph, GraphExporter, validate_graph
+from sws_export.pipeline.graph import Graph, GraphExporter
 from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import ExportPlan, make_plan
 from sws_export.pipeline.preflight import Preflight, preflight
 from sws_export.pipeline.run_log import RunLog
+from sws_export.pipeline.validate import validate_graph
 from sws_export.progress import Progress, SilentProgress
 from sws_export.sources import open_source
 from sws_export.stage_timings import StageTiming, rare_garbage_collection
@@ -104,21 +105,16 @@ def export(
 
     # Weights are read and checked in a thread from here on.
     with staged_directory(out) as scratch, cache.check:
-        path = scratch / out.with_suffix(".onnx").name
-        builder = GraphExporter(plan, cache.check, log)
         validation, engine = None, None
 
-        # 3. Graph: trace the UNet, insert SWS, lower it for the target.
-        if builder.makes_two:
-            dynamic = Graph(scratch / "dynamic.onnx", log, lambda at: builder.write_dynamic(at, path))
-            graph = Graph(path, log, lambda at: builder.write_static(at, dynamic), base=dynamic)
-        else:
-            graph = dynamic = Graph(path, log, builder.write)
+        # 3. Graph: trace the UNet, insert SWS, lower it for the target, all when a step needs the file.
+        exporter = GraphExporter(plan, cache.check, log)
+        dynamic, graph = exporter.graphs(scratch / out.with_suffix(".onnx").name)
 
         # 4. Validate: compare with the reference, with dynamic shapes on a small grid.
         if options.validate:
             validation = cache.validation(
-                dynamic, lambda: validate_graph(plan, dynamic, log, builder.unquantized())
+                dynamic, lambda: validate_graph(plan, dynamic, log, exporter.unquantized())
             )
         graph = cache.graph(graph)
         if validation is not None and graph.remark:
@@ -169,7 +165,7 @@ def _publish(
     """Write the manifest and move the artefacts to their places; returns it and them, the requested first."""
     # The weights come first: an ONNX file must never be there without them.
     staged = [external_data_path(graph.path), graph.path] if plan.keeps_graph else []
-    digests = {file: graph.files[file] for file in staged if file in graph.files}
+    digests = {file: graph.write().files[file] for file in staged if file in graph.write().files}
     describe = functools.partial(complete, graph.description)
     manifests = {}
     if engine is None or plan.engine is None:

@@ -1,9 +1,12 @@
 """Differences between two sets of outputs."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from sws_export.errors import ValidationError
 from sws_export.validation.trajectory import Array, Floats
 
 _QUANTILE = 0.999
@@ -87,4 +90,29 @@ def max_over_steps(steps: list[list[OutputDifference]]) -> tuple[OutputDifferenc
             tolerance=outputs[0].tolerance,
         )
         for outputs in zip(*steps, strict=True)
+    )
+
+
+def require_tolerances(outputs: Sequence[OutputDifference], reference: str) -> None:
+    """Check that every output of an export is within its tolerance.
+
+    Args:
+        outputs: Differences from the reference.
+        reference: What the graph was compared with, for the message.
+
+    Raises:
+        ValidationError: Names the output that exceeds its tolerance most.
+    """
+    failed = [output for output in outputs if not output.passed]
+    if not failed:
+        return
+    worst = max(failed, key=lambda output: output.maximum / output.tolerance)
+    if math.isinf(worst.maximum):
+        raise ValidationError(
+            f"{worst.name} of the graph has NaN or Inf, the {reference} has none: the precision is "
+            "too small for this model; nothing was written. Export with --precision bf16 or fp32"
+        )
+    raise ValidationError(
+        f"the graph differs from the {reference}: {worst.name} by {worst.maximum:.2g} of its largest "
+        f"value, allowed is {worst.tolerance:.0e}; nothing was written. --no-validate skips the comparison"
     )

@@ -5,7 +5,9 @@ from fractions import Fraction
 
 from graph_passes.parameters import SwsParameters
 from graph_passes.weight_formats import WeightFormat
-from sws_export.presets import DEFAULT_PRESET, Preset
+from sws_export.manifest import GraphDescription
+from sws_export.parameters import recorded_parameters
+from sws_export.presets import DEFAULT_PRESET, Preset, recorded_preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,3 +31,23 @@ class SwsSpec:
     preset: Preset = DEFAULT_PRESET
     weights: WeightFormat | None = None
     activations: WeightFormat | None = None
+
+    @classmethod
+    def from_manifest(cls, description: GraphDescription) -> "SwsSpec":
+        """The configuration of the graph that a manifest describes."""
+        quantization = description.get("quantization")
+        weights = quantization["weights"] if quantization else None
+        activations = quantization.get("activations") if quantization else None
+        preset = recorded_preset(description)
+        if description["sws"] is None or preset is None:
+            return cls(SwsParameters(), (), weights=weights, activations=activations)
+        guard, debug = description["guard"], description["debug_outputs"]
+        return cls(
+            recorded_parameters(description["sws"]),
+            tuple(name for names in description["sites"].values() for name in names),
+            Fraction(guard["rows"]) if guard else Fraction(1),
+            tuple(debug["sites"]) if debug else (),
+            preset,
+            weights,
+            activations,
+        )

@@ -439,7 +439,7 @@ def test_an_engine_removed_during_the_run_is_built_again(
         "sws_export.cache.store.share_file",
         "sws_export.cache.store._rename",
         "sws_export.pipeline.engine.build_engine",
-        "sws_export.pipeline.cached._save_skeleton",
+        "sws_export.pipeline.cached.save_skeleton",
         "sws_export.sources.checkpoint.validate_against_reference",
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from sws_export import ExportOptions, ExportReport, SizeOptions, SwsOptions, export
 from sws_export.errors import OptionError, ValidationError
 from sws_export.pipeline import graph as graph_stage
-from sws_export.pipeline.revalidate import validate
+from sws_export.pipeline.validate import validate
 from sws_export.runtime import Session, StepError
 from tests.export_runs import ONE_SITE, listing, with_options
 from tests.graph_passes.small_models import op_counts

@@ -11,7 +11,7 @@ import pytest
 from sws_export import ExportOptions, QuantizationOptions, SizeOptions, SwsOptions, export
 from sws_export.errors import OptionError, ValidationError
 from sws_export.inspection import inspect_file
-from sws_export.pipeline.revalidate import validate
+from sws_export.pipeline.validate import validate
 from sws_export.progress import RecordingProgress, SilentProgress
 from sws_export.report.explanation import Explanation
 from sws_export.report.tables import quantization_facts, validation_table

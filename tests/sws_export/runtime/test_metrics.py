@@ -16,7 +16,7 @@ from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.unet_module import load_unet
 from sws_export.errors import OptionError
 from sws_export.parameters import SwsParameters
-from sws_export.pipeline.revalidate import validate
+from sws_export.pipeline.validate import validate
 from sws_export.reference import ReferenceUNet, schedule
 from sws_export.runtime import Session, StepError
 from sws_export.runtime.session import Stream

@@ -1,16 +1,41 @@
-"""Compare a graph exported earlier with its checkpoint again."""
+"""Compare a graph with what it should compute: in an export, or one exported earlier."""
 
 import dataclasses
 from pathlib import Path
 
+import onnx_ir as ir
+
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.manifest import Manifest, read_embedded
 from sws_export.options import ExportOptions, SourceOptions
-from sws_export.pipeline.graph import sws_spec
+from sws_export.pipeline.graph import Graph
+from sws_export.pipeline.plan import ExportPlan
+from sws_export.pipeline.run_log import RunLog
 from sws_export.progress import Progress, SilentProgress
 from sws_export.sources import open_source
 from sws_export.tensors import MID_RESIDUAL
-from sws_export.validation import ValidationReport
+from sws_export.validation import SwsSpec, ValidationReport, require_tolerances
+
+
+def validate_graph(
+    plan: ExportPlan, graph: Graph, log: RunLog, unquantized: ir.Model | None = None
+) -> ValidationReport:
+    """Compare the graph of an export with what it should compute.
+
+    Args:
+        plan: The export.
+        graph: Its graph with dynamic shapes.
+        log: Receives the stage.
+        unquantized: The same graph with its weights as in the source, whose error is reported, too.
+
+    Raises:
+        ValidationError: They differ by more than is allowed.
+    """
+    file, spec = graph.write().path, SwsSpec.from_manifest(graph.description)
+    with log.measure("validate"):
+        validation = plan.source.validate(file, spec, log, unquantized)
+    require_tolerances(validation.outputs, validation.reference)
+    return validation
 
 
 def validate(
@@ -46,7 +71,7 @@ def validate(
             f"{manifest['source']['sha256'][:12]}…, {model} has {found[:12]}…; "
             "give the checkpoint that it was exported from"
         )
-    return source.validate(graph, sws_spec(manifest), progress)
+    return source.validate(graph, SwsSpec.from_manifest(manifest), progress)
 
 
 def _manifest(graph: Path) -> Manifest:

@@ -11,7 +11,7 @@ from sws_export.cli import main
 
 from sws_export import ExportOptions, SwsOptions, SwsParameters, export
 from sws_export.errors import CheckpointError, ManifestError, ValidationError
-from sws_export.pipeline.revalidate import validate
+from sws_export.pipeline.validate import validate
 from tests.export_runs import error_line, make_unet
 
 PARAMETERS = SwsParameters(beta=0.5, scales=(2, 2, 4))
