@@ -1,12 +1,14 @@
-"""Size, memory, build time and error of engines with 8-bit weights, beside the float16 one.
+"""Size, memory, build time and error of engines with 8-bit weights and activations, beside the float16 one.
 
-    python benchmarks/quantization.py --family sd15
-    python benchmarks/quantization.py --family sdxl --only fp16 'int8 weights' --no-validate
+    python -m benchmarks.quantization --model-name sd15
+    python -m benchmarks.quantization --model-name sdxl --checkpoint sdxl/ --only fp16 int8 --measure engine
+    python -m benchmarks.quantization --table
 
-Each variant is one run of `sws-export` to an engine for compute capabilities 8.9 and 12.0. The figures are
-those of its manifest: the memory is what the builder reports for the profile, the error is that of the
-validation. Random weights are written to a temporary directory (`--scratch`), which is deleted afterwards.
-Variants that were measured before are kept in the report.
+Each figure is one of the manifest of `sws-export`. `engine` exports to an engine for compute capabilities 8.9
+and 12.0, without validation: the memory is what the builder reports for the profile. `error` exports to a
+graph, with validation: the largest difference of the prediction from the reference, over five steps of a
+small picture. Random weights are written to a temporary directory (`--scratch`), which is deleted afterwards.
+The report is written after each run, and figures of other runs in it are kept.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.export import RESULTS, machine, make_checkpoint, versions  # noqa: E402  (needs the path)
+from benchmarks.export import RESULTS, machine, versions  # noqa: E402  (needs the path)
 
 VARIANTS: dict[str, list[str]] = {
     "fp16": [],
@@ -30,82 +32,139 @@ VARIANTS: dict[str, list[str]] = {
     "int8": ["--precision", "int8"],
     "fp8": ["--precision", "fp8"],
 }
-SIZES = {"shapes": ["--batch", "2", "--tokens", "8"], "sd15": ["--batch", "2"], "sdxl": ["--batch", "2"]}
+MODELS = {
+    "shapes": "trained example",
+    "sd15-twin": "SD1.5 scaled down, random weights",
+    "sdxl-twin": "SDXL scaled down, random weights",
+    "sd15": "SD1.5, random weights",
+    "sdxl": "SDXL, random weights",
+}
+TOKENS = {"shapes": ["--tokens", "8"]}
+MEASURES = ("engine", "error")
+REPORT = RESULTS / "quantization.json"
 
 
 def main() -> None:
     arguments = parse_arguments()
-    out = arguments.out or RESULTS / f"quantization-{arguments.family}.json"
-    report = json.loads(out.read_text()) if out.exists() else {"runs": {}}
-    with tempfile.TemporaryDirectory(prefix="sws-export-benchmark-", dir=arguments.scratch) as folder:
-        scratch = Path(folder)
-        unet = arguments.model or make_checkpoint(arguments.family, scratch)
-        for name in arguments.only or VARIANTS:
-            report["runs"][name] = run(name, unet, scratch, arguments)
-            report |= {
-                "family": arguments.family,
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "machine": machine(),
-                "versions": versions(sys.executable),
-            }
-            out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{table(report)}\n\nwrote {out}")
+    report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if not arguments.table:
+        with tempfile.TemporaryDirectory(prefix="sws-export-benchmark-", dir=arguments.scratch) as folder:
+            unet = arguments.checkpoint or make_checkpoint(arguments.model_name, Path(folder))
+            for name in arguments.only or VARIANTS:
+                for measure in arguments.measure or MEASURES:
+                    print(f"{arguments.model_name}, {name}: {measure} …", flush=True)
+                    figures = run(measure, name, arguments.model_name, unet, Path(folder))
+                    rows = report.setdefault(arguments.model_name, {})
+                    rows.setdefault(name, {})[measure] = figures | {
+                        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                        "machine": machine(),
+                        "versions": versions(sys.executable),
+                    }
+                    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{engine_table(report)}\n\n{error_table(report)}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", choices=SIZES, required=True)
-    parser.add_argument("--model", type=Path, help="checkpoint to use; default: random weights, see above")
+    parser.add_argument("--model-name", choices=MODELS, default="shapes")
+    parser.add_argument("--checkpoint", type=Path, help="directory of the UNet; default: see above")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--plain", action="store_true", help="without SWS")
-    parser.add_argument("--no-validate", action="store_true", help="measure no error")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, help="default: both")
     parser.add_argument("--scratch", type=Path, help="directory with free space for 4 times the weights")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/quantization-FAMILY.json")
+    parser.add_argument("--out", type=Path, default=REPORT, help="report; default: %(default)s")
+    parser.add_argument("--table", action="store_true", help="print the tables of the report only")
     return parser.parse_args()
 
 
-def run(name: str, unet: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one variant, from its manifest."""
-    plan = scratch / "engine.plan"
-    command = [Path(sys.executable).with_name("sws-export"), unet, "--out", plan, "--precision", "fp16"]
-    command += ["--compute-capability", "8.9,12.0", "--keep-onnx", "--no-cache", "--quiet"]
-    command += [*SIZES[arguments.family], *VARIANTS[name]]
-    command += ["--plain"] * arguments.plain + ["--no-validate"] * arguments.no_validate
-    print(f"{name} …", flush=True)
-    subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
-    manifest = json.loads(plan.with_name("engine.plan.json").read_text())
-    sizes = {file["name"]: file["bytes"] for file in manifest["files"]}
-    memory = manifest["engine"]["gpu_memory"]
-    outputs = {entry["name"]: entry["maximum"] for entry in manifest["validation"].get("outputs", [])}
-    figures = {
-        "plain": arguments.plain,
-        "plan": sizes.pop(plan.name),
-        "graph": sum(sizes.values()),
+def make_checkpoint(model: str, scratch: Path) -> Path:
+    """Directory of the UNet: the trained example, or random float16 weights."""
+    if model == "shapes":
+        return ROOT / "examples" / "shapes" / "unet"
+    family, _, twin = model.partition("-")
+    command = [sys.executable, ROOT / "examples" / "make_checkpoint.py", "--family", family]
+    command += ["--dtype", "fp16", "--out", scratch / "unet", *["--twin"] * bool(twin)]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return scratch / "unet"
+
+
+def run(measure: str, variant: str, model: str, unet: Path, scratch: Path) -> dict[str, Any]:
+    """The figures of a variant of a model."""
+    if measure == "engine":
+        sizes = ["--batch", "2", *TOKENS.get(model, [])]
+        options = [*sizes, "--compute-capability", "8.9,12.0", "--no-validate"]
+        return engine_figures(export(variant, unet, scratch / "engine.plan", options))
+    return error_figures(export(variant, unet, scratch / "graph.onnx", []))
+
+
+def engine_figures(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Size, memory and build time."""
+    engine = manifest["engine"]
+    memory = engine["gpu_memory"]
+    return {
+        "plan": next(file["bytes"] for file in manifest["files"] if file["name"] == "engine.plan"),
         "weights": memory["weights"] if memory else None,
         "activations": memory["profiles"][0]["activations"] if memory else None,
-        "build_seconds": manifest["engine"]["build_seconds"],
-        "build_memory": manifest["engine"]["peak_memory"],
-        "error": outputs.get("out_sample"),
-        "unquantized_error": manifest["validation"].get("unquantized", {}).get("maximum"),
-        "quantization": manifest.get("quantization"),
+        "seconds": engine["build_seconds"],
+        "host_memory": engine["peak_memory"],
+        "quantized_layers": manifest.get("quantization", {}).get("layers"),
     }
-    for file in (plan, *(scratch / name for name in sizes)):
+
+
+def error_figures(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The error of the prediction, and which layers have 8 bits."""
+    validation, quantization = manifest["validation"], manifest.get("quantization", {})
+    prediction = next(output for output in validation["outputs"] if output["name"] == "out_sample")
+    return {
+        "error": prediction["maximum"],
+        "tolerance": prediction["tolerance"],
+        "reference": validation["reference"],
+        "sizes": validation["sizes"],
+        "graph": sum(file["bytes"] for file in manifest["files"]),
+        "skipped_layers": quantization.get("skipped_layers"),
+        "layer_errors": quantization.get("layer_errors"),
+    }
+
+
+def export(name: str, unet: Path, out: Path, options: list[str]) -> dict[str, Any]:
+    """The manifest of an export of a variant, whose files are deleted."""
+    command = [Path(sys.executable).with_name("sws-export"), unet, "--out", out, "--precision", "fp16"]
+    command += [*options, *VARIANTS[name], "--no-cache", "--quiet"]
+    subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
+    path = out.with_name(f"{out.name}.json")
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    for file in (path, *(out.with_name(entry["name"]) for entry in manifest["files"])):
         file.unlink()
-    return figures
+    return manifest
 
 
-def table(report: dict[str, Any]) -> str:
-    """One row per variant, in Markdown."""
-    head = ["variant", "plan", "graph", "weights", "activations", "build", "error"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name, figures in report["runs"].items():
-        error = "not measured" if figures["error"] is None else f"{figures['error']:.1e}"
-        bytes_of = (_gigabytes(figures[key]) for key in ("plan", "graph", "weights"))
-        activations = _gigabytes(figures["activations"])
-        cells = [name, *bytes_of, activations, f"{figures['build_seconds']:.0f} s", error]
-        lines.append(f"| {' | '.join(cells)} |")
+def engine_table(report: dict[str, Any]) -> str:
+    """One row for each engine, in Markdown."""
+    lines = ["| UNet | variant | plan | × fp16 | weights | activations | build | memory of the build |"]
+    lines.append("|---" * lines[0].count(" | ") + "|---|")
+    for model, rows in report.items():
+        for name in VARIANTS:
+            figures = rows.get(name, {}).get("engine")
+            if figures is None:
+                continue
+            exact = rows.get("fp16", {}).get("engine")
+            ratio = f"{figures['plan'] / exact['plan']:.3f}" if exact else ""
+            cells = [MODELS[model], name, _gigabytes(figures["plan"]), ratio]
+            cells += [_gigabytes(figures["weights"]), _gigabytes(figures["activations"])]
+            cells += [f"{figures['seconds']:.0f} s", _gigabytes(figures["host_memory"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def error_table(report: dict[str, Any]) -> str:
+    """One row for each model, in Markdown."""
+    lines = [f"| UNet | {' | '.join(VARIANTS)} |", "|---" * (len(VARIANTS) + 1) + "|"]
+    for model, rows in report.items():
+        errors = [rows.get(name, {}).get("error") for name in VARIANTS]
+        cells = ["" if found is None else f"{found['error']:.1e}" for found in errors]
+        if any(cells):
+            lines.append(f"| {MODELS[model]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

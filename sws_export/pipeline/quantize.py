@@ -10,6 +10,7 @@ from graph_passes.insert_qdq import InsertQdq
 from graph_passes.quantize_weights import QuantizeWeights
 from graph_passes.weight_formats import WeightFormat
 from sws_export.calibration import Calibration
+from sws_export.errors import ExportError
 from sws_export.manifest import QuantizationEntry
 from sws_export.pipeline.rewrite import pass_errors
 from sws_export.progress import Progress
@@ -38,7 +39,7 @@ def quantize(
         progress: Receives what was quantized.
 
     Raises:
-        ExportError: The graph has no weight that can be quantized.
+        ExportError: The graph has no weight that can be quantized, or no layer whose inputs can be.
     """
     exclude: dict[str, str] = {}
     if calibration is not None:
@@ -50,6 +51,11 @@ def quantize(
             elif calibration.errors[layer.name] > limit:
                 exclude[layer.name] = sensitive
         ranges = {name: found for name, found in calibration.ranges.items() if name not in exclude}
+        if calibration.ranges and not ranges:
+            raise ExportError(
+                f"every layer has an error above {limit:.0%} with --precision {calibration.activations}; use "
+                f"--weights {calibration.activations}, or leave it out"
+            )
         InsertQdq(calibration.activations, ranges)(model)
     passes = QuantizeWeights(weights, exclude)
     with pass_errors():

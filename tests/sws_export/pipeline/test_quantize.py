@@ -1,20 +1,27 @@
 """Exports with 8-bit weights: what is written, how it is validated, and what it is combined with."""
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from graph_passes.quantize_weights import FORMATS
 from sws_export import ExportOptions, QuantizationOptions, SizeOptions, SwsOptions, export
-from sws_export.errors import OptionError, ValidationError
+from sws_export.errors import ExportError, OptionError, ValidationError
 from sws_export.inspection import inspect_file
+from sws_export.onnx_files import graph_specs, load_onnx
 from sws_export.pipeline.validate import validate
 from sws_export.progress import RecordingProgress, SilentProgress
 from sws_export.report.explanation import Explanation
 from sws_export.report.tables import quantization_facts, validation_table
+from sws_export.tensors import concrete_shape
 from sws_export.validation import ValidationReport
 from tests.export_runs import difference, listing, open_session, with_options
 from tests.graph_passes.small_models import op_counts
@@ -40,8 +47,14 @@ def inputs(batch: int = 2, intensity: float = 1.0) -> dict[str, Any]:
     }
 
 
-def prediction(graph: Path, intensity: float = 1.0) -> Any:
+def prediction(graph: Path, intensity: float = 1.0, residuals: float = 0.0) -> Any:
+    """The prediction for `inputs`, with residuals of a ControlNet of this size if the graph has them."""
     session, given = open_session(graph), inputs(intensity=intensity)
+    random = np.random.default_rng(1)
+    for spec in graph_specs(load_onnx(graph).graph.inputs):
+        if "additional_residual" in spec.name:
+            sizes = dict(zip(("batch", "_", "height", "width"), given["sample"].shape, strict=True))
+            given[spec.name] = residuals * random.standard_normal(concrete_shape(spec, sizes))
     return session.step(given, session.zero_state(given))[0]
 
 
@@ -93,23 +106,43 @@ def test_it_is_validated_again_with_its_own_tolerance(validated: Path, random_un
     assert {output.name: output.tolerance for output in report.outputs}["out_sample"] == 0.1
 
 
+@pytest.mark.parametrize(("option", "allowed"), [("weights", "1e-01"), ("activations", "2e-01")])
 def test_a_graph_over_its_tolerance_is_not_written(
+    option: str, allowed: str, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of 3 bits instead of 8, at layers that are not left out for their errors."""
+    monkeypatch.setitem(FORMATS, "int8", dataclasses.replace(FORMATS["int8"], largest=3.0))
+    monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": 9.0})
+    options = with_options(INT8, validate=True, **({"weights": None} | {option: "int8"}))
+    with pytest.raises(ValidationError, match=rf"out_sample by .* allowed is {allowed}; nothing was written"):
+        export(random_unet, out / "graph.onnx", options)
+    assert listing(out) == {}
+
+
+def test_every_layer_can_be_too_sensitive(
     random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sws_export.validation.tolerances._PREDICTION_WEIGHTS", {"int8": 1e-9})
-    monkeypatch.setattr("sws_export.validation.tolerances._PREDICTION", {"fp32": 1e-9})
-    with pytest.raises(ValidationError, match=r"out_sample by .* allowed is 1e-09; nothing was written"):
-        export(random_unet, out / "graph.onnx", with_options(INT8, validate=True))
+    monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": 0.0})
+    with pytest.raises(
+        ExportError, match="every layer has an error above 0% with --precision int8; use --weights"
+    ):
+        export(random_unet, out / "graph.onnx", with_options(INT8, weights=None, activations="int8"))
     assert listing(out) == {}
+
+
+ACTIVATIONS: dict[str, Any] = {"weights": None, "activations": "int8"}
+NODE: dict[str, Any] = {"preset": "comfyui-node", "guard": None, "u": "sigma", "sites": ("mid*attn2",)}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        PLAIN | {"controlnet": True, "precision": "fp16"},
-        {"preset": "comfyui-node", "guard": None, "u": "sigma", "sites": ("mid*attn2",)},
+        PLAIN | {"precision": "fp16"},
+        NODE,
+        NODE | ACTIVATIONS,
         {"backend": "tensorrt-rtx", "weights": "fp8"},
-        {"backend": "tensorrt", "precision": "fp16"},
+        {"backend": "tensorrt-rtx", "weights": None, "activations": "fp8", "precision": "fp16"},
+        ACTIVATIONS | {"backend": "tensorrt", "precision": "fp16"},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
@@ -117,13 +150,57 @@ def test_it_combines_with(changes: dict[str, Any], random_unet: Path, out: Path)
     options = with_options(INT8, **changes)
     report = export(random_unet, out / "graph.onnx", options)
     assert report.manifest is not None
-    assert report.manifest["quantization"]["weights"] == changes.get("weights", "int8")
+    entry = report.manifest["quantization"]
+    assert entry["weights"] == (options.quantization.weight_format or "")
     counts = op_counts(ir.load(out / "graph.onnx"))
-    assert counts["DequantizeLinear"] == sum(report.manifest["quantization"]["layers"].values())
-    if changes.get("controlnet"):
-        return
+    rounded = counts.get("QuantizeLinear", 0)
+    assert counts["DequantizeLinear"] == sum(entry["layers"].values()) + rounded
+    assert ("activations" in entry) == (rounded > 0)
+    export(random_unet, out / "exact.onnx", with_options(options, weights=None, activations=None))
+    assert 1e-4 < difference(prediction(out / "graph.onnx"), prediction(out / "exact.onnx")) < 0.15
+
+
+def test_residuals_of_a_controlnet_are_added_unrounded(random_unet: Path, out: Path) -> None:
+    options = with_options(INT8, **PLAIN | ACTIVATIONS, controlnet=True)
+    export(random_unet, out / "graph.onnx", options)
+    export(random_unet, out / "exact.onnx", with_options(options, activations=None))
+    found, exact = (prediction(out / f"{name}.onnx", residuals=1.0) for name in ("graph", "exact"))
+    assert 1e-4 < difference(found, exact) < 0.1
+    effect = difference(exact, prediction(out / "exact.onnx"))
+    assert effect > 0.2
+    assert difference(found, prediction(out / "graph.onnx")) == pytest.approx(effect, rel=0.1)
+
+
+def test_fused_loras_are_quantized(random_unet: Path, out: Path) -> None:
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_v"
+    random = np.random.default_rng(3)
+    factors = {
+        f"unet.{layer}.lora_A.weight": random.standard_normal((2, 64), np.float32),
+        f"unet.{layer}.lora_B.weight": random.standard_normal((64, 2), np.float32),
+    }
+    save_file(factors, out / "lora.safetensors")
+    options = with_options(INT8, loras=(f"{out / 'lora.safetensors'}:0.5",))
+    export(random_unet, out / "graph.onnx", options)
     export(random_unet, out / "exact.onnx", with_options(options, weights=None))
-    assert 1e-4 < difference(prediction(out / "graph.onnx"), prediction(out / "exact.onnx")) < 0.1
+    export(random_unet, out / "without.onnx", INT8)
+    found, exact, without = (prediction(out / f"{name}.onnx") for name in ("graph", "exact", "without"))
+    assert difference(found, exact) < 0.1 < difference(found, without)
+    initializers = ir.load(out / "graph.onnx").graph.initializers
+    with safe_open(random_unet / "diffusion_pytorch_model.safetensors", "np") as stored:
+        weight = stored.get_tensor(f"{layer}.weight").astype(np.float64)
+    a, b = factors.values()
+    weight += 0.5 * (b.astype(np.float64) @ a)
+    restored = (
+        data(initializers, f"{layer}.weight_int8") * data(initializers, f"{layer}.weight_scale")[:, None]
+    )
+    # Half a step of the channel's scale, and the rounding of the scale.
+    assert (np.abs(restored - weight).max(1) <= 0.51 * np.abs(weight).max(1) / 127).all()
+
+
+def data(initializers: Mapping[str, ir.Value], name: str) -> Any:
+    tensor = initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy().astype(np.float64)
 
 
 def test_static_and_dynamic_graphs_share_the_weights(
