@@ -40,6 +40,7 @@ MODELS = {
     "sdxl": "SDXL, random weights",
 }
 TOKENS = {"shapes": ["--tokens", "8"]}
+ENGINE = ["--compute-capability", "8.9,12.0", "--no-validate"]
 MEASURES = ("engine", "error")
 REPORT = RESULTS / "quantization.json"
 
@@ -53,7 +54,8 @@ def main() -> None:
             for name in arguments.only or VARIANTS:
                 for measure in arguments.measure or MEASURES:
                     print(f"{arguments.model_name}, {name}: {measure} …", flush=True)
-                    figures = run(measure, name, arguments.model_name, unet, Path(folder))
+                    options = ["--plain"] if arguments.plain else []
+                    figures = run(measure, name, arguments.model_name, unet, Path(folder), options)
                     rows = report.setdefault(arguments.model_name, {})
                     rows.setdefault(name, {})[measure] = figures | {
                         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -72,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="directory of the UNet; default: see above")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--measure", nargs="+", choices=MEASURES, help="default: both")
+    parser.add_argument("--plain", action="store_true", help="without SWS, for less time")
     parser.add_argument("--scratch", type=Path, help="directory with free space for 4 times the weights")
     parser.add_argument("--out", type=Path, default=REPORT, help="report; default: %(default)s")
     parser.add_argument("--table", action="store_true", help="print the tables of the report only")
@@ -89,13 +92,16 @@ def make_checkpoint(model: str, scratch: Path) -> Path:
     return scratch / "unet"
 
 
-def run(measure: str, variant: str, model: str, unet: Path, scratch: Path) -> dict[str, Any]:
+def run(
+    measure: str, variant: str, model: str, unet: Path, scratch: Path, options: list[str]
+) -> dict[str, Any]:
     """The figures of a variant of a model."""
     if measure == "engine":
-        sizes = ["--batch", "2", *TOKENS.get(model, [])]
-        options = [*sizes, "--compute-capability", "8.9,12.0", "--no-validate"]
-        return engine_figures(export(variant, unet, scratch / "engine.plan", options))
-    return error_figures(export(variant, unet, scratch / "graph.onnx", []))
+        options = [*options, "--batch", "2", *TOKENS.get(model, []), *ENGINE]
+        figures = engine_figures(export(variant, unet, scratch / "engine.plan", options))
+    else:
+        figures = error_figures(export(variant, unet, scratch / "graph.onnx", options))
+    return {"plain": "--plain" in options} | figures
 
 
 def engine_figures(manifest: dict[str, Any]) -> dict[str, Any]:
