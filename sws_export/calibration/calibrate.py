@@ -27,8 +27,8 @@ PERCENTILES: Mapping[WeightFormat, float] = {"int8": 99.999, "fp8": 100.0}
 
 For int8 the one with the smallest error of those that Wu et al. 2020 (arXiv 2004.09602) compare, on the
 trained example. The range of float8 grows with its values, so nothing is gained by clipping: NVIDIA's recipe,
-too, takes the largest value for float8 (`FP8_DEFAULT_CONFIG` in `examples/diffusers/quantization/config.py` of
-NVIDIA/TensorRT-Model-Optimizer).
+too, takes the largest value for float8 (`FP8_DEFAULT_CONFIG` in `examples/diffusers/quantization/config.py`
+of NVIDIA/TensorRT-Model-Optimizer).
 """
 _BINS = 2048
 
