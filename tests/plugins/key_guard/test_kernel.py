@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tests.plugins.cases import FORMATS, Harness, read_tensor
 from tests.plugins.key_guard.reference import GuardCase, amplitude_of, bisection_step, logits_of, value_mix
@@ -134,9 +136,12 @@ def check_against_literal(case: GuardCase, result: Result) -> None:
         assert float(result.a_v[sample]) == pytest.approx(value_mix(case, sample), abs=a_error, rel=0)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("kappa", [1e-5, 2e-4, 1e-3, 0.01, 0.09])
-@pytest.mark.parametrize("sharpness", [0.5, 3.0])
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(
+    path=st.sampled_from(sorted(PATHS)),
+    kappa=st.floats(-5, -1).map(lambda exponent: 10**exponent),
+    sharpness=st.floats(0.5, 3.0),
+)
 def test_lands_on_the_step_of_the_literal_bisection(
     harness: Harness, path: str, kappa: float, sharpness: float
 ) -> None:
@@ -184,8 +189,9 @@ def test_a_sample_of_the_query_rows(harness: Harness, path: str) -> None:
     check_against_literal(case, result)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("tokens", [2, 7, 77, 140])
+@settings(max_examples=10, derandomize=True, deadline=None)
+@given(path=st.sampled_from(sorted(PATHS)), tokens=st.integers(2, 149))
+@example(path="tensor core, two stages", tokens=77)
 def test_more_queries_than_keys(harness: Harness, path: str, tokens: int) -> None:
     """Cross-attention: the keys are of a text, and shorter than the image."""
     case = make_case(tokens=150, kappa=1e-3, sharpness=2)
@@ -240,9 +246,8 @@ def one_hot_case(dtype: torch.dtype, size: float) -> GuardCase:
     return dataclasses.replace(case, q=q.to(dtype), k=k.to(dtype), kp=k.roll(7, 1).to(dtype))
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("size", [20.0, 80.0, 300.0])
-@pytest.mark.parametrize("kappa", [0.01, 0.09])
+@settings(max_examples=12, derandomize=True, deadline=None)
+@given(path=st.sampled_from(sorted(PATHS)), size=st.floats(20.0, 300.0), kappa=st.floats(0.01, 0.09))
 def test_one_hot_attention(harness: Harness, path: str, size: float, kappa: float) -> None:
     case = dataclasses.replace(one_hot_case(torch.float16, size), kappa=torch.tensor([kappa]))
 
