@@ -1,5 +1,6 @@
 """Helpers for tests of whole exports: small UNets, files shared by a session, the command as a process."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 from sws_export import ExportOptions, SwsOptions
+from sws_export.progress import RecordingProgress, SilentProgress, Stage
 
 Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
@@ -103,6 +105,26 @@ def with_options(options: ExportOptions, **changes: Any) -> ExportOptions:
         group: dataclasses.replace(getattr(options, group), **fields) for group, fields in grouped.items()
     }
     return dataclasses.replace(options, **groups, **own)
+
+
+class AtStage(RecordingProgress):
+    """Progress that calls `action` when the first stage `name` begins.
+
+    Attributes:
+        stages: Names of all stages in order.
+    """
+
+    def __init__(self, name: str = "", action: Callable[[], object] = lambda: None) -> None:
+        super().__init__(SilentProgress())
+        self.stages: list[str] = []
+        self._name = name
+        self._action = action
+
+    def stage(self, name: str, total: float | None = None) -> contextlib.AbstractContextManager[Stage]:
+        self.stages.append(name)
+        if name == self._name and self.stages.count(name) == 1:
+            self._action()
+        return super().stage(name, total)
 
 
 def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

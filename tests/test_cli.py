@@ -1,8 +1,10 @@
-"""The command line itself: what reaches the library, where output goes, exit codes."""
+"""The command line itself: options, where output goes, exit codes."""
 
+import argparse
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import warnings
@@ -11,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.table
 from sws_export.cli import main
 
 from sws_export import EngineOptions, ExportOptions, SizeOptions, SourceOptions, SwsOptions, SwsParameters
 from sws_export.commands.shared import EscapedLog
-from sws_export.errors import CheckpointError
-from sws_export.pipeline.preflight import Preflight
-from sws_export.pipeline.run import ExportReport
 from tests.export_runs import COMMAND, ROOT, error_line
 
 RECORDED = ROOT / "tests" / "sws_export" / "manifest" / "recorded" / "format_1_sws.json"
 MANIFEST = json.loads(RECORDED.read_text("utf-8"))
 
-PREFLIGHT = Preflight(memory={"export": 1}, disk=2, graph_size=2, available_memory=3, free_disk=4)
+QUICK = ["--sites", "mid_block.*.attn1", "--guard", "literal", "--no-validate"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,157 +34,135 @@ def _handlers() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, Path, ExportOptions]]:
-    """Exports write a byte, and what they were asked for is remembered."""
-    calls: list[tuple[Path, Path, ExportOptions]] = []
-
-    def export(model: Path, out: Path, options: ExportOptions, progress: Any) -> ExportReport:
-        calls.append((model, out, options))
-        progress.log("a remark")
-        progress.warn("a warning")
-        out.write_bytes(b"x")
-        return ExportReport(
-            (out,), {"artefact": out.name, "states": []}, "fp16, as given", PREFLIGHT, None, None, ()
-        )
-
-    monkeypatch.setattr("sws_export.pipeline.run.export", export)
-    return calls
+def parsed(*arguments: str) -> ExportOptions:
+    parser = argparse.ArgumentParser()
+    ExportOptions.add_arguments(parser)
+    return ExportOptions.from_arguments(parser.parse_args(arguments))
 
 
-def test_options_reach_the_library(asked: list[Any], tmp_path: Path) -> None:
-    arguments = ["unet", "--out", str(tmp_path / "e.plan"), "--precision", "fp16"]
-    arguments += ["--sws", "beta=0.7", "scales=1,2,4", "--sws", "schedule=noise"]
+def test_options_of_the_library() -> None:
+    arguments = ["--precision", "fp16", "--sws", "beta=0.7", "scales=1,2,4", "--sws", "schedule=noise"]
     arguments += ["--sites", "up_blocks.*", "--sites", "mid*", "--config", "c.json", "--ema"]
     arguments += ["--variant", "fp16", "--attention-head-dim", "5,10", "--prediction-type", "v_prediction"]
     arguments += ["--vae-scale", "8", "--batch", "1:2:4", "--height", "256:512:1024", "--width", "512"]
     arguments += ["--profile", "batch=2", "--profile", "batch=4", "--max-gpu-memory", "8GB"]
     arguments += ["--tokens", "77", "--backend", "tensorrt-rtx", "--compute-capability", "8.9,12.0"]
     arguments += ["--builder-optimization-level", "2", "--no-validate", "--keep-onnx", "--dry-run"]
-    assert main(arguments) == 0
-    assert asked == [
-        (
-            Path("unet"),
-            tmp_path / "e.plan",
-            ExportOptions(
-                source=SourceOptions(
-                    precision="fp16",
-                    config=Path("c.json"),
-                    ema=True,
-                    variant="fp16",
-                    attention_head_dim=(5, 10),
-                    prediction_type="v_prediction",
-                ),
-                sws=SwsOptions(
-                    parameters=SwsParameters(beta=0.7, scales=(1, 2, 4), schedule="noise"),
-                    sites=("up_blocks.*", "mid*"),
-                ),
-                sizes=SizeOptions(
-                    vae_scale=8,
-                    batch="1:2:4",
-                    height="256:512:1024",
-                    width="512",
-                    tokens="77",
-                    profiles=("batch=2", "batch=4"),
-                ),
-                engine=EngineOptions(
-                    compute_capabilities=("8.9", "12.0"), optimization_level=2, max_gpu_memory="8GB"
-                ),
-                backend="tensorrt-rtx",
-                validate=False,
-                keep_onnx=True,
-                dry_run=True,
-            ),
-        )
-    ]
+    assert parsed(*arguments) == ExportOptions(
+        source=SourceOptions(
+            precision="fp16",
+            config=Path("c.json"),
+            ema=True,
+            variant="fp16",
+            attention_head_dim=(5, 10),
+            prediction_type="v_prediction",
+        ),
+        sws=SwsOptions(
+            parameters=SwsParameters(beta=0.7, scales=(1, 2, 4), schedule="noise"),
+            sites=("up_blocks.*", "mid*"),
+        ),
+        sizes=SizeOptions(
+            vae_scale=8,
+            batch="1:2:4",
+            height="256:512:1024",
+            width="512",
+            tokens="77",
+            profiles=("batch=2", "batch=4"),
+        ),
+        engine=EngineOptions(
+            compute_capabilities=("8.9", "12.0"), optimization_level=2, max_gpu_memory="8GB"
+        ),
+        backend="tensorrt-rtx",
+        validate=False,
+        keep_onnx=True,
+        dry_run=True,
+    )
 
 
-def test_defaults_are_those_of_the_library(asked: list[Any], tmp_path: Path) -> None:
-    assert main(["unet", "--out", str(tmp_path / "g.onnx")]) == 0
-    assert asked[0][2] == ExportOptions()
+def test_defaults_are_those_of_the_library() -> None:
+    assert parsed() == ExportOptions()
 
 
 @pytest.mark.parametrize(
     ("options", "remarks", "summary"),
     [((), True, True), (("--quiet",), False, False), (("--json",), True, True)],
 )
-@pytest.mark.usefixtures("asked")
 def test_where_output_goes(
+    traced: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: tuple[str, ...],
     remarks: bool,
     summary: bool,
 ) -> None:
-    assert main(["unet", "--out", str(tmp_path / "g.onnx"), *options]) == 0
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert main([str(traced), "--out", str(tmp_path / "g.onnx"), *QUICK, *options]) == 0
     out, err = capsys.readouterr()
-    assert "warning: a warning" in err
-    assert ("a remark" in err) == remarks
+    assert "warning: about 0.0 GB of disk are needed" in err
+    assert ("plain ONNX graph" in err) == remarks
     assert ("wrote" in err) == summary
     if "--json" in options:
         printed = json.loads(out)
-        assert printed["files"] == [str(tmp_path / "g.onnx")]
-        assert printed["preflight"]["disk"] == 2
+        assert printed["files"] == [str(tmp_path / "g.onnx"), str(tmp_path / "g.onnx.json")]
+        assert printed["preflight"]["free_disk"] == 1000
         assert printed["manifest"]["artefact"] == "g.onnx"
     else:
         assert out == ""
 
 
-def test_an_error_is_one_line_and_exit_code_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def export(*_: Any) -> None:
-        raise CheckpointError("m.safetensors is broken; use another copy")
-
-    monkeypatch.setattr("sws_export.pipeline.run.export", export)
-    assert main(["m.safetensors", "--out", "g.onnx"]) == 1
-    assert error_line(capsys.readouterr().err) == "m.safetensors is broken; use another copy"
+def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "m.safetensors"
+    assert main([str(model), "--out", str(tmp_path / "g.onnx")]) == 1
+    assert error_line(capsys.readouterr().err).startswith(f"{model} does not exist")
 
 
-def test_a_message_of_several_lines_becomes_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_message_of_several_lines_becomes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Libraries break their messages into lines, and we quote them."""
-
-    def export(*_: Any) -> None:
-        raise CheckpointError("damaged: line 1\n  ^ here\n")
-
-    monkeypatch.setattr("sws_export.pipeline.run.export", export)
-    assert main(["m.safetensors", "--out", "g.onnx", "--quiet"]) == 1
-    assert capsys.readouterr().err == "sws-export: damaged: line 1 ^ here\n"
+    model = tmp_path / "damaged: line 1\n  ^ here.safetensors"
+    assert main([str(model), "--out", str(tmp_path / "g.onnx"), "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"sws-export: {tmp_path}/damaged: line 1 ^ here.safetensors does not exist")
+    assert said.count("\n") == 1
 
 
 def test_a_python_warning_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def export(*_: Any) -> None:
+    usage = shutil.disk_usage(tmp_path)
+
+    def warn(_: object) -> Any:
         warnings.simplefilter("default")
         warnings.warn("the target is\nanother one", RuntimeWarning, stacklevel=1)
-        raise CheckpointError("broken")
+        return usage
 
-    monkeypatch.setattr("sws_export.pipeline.run.export", export)
-    assert main(["m.safetensors", "--out", "g.onnx", "--quiet"]) == 1
-    assert capsys.readouterr().err == "warning: the target is another one\nsws-export: broken\n"
+    monkeypatch.setattr("shutil.disk_usage", warn)
+    assert main([str(traced), "--out", str(tmp_path / "g.onnx"), "--dry-run", "--quiet"]) == 0
+    assert capsys.readouterr().err == "warning: the target is another one\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_it_with_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+    traced: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
 ) -> None:
-    monkeypatch.setattr("sws_export.pipeline.run.export", lambda *_: signal.raise_signal(number))
-    assert main(["unet", "--out", "g.onnx"]) == 1
+    monkeypatch.setattr("shutil.disk_usage", lambda _: signal.raise_signal(number))
+    assert main([str(traced), "--out", str(tmp_path / "g.onnx")]) == 1
     assert error_line(capsys.readouterr().err) == "interrupted; nothing was written"
 
 
-@pytest.mark.usefixtures("asked")
 def test_an_interrupt_during_the_summary_tells_what_is_complete(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "sws_export.commands.terminal.print_export", lambda *_: signal.raise_signal(signal.SIGINT)
-    )
-    assert main(["unet", "--out", str(tmp_path / "g.onnx")]) == 1
-    assert error_line(capsys.readouterr().err) == f"interrupted; complete: {tmp_path / 'g.onnx'}"
+    """The summary has a table of the stages."""
+    out = tmp_path / "g.onnx"
+    monkeypatch.setattr(rich.table.Table, "add_row", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main([str(traced), "--out", str(out), *QUICK]) == 1
+    assert error_line(capsys.readouterr().err) == f"interrupted; complete: {out}, {out}.json"
 
 
 @pytest.mark.parametrize(
@@ -244,10 +222,9 @@ def test_a_reader_that_has_enough(tmp_path: Path) -> None:
     assert done.returncode == 1
 
 
-def test_compute_capabilities_are_split_and_not_repeated(asked: list[Any], tmp_path: Path) -> None:
-    out = str(tmp_path / "e.plan")
-    assert main(["unet", "--out", out, "--compute-capability", "8.9, 12.0,8.9"]) == 0
-    assert asked[0][2].engine.compute_capabilities == ("8.9", "12.0")
+def test_compute_capabilities_are_split_and_not_repeated() -> None:
+    found = parsed("--compute-capability", "8.9, 12.0,8.9")
+    assert found.engine.compute_capabilities == ("8.9", "12.0")
 
 
 def test_control_characters_in_logs_of_libraries_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,11 @@ def main() -> int:
     """Export as the request on standard input says; returns 0 if the artefact is complete."""
     request = json.load(sys.stdin)
     die_with_parent(request["parent"])
-    events = EventWriter()
+    return convert(request, EventWriter())
+
+
+def convert(request: dict[str, Any], events: EventWriter) -> int:
+    """Export as `request` says, and send events; returns 0 if the artefact is complete."""
     try:
         with missing_extras_as_errors():
             _export(request, events)

@@ -57,9 +57,8 @@ def test_it_draws_and_measures(
 
 
 def test_its_checker_measures_adherence(
-    shapes_sws: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shapes_sws: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sws_export.evaluation.statistics.RESAMPLES", 50)
     file, out = tmp_path / "prompts.txt", tmp_path / "results"
     file.write_text("red circle center\n")
     command = ["evaluate", str(shapes_sws), str(plain.HERE), "--prompts", str(file), "--seeds", "1"]

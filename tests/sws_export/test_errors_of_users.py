@@ -286,8 +286,8 @@ def test_the_model_itself_is_not_overwritten(refuse: Refuse, traced: Path, out: 
 @pytest.mark.parametrize(
     "function",
     [
-        "sws_export.pipeline.graph.save_onnx",
-        "sws_export.pipeline.run.write_manifest",
+        "onnx_ir.save",
+        "json.dump",
         "os.fsync",
     ],
 )
@@ -299,7 +299,7 @@ def test_a_full_disk(
     function: str,
     number: int,
 ) -> None:
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(number, "no room")
 
     monkeypatch.setattr(function, full)
@@ -311,10 +311,10 @@ def test_a_full_disk(
 def test_a_full_disk_in_the_engine_build(
     refuse: Refuse, random_unet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    monkeypatch.setattr("sws_export.pipeline.engine.build_engine", full)
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
     said = refuse(random_unet, *SMALL, "--vae-scale", "1", name="engine.plan")
     assert "engine.plan: the disk is full (" in said
 

@@ -82,17 +82,17 @@ def test_a_small_model_is_one_file(tmp_path: Path, run_onnx: RunOnnx) -> None:
     _check_saved(out, run_onnx)
 
 
-def test_a_large_model_has_external_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_onnx: RunOnnx
-) -> None:
-    monkeypatch.setattr(onnx_files, "EMBED_LIMIT", 100)
+def test_a_large_model_has_external_data(tmp_path: Path, run_onnx: RunOnnx) -> None:
     model = _external_model(tmp_path)
     total = weight_bytes(model)
     progress = _Counting()
     out = tmp_path / "out" / "m.onnx"
     out.parent.mkdir()
     data = external_data_path(out)
-    assert save_onnx(model, out, progress) == {out: file_digest(out), data: file_digest(data)}
+    assert save_onnx(model, out, progress, embed_limit=100) == {
+        out: file_digest(out),
+        data: file_digest(data),
+    }
     assert {file.name for file in out.parent.iterdir()} == {"m.onnx", "m.onnx.data"}
     assert str(tmp_path).encode() not in out.read_bytes()
     assert progress.total == total
@@ -102,15 +102,13 @@ def test_a_large_model_has_external_data(
 
 
 @pytest.mark.parametrize("limit", [0, 2**20], ids=["beside", "inside"])
-def test_the_same_model_gives_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
-    monkeypatch.setattr(onnx_files, "EMBED_LIMIT", limit)
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path, limit: int) -> None:
     written = []
     for name in ("first", "second"):
         directory = tmp_path / name
         directory.mkdir()
-        files = save_onnx(_external_model(tmp_path), directory / "m.onnx", SilentProgress())
+        model = _external_model(tmp_path)
+        files = save_onnx(model, directory / "m.onnx", SilentProgress(), embed_limit=limit)
         written.append([file.read_bytes() for file in files])
     assert written[0] == written[1]
 
@@ -140,9 +138,8 @@ def test_bfloat16_weights_are_saved(tmp_path: Path) -> None:
     assert loaded.const_value.tobytes() == array.tobytes()
 
 
-def test_shared_weights_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_weights_are_written_once(tmp_path: Path) -> None:
     """Of two equal weights the graphs keep different ones, and the second is stored in its graph."""
-    monkeypatch.setattr(onnx_files, "EMBED_LIMIT", 0)
     (tmp_path / "source").mkdir()
     general = _external_model(tmp_path / "source")
     model = general.clone()
@@ -160,7 +157,7 @@ def test_shared_weights_are_written_once(tmp_path: Path, monkeypatch: pytest.Mon
     )
     out = tmp_path / "out"
     out.mkdir()
-    save_onnx(general, out / "general.onnx", SilentProgress())
+    save_onnx(general, out / "general.onnx", SilentProgress(), embed_limit=0)
     size = external_data_path(out / "general.onnx").stat().st_size
     for tensor, inside in ((kept.const_value, False), (twin, True)):
         kept.const_value = tensor

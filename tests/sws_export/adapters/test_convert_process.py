@@ -1,7 +1,5 @@
 """The process that exports for ComfyUI: its request and its events."""
 
-import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +20,19 @@ class Events:
 
 
 @pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> Events:
-    collected = Events()
-    monkeypatch.setattr(convert_process, "EventWriter", lambda: collected)
-    monkeypatch.setattr(convert_process, "die_with_parent", lambda _: None)
-    return collected
+def events() -> Events:
+    return Events()
 
 
-def request(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path) -> int:
+def request(events: Events, model: Path, out: Path) -> int:
     groups = {"source": {"precision": None}, "sws": {"guard": "literal"}, "sizes": {}, "engine": {}}
-    document = {"parent": 1, "model": str(model), "out": str(out), "backend": None, **groups}
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(document)))
-    return convert_process.main()
+    document = {"model": str(model), "out": str(out), "backend": None, **groups}
+    return convert_process.convert(document, events)  # type: ignore[arg-type]
 
 
-def test_an_artefact_is_complete_when_it_is_finished(
-    events: Events, monkeypatch: pytest.MonkeyPatch, traced: Path, tmp_path: Path
-) -> None:
+def test_an_artefact_is_complete_when_it_is_finished(events: Events, traced: Path, tmp_path: Path) -> None:
     out = tmp_path / "unet.onnx"
-    assert request(monkeypatch, traced, out) == 0
+    assert request(events, traced, out) == 0
     assert events.sent[-1] == {"event": "finished"}
     assert Session.load(out, device="cpu", threads=1).contract.takes_intensity
     assert {"stage", "describe", "log"} <= {event["event"] for event in events.sent}
@@ -58,8 +50,8 @@ def test_a_stage_sends_all_that_it_advanced_by(events: Events) -> None:
     assert len(advances) < 5
 
 
-def test_an_error_is_one_event(events: Events, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert request(monkeypatch, tmp_path / "absent.safetensors", tmp_path / "unet.onnx") == 1
+def test_an_error_is_one_event(events: Events, tmp_path: Path) -> None:
+    assert request(events, tmp_path / "absent.safetensors", tmp_path / "unet.onnx") == 1
     assert [event["event"] for event in events.sent][-1] == "failed"
     assert "absent.safetensors" in events.sent[-1]["message"]
     assert not list(tmp_path.iterdir())

@@ -12,9 +12,7 @@ SHA256 = "ab" * 32
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file old enough for its digest to be remembered."""
-    monkeypatch.setattr("sws_export.cache.digests.RECENT_SECONDS", -1.0)
+def file(tmp_path: Path) -> Path:
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     return path
@@ -25,8 +23,10 @@ def digests(tmp_path: Path) -> DigestCache:
     return DigestCache(tmp_path / "digests")
 
 
-def remember(digests: DigestCache, *files: Path) -> None:
-    digests.put(files, *file_stamps(files), SHA256)
+def remember(digests: DigestCache, *files: Path, age: float = 10.0) -> None:
+    """Store a digest as if `files` had been written `age` seconds before."""
+    stamps, now = file_stamps(files)
+    digests.put(files, stamps, now + age, SHA256)
 
 
 def test_an_unchanged_file_is_a_hit(digests: DigestCache, file: Path) -> None:
@@ -69,18 +69,15 @@ def test_a_replaced_file_is_a_miss(digests: DigestCache, file: Path, tmp_path: P
 
 
 def test_a_file_changed_during_hashing_is_not_stored(digests: DigestCache, file: Path) -> None:
-    before = file_stamps([file])
+    stamps, now = file_stamps([file])
     time.sleep(0.02)
     file.write_bytes(b"longer weights")
-    digests.put([file], *before, SHA256)
+    digests.put([file], stamps, now + 10, SHA256)
     assert digests.get([file]) is None
 
 
-def test_a_recent_file_is_not_stored(
-    digests: DigestCache, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sws_export.cache.digests.RECENT_SECONDS", 2.0)
-    remember(digests, file)
+def test_a_recent_file_is_not_stored(digests: DigestCache, file: Path) -> None:
+    remember(digests, file, age=1.0)
     assert digests.get([file]) is None
 
 

@@ -1,9 +1,11 @@
 """Cache entries are complete or absent, also with several processes in the directory."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from sws_export.cache import sharing
 from sws_export.cache.keys import cache_key, code_version
 from sws_export.cache.settings import cache_directory, open_cache
 from sws_export.cache.store import Cache
@@ -38,6 +39,10 @@ def store(cache: Cache, key: str = KEY, size: int = 1000, said: RecordingProgres
         "engine", key, {"number": 1.5}, {file: file_digest(file)}, said or RecordingProgress(SilentProgress())
     )
     return file
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EXDEV, "another device")
 
 
 def keys(cache: Cache) -> set[str]:
@@ -136,7 +141,7 @@ def test_artefacts_never_share_a_file(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clone: bool
 ) -> None:
     if not clone:
-        monkeypatch.setattr(sharing, "_clone", lambda *_: False)
+        monkeypatch.setattr(fcntl, "ioctl", refuse)
     first = store(cache)
     entry = cache.get("engine", KEY)
     assert entry is not None
@@ -154,7 +159,7 @@ def test_artefacts_never_share_a_file(
 def test_damage_by_an_overwritten_artefact_is_found(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "_clone", lambda *_: False)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
     file = store(cache)
     file.write_bytes(b"b" * 1000)
     entry = cache.get("engine", KEY)
@@ -165,10 +170,7 @@ def test_damage_by_an_overwritten_artefact_is_found(
 def test_another_file_system_gets_a_copy(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(errno.EXDEV, "another device")
-
-    monkeypatch.setattr(sharing, "_clone", lambda *_: False)
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
     monkeypatch.setattr(os, "link", refuse)
     file = store(cache)
     assert file.stat().st_nlink == 1
@@ -177,11 +179,11 @@ def test_another_file_system_gets_a_copy(
     assert cache.extract(entry, file.name, tmp_path / "taken")
 
 
-def test_a_full_disk_is_a_warning(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("sws_export.cache.store.share_file", full)
+def test_a_full_disk_is_a_warning(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     said = RecordingProgress(SilentProgress())
     store(cache, said=said)
     assert said.lines == [

@@ -63,7 +63,7 @@ def test_progress(terminal: bool) -> None:
 def test_only_slow_stages_show_their_duration(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = TerminalProgress(console())
     clock = iter([0.0, 0.5, 10.0, 12.5])
-    monkeypatch.setattr("sws_export.commands.terminal.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
     for name in ("fast", "slow"):
         with progress.stage(name):
             pass
@@ -224,7 +224,7 @@ def test_limits_of_the_machine_end_in_one_line(
             raise RuntimeError("a library failed") from error
         raise error
 
-    monkeypatch.setattr("sws_export.inspection.inspect_file", fail)
+    monkeypatch.setattr(Path, "exists", fail)
     assert main(["inspect", "x"]) == 1
     printed = capfd.readouterr().err
     assert line in printed
@@ -235,6 +235,6 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: object) -> None:
         raise RuntimeError("a bug") from OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr("sws_export.inspection.inspect_file", fail)
+    monkeypatch.setattr(Path, "exists", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["inspect", "x"])

@@ -63,10 +63,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def command(
-    sws_graph: Path, pipeline: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[str]:
-    monkeypatch.setattr("sws_export.evaluation.statistics.RESAMPLES", 50)
+def command(sws_graph: Path, pipeline: Path, prompts: Path, tmp_path: Path) -> list[str]:
     return [
         *("evaluate", str(sws_graph), str(pipeline), "--prompts", str(prompts), "--seeds", "1"),
         *("--steps", str(STEPS), "--height", "16", "--width", "16", "--out", str(tmp_path / "results")),

@@ -1,10 +1,10 @@
 """Cache hits and misses of the export stages, damaged entries, and interrupts."""
 
-import importlib
 import json
 import shutil
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,14 @@ from sws_export import (
     export,
 )
 from sws_export.cache import Cache, open_cache
-from sws_export.cache.digests import DigestCache
-from sws_export.checkpoint import verify_weights
+from sws_export.cache.digests import file_stamps
 from sws_export.engines.build import EngineReport, log_warnings
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline.run import ExportReport
 from sws_export.progress import RecordingProgress, SilentProgress
 from sws_export.validation import OutputDifference, ValidationReport
-from tests.export_runs import ONE_SITE, listing, with_options
+from tests.export_runs import ONE_SITE, AtStage, listing, with_options
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -106,7 +105,8 @@ def filled(_validation: None, random_unet: Path, tmp_path_factory: pytest.TempPa
 def configure(patch: pytest.MonkeyPatch, directory: Path) -> None:
     patch.setenv("SWS_EXPORT_CACHE_DIR", str(directory))
     patch.setenv("SWS_EXPORT_CACHE_SIZE", "1GB")
-    patch.setattr("sws_export.cache.digests.RECENT_SECONDS", -1.0)
+    # Digests of files that were written a moment ago are not remembered.
+    patch.setattr("time.time", lambda: time.time_ns() / 1e9 + 10)
 
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -137,15 +137,14 @@ def write_lora(file: Path, value: float) -> Path:
 # Hits
 
 
-def test_a_second_export_restores_the_graph(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_export_restores_the_graph(model: Path, out: Path) -> None:
     first = export(model, out / "graph.onnx", GRAPH)
     before = listing(out)
     assert cached(first) == []
-    for name in ("check_tensors", "verify_weights", "export_plain", "validate_against_reference"):
-        monkeypatch.setattr(f"sws_export.sources.checkpoint.{name}", None)
-    said = RecordingProgress(SilentProgress())
+    said = AtStage()
     second = export(model, out / "graph.onnx", GRAPH, said)
     assert cached(second) == STAGES
+    assert said.stages == ["open", "hash"]
     after = listing(out)
     assert after["graph.onnx"] == before["graph.onnx"]
     assert any("graph: from the cache" in text for _, text in said.lines)
@@ -307,12 +306,12 @@ def test_a_changed_option_is_a_miss(name: str, find: Callable[..., Any]) -> None
 
 
 @pytest.mark.parametrize(
-    ("function", "value"), [("code_version", "other"), ("library_versions", {"torch": "other"})]
+    "function", ["sws_export.pipeline.cached.code_version", "importlib.metadata.version"]
 )
 def test_another_version_is_a_miss(
-    find: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, function: str, value: object
+    find: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
-    monkeypatch.setattr(f"sws_export.pipeline.cached.{function}", lambda *_: value)
+    monkeypatch.setattr(function, lambda *_: "other")
     assert find() == ()
 
 
@@ -386,17 +385,14 @@ def test_a_damaged_graph_is_exported_again(model: Path, out: Path, cache: Cache)
     assert "export" in cached(export(model, out / "graph.onnx", GRAPH))
 
 
-def test_changed_weights_behind_a_stale_digest_are_found(
-    model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_weights_behind_a_stale_digest_are_found(model: Path, out: Path, cache: Cache) -> None:
     """The remembered digest is wrong: the weights themselves are checked before a graph is used."""
     export(model, out / "graph.onnx", GRAPH)
-    known = open_cache().digests.get([model / WEIGHTS])
+    files = [model / WEIGHTS]
+    known = cache.digests.get(files)
+    assert known is not None
     change_weights(model)
-    monkeypatch.setattr(DigestCache, "get", lambda *_: known)
-    monkeypatch.setattr(
-        DigestCache, "evict", lambda *_: monkeypatch.setattr(DigestCache, "get", lambda *_: None)
-    )
+    cache.digests.put(files, *file_stamps(files), known)
     before = listing(out)
     with pytest.raises(CheckpointError, match="was changed and has the size and times of before"):
         export(model, out / "graph.onnx", GRAPH)
@@ -417,32 +413,16 @@ def test_a_damaged_engine_is_built_again(model: Path, out: Path, built: list[Any
 
 
 def test_an_engine_removed_during_the_run_is_built_again(
-    model: Path, out: Path, built: list[Any], monkeypatch: pytest.MonkeyPatch
+    model: Path, out: Path, built: list[Any], cache: Cache
 ) -> None:
     export(model, out / "e.plan", PLAN)
-    take = Cache.extract
-
-    def late(self: Cache, *arguments: Any, **named: Any) -> bool:
-        shutil.rmtree((self.root or Path()) / "entries")
-        monkeypatch.setattr(Cache, "extract", take)
-        return take(self, *arguments, **named)
-
-    monkeypatch.setattr(Cache, "extract", late)
-    report = export(model, out / "e.plan", PLAN)
+    entries = (cache.root or Path()) / "entries"
+    report = export(model, out / "e.plan", PLAN, AtStage("read cache", lambda: shutil.rmtree(entries)))
     assert len(built) == 2
     assert cached(report) == ["check", "validate"]
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        "sws_export.cache.store.share_file",
-        "sws_export.cache.store._rename",
-        "sws_export.pipeline.engine.build_engine",
-        "sws_export.pipeline.cached.save_skeleton",
-        "sws_export.sources.checkpoint.validate_against_reference",
-    ],
-)
+@pytest.mark.parametrize("function", ["pathlib.Path.rename", "pathlib.Path.write_text", "onnx_ir.save"])
 def test_an_interrupt_leaves_no_partial_entry(
     model: Path, out: Path, built: list[Any], cache: Cache, function: str
 ) -> None:
@@ -506,54 +486,44 @@ def test_list_and_clear(
 
 
 @pytest.mark.parametrize(
-    ("target", "kept"),
+    ("stage", "options", "kept"),
     [
-        ("sws_export.sources.checkpoint.verify_weights", set()),
-        ("sws_export.sources.checkpoint.export_plain", set()),
-        ("sws_export.sources.checkpoint.validate_against_reference", set()),
-        ("sws_export.pipeline.engine.build_engine", {"graph", "validation"}),
+        ("check tensors", PLAN, set()),
+        ("rewrite", PLAN, set()),
+        ("hash", PLAN, {"validation"}),
+        ("hash", with_options(PLAN, cache=False), set()),
     ],
 )
 def test_a_checkpoint_replaced_while_it_is_exported(
-    target: str,
+    stage: str,
+    options: ExportOptions,
     kept: set[str],
     model: Path,
     out: Path,
-    monkeypatch: pytest.MonkeyPatch,
     cache: Cache,
     built: list[Any],
 ) -> None:
     """Nothing is written, and the replacement never gets results of the first file from the cache."""
-    module, _, name = target.rpartition(".")
-    original = getattr(importlib.import_module(module), name)
     replacement = Path(shutil.copytree(model, model.with_name("replacement")))
     change_weights(replacement)
 
-    def replace(*arguments: Any, **named: Any) -> Any:
-        result = original(*arguments, **named)
+    def replace() -> None:
         (replacement / WEIGHTS).replace(model / WEIGHTS)
-        return result
 
-    with monkeypatch.context() as patch:
-        patch.setattr(target, replace)
-        with pytest.raises(CheckpointError, match=rf"{WEIGHTS} was changed while it was exported; nothing"):
-            export(model, out / "e.plan", PLAN)
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} was changed while it was exported; nothing"):
+        export(model, out / "e.plan", options, AtStage(stage, replace))
     assert listing(out) == {}
     assert {entry.kind for entry in cache.entries()} == kept
     assert cached(export(model, out / "e.plan", PLAN)) == []
 
 
-def test_a_lora_replaced_while_it_is_exported(
-    model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lora_replaced_while_it_is_exported(model: Path, out: Path, tmp_path: Path) -> None:
     lora = write_lora(tmp_path / "lora.safetensors", 0.1)
 
-    def replace(*arguments: Any) -> Any:
+    def replace() -> None:
         write_lora(tmp_path / "other.safetensors", 0.2).replace(lora)
-        return verify_weights(*arguments)
 
-    monkeypatch.setattr("sws_export.sources.checkpoint.verify_weights", replace)
     options = ExportOptions(source=SourceOptions(loras=(str(lora),)), validate=False)
     with pytest.raises(CheckpointError, match=r"lora\.safetensors was changed while it was exported"):
-        export(model, out / "graph.onnx", options)
+        export(model, out / "graph.onnx", options, AtStage("rewrite", replace))
     assert listing(out) == {}

@@ -12,7 +12,7 @@ from sws_export.errors import OptionError, ValidationError
 from sws_export.pipeline import graph as graph_stage
 from sws_export.pipeline.validate import validate
 from sws_export.runtime import Session, StepError
-from tests.export_runs import ONE_SITE, listing, with_options
+from tests.export_runs import ONE_SITE, AtStage, listing, with_options
 from tests.graph_passes.small_models import op_counts
 
 STATIC = ExportOptions(
@@ -125,12 +125,10 @@ def test_a_static_bfloat16_graph_is_compared_too(random_unet: Path, out: Path) -
     assert any("the static graph differs by up to" in remark for remark in report.validation.remarks)
 
 
-def test_a_static_graph_with_long_steps_is_not_run(
-    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graph_stage, "_RUNNABLE", 1.0)
-    monkeypatch.setattr(graph_stage, "compare_static_shapes", None)
-    report = export(random_unet, out / "graph.onnx", STATIC)
+def test_a_static_graph_with_long_steps_is_not_run(random_unet: Path, out: Path) -> None:
+    progress = AtStage()
+    report = export(random_unet, out / "graph.onnx", with_options(STATIC, batch="8192"), progress)
+    assert "compare static shapes" not in progress.stages
     assert report.validation is not None
     assert report.validation.remarks[0].endswith("was not run, a step on this processor would be long")
 
@@ -139,12 +137,10 @@ def test_weights_are_written_once(
     random_unet: Path, dynamic: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**20)
-    saved = []
-    real = graph_stage.save_onnx
-    monkeypatch.setattr(graph_stage, "save_onnx", lambda *given: saved.append(given[1]) or real(*given))
-    export(random_unet, out / "graph.onnx", STATIC)
+    progress = AtStage()
+    export(random_unet, out / "graph.onnx", STATIC, progress)
     assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.data", "graph.onnx.json"]
-    assert len(saved) == 1
+    assert progress.stages.count("save") == 1
     held = [value.const_value for value in ir.load(out / "graph.onnx").graph.initializers.values()]
     inside = sum(tensor.nbytes for tensor in held if tensor and not isinstance(tensor, ir.ExternalTensor))
     # What depends on the grid: the transports of three scales on 4 x 6 tokens, and kernels.

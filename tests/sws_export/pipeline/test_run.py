@@ -23,10 +23,9 @@ from sws_export import (
 from sws_export.engines.build import EngineReport
 from sws_export.errors import ValidationError
 from sws_export.pipeline import engine as engine_stage
-from sws_export.pipeline import graph as graph_making
 from sws_export.progress import SilentProgress
 from sws_export.runtime.contract import read_contract
-from tests.export_runs import ONE_SITE, Session, difference, error_line, listing, with_options
+from tests.export_runs import ONE_SITE, AtStage, Session, difference, error_line, listing, with_options
 
 ENGINE = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 4, 1.0, 0.5, 0.5, 10**6, 3, 0, {})
 VALIDATED = ExportOptions(sws=ONE_SITE)
@@ -118,7 +117,7 @@ class TestFiles:
     def test_a_dry_run_writes_nothing(
         self, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(graph_making, "save_onnx", None)
+        monkeypatch.setattr("onnx_ir.save", None)
         report = export(
             random_unet, out / "e.plan", ExportOptions(sizes=SizeOptions(vae_scale=1), dry_run=True)
         )
@@ -222,45 +221,48 @@ def test_an_overflow_is_reported(
 
 # Interrupts
 
-STAGES = [
-    "sws_export.sources.checkpoint.open_checkpoint",
-    "sws_export.sources.checkpoint.check_tensors",
-    "sws_export.sources.checkpoint.verify_weights",
-    "sws_export.sources.checkpoint.export_plain",
-    "sws_export.pipeline.graph.rewrite",
-    "sws_export.pipeline.graph.save_onnx",
-    "sws_export.sources.checkpoint.validate_against_reference",
-    "sws_export.pipeline.engine.build_engine",
-    "sws_export.pipeline.run.complete",
-    "sws_export.pipeline.run.write_manifest",
-    "os.fsync",
-]
+EARLIER = ("e.plan", "e.onnx", "e.plan.json")
+PLAN = with_options(FAST, keep_onnx=True, vae_scale=1)
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.usefixtures("quick_trace", "fake_engine")
-@pytest.mark.parametrize("function", STAGES)
-def test_an_interrupt_in_each_stage(
+@pytest.mark.parametrize("stage", ["open", "check tensors", "rewrite", "Check weights", "validate", "hash"])
+def test_an_interrupt_in_each_stage(random_unet: Path, out: Path, stage: str) -> None:
+    for name in EARLIER:
+        (out / name).write_text("of an earlier run")
+    before = listing(out)
+    options = with_options(PLAN, validate=stage == "validate")
+    with pytest.raises(KeyboardInterrupt):
+        export(random_unet, out / "e.plan", options, AtStage(stage, interrupt))
+    assert listing(out) == before
+
+
+@pytest.mark.usefixtures("quick_trace", "fake_engine")
+@pytest.mark.parametrize("function", ["onnx_ir.save", "json.dump", "os.fsync"])
+def test_an_interrupt_while_a_file_is_written(
     random_unet: Path,
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     function: str,
 ) -> None:
-    for name in ("e.plan", "e.onnx", "e.plan.json"):
+    for name in EARLIER:
         (out / name).write_text("of an earlier run")
     before = listing(out)
 
     def interrupted(*arguments: Any, **_: Any) -> None:
         for argument in arguments:
             if isinstance(argument, Path) and argument.parent.parent == out and not argument.exists():
-                argument.write_text("half of it")
-        signal.raise_signal(signal.SIGINT)
+                argument.write_bytes(b"half of it")
+        interrupt()
 
     monkeypatch.setattr(function, interrupted)
     arguments = [str(random_unet), "--out", str(out / "e.plan"), "--keep-onnx", "--vae-scale", "1"]
-    arguments += ["--sites", "mid_block.*.attn1", "--guard", "literal"]
-    if not function.endswith(".validate_against_reference"):
-        arguments += ["--no-validate"]
+    arguments += ["--sites", "mid_block.*.attn1", "--guard", "literal", "--no-validate"]
     assert main(arguments) == 1
     assert error_line(capsys.readouterr().err) == "interrupted; nothing was written"
     assert listing(out) == before
@@ -280,7 +282,7 @@ def test_an_interrupt_during_publishing_is_ignored(
         return moved
 
     monkeypatch.setattr(Path, "replace", interrupted)
-    export(random_unet, out / "e.plan", with_options(FAST, keep_onnx=True, vae_scale=1))
+    export(random_unet, out / "e.plan", PLAN)
     assert sorted(listing(out)) == ["e.onnx", "e.onnx.json", "e.plan", "e.plan.json"]
     assert signal.getsignal(number) is handler
 
@@ -292,13 +294,12 @@ def test_a_second_interrupt_leaves_nothing(
     remove = shutil.rmtree
 
     def interrupted(directory: Path, **options: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
+        interrupt()
         remove(directory, **options)
 
     monkeypatch.setattr("shutil.rmtree", interrupted)
-    monkeypatch.setattr(graph_making, "rewrite", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        export(random_unet, out / "graph.onnx", FAST)
+        export(random_unet, out / "graph.onnx", FAST, AtStage("rewrite", interrupt))
     assert listing(out) == {}
 
 
@@ -306,7 +307,7 @@ def test_a_second_interrupt_leaves_nothing(
 def test_a_bug_leaves_nothing_and_keeps_its_traceback(
     random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph_making, "rewrite", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("onnx_ir.save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main([str(random_unet), "--out", str(out / "graph.onnx"), "--quiet"])
     assert listing(out) == {}
