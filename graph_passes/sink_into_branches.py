@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, common
+from onnx_ir.passes import InPlacePass, PassResult, PreconditionError, common
+
+from graph_passes.functions import DOMAIN
 
 
 class SinkIntoBranches(InPlacePass):
@@ -13,6 +15,16 @@ class SinkIntoBranches(InPlacePass):
     has an amplitude. Nodes that several sites share stay in the main graph. Run it last: other passes know
     shapes, and find common subexpressions, in the main graph only.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """All functions of domain `sws` are lowered: the branches are in them.
+
+        Raises:
+            PreconditionError: Names the first call that is left.
+        """
+        for node in model.graph:
+            if node.domain == DOMAIN:
+                raise PreconditionError(f"node {node.name}: {DOMAIN}.{node.op_type} is not lowered")
 
     def call(self, model: ir.Model) -> PassResult:
         """Move nodes, the last ones first."""
