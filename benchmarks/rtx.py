@@ -16,7 +16,6 @@ import json
 import shutil
 import sys
 import tempfile
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,8 @@ class Model:
 
 
 MODELS = {"sd15": Model("SD1.5, 512²", "sd15", 64), "sdxl": Model("SDXL, 1024²", "sdxl", 128)}
-FORMS: dict[str, Fraction | None] = {"plain": None, "sws": Fraction(1), "sws-rows-1/8": Fraction(1, 8)}
-"""Share of the query rows that the guard of each form evaluates."""
+FORMS = {"plain": None, "sws": "1", "sws-rows-1/8": "1/8", "sws-kl-rows-1/8": "kl:1/8"}
+"""Query rows of the guard of each form, as for `--guard-rows`."""
 GOALS = {"activations": 1.3, "layers": 1.6, "seconds": 1.5, "plan_bytes": 1.02}
 STEP_GOALS = {"sws": 1.45, "sws-rows-1/8": 1.10}
 
@@ -83,7 +82,7 @@ def write_graphs(name: str, folder: Path, checkpoint: Path | None) -> dict[str, 
         if rows is None or paths[form].exists():
             continue
         graph = exported.clone()
-        guard, target = GuardOptions("fused", rows), TARGETS["tensorrt-rtx"]
+        guard, target = GuardOptions.parse("fused", rows), TARGETS["tensorrt-rtx"]
         rewrite(graph, SwsParameters(), (), guard, target, SilentProgress(), sizes=sizes)
         save_sharing_weights(graph, paths[form], plain, paths["plain"], SilentProgress())
     return paths
@@ -123,13 +122,13 @@ def build(path: Path) -> dict[str, Any]:
     }
 
 
-def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures of a model, by form."""
+def measure(name: str, arguments: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
+    """All figures of a model, by form; without builds those of the builder are the `known` ones."""
     paths = write_graphs(name, arguments.work, arguments.checkpoint)
     works = {form: network_work(path) for form, path in paths.items()}
     rows: dict[str, Any] = {}
     for form, path in paths.items():
-        row: dict[str, Any] = {} if arguments.no_build else build(path)
+        row: dict[str, Any] = dict(known.get(form, {})) if arguments.no_build else build(path)
         for key, kinds in (("modelled", ""), ("modelled_attention", "Attention")):
             plain, sws = (
                 [work for work in works[which] if work.kind.startswith(kinds)] for which in ("plain", form)
@@ -207,7 +206,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file with the results; other models in it are kept")
     parser.add_argument("--only", choices=MODELS, help="one model")
     parser.add_argument("--checkpoint", type=Path, help="use this checkpoint, with --only")
-    parser.add_argument("--no-build", action="store_true", help="only the modelled times")
+    parser.add_argument(
+        "--no-build", action="store_true", help="only the modelled times; figures of builds in --out are kept"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="print results as tables and stop")
     arguments = parser.parse_args()
     if arguments.table:
@@ -219,7 +220,7 @@ def main() -> None:
         parser.error("--checkpoint needs --only")
     results = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
     for name in [arguments.only] if arguments.only else MODELS:
-        results[name] = measure(name, arguments)
+        results[name] = measure(name, arguments, results.get(name, {}))
         arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
     for line in missed_goals(results):

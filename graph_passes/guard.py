@@ -19,6 +19,9 @@ ROW_STRIDES: Mapping[Fraction, tuple[int, int]] = {
 }
 """Supported shares of the query rows, and the strides (rows, columns) of the grid that each one samples."""
 
+KL_ONLY = "kl:"
+"""Prefix of a share of the query rows that only the KL divergence is evaluated on."""
+
 MIN_BUDGET = 1e-3
 """Smallest KL budget (nats) at which float32 rounding does not decide the step of the fused guard."""
 MAX_STEPS = 8
@@ -32,10 +35,46 @@ class GuardOptions:
     Attributes:
         form: `literal` or `fused`.
         rows: Share of the query rows that the guard evaluates; below 1 the result is an approximation.
+        kl_only: `rows` are those of the KL divergence, on a lattice alone; entropies are of all rows.
     """
 
     form: GuardForm = "literal"
     rows: Fraction = Fraction(1)
+    kl_only: bool = False
+
+    @classmethod
+    def parse(cls, form: GuardForm, rows: str) -> "GuardOptions":
+        """The options for a share of the rows as text: `1`, `1/8`, or `kl:1/8`.
+
+        Raises:
+            ValueError: The share is none of `ROW_STRIDES`.
+        """
+        text = rows.removeprefix(KL_ONLY)
+        try:
+            share = Fraction(text)
+        except (ValueError, ZeroDivisionError):
+            share = Fraction(0)
+        if share not in ROW_STRIDES:
+            raise ValueError(f"expected one of {', '.join(map(str, ROW_STRIDES))}")
+        return cls(form, share, kl_only=text != rows and share != 1)
+
+    @property
+    def rows_text(self) -> str:
+        """The share of the rows as `parse` reads it."""
+        return f"{KL_ONLY if self.kl_only else ''}{self.rows}"
+
+    @property
+    def kl_strides(self) -> tuple[int, int]:
+        """Strides (rows, columns) of the grid whose query rows the KL divergence is the mean of.
+
+        (1, 1) unless `kl_only`: with a share of all statistics the definition has all rows.
+        """
+        return ROW_STRIDES[self.rows] if self.kl_only else (1, 1)
+
+    @property
+    def entropy_rows(self) -> Fraction:
+        """Share of the query rows that entropies are computed from."""
+        return Fraction(1) if self.kl_only else self.rows
 
 
 def fused_guard_limit(parameters: SwsParameters) -> str | None:

@@ -24,7 +24,7 @@ def sws_passes(
     target: Target,
     insertion: InPlacePass,
     sizes: Mapping[str, int],
-    guard_rows: Fraction = Fraction(1),
+    entropy_rows: Fraction = Fraction(1),
     largest: Mapping[str, int] | None = None,
 ) -> Sequential:
     """From a plain graph to an SWS graph lowered for `target`.
@@ -35,13 +35,13 @@ def sws_passes(
         target: Runtime that the graph is for.
         insertion: Pass of a preset that puts calls of `sws` functions at the selected sites.
         sizes: Static sizes by symbol: `batch`, `height` and `width` of the latent, `tokens`.
-        guard_rows: Share of the query rows that the key guard evaluates.
+        entropy_rows: Share of the query rows that the key guard computes entropies from.
         largest: Largest sizes of dynamic shapes, like `sizes`, as far as they are known.
     """
     return Sequential(
         insertion,
         SetStaticShapes(sizes),
-        *([SplitQueryChunks(guard_rows)] if target.query_chunks else []),
+        *([SplitQueryChunks(entropy_rows)] if target.query_chunks else []),
         *([] if target.float32_attention else [DecomposeMetricsAttention()]),
         # Plugins replace the operators for any size. ChooseTransport needs the calls of BandedTransport in
         # the main graph.

@@ -16,6 +16,7 @@ _SHOWN = (
     "states",
     "sites",
     "sws",
+    "guard",
     "profiles",
     "validation",
     "source",

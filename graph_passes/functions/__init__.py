@@ -81,7 +81,7 @@ def _sws_functions(
         build_schedule(parameters),
         build_transport(parameters, convolutions=not target.slow_convolutions),
         build_banded_transport(dtype),
-        build_key_guard(parameters, dtype, target, guard.form),
+        build_key_guard(parameters, dtype, target, guard.form, kl_only=guard.kl_only),
         build_attention(parameters, dtype, target, guard, site_metrics=site_metrics),
     ]
     if cross_attention:
@@ -92,7 +92,9 @@ def _sws_functions(
     if site_metrics:
         functions.append(build_site_metrics(dtype))
     if guard.form == "fused" and target.float16_attention and dtype != ir.DataType.FLOAT:
-        functions.append(build_key_guard(parameters, dtype, target, guard.form, overload=STORED_LOGITS))
+        functions.append(
+            build_key_guard(parameters, dtype, target, guard.form, STORED_LOGITS, kl_only=guard.kl_only)
+        )
         # A bfloat16 model rounds keys too coarsely for the guard to ignore whether they or their input moved.
         if dtype == ir.DataType.FLOAT16 and not target.plugin_operators and not site_metrics:
             functions.append(build_projected_attention(parameters, guard))

@@ -40,8 +40,8 @@ def build_attention(
 
     q, k, v and y are [B, T, C] of the model's dtype. Attributes: `num_heads` and `scale` (of the logits).
     `CrossAttention` has keys and values [B, L, C] of the text, and a transport with a single row. If the
-    guard evaluates a share of the rows, it has one more input at the end, `query_grid` [2] int64: rows and
-    columns of the grid of the queries.
+    guard evaluates a share of the rows, if only for the KL divergence, it has one more input at the end,
+    `query_grid` [2] int64: rows and columns of the grid of the queries.
     Mixing is written `k + alpha * (k_perm - k)`, so that alpha = 0 gives exactly k. With `branches`, a step
     in which no sample has an amplitude computes the attention of q, k and v alone.
 
@@ -50,7 +50,7 @@ def build_attention(
         dtype: Of the model's activations.
         target: Runtime that the graph is for.
         guard: How the key guard is computed. On a share of the query rows it evaluates a lattice over the
-            grid, see `sampled_rows`.
+            grid, see `sampled_rows` and `lattice_rows`.
         site_metrics: Give a second output [B, 1, 6] float32: `SITE_METRICS` of debug_outputs.
         cross: Build `CrossAttention`.
 
@@ -62,6 +62,7 @@ def build_attention(
         raise GraphError(f"guard rows: {guard.rows} is not supported; use one of {allowed}")
     strides = ROW_STRIDES[guard.rows]
     sampled = guard.rows != 1
+    selects_queries = sampled and not guard.kl_only
     # The attention that evaluates the divergence can then be the site's own.
     carries_values = guard.form == "fused" and target.branches and not sampled and dtype == FLOAT
 
@@ -94,9 +95,11 @@ def build_attention(
             if carries_values:
                 inputs = GuardInputs(q, k, k_perm, *per_batch)
                 return branching_site(op, parameters, inputs, v, v_perm, site.attend_mixed)
-            rows = sampled_rows(op, q, query_grid, strides, dtype) if sampled else q
+            rows = sampled_rows(op, q, query_grid, strides, dtype) if selects_queries else q
+            kl_rows = [lattice_rows(op, query_grid, strides)] if guard.kl_only else []
             alpha_k, a_v = op.KeyGuard(
                 *GuardInputs(rows, k, k_perm, *per_batch),
+                *kl_rows,
                 num_heads=ir.RefAttr("num_heads", "num_heads", ir.AttributeType.INT),
                 scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
                 key_cap=parameters.key_cap,
@@ -194,3 +197,13 @@ def sampled_rows(op: Op, q: Any, size: Any, strides: tuple[int, int], dtype: ir.
     channels = op.Concat([1, 1, 1], op.Shape(heads, start=3, end=4), axis=0)
     extremes = op.GatherElements(heads, op.Expand(places, channels), axis=1)
     return op.Concat(lattice, op.Reshape(extremes, [0, 0, -1]), axis=1)
+
+
+def lattice_rows(op: Op, size: Any, strides: tuple[int, int]) -> Any:
+    """Indices [N] int64 of the rows of a lattice with the given strides on a grid of `size` [2] int64.
+
+    It is that of `sampled_rows`, except that a grid with a single row or column is never left without one.
+    """
+    tokens = op.Reshape(op.Range(0, op.ReduceProd(size, keepdims=0), 1), size)
+    starts = op.Min([min(stride - 1, 1) for stride in strides], op.Sub(size, [1, 1]))
+    return op.Reshape(op.Slice(tokens, starts, [2**31, 2**31], [0, 1], list(strides)), [-1])

@@ -30,12 +30,15 @@ def build_key_guard(
     target: Target,
     form: GuardForm = "literal",
     overload: str = "",
+    *,
+    kl_only: bool = False,
 ) -> ir.Function:
     """`KeyGuard(q, k, k_perm, tau_q, amplitude, kappa, key_gate, value_gain) -> alpha_k, a_v`.
 
     k and k_perm are [B, T, C] of the model's dtype, q is [B, T', C]: all rows or some of them; everything
     else is [B] float32. Attributes: `num_heads`, `scale` (of the logits), `key_cap` and `bisection_steps`.
-    Statistics are float32 in every precision.
+    Statistics are float32 in every precision. With `kl_only` it has one more input at the end, `kl_rows`
+    [N] int64: indices of the rows of q that the KL divergence is the mean of.
 
     Args:
         parameters: Constants of the method.
@@ -46,6 +49,7 @@ def build_key_guard(
         form: `literal` materializes the logits and evaluates the mean KL divergence over heads and rows in
             each step of the bisection. `fused` finds the step from a few `Attention` nodes without them.
         overload: Name of the overload. With one, `means_guard` stores float32 logits.
+        kl_only: The KL divergence is that of some of the rows, entropies are those of all.
 
     Raises:
         GraphError: The fused guard does not support the parameters.
@@ -55,19 +59,21 @@ def build_key_guard(
         raise GraphError(limit)
 
     def body(op: Op, *values: Any) -> tuple[Any, Any]:
-        inputs = GuardInputs(*values)
+        inputs = GuardInputs(*values[: len(GuardInputs._fields)])
+        kl_rows = values[-1] if kl_only else None
         if form == "literal":
-            share, mix = _literal_guard(op, parameters, dtype, inputs)
+            share, mix = _literal_guard(op, parameters, dtype, inputs, kl_rows)
         elif target.branches:
-            share, mix = branching_guard(op, parameters, dtype, inputs)
+            share, mix = branching_guard(op, parameters, dtype, inputs, kl_rows)
         else:
-            return means_guard(op, parameters, inputs, _rows(op, inputs, dtype, target, overload))
+            return means_guard(op, parameters, inputs, _rows(op, inputs, dtype, target, overload, kl_rows))
         return share, op.Clip(op.Mul(mix, inputs.value_gain), 0.0, 1.0)
 
+    types = dict.fromkeys(GuardInputs._fields[:3], dtype) | dict.fromkeys(GuardInputs._fields[3:], FLOAT)
     function = define_function(
         "KeyGuard",
         body,
-        dict.fromkeys(GuardInputs._fields[:3], dtype) | dict.fromkeys(GuardInputs._fields[3:], FLOAT),
+        types | ({"kl_rows": ir.DataType.INT64} if kl_only else {}),
         ["alpha_k", "a_v"],
         [
             ir.Attr("num_heads", ir.AttributeType.INT, None),
@@ -81,20 +87,22 @@ def build_key_guard(
     return function
 
 
-def _rows(op: Op, inputs: GuardInputs, dtype: ir.DataType, target: Target, overload: str) -> Rows:
+def _rows(
+    op: Op, inputs: GuardInputs, dtype: ir.DataType, target: Target, overload: str, kl_rows: Any
+) -> Rows:
     if overload or (dtype == FLOAT and not target.float32_attention):
-        return StoredRows(op, inputs, dtype)
+        return StoredRows(op, inputs, dtype, kl_rows)
     narrow = target.float16_attention and dtype != FLOAT
     operands = ir.DataType.FLOAT16 if narrow else FLOAT
     k = cast(op, inputs.k, operands, dtype)
     keys = op.Sub(k, mean_token(op, k, operands))
     # The site mixes keys with the same difference.
     change = cast(op, op.Sub(inputs.k_perm, inputs.k), operands, dtype)
-    return AttentionRows(op, inputs.q, keys, change, inputs.tau_q, dtype, operands)
+    return AttentionRows(op, inputs.q, keys, change, inputs.tau_q, dtype, operands, kl_rows=kl_rows)
 
 
 def _literal_guard(
-    op: Op, parameters: SwsParameters, dtype: ir.DataType, inputs: GuardInputs
+    op: Op, parameters: SwsParameters, dtype: ir.DataType, inputs: GuardInputs, kl_rows: Any
 ) -> tuple[Any, Any]:
     """alpha_k and the amplitude a, [B] float32 each."""
     q, k, k_perm = (cast(op, x, FLOAT, dtype) for x in inputs[:3])
@@ -106,6 +114,8 @@ def _literal_guard(
 
     entropy = op.Neg(op.ReduceSum(op.Mul(op.Exp(log_base), log_base), [3], keepdims=1))
     mix = op.Clip(op.Mul(inputs.amplitude, entropy_factor(op, entropy)), 0.0, 1.0)
+    if kl_rows is not None:
+        logits, delta, log_base = (op.Gather(x, kl_rows, axis=2) for x in (logits, delta, log_base))
 
     low = op.Mul(mix, 0.0)
     high = op.Mul(mix, parameters.key_cap)

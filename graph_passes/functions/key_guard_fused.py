@@ -26,6 +26,7 @@ def branching_guard(
     parameters: SwsParameters,
     dtype: ir.DataType,
     inputs: GuardInputs,
+    kl_rows: Any = None,
 ) -> tuple[Any, Any]:
     """alpha_k and the amplitude a, [B] float32 each.
 
@@ -34,9 +35,10 @@ def branching_guard(
         parameters: Constants of the method.
         dtype: Of the model's activations.
         inputs: Of `sws.KeyGuard`.
+        kl_rows: Indices of the rows that the KL divergence is the mean of, [N] int64; None for all.
     """
 
-    rows = RowStatistics(op, inputs, dtype)
+    rows = RowStatistics(op, inputs, dtype, kl_rows)
     mix = _mix(op, inputs.amplitude, rows)
     search = _Search(op, parameters, rows, _unit(op, parameters, mix, inputs.key_gate), inputs.kappa)
     value = branch(

@@ -39,7 +39,8 @@ class Rows(Protocol):
 
     Attributes:
         entropy: Of the plain rows in nats, [B, h, T', 1] float32.
-        initial_slope: K'(0), [B, 1, 1, 1] float32.
+        initial_slope: K'(0), [B, 1, 1, 1] float32. This and `slopes` are means over the same rows: all, or
+            those that the KL divergence is evaluated on.
     """
 
     entropy: Any
@@ -118,6 +119,7 @@ class AttentionRows:
         dtype: ir.DataType,
         operands: ir.DataType,
         scaled_change: Callable[[Any], Any] | None = None,
+        kl_rows: Any = None,
     ) -> None:
         """Append both attentions.
 
@@ -131,6 +133,7 @@ class AttentionRows:
             operands: Dtype of the attentions, float16 or float32.
             scaled_change: Computes s d for s [B, 1, 1] float32, as `change`. Without, the change split into
                 heads is kept for it until s is known.
+            kl_rows: Indices of the rows that K' is the mean of, [N] int64; None for all.
         """
         self._operands = operands
         self._scaled_change = scaled_change
@@ -151,7 +154,10 @@ class AttentionRows:
         level = op.Max(least, op.Add(op.Mul(least, self._constant(op, [0.5], "half")), log_tokens))
         weight, log_ratio, change_logit = self._with_sentinel(op, tau_q, tokens, level)
         self.entropy = op.Add(op.Sub(self._wide(op, level), mean_logit), log_ratio)
-        self.initial_slope = op.ReduceMean(op.Div(change_logit, weight), [1, 2, 3], keepdims=1)
+        slope = op.Div(change_logit, weight)
+        if kl_rows is not None:
+            slope, self._query = (op.Gather(x, kl_rows, axis=2) for x in (slope, self._query))
+        self.initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
 
     def slopes(self, op: Op, last: Any) -> tuple[Any, Any]:
         """See `Rows`. The values are the change L d as it was rounded for the keys."""
@@ -246,21 +252,24 @@ class StoredRows:
     No sentinel is needed: with m the largest logit of a row and w its weight, LSE = m - log w.
     """
 
-    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType) -> None:
+    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType, kl_rows: Any = None) -> None:
         """Append the pass over the plain keys.
 
         Args:
             op: Builder.
             inputs: Queries, keys and temperature.
             dtype: Of the model's activations.
+            kl_rows: As for `AttentionRows`.
         """
         self._query, self._keys, self._change = float32_rows(op, inputs, dtype)
         logits, weights = self._weights(op, self._keys)
         highest, largest = (op.ReduceMax(rows, [3], keepdims=1) for rows in (logits, weights))
         mean_logit = _dot(op, self._query, op.MatMul(weights, self._keys))
         self.entropy = op.Sub(op.Sub(highest, op.Log(largest)), mean_logit)
-        initial = _dot(op, self._query, op.MatMul(weights, self._change))
-        self.initial_slope = op.ReduceMean(initial, [1, 2, 3], keepdims=1)
+        slope = _dot(op, self._query, op.MatMul(weights, self._change))
+        if kl_rows is not None:
+            slope, self._query = (op.Gather(x, kl_rows, axis=2) for x in (slope, self._query))
+        self.initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
 
     def slopes(self, op: Op, last: Any) -> tuple[Any, Any]:
         """See `Rows`."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graph_passes.functions.attention import sampled_rows
+from graph_passes.functions.attention import lattice_rows, sampled_rows
 from graph_passes.functions.banded_transport import Tiles
 from graph_passes.functions.building import Op, cast, define_function, mean_token, per_sample
 from graph_passes.functions.key_guard_inputs import GuardInputs
@@ -47,10 +47,13 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         change = op.Sub(moved, x)
         # Queries, and with them all attentions, wait for the transport.
         q = op.Mul(q, cast(op, _one_after(op, cast(op, moved, FLOAT, HALF)), HALF, FLOAT))
-        rows = q
+        rows, kl_rows = q, None
         if guard.rows != 1:
-            size = op.Shape(transport, start=2, end=4)
-            rows = sampled_rows(op, q, size, ROW_STRIDES[guard.rows], HALF)
+            size, strides = op.Shape(transport, start=2, end=4), ROW_STRIDES[guard.rows]
+            if guard.kl_only:
+                kl_rows = lattice_rows(op, size, strides)
+            else:
+                rows = sampled_rows(op, q, size, strides, HALF)
 
         def projected_change(share: Any = None) -> Any:
             x = change if share is None else op.Mul(change, cast(op, share, HALF, FLOAT))
@@ -65,6 +68,7 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
             HALF,
             HALF,
             projected_change,
+            kl_rows,
         )
         inputs = GuardInputs(rows, None, None, *per_batch)
         alpha_k, a_v = means_guard(op, parameters, inputs, statistics)

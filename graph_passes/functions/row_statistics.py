@@ -31,17 +31,19 @@ class RowStatistics:
     """The query rows of one site under its keys k + t d, with d = k_perm - k.
 
     Attributes:
-        log_mean: LME of the plain logits, those of centred keys, [B, h, T', 1].
         entropy: Of the plain rows in nats, less log T, [B, h, T', 1].
+        log_mean: LME of the plain logits, those of centred keys, [B, h, T', 1]. This and all divergences are
+            those of `kl_rows`.
     """
 
-    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType) -> None:
+    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType, kl_rows: Any = None) -> None:
         """Append the pass over the plain keys.
 
         Args:
             op: Builder.
             inputs: Queries, keys and temperature.
             dtype: Of the model's activations.
+            kl_rows: Indices of the rows that the KL divergence is the mean of, [N] int64; None for all.
         """
         self._query, self._keys, self._change = float32_rows(op, inputs, dtype)
         self._padded_query = op.Pad(self._query, [0, 1], None, [3])
@@ -55,6 +57,10 @@ class RowStatistics:
         # The second term is a lower bound, reached if one key has all the weight; it limits rounding errors.
         self.log_mean = op.Max(op.Add(center, above), op.Sub(mean, op.Log(self._tokens)))
         self.entropy = op.Sub(self.log_mean, mean)
+        if kl_rows is not None:
+            self._query, self._padded_query, self.log_mean = (
+                op.Gather(x, kl_rows, axis=2) for x in (self._query, self._padded_query, self.log_mean)
+            )
 
     def divergence_bound(self, op: Op, share: Any) -> Any:
         """An upper bound of the mean KL divergence at `share` [B]; [B] in nats. It needs no attention.

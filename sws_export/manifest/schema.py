@@ -47,10 +47,13 @@ class StateEntry(TypedDict):
 
 
 class GuardEntry(TypedDict):
-    """Form of the key guard, and the fraction of the query rows that it evaluates, such as `1/8`."""
+    """Form of the key guard, and the fraction of the query rows that it evaluates, such as `1/8`.
+
+    `kl:1/8` is that of the KL divergence alone.
+    """
 
     form: Literal["literal", "fused"]
-    rows: Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,4}(/[1-9][0-9]{0,4})?$")]
+    rows: Annotated[str, Meta(pattern=r"^(1|(kl:)?1/(2|4|8|16))$")]
 
 
 class SwsEntry(TypedDict, total=False):

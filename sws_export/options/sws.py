@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from graph_passes.guard import GuardForm, GuardOptions, fused_guard_limit
@@ -32,6 +31,7 @@ class SwsOptions:
         guard: `literal` materializes the logits of a site to find the key mixing, `fused` does not; None for
             `fused`, or for `literal` with parameters that `fused` does not support.
         guard_rows: Share of the query rows that the guard evaluates, such as 1/8; below 1 an approximation.
+            With kl:1/8 that of the KL divergence alone; entropies are of all rows.
         guard_branches: Whether the fused guard may have `If` nodes, which skip evaluations that cannot change
             its result; None for what the target supports.
         debug_outputs: Add outputs with metrics of each site at a step.
@@ -100,7 +100,10 @@ class SwsOptions:
             "default: fused, unless the parameters do not support it",
         )
         group.add_argument(
-            "--guard-rows", default="1", metavar="SHARE", help="query rows the guard evaluates, such as 1/8"
+            "--guard-rows",
+            default="1",
+            metavar="SHARE",
+            help="query rows the guard evaluates, such as 1/8; kl:1/8: for the KL divergence alone",
         )
         group.add_argument(
             "--guard-branches",
@@ -158,29 +161,33 @@ class SwsOptions:
         """The form of the key guard.
 
         Raises:
-            OptionError: The form is unknown, or the share of rows is not between 0 and 1.
+            OptionError: The form is unknown, or the share of rows is not supported.
         """
         if preset_named(self.preset).fixed_guard:
             return GuardOptions()
         if self.guard not in (None, *GUARDS):
             raise OptionError(f"--guard {self.guard} is unknown; choose {' or '.join(GUARDS)}")
-        try:
-            rows = Fraction(self.guard_rows)
-        except (ValueError, ZeroDivisionError):
-            rows = Fraction(0)
-        if not 0 < rows <= 1:
-            raise OptionError(
-                f"--guard-rows {self.guard_rows}: expected a share of the rows, such as 1/8, or 1 for all"
-            )
         form: GuardForm = "literal" if fused_guard_limit(self.parameters) else "fused"
-        return GuardOptions(self.guard or form, rows)
+        try:
+            return GuardOptions.parse(self.guard or form, self.guard_rows)
+        except ValueError as error:
+            raise OptionError(
+                f"--guard-rows {self.guard_rows}: {error}, or kl: and one of them, such as kl:1/8, for the "
+                "KL divergence alone"
+            ) from None
 
     def target(self, target: "Target") -> "Target":
         """`target` with or without branches.
 
         Raises:
-            OptionError: Branches are required for a target that has none.
+            OptionError: Branches are required for a target that has none, or the KL divergence of some rows
+                for plugins, which have one set of rows.
         """
+        if self.guard_options().kl_only and target.plugin_operators:
+            raise OptionError(
+                f"--guard-rows {self.guard_rows}: the KeyGuard plugin computes entropies and the KL "
+                f"divergence from the same rows; use --guard-rows {self.guard_options().rows} or 1"
+            )
         if self.guard_branches == "on" and not target.branches:
             raise OptionError(
                 f"--guard-branches on: graphs for {target.name} have no branches; leave the option out"
@@ -190,5 +197,5 @@ class SwsOptions:
     def cache_key(self) -> dict[str, Any]:
         """The options that the graph depends on, as JSON values."""
         guard = self.guard_options()
-        chosen = {"u": self.chosen_preset.u, "guard": guard.form, "guard_rows": str(guard.rows)}
+        chosen = {"u": self.chosen_preset.u, "guard": guard.form, "guard_rows": guard.rows_text}
         return dataclasses.asdict(self) | chosen

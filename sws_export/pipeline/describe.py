@@ -75,7 +75,7 @@ def describe_graph(
         "format": FORMAT_VERSION,
         "precision": precision,
         "target": target.name,
-        "guard": {"form": guard.form, "rows": str(guard.rows)} if guard else None,
+        "guard": {"form": guard.form, "rows": guard.rows_text} if guard else None,
         "opset": opset,
         "inputs": [_tensor_entry(spec) for spec in inputs],
         "outputs": [_tensor_entry(spec) for spec in outputs],

@@ -92,13 +92,15 @@ def rewrite(
             dtype = activation_dtype(model)
             insertion = preset.insertion(sites, parameters, guard, target, debug_outputs=debug_outputs)
             static = declared_sizes(model) | dict(sizes or {})
-            sws_passes(target, insertion, static, guard.rows, largest)(model)
+            sws_passes(target, insertion, static, guard.entropy_rows, largest)(model)
     report = _report(model, preset, sites, skipped, debug_outputs)
     for line in describe_sites(report):
         progress.log(line)
     if preset.fixed_guard is None:
-        rows = "all" if guard.rows == 1 else guard.rows
-        progress.log(f"key guard: {guard.form}, {rows} of the query rows{_statistics(guard, target, dtype)}")
+        rows = f"{'all' if guard.entropy_rows == 1 else guard.rows} of the query rows"
+        if guard.kl_only:
+            rows += f" for entropies, {guard.rows} for the KL divergence"
+        progress.log(f"key guard: {guard.form}, {rows}{_statistics(guard, target, dtype)}")
     return report
 
 

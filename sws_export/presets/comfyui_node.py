@@ -113,11 +113,16 @@ class ComfyUINodePreset(Preset):
         )
 
     def reference_unet(
-        self, unet: "UNet2DConditionModel", parameters: SwsParameters, sites: Sequence[str]
+        self,
+        unet: "UNet2DConditionModel",
+        parameters: SwsParameters,
+        sites: Sequence[str],
+        kl_strides: tuple[int, int] = (1, 1),
     ) -> ReferenceModel:
         """See `ComfyUINodeReferenceUNet`."""
         from sws_export.reference import ComfyUINodeReferenceUNet
 
+        del kl_strides
         return ComfyUINodeReferenceUNet(unet, parameters, sites, u=self.u)
 
     def bypass_sigma(self, parameters: SwsParameters) -> float | None:

@@ -145,7 +145,11 @@ class Preset(abc.ABC):
 
     @abc.abstractmethod
     def reference_unet(
-        self, unet: "UNet2DConditionModel", parameters: SwsParameters, sites: Sequence[str]
+        self,
+        unet: "UNet2DConditionModel",
+        parameters: SwsParameters,
+        sites: Sequence[str],
+        kl_strides: tuple[int, int] = (1, 1),
     ) -> ReferenceModel:
         """The eager UNet that graphs are compared with.
 
@@ -153,6 +157,7 @@ class Preset(abc.ABC):
             unet: The plain UNet, float32 or float64, in evaluation mode.
             parameters: Constants of the method.
             sites: Paths of the attention modules that have SWS.
+            kl_strides: See `GuardOptions`; (1, 1) if `fixed_guard`.
         """
 
     def bypass_sigma(self, parameters: SwsParameters) -> float | None:

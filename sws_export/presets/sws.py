@@ -46,12 +46,16 @@ class SwsPreset(Preset):
         return InsertSws(sites, parameters, target, guard, debug_outputs=debug_outputs)
 
     def reference_unet(
-        self, unet: "UNet2DConditionModel", parameters: SwsParameters, sites: Sequence[str]
+        self,
+        unet: "UNet2DConditionModel",
+        parameters: SwsParameters,
+        sites: Sequence[str],
+        kl_strides: tuple[int, int] = (1, 1),
     ) -> ReferenceModel:
         """See `ReferenceUNet`."""
         from sws_export.reference import ReferenceUNet
 
-        return ReferenceUNet(unet, parameters, sites)
+        return ReferenceUNet(unet, parameters, sites, kl_strides)
 
     def schedule(
         self,

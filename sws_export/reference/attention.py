@@ -52,6 +52,7 @@ def attention_site(
     schedule: Schedule,
     intensity: Tensor,
     parameters: SwsParameters,
+    kl_rows: Tensor | None = None,
 ) -> SiteResult:
     """Attention with mixed keys and values.
 
@@ -63,6 +64,7 @@ def attention_site(
         schedule: Schedule of the samples.
         intensity: Strength in [0, 1], [B]; 0 gives the plain attention, bit for bit.
         parameters: Parameters of the method.
+        kl_rows: Indices of the query rows whose mean KL divergence the budget limits; None for all.
     """
     q = (q / per_sample(schedule.tau_q)).to(q.dtype)
     kp, vp = transported(transport, k), transported(transport, v)
@@ -72,7 +74,8 @@ def attention_site(
     hu = ((mean - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     amplitude = (intensity.to(hu.dtype) * hu * schedule.w).clamp(0, 1)
 
-    alpha_k = largest_mixing(q, k, kp, parameters.key_cap * amplitude, schedule.kappa, parameters)
+    rows = q if kl_rows is None else q[:, :, kl_rows]
+    alpha_k = largest_mixing(rows, k, kp, parameters.key_cap * amplitude, schedule.kappa, parameters)
     alpha_k = torch.where(schedule.u >= parameters.u_stop, 0.0, alpha_k)
     a_v = (parameters.value_cap * amplitude * schedule.g).clamp(0, 1)
     return SiteResult(

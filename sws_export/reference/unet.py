@@ -27,10 +27,12 @@ class ReferenceSite:
     Attributes:
         path: Module path in the UNet, such as "down_blocks.0.attentions.0.transformer_blocks.0.attn1".
         grid: Grid of the keys and values: an image grid, or the text for cross-attention.
+        factor: Downsampling of the grid of the queries.
     """
 
     path: str
     grid: Grid
+    factor: int
 
     @property
     def state_name(self) -> str:
@@ -64,7 +66,8 @@ def attention_sites(unet: "UNet2DConditionModel") -> list[ReferenceSite]:
                     level = deepest - int(index)
                 case _:
                     continue
-            sites.append(ReferenceSite(path, TEXT if module.is_cross_attention else Grid(2**level)))
+            factor = 2**level
+            sites.append(ReferenceSite(path, TEXT if module.is_cross_attention else Grid(factor), factor))
     return sites
 
 
@@ -113,6 +116,7 @@ class ReferenceUNet:
         unet: "UNet2DConditionModel",
         parameters: SwsParameters,
         sites: Callable[[str], bool] | Collection[str] | None = None,
+        kl_strides: tuple[int, int] = (1, 1),
     ) -> None:
         """Choose the sites of a UNet.
 
@@ -120,6 +124,7 @@ class ReferenceUNet:
             unet: The UNet in evaluation mode, in any float dtype.
             parameters: Parameters of the method.
             sites: Paths of attention modules, or a predicate of a path; None selects all self-attention.
+            kl_strides: Strides (rows, columns) of the grid whose query rows the KL divergence is the mean of.
 
         Raises:
             ExportError: A path is not an attention module of the UNet, or no site is selected.
@@ -130,6 +135,7 @@ class ReferenceUNet:
         self.records = {}
         self._unet = unet
         self._parameters = parameters
+        self._kl_strides = kl_strides
 
     def state_shapes(
         self, batch: int, height: int, width: int, tokens: int
@@ -193,13 +199,39 @@ class ReferenceUNet:
         self.records = {}
         processors = {
             site.path: _SiteProcessor(
-                site, transports[site.state_name], now, intensity, self._parameters, self.records
+                site,
+                transports[site.state_name],
+                now,
+                intensity,
+                self._parameters,
+                self.records,
+                lattice(sample.shape[2:], site.factor, self._kl_strides),
             )
             for site in self.sites
         }
         with installed(self._unet, processors):
             (out,) = self._unet(sample, timestep, encoder_hidden_states, return_dict=False, **unet_inputs)
         return out, new_state
+
+
+def lattice(size: Sequence[int], factor: int, strides: tuple[int, int]) -> Tensor | None:
+    """Indices of the query rows of a lattice on the grid of a site; None for all of them.
+
+    The lattice starts at the second row and column of the grid, where there are so many.
+
+    Args:
+        size: Height and width of the latent.
+        factor: Downsampling of the grid.
+        strides: Of rows and columns.
+    """
+    if strides == (1, 1):
+        return None
+    sides = [-(-side // factor) for side in size]
+    rows, columns = (
+        torch.arange(min(1, stride - 1, side - 1), side, stride)
+        for stride, side in zip(strides, sides, strict=True)
+    )
+    return (rows[:, None] * sides[1] + columns).flatten()
 
 
 def _check_state(state: dict[str, Tensor] | None, shapes: dict[str, tuple[int, int, int, int]]) -> None:
@@ -236,6 +268,7 @@ class _SiteProcessor:
     intensity: Tensor
     parameters: SwsParameters
     records: dict[str, SiteResult]
+    kl_rows: Tensor | None
 
     def __call__(
         self,
@@ -265,7 +298,9 @@ class _SiteProcessor:
         )
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        result = attention_site(q, k, v, self.transport, self.schedule, self.intensity, self.parameters)
+        result = attention_site(
+            q, k, v, self.transport, self.schedule, self.intensity, self.parameters, self.kl_rows
+        )
         self.records[self.site.path] = result
 
         out: Tensor = attn.to_out[0](result.out.transpose(1, 2).flatten(2))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from graph_passes.guard import GuardOptions
 from sws_export.errors import OptionError, ValidationError
 from sws_export.manifest import SourceEntry
 from sws_export.parameters import SwsParameters, recorded_parameters
@@ -92,7 +93,9 @@ class Reference:
         preset, parameters = method_of(contract)
         sites = [name for names in contract.manifest["sites"].values() for name in names]
         unet = _load_checked(model, contract.manifest["source"], progress)
-        self._unet = preset.reference_unet(unet, parameters, sites)
+        recorded = contract.manifest["guard"]
+        guard = GuardOptions.parse(recorded["form"], recorded["rows"]) if recorded else GuardOptions()
+        self._unet = preset.reference_unet(unet, parameters, sites, guard.kl_strides)
         self._intensity = intensity
         self._state: dict[str, Any] | None = None
 

@@ -39,7 +39,9 @@ class ReferenceRunner:
         self._dtype = torch.float64 if float64 else torch.float32
         self._unet = stream_unet(checkpoint, self._dtype, fused)
         self._sws_unet = (
-            sws_spec.preset.reference_unet(self._unet, sws_spec.parameters, sws_spec.sites)
+            sws_spec.preset.reference_unet(
+                self._unet, sws_spec.parameters, sws_spec.sites, sws_spec.guard.kl_strides
+            )
             if sws_spec.sites
             else None
         )

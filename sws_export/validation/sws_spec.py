@@ -1,8 +1,8 @@
 """The SWS configuration of a graph, as validation needs it."""
 
 import dataclasses
-from fractions import Fraction
 
+from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
 from graph_passes.weight_formats import WeightFormat
 from sws_export.manifest import GraphDescription
@@ -17,7 +17,7 @@ class SwsSpec:
     Attributes:
         parameters: The parameters that the graph was exported with.
         sites: Paths of the attention modules with SWS; empty for a plain graph.
-        guard_rows: Fraction of the query rows that the key guard evaluates.
+        guard: How the key guard is computed.
         debug_sites: Columns of the debug outputs; empty for a graph without debug outputs.
         preset: Preset that the graph was exported with.
         weights: Format of its 8-bit weights; None without.
@@ -26,7 +26,7 @@ class SwsSpec:
 
     parameters: SwsParameters
     sites: tuple[str, ...]
-    guard_rows: Fraction = Fraction(1)
+    guard: GuardOptions = dataclasses.field(default_factory=GuardOptions)
     debug_sites: tuple[str, ...] = ()
     preset: Preset = DEFAULT_PRESET
     weights: WeightFormat | None = None
@@ -45,7 +45,7 @@ class SwsSpec:
         return cls(
             recorded_parameters(description["sws"]),
             tuple(name for names in description["sites"].values() for name in names),
-            Fraction(guard["rows"]) if guard else Fraction(1),
+            GuardOptions.parse(guard["form"], guard["rows"]) if guard else GuardOptions(),
             tuple(debug["sites"]) if debug else (),
             preset,
             weights,

@@ -47,7 +47,7 @@ def output_tolerances(
         precision: Precision of the export.
     """
     parameters = sws_spec.parameters
-    sampled = 0.0 if sws_spec.guard_rows == 1 else _SAMPLED_ROWS
+    sampled = 0.0 if sws_spec.guard.entropy_rows == 1 else _SAMPLED_ROWS
     quantized = quantized_tolerance(sws_spec)
     tolerances = {}
     for name in expected[0]:

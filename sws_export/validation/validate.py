@@ -144,10 +144,11 @@ def validate_against_reference(
     remarks = []
     if precision == "bf16":
         remarks.append("ONNX Runtime has no bfloat16: a float32 copy of the graph was compared")
-    if sws_spec.guard_rows < 1:
-        remarks.append(
-            f"the guard evaluates {sws_spec.guard_rows} of the query rows, the reference all of them"
-        )
+    guard = sws_spec.guard
+    if guard.kl_only:
+        remarks.append(f"the KL divergence is that of {guard.rows} of the query rows, in the reference too")
+    elif guard.rows < 1:
+        remarks.append(f"the guard evaluates {guard.rows} of the query rows, the reference all of them")
     return ValidationReport(
         reference=f"eager reference in {'float64' if float64 else 'float32'}",
         remarks=tuple(remarks),

@@ -49,14 +49,14 @@ def inserted(
     *,
     cross: bool = False,
     form: GuardForm = "literal",
-    rows: Fraction = Fraction(1),
+    rows: Fraction | str = Fraction(1),
     target: str = "tensorrt",
     parameters: SwsParameters | None = None,
     debug_outputs: bool = False,
 ) -> ir.Model:
     """`model` with SWS at the sites for which `take` is true."""
     sites = [site for site in find_sites(model, cross_attention=cross)[0] if take(site.name)]
-    guard = GuardOptions(form, rows)
+    guard = GuardOptions.parse(form, str(rows))
     insertion = InsertSws(
         sites, parameters or SwsParameters(), TARGETS[target], guard, debug_outputs=debug_outputs
     )

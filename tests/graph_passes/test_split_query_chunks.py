@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
 from graph_passes.set_static_shapes import SetStaticShapes
 from graph_passes.split_query_chunks import SplitQueryChunks
@@ -18,7 +19,7 @@ FOUR_CHUNKS = 8 * 12 * 8 * 12 // 4
 """Logits per chunk; the finer grid has four times as many, the coarser a quarter."""
 
 
-def fused(sizes: dict[str, int], rows: Fraction = Fraction(1), cap: float = 0.3) -> ir.Model:
+def fused(sizes: dict[str, int], rows: Fraction | str = Fraction(1), cap: float = 0.3) -> ir.Model:
     """Two sites on a grid of 8 x 12 and one on 4 x 6, with branches, not yet lowered."""
     parameters = SwsParameters(key_cap=cap, kl_floor=1e-3, kl_slope=0.0)
     model = inserted(two_grids(), form="fused", rows=rows, target="onnxruntime", parameters=parameters)
@@ -41,12 +42,20 @@ def test_the_functions_it_leaves() -> None:
     assert not any(node.domain == "sws" for node in model.graph.all_nodes())
 
 
-@pytest.mark.parametrize("rows", [Fraction(1), Fraction(1, 2)])
-@pytest.mark.parametrize("logits", [FOUR_CHUNKS, FOUR_CHUNKS * 4 // 7])
-def test_the_numbers_stay_the_same(run_onnx: RunOnnx, rows: Fraction, logits: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "logits"),
+    [
+        ("1", FOUR_CHUNKS),
+        ("1/2", FOUR_CHUNKS),
+        ("kl:1/2", FOUR_CHUNKS),
+        ("1", FOUR_CHUNKS * 4 // 7),
+        ("1/2", FOUR_CHUNKS * 4 // 7),
+    ],
+)
+def test_the_numbers_stay_the_same(run_onnx: RunOnnx, rows: str, logits: int) -> None:
     """Where the budget binds, with four parts and with seven, of which the last is the smallest."""
     whole, split = fused(SIZES, rows, cap=1.0), fused(SIZES, rows, cap=1.0)
-    SplitQueryChunks(rows, logits)(split)
+    SplitQueryChunks(GuardOptions.parse("fused", rows).entropy_rows, logits)(split)
     finished(whole)
     finished(split)
     assert graph_bytes(whole) != graph_bytes(split)

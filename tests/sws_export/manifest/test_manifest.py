@@ -100,6 +100,11 @@ def test_typed_parts() -> None:
     assert profiles_of(found) == (shapes, shapes)
 
 
+def test_query_rows_of_the_kl_divergence() -> None:
+    guard = {"form": "fused", "rows": "kl:1/8"}
+    assert parse_manifest(json.dumps(current() | {"guard": guard}), "m.json")["guard"] == guard
+
+
 def test_a_manifest_with_one_profile_is_read() -> None:
     names = [entry["name"] for entry in current()["inputs"]]
     profile = {name: {"min": [1], "opt": [2], "max": [3]} for name in names}
@@ -138,6 +143,7 @@ def test_a_manifest_with_one_profile_is_read() -> None:
         ({"files": [file_entry(bytes=-1)]}, r"files\[0\]\.bytes: expected an integer >= 0, found -1"),
         ({"artefact": "a/b"}, "artefact: expected the name of a file"),
         ({"guard": {"form": "fused", "rows": "1/0"}}, r"guard\.rows: expected a string matching .* \"1/0\""),
+        ({"guard": {"form": "fused", "rows": "kl:1"}}, r"guard\.rows: expected a string matching"),
         ({"opset": 10**30}, r"opset: expected an integer <= 1000, found 1000"),
         ({"outputs": [tensor(shape=["batch"] * 9)]}, r"outputs\[0\]\.shape: expected a list of length <= 8"),
         ({"outputs": [tensor(shape=["__class__"])]}, r"outputs\[0\]\.shape\[0\]: expected a string matching"),

@@ -1,5 +1,7 @@
 """Options that contradict each other, the model, or the graph."""
 
+import dataclasses
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 
 from graph_passes.guard import GuardOptions
+from graph_passes.target import TARGETS
 from sws_export import SizeOptions, SwsOptions, SwsParameters
 from sws_export.errors import OptionError
 from sws_export.options import EngineOptions, artefact_kind
@@ -68,6 +71,35 @@ def test_the_source_of_u() -> None:
 
 def test_the_nodes_guard_has_one_form() -> None:
     assert SwsOptions(preset="comfyui-node").guard_options() == GuardOptions("literal", Fraction(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "entropy_rows", "kl_strides"),
+    [("1", 1, (1, 1)), ("kl:1", 1, (1, 1)), ("2/16", Fraction(1, 8), (1, 1)), ("kl:1/8", 1, (4, 2))],
+)
+def test_query_rows_of_the_guard(
+    text: str, entropy_rows: Fraction | int, kl_strides: tuple[int, int]
+) -> None:
+    guard = SwsOptions(guard_rows=text).guard_options()
+    assert (guard.entropy_rows, guard.kl_strides) == (entropy_rows, kl_strides)
+    assert GuardOptions.parse(guard.form, guard.rows_text) == guard
+
+
+@pytest.mark.parametrize("text", ["0", "2", "1/0", "1/3", "kl", "kl:", "kl:1/3", "kl: 1/8x", "nan", ""])
+def test_other_shares_of_the_rows_are_refused(text: str) -> None:
+    message = f"--guard-rows {text}: expected one of 1, 1/2, 1/4, 1/8, 1/16, or kl: and one of them"
+    with pytest.raises(OptionError, match=re.escape(message)):
+        SwsOptions(guard_rows=text).guard_options()
+
+
+def test_plugins_have_one_set_of_rows() -> None:
+    target = TARGETS["tensorrt"]
+    message = "the KeyGuard plugin computes .* from the same rows; use --guard-rows 1/8 or 1"
+    with pytest.raises(OptionError, match=f"--guard-rows kl:1/8: {message}"):
+        SwsOptions(guard_rows="kl:1/8").target(target)
+    assert SwsOptions(guard_rows="1/8").target(target) == target
+    without = dataclasses.replace(target, plugin_operators=frozenset())
+    assert SwsOptions(guard_rows="kl:1/8").target(without) == without
 
 
 def test_a_preset_that_does_not_exist() -> None:

@@ -1,13 +1,16 @@
 """Sizes, tolerances, remarks and requirements of a validation."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from graph_passes.debug_outputs import PREFIX
+from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
-from sws_export import ExportOptions, export
+from sws_export import ExportOptions, SwsOptions, export
 from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.unet_io import unet_inputs
 from sws_export.errors import ExportError, ValidationError
@@ -71,6 +74,30 @@ def test_the_graph_passes_with_its_own_parameters_only(graph: Path, random_unet:
     assert (right["out_sample"].tolerance, right["sws_state_d2_out"].tolerance) == (2e-4, 1e-5)
     wrong = validated(graph, random_unet, SwsParameters(tau=0.4))
     assert not wrong["sws_state_d2_out"].passed
+
+
+def test_the_reference_has_the_query_rows_of_the_guard(
+    quick_trace: None, random_unet: Path, tmp_path: Path
+) -> None:
+    """A share for the KL divergence alone is validated like a guard with all rows, on both kinds of sites."""
+    parameters = SwsParameters(kl_floor=1e-6, kl_slope=0.0)
+    sites = tuple(f"mid_block.attentions.0.transformer_blocks.0.{name}" for name in ("attn1", "attn2"))
+    options = SwsOptions(
+        sites=sites, guard="literal", guard_rows="kl:1/4", parameters=parameters, debug_outputs=True
+    )
+    out = tmp_path / "graph.onnx"
+    export(random_unet, out, ExportOptions(sws=options, validate=False))
+    guard = options.guard_options()
+    spec = SwsSpec(parameters, sites, guard, debug_sites=sites)
+    checkpoint = open_checkpoint(random_unet)
+    inputs = unet_inputs(checkpoint.config, "float32")
+    found, exact = (
+        validate_against_reference(out, checkpoint, inputs, chosen, "fp32", SilentProgress())
+        for chosen in (spec, dataclasses.replace(spec, guard=GuardOptions("literal")))
+    )
+    assert found.passed
+    assert found.remarks == ("the KL divergence is that of 1/4 of the query rows, in the reference too",)
+    assert {output.name for output in exact.outputs if not output.passed} >= {f"{PREFIX}alpha_k"}
 
 
 def test_a_binding_kl_budget_has_its_own_tolerance(graph: Path, random_unet: Path) -> None:
