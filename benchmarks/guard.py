@@ -6,13 +6,18 @@
 which each fused form ends at another step of 128 than the literal form.
 `products`: by how many steps the result moves if queries and mixed keys are rounded to 16 bit before each
 product, with float32 or wider accumulation.
-`float16`: the guard of the GPU targets with fused float16 attention emulated: by how many steps of 128 it
-misses the exact one, and the error of its entropy factor. Rows of five kinds at five budgets each (those of
-the default schedule, or ones that bind), and the model's own queries and keys along a sampling.
+`float16`: the guard of the GPU targets with fused float16 attention emulated (stored float32 logits at 256
+tokens): by how many steps of 128 it misses the exact one, and the error of its entropy factor. Rows of five
+kinds at five budgets each (those of the default schedule, or ones that bind), and the model's own queries and
+keys along a sampling.
+`float32`: the same for a float32 model, from stored logits (TensorRT for RTX) and from attention whose
+operands are pairs of float16.
 `cost`: CPU time of a site of 64 x 64 tokens, 8 heads of 40 channels, in ONNX Runtime without the cost of the
 transport, relative to its plain attention.
 `rows`: error of the entropy factor from an eighth of the rows, for the model's own queries and keys during
 sampling; with the lattice alone, and with the longest and the shortest query of each head.
+`kl_rows`: error of the prediction over five steps if the KL divergence is that of an eighth of the rows
+(`--guard-rows kl:1/8`), relative to its largest value; the eager reference in float64.
 """
 
 import argparse
@@ -20,7 +25,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,22 +196,31 @@ def errors_of_rows(model: Path, side: int) -> list[dict[str, Any]]:
     ]
 
 
-def emulated_guard(heads: int, size: int, dtype: str) -> Any:
-    """The `KeyGuard` of the GPU targets in the reference evaluator, with fused float16 attention emulated."""
+def emulated_guard(
+    heads: int, size: int, dtype: str, tokens: int, target: str = "tensorrt-rtx", *, pairs: bool = False
+) -> Any:
+    """The `KeyGuard` of a GPU target in the reference evaluator, with fused float16 attention emulated.
+
+    With `pairs` float32 attention has pairs of float16 as operands.
+    """
     import onnx_ir as ir
 
-    from graph_passes.functions import build_functions
+    from graph_passes.choose_guard import STORED_TOKENS
+    from graph_passes.functions import STORED_LOGITS, build_functions
     from graph_passes.guard import GuardOptions
     from graph_passes.parameters import SwsParameters
     from graph_passes.target import TARGETS
     from tests.graph_passes.functions.calls import Call
-    from tests.graph_passes.functions.fused_attention import Emulation
+    from tests.graph_passes.functions.fused_attention import Attention, Emulation, PairAttention
 
-    model_dtype = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}[dtype]
-    functions = build_functions(SwsParameters(), model_dtype, TARGETS["tensorrt-rtx"], GuardOptions("fused"))
+    model_dtype = ir.DataType[dtype.upper().replace("FLOAT32", "FLOAT")]
+    functions = build_functions(SwsParameters(), model_dtype, TARGETS[target], GuardOptions("fused"))
     shapes = {name: ["batch", name, heads * size] for name in ("q", "k", "k_perm")}
     attributes = {"num_heads": heads, "scale": size**-0.5}
-    return Emulation(Call(functions, "KeyGuard", shapes, ir.DataType.FLOAT, attributes).model)
+    stored = tokens <= STORED_TOKENS and dtype != "float32"
+    name = f"KeyGuard.{STORED_LOGITS}" if stored else "KeyGuard"
+    model = Call(functions, name, shapes, ir.DataType.FLOAT, attributes).model
+    return Emulation(model, PairAttention if pairs else Attention)
 
 
 def miss_of_float16(
@@ -222,7 +235,7 @@ def miss_of_float16(
     from graph_passes.parameters import SwsParameters
     from tests.graph_passes.functions.oracle import Oracle
 
-    narrow = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    narrow = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     q, k, k_perm = (x.astype(narrow) for x in tokens)
     exact = Oracle(*(x.astype(np.float64) for x in (q, k, k_perm)), heads, tau_q)
     factor = exact.entropy_factor()
@@ -239,23 +252,62 @@ def miss_of_float16(
 
 def misses_of_kinds() -> list[dict[str, Any]]:
     """`miss_of_float16` for rows of five kinds, sizes of SD1.5 and SDXL, 384 query rows of each site."""
+    results = []
+    for dtype in ("float16", "bfloat16"):
+        for side, heads, size in ((16, 4, 80), (24, 4, 80), (32, 4, 64), (64, 2, 40), (64, 2, 64)):
+            guard = emulated_guard(heads, size, dtype, side**2)
+            results += _misses_at_a_size(guard, side, heads, size, dtype)
+    return results
+
+
+def misses_of_float32() -> list[dict[str, Any]]:
+    """As `misses_of_kinds`, for a float32 model: stored float32 logits, and pairs of float16."""
+    results = []
+    for side, heads, size in ((32, 4, 64), (64, 2, 40)):
+        for form, target in (("stored logits", "tensorrt-rtx"), ("float16 pairs", "onnxruntime-cuda")):
+            pairs = form == "float16 pairs"
+            guard = emulated_guard(heads, size, "float32", side**2, target, pairs=pairs)
+            found = _misses_at_a_size(guard, side, heads, size, "float32")
+            results += [row | {"form": form} for row in found]
+    return results + costs_of_float32()
+
+
+def costs_of_float32() -> list[dict[str, Any]]:
+    """Modelled seconds and bytes of the guard of one float32 site of 64 x 64 tokens, batch 2."""
+    from benchmarks.rtx_model import GPUS
+
+    results: list[dict[str, Any]] = []
+    for heads, size in ((8, 40), (10, 64)):
+        rows = 2 * heads * 4096
+        logits = rows * 4096
+        # Written by a product, read and written by the softmax, read by a product.
+        stored = {
+            gpu: 4 * (4 * logits * size / rates.float32 + 4 * 4 * logits / rates.bandwidth)
+            for gpu, rates in GPUS.items()
+        }
+        # Queries and keys have 3 D channels, values 2 D and zeros: the widths must be equal.
+        pairs = {gpu: 4 * 2 * logits * 6 * size / rates.attention for gpu, rates in GPUS.items()}
+        site = {"site": f"64 x 64, {heads} x {size}, batch 2"}
+        results += [
+            site | {"form": "stored logits", "seconds": stored, "bytes": 2 * 4 * logits},
+            site | {"form": "float16 pairs", "seconds": pairs, "bytes": 4 * 2 * 3 * size * rows},
+        ]
+    return results
+
+
+def _misses_at_a_size(guard: Any, side: int, heads: int, size: int, dtype: str) -> list[dict[str, Any]]:
     from tests.graph_passes.functions.oracle import Oracle
     from tests.graph_passes.functions.rows import KINDS, site_rows
 
     results = []
-    for dtype in ("float16", "bfloat16"):
-        for side, heads, size in ((24, 4, 80), (32, 4, 64), (64, 2, 40), (64, 2, 64)):
-            guard = emulated_guard(heads, size, dtype)
-            for kind in KINDS:
-                tokens = site_rows(kind, side, side, heads, size, 0, 384)
-                oracle = Oracle(*tokens, heads, 1.37)
-                last = oracle.divergence(0.3 * oracle.entropy_factor() * 127 / 128)
-                pairs = ((0.09, 0.9), (0.06, 0.7), (0.03, 0.5), (0.02, 0.3), (0.01, 0.15))
-                budgets = [budget if budget < last else max(last * share, 1e-3) for budget, share in pairs]
-                found = miss_of_float16(guard, tokens, heads, dtype, 1.37, 1.0, budgets)
-                results.append(
-                    _summary(found) | {"rows": kind, "tokens": side**2, "size": size, "dtype": dtype}
-                )
+    for kind in KINDS:
+        tokens = site_rows(kind, side, side, heads, size, 0, 384)
+        oracle = Oracle(*tokens, heads, 1.37)
+        last = oracle.divergence(0.3 * oracle.entropy_factor() * 127 / 128)
+        pairs = ((0.09, 0.9), (0.06, 0.7), (0.03, 0.5), (0.02, 0.3), (0.01, 0.15))
+        budgets = [budget if budget < last else max(last * share, 1e-3) for budget, share in pairs]
+        found = miss_of_float16(guard, tokens, heads, dtype, 1.37, 1.0, budgets)
+        results.append(_summary(found) | {"rows": kind, "tokens": side**2, "size": size, "dtype": dtype})
     return results
 
 
@@ -278,7 +330,7 @@ def misses_along_a_sampling(model: Path) -> list[dict[str, Any]]:
         transport = blended_transport(values.u, width, width, parameters)[0].numpy()
         size = queries.shape[2] // heads
         if (heads, size) not in guards:
-            guards[heads, size] = emulated_guard(heads, size, "float16")
+            guards[heads, size] = emulated_guard(heads, size, "float16", tokens)
         sample = (queries[0], keys[0], (transport @ keys[0]).astype(np.float32))
         found += miss_of_float16(
             guards[heads, size],
@@ -322,8 +374,8 @@ def site_costs() -> list[dict[str, Any]]:
     def plain(op: Any, q: Any, k: Any, v: Any) -> Any:
         return op.Attention(q, k, v, q_num_heads=heads, kv_num_heads=heads)
 
-    def site(rows: Fraction) -> Any:
-        guard = GuardOptions("fused", rows)
+    def site(rows: str) -> Any:
+        guard = GuardOptions.parse("fused", rows)
         functions = build_functions(SwsParameters(), dtype, TARGETS["onnxruntime"], guard)
         functions["BandedTransport"] = define_function(
             "BandedTransport",
@@ -351,7 +403,7 @@ def site_costs() -> list[dict[str, Any]]:
         dtype,
         {},
     )
-    every, some = site(Fraction(1)), site(Fraction(1, 8))
+    every, some, kl = (site(rows) for rows in ("1", "1/8", "kl:1/8"))
     steps: dict[str, tuple[Any, dict[str, Any]]] = {
         "plain": (plain_call, {"q": q, "k": k, "v": v}),
         "no amplitude": (every, inputs(2, 0.0)),
@@ -362,6 +414,8 @@ def site_costs() -> list[dict[str, Any]]:
         "rows 1/8, bound": (some, inputs(1, 0.05)),
         "rows 1/8, one evaluation": (some, inputs(2, 0.5)),
         "rows 1/8, binding": (some, inputs(3, 1.0, 0.0005)),
+        "rows kl:1/8, one evaluation": (kl, inputs(2, 0.5)),
+        "rows kl:1/8, binding": (kl, inputs(3, 1.0, 0.0005)),
     }
     seconds = dict.fromkeys(steps, float("inf"))
     for _ in range(3):
@@ -380,11 +434,63 @@ def site_costs() -> list[dict[str, Any]]:
     ]
 
 
+def errors_of_kl_rows(model: Path) -> list[dict[str, Any]]:
+    """Largest error of the prediction with an eighth of the rows for the KL divergence.
+
+    At the default budgets, and at one that binds. `alpha_k_moved` is the share of the sites and samples whose
+    key mixing is another one, of the step with most of them.
+    """
+    import torch
+
+    from graph_passes.debug_outputs import PREFIX
+    from graph_passes.guard import GuardOptions
+    from graph_passes.parameters import SwsParameters
+    from sws_export.checkpoint import open_checkpoint
+    from sws_export.checkpoint.unet_io import unet_inputs
+    from sws_export.checkpoint.unet_module import load_unet
+    from sws_export.reference import self_attention_sites
+    from sws_export.validation import SwsSpec
+    from sws_export.validation.reference_runner import ReferenceRunner
+    from sws_export.validation.trajectory import Trajectory
+
+    checkpoint = open_checkpoint(model)
+    sites = tuple(site.path for site in self_attention_sites(load_unet(checkpoint, torch.float32)))
+    results = []
+    for side in (32, 64):
+        for budget in (None, 1e-3):
+            parameters = SwsParameters() if budget is None else SwsParameters(kl_floor=budget, kl_slope=0.0)
+            sizes = {"batch": 2, "height": side, "width": side, "tokens": 16}
+            trajectory = Trajectory(unet_inputs(checkpoint.config, "float32"), sizes, 5)
+            runners = [
+                ReferenceRunner(
+                    checkpoint,
+                    None,
+                    SwsSpec(parameters, sites, GuardOptions.parse("fused", rows), debug_sites=sites),
+                    trajectory.intensity,
+                    float64=True,
+                )
+                for rows in ("1", "kl:1/8")
+            ]
+            errors, moved = [], []
+            for step in trajectory.steps():
+                inputs = trajectory.inputs(step)
+                exact, some = (runner.step(inputs, step.sigma) for runner in runners)
+                largest = np.abs(exact["out_sample"]).max()
+                errors.append(float(np.abs(some["out_sample"] - exact["out_sample"]).max() / largest))
+                shares = [outputs[f"{PREFIX}alpha_k"] for outputs in (some, exact)]
+                moved.append(float(np.mean(shares[0] != shares[1])))
+                trajectory.advance(step, exact["out_sample"])
+            results.append(
+                {"side": side, "budget": budget, "largest": max(errors), "alpha_k_moved": max(moved)}
+            )
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy and cost of the forms of the key guard.")
     parser.add_argument("--model", type=Path, required=True, help="UNet directory with a scheduler beside it")
     parser.add_argument("--out", type=Path, help="JSON file; results of other parts are kept")
-    parts = ["cost", "steps", "products", "float16", "rows"]
+    parts = ["cost", "steps", "products", "float16", "float32", "rows", "kl_rows"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
     measure = {
@@ -397,6 +503,8 @@ def main() -> None:
             for budget in BUDGETS
         ],
         "float16": lambda: [*misses_along_a_sampling(arguments.model), *misses_of_kinds()],
+        "float32": misses_of_float32,
+        "kl_rows": lambda: errors_of_kl_rows(arguments.model),
         "rows": lambda: [row for side in (32, 64) for row in errors_of_rows(arguments.model, side)],
     }
     results = {}

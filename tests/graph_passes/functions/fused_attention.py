@@ -53,11 +53,36 @@ class Attention(OpRun):
         return (weights / weights.sum(3, keepdims=True) @ v,)
 
 
+class PairAttention(Attention):
+    """The operator `Attention`: float32 operands as sums of two float16, in one attention of 3 D channels.
+
+    q k = qh kh + qh kl + ql kh to the rounding of float32; the channels of the output are those of vh and vl.
+    """
+
+    def _run(
+        self, q: Any, k: Any, v: Any, *_: Any, scale: float | None = None, q_num_heads: int = 0, **__: Any
+    ) -> tuple[Any]:
+        if q.dtype != np.float32 or q.ndim == 3:
+            return super()._run(q, k, v, scale=scale, q_num_heads=q_num_heads)
+        (qh, ql), (kh, kl), (vh, vl) = map(_pair, (q, k, v))
+        query, keys = np.concatenate([qh, qh, ql], 3), np.concatenate([kh, kl, kh], 3)
+        out = fused_attention(query, keys, np.concatenate([vh, vl], 3), scale or 1 / math.sqrt(q.shape[3]))
+        high, low = np.split(out.astype(np.float32), 2, axis=3)
+        return (high + low,)
+
+
+def _pair(x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
+    high = x.astype(np.float16)
+    return high, (x - high.astype(np.float32)).astype(np.float16)
+
+
 class Emulation:
     """A graph in ONNX's reference evaluator, each operator rounded to its own type, attention as above."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self._evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[Attention])
+    def __init__(self, model: ir.Model, attention: type[Attention] = Attention) -> None:
+        # The evaluator finds operators by the names of their classes.
+        operator = type("Attention", (attention,), {})
+        self._evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[operator])
 
     def __call__(self, **inputs: Any) -> list[Any]:
         """The outputs for `inputs`."""
