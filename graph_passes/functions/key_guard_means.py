@@ -39,17 +39,16 @@ class Rows(Protocol):
 
     Attributes:
         entropy: Of the plain rows in nats, [B, h, T', 1] float32.
-        initial_slope: K'(0), [B, 1, 1, 1] float32. This and `slopes` are means over the same rows: all, or
-            those that the KL divergence is evaluated on.
     """
 
     entropy: Any
-    initial_slope: Any
 
-    def slopes(self, op: Op, last: Any) -> tuple[Any, Any]:
-        """L K'(L/2) / D and L K'(L) / D for L = `last`; all [B, 1, 1, 1] float32.
+    def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
+        """L K'(0), L K'(L/2) / D and L K'(L) / D for L = `last`; all [B, 1, 1, 1] float32.
 
-        Means over rows, heads and channels: one reduction instead of a sum over the D channels and a mean.
+        K' is the mean over all rows, or over those that the KL divergence is evaluated on. The last two are
+        means over channels, too: one reduction instead of a sum over the D channels and a mean. L is rounded
+        alike in all three, since their differences matter: at a small L they are far smaller.
         """
 
 
@@ -71,7 +70,7 @@ def means_guard(
     steps = 2**parameters.bisection_steps
     last_step = op.Mul(mix, op.Mul(inputs.key_gate, parameters.key_cap * (steps - 1) / steps))
     last = per_sample(op, last_step, 4)
-    slopes = op.Concat(op.Mul(last, rows.initial_slope), *rows.slopes(op, last), axis=2)
+    slopes = op.Concat(*rows.slopes(op, last), axis=2)
 
     head_size = op.Div(op.Shape(inputs.q, start=2, end=3), attribute_int(op, "num_heads"))
     channels = op.Cast(op.Concat([1], head_size, head_size, axis=0), to=int(FLOAT))
@@ -157,12 +156,18 @@ class AttentionRows:
         slope = op.Div(change_logit, weight)
         if kl_rows is not None:
             slope, self._query = (op.Gather(x, kl_rows, axis=2) for x in (slope, self._query))
-        self.initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
+        self._initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
 
-    def slopes(self, op: Op, last: Any) -> tuple[Any, Any]:
+    def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
         """See `Rows`. The values are the change L d as it was rounded for the keys."""
+        rounded = cast(op, last, self._operands, FLOAT)
+        if self._operands != FLOAT:
+            # L is not negative; an optimizer may remove a Cast together with the one back.
+            rounded = op.Max(rounded, self._constant(op, [0.0], "zero"))
+            last = self._wide(op, rounded)
+        initial = op.Mul(last, self._initial_slope)
         if self._scaled_change is None:
-            change = op.Mul(self._change, cast(op, last, self._operands, FLOAT))
+            change = op.Mul(self._change, rounded)
         else:
             change = split_heads(op, self._scaled_change(op.Squeeze(last, [3])))
         middle = op.Mul(change, self._constant(op, [0.5], "half"))
@@ -172,7 +177,7 @@ class AttentionRows:
                 _attention(op, self._query, op.Add(self._keys, step), change) for step in (middle, change)
             )
         )
-        return middle_slope, last_slope
+        return initial, middle_slope, last_slope
 
     def _with_sentinel(self, op: Op, per_batch: Any, tokens: Any, level: Any) -> tuple[Any, Any, Any]:
         """The attention with a sentinel.
@@ -269,17 +274,17 @@ class StoredRows:
         slope = _dot(op, self._query, op.MatMul(weights, self._change))
         if kl_rows is not None:
             slope, self._query = (op.Gather(x, kl_rows, axis=2) for x in (slope, self._query))
-        self.initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
+        self._initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
 
-    def slopes(self, op: Op, last: Any) -> tuple[Any, Any]:
+    def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
         """See `Rows`."""
         change = op.Mul(self._change, last)
-        means = []
+        means = [op.Mul(last, self._initial_slope)]
         for step in (op.Mul(change, 0.5), change):
             _, weights = self._weights(op, op.Add(self._keys, step))
             product = op.Mul(self._query, op.MatMul(weights, change))
             means.append(op.ReduceMean(product, [1, 2, 3], keepdims=1))
-        return means[0], means[1]
+        return means[0], means[1], means[2]
 
     def _weights(self, op: Op, keys: Any) -> tuple[Any, Any]:
         # Not Transpose and MatMul: see decompose_metrics_attention.

@@ -114,6 +114,28 @@ def test_step_is_the_exact_one_or_its_neighbour(height: int, width: int, heads: 
     assert_neighbours(moved_steps(emulated(heads, size), samples, heads, np.float16))
 
 
+def test_a_small_largest_step() -> None:
+    """At a small L the change of K' is far smaller than K': L must be rounded alike at all three nodes."""
+    moved = []
+    for q, k, k_perm in five_kinds(12, 24, 2, 40, 96):
+        narrow = [x.astype(np.float16) for x in (q, k, k_perm)]
+        oracle = Oracle(*(x.astype(np.float64) for x in narrow), 2, 1.2)
+        exact = 0.1 * oracle.entropy_factor()
+        last = oracle.divergence(PARAMETERS.key_cap * exact * 127 / 128)
+        kappa = np.array([0.95, 0.8, 0.6, 0.3], np.float32) * np.float32(last)
+        alpha, mix = run(
+            emulated(2, 40),
+            [x[None] for x in narrow],
+            np.array([1.2], np.float32),
+            np.array([0.1], np.float32),
+            kappa,
+        )
+        steps = np.rint(alpha / (PARAMETERS.key_cap * mix[0] / 128))
+        expected = [oracle.largest_step(exact, float(budget), PARAMETERS) for budget in kappa]
+        moved += [int(step - right) for step, right in zip(steps, expected, strict=True)]
+    assert_neighbours(moved, 0.1)
+
+
 def test_bfloat16_model() -> None:
     samples = five_kinds(12, 24, 2, 40, 192)
     call = emulated(2, 40, ir.DataType.BFLOAT16)
