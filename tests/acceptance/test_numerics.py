@@ -57,7 +57,7 @@ def test_the_example_has_peaked_attention(reference_run: ReferenceRun) -> None:
 
 
 def test_float16_equals_the_reference(half_graph: Path, reference_run: ReferenceRun) -> None:
-    compare(open_session(half_graph), reference_run(SwsParameters()), 2e-2, 1e-5)
+    compare(open_session(half_graph), reference_run(SwsParameters()), 5e-3, 1e-5)
 
 
 def test_intensity_0_is_the_plain_unet(graph: Path, plain: Session) -> None:
