@@ -157,13 +157,14 @@ def table(results: dict[str, Any]) -> str:
             cells = [
                 f"{row[key] / unit:.{digits}f}{text}"
                 + ("" if row is plain else f" ({row[key] / plain[key]:.2f} ×)")
+                if key in row
+                else ""
                 for key, unit, digits, text in (
                     ("layers", 1, 0, ""),
                     ("seconds", 1, 0, " s"),
                     ("plan_bytes", 1e6, 0, " MB"),
                     ("activations", 1e6, 1, " MB"),
                 )
-                if key in row
             ]
             cells += [
                 ", ".join(f"{1 + share:.2f} × {gpu}" for gpu, share in row[key].items())
