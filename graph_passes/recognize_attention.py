@@ -1,25 +1,24 @@
 """Recognize attention that another exporter wrote as MatMul, Softmax and MatMul."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
+from graph_passes.static_values import (
+    concatenated,
+    first_input,
+    is_zero,
+    known_dimension,
+    known_number,
+    permutation_of,
+    rank_of,
+    reshape_sizes,
+)
+
 _SPLIT = (0, 2, 1, 3)
-# How many inputs of an operator are arithmetic.
-_OPERANDS = {
-    "Sqrt": 1,
-    "Mul": 2,
-    "Div": 2,
-    "Cast": 1,
-    "Unsqueeze": 1,
-    "Squeeze": 1,
-    "Identity": 1,
-    "Reshape": 1,
-}
 
 
 class RecognizeAttention(InPlacePass):
@@ -99,15 +98,15 @@ def _without_scale(value: ir.Value) -> tuple[ir.Value, float]:
     scale = 1.0
     while (node := value.producer()) is not None:
         if _is_same_cast(node):
-            value = _first(node)
+            value = first_input(node)
         elif node.op_type == "Mul" and (factor := _factor(node)) is not None:
             value, number = factor
             scale *= number
-        elif node.op_type == "Div" and (divisor := _number(node.inputs[1])):
-            value = _first(node)
+        elif node.op_type == "Div" and (divisor := known_number(node.inputs[1])):
+            value = first_input(node)
             scale /= divisor
-        elif node.op_type == "Add" and _is_zero(node.inputs[1]):
-            value = _first(node)
+        elif node.op_type == "Add" and is_zero(node.inputs[1]):
+            value = first_input(node)
         else:
             break
     return value, scale
@@ -116,99 +115,10 @@ def _without_scale(value: ir.Value) -> tuple[ir.Value, float]:
 def _factor(node: ir.Node) -> tuple[ir.Value, float] | None:
     left, right = node.inputs
     for value, other in ((left, right), (right, left)):
-        number = _number(other)
+        number = known_number(other)
         if value is not None and number is not None:
             return value, number
     return None
-
-
-def _number(value: ir.Value | None) -> float | None:
-    """The value of a constant with one element, or of arithmetic on constants and static dimensions."""
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is not None:
-        return float(tensor.numpy().reshape(())) if tensor.size == 1 else None
-    node = value.producer() if value is not None else None
-    if value is None or node is None or node.domain != "":
-        return None
-    if node.op_type in ("Gather", "Slice"):
-        read = _dimensions_read(node)
-        return read[0] if len(read) == 1 else None
-    numbers = []
-    for operand in node.inputs[: _OPERANDS.get(node.op_type, 0)]:
-        if (number := _number(operand)) is None:
-            return None
-        numbers.append(number)
-    return _computed(node.op_type, numbers, value.dtype) if numbers else None
-
-
-def _computed(op_type: str, numbers: list[float], dtype: ir.DataType | None) -> float | None:
-    if op_type == "Sqrt":
-        return math.sqrt(numbers[0])
-    if op_type == "Mul":
-        return numbers[0] * numbers[1]
-    if op_type == "Div":
-        if not numbers[1] or dtype is None:
-            return None
-        quotient = numbers[0] / numbers[1]
-        return float(math.floor(quotient)) if dtype.is_integer() else quotient
-    return numbers[0]
-
-
-def _dimensions_read(node: ir.Node) -> list[int | None]:
-    """The dimensions that a Gather or Slice of a Shape reads; None for those that are not static."""
-    shape = node.inputs[0].producer() if node.inputs[0] is not None else None
-    rank = _rank(_first(shape)) if shape is not None and shape.op_type == "Shape" else None
-    places = [_number(place) for place in node.inputs[1:3]]
-    if shape is None or rank is None or None in places:
-        return [None]
-    if shape.attributes.get_int("start", 0) or "end" in shape.attributes:
-        return [None]
-    bounds = [int(place) for place in places if place is not None]
-    axes = range(rank)[slice(*bounds)] if node.op_type == "Slice" else [bounds[0]]
-    return [_dimension(_first(shape), axis) for axis in axes]
-
-
-def _dimension(value: ir.Value, axis: int) -> int | None:
-    """A static dimension, also behind a Transpose, Reshape or MatMul whose output has no shape."""
-    if value.shape is not None and isinstance(dim := value.shape[axis], int):
-        return dim
-    node, rank = value.producer(), _rank(value)
-    if node is None or rank is None:
-        return None
-    axis %= rank
-    if node.op_type == "Transpose" and (permutation := _permutation(node)):
-        return _dimension(_first(node), permutation[axis])
-    if node.op_type == "Reshape":
-        sizes = _sizes(node)
-        return sizes[axis] if len(sizes) == rank and (sizes[axis] or 0) > 0 else None
-    if node.op_type == "MatMul" and axis == rank - 1 and node.inputs[1] is not None:
-        return _dimension(node.inputs[1], -1)
-    return None
-
-
-def _is_zero(value: ir.Value | None) -> bool:
-    """Whether a value is zero for every input: a constant, or zeros of a dynamic shape times a number."""
-    if value is None:
-        return False
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is not None:
-        return tensor.size <= 2**20 and not np.any(tensor.numpy())
-    node = value.producer()
-    if node is None:
-        return False
-    if node.op_type == "ConstantOfShape":
-        fill = node.attributes.get("value")
-        return fill is None or not np.any(fill.as_tensor().numpy())
-    if node.op_type == "Mul":
-        # A finite tensor times zero.
-        left, right = node.inputs
-        numbers = [_number(left), _number(right)]
-        filled = any(
-            x is not None and (producer := x.producer()) is not None and producer.op_type == "ConstantOfShape"
-            for x in (left, right)
-        )
-        return _is_zero(left) or _is_zero(right) or (filled and 0.0 in numbers)
-    return False
 
 
 def _is_same_cast(node: ir.Node) -> bool:
@@ -232,17 +142,17 @@ def _split_heads(value: ir.Value) -> _Heads | None:
     node = value.producer()
     if node is None:
         return None
-    if node.op_type == "Transpose" and _permutation(node) == _SPLIT:
-        return _reshaped_heads(_first(node))
+    if node.op_type == "Transpose" and permutation_of(node) == _SPLIT:
+        return _reshaped_heads(first_input(node))
     if node.op_type == "Reshape":
-        heads = _split_heads(_first(node)) if _is_split(_first(node)) else None
+        heads = _split_heads(first_input(node)) if _is_split(first_input(node)) else None
         return heads if heads is not None and _merges_batch(node, heads) else None
     return None
 
 
 def _is_split(value: ir.Value) -> bool:
     node = value.producer()
-    return node is not None and node.op_type == "Transpose" and _permutation(node) == _SPLIT
+    return node is not None and node.op_type == "Transpose" and permutation_of(node) == _SPLIT
 
 
 def _transposed_heads(value: ir.Value) -> _Heads | None:
@@ -252,10 +162,10 @@ def _transposed_heads(value: ir.Value) -> _Heads | None:
     if node is None:
         return None
     if node.op_type == "Transpose":
-        permutation = _permutation(node)
+        permutation = permutation_of(node)
         if permutation in ((0, 1, 3, 2), (0, 2, 1)):
-            return _split_heads(_first(node))
-        return _reshaped_heads(_first(node)) if permutation == (0, 2, 3, 1) else None
+            return _split_heads(first_input(node))
+        return _reshaped_heads(first_input(node)) if permutation == (0, 2, 3, 1) else None
     if node.op_type == "Reshape":
         return _transposed_in_three_steps(node)
     return None
@@ -263,16 +173,16 @@ def _transposed_heads(value: ir.Value) -> _Heads | None:
 
 def _transposed_in_three_steps(reshape: ir.Node) -> _Heads | None:
     """[B, h, T, D] reshaped to [B h, T, D], transposed, and reshaped to [B, h, D, T]: torch's exporter."""
-    transpose = _first(reshape).producer()
-    if transpose is None or transpose.op_type != "Transpose" or _permutation(transpose) != (0, 2, 1):
+    transpose = first_input(reshape).producer()
+    if transpose is None or transpose.op_type != "Transpose" or permutation_of(transpose) != (0, 2, 1):
         return None
-    merge = _first(transpose).producer()
+    merge = first_input(transpose).producer()
     if merge is None or merge.op_type != "Reshape":
         return None
-    heads, transposed = _split_heads(_first(merge)), reshape.outputs[0]
-    if heads is None or _rank(transposed) != 4:
+    heads, transposed = _split_heads(first_input(merge)), reshape.outputs[0]
+    if heads is None or rank_of(transposed) != 4:
         return None
-    sizes = (_dimension(transposed, 1), _dimension(transposed, 2))
+    sizes = (known_dimension(transposed, 1), known_dimension(transposed, 2))
     return heads if sizes == (heads.count, heads.size) else None
 
 
@@ -281,8 +191,8 @@ def _reshaped_heads(value: ir.Value) -> _Heads | None:
     node = value.producer()
     if node is None or node.op_type != "Reshape":
         return None
-    source, sizes = _first(node), _sizes(node)
-    if _rank(source) != 3 or len(sizes) != 4 or sizes[2] is None or sizes[3] is None:
+    source, sizes = first_input(node), reshape_sizes(node)
+    if rank_of(source) != 3 or len(sizes) != 4 or sizes[2] is None or sizes[3] is None:
         return None
     width = source.shape[2] if source.shape is not None else None
     if min(sizes[2], sizes[3]) < 1 or (isinstance(width, int) and width != sizes[2] * sizes[3]):
@@ -292,34 +202,34 @@ def _reshaped_heads(value: ir.Value) -> _Heads | None:
 
 def _merges_batch(reshape: ir.Node, heads: _Heads) -> bool:
     """Whether a Reshape of [B, h, T, D] gives [B h, T, D]."""
-    sizes = _sizes(reshape)
+    sizes = reshape_sizes(reshape)
     if len(sizes) != 3 or sizes[2] not in (heads.size, -1):
         return False
     batch = heads.source.shape[0] if heads.source.shape is not None else None
     if isinstance(batch, int):
         return sizes[0] == batch * heads.count
-    return _is_multiple(_elements(reshape.inputs[1])[0], heads.count)
+    return _is_multiple(concatenated(reshape.inputs[1])[0], heads.count)
 
 
 def _is_multiple(value: ir.Value | None, number: int) -> bool:
     """Whether a size is computed as a product with `number`."""
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in ("Unsqueeze", "Cast", "Reshape", "Identity", "Squeeze"):
-        node = _first(node).producer()
-    return node is not None and node.op_type == "Mul" and number in map(_number, node.inputs)
+        node = first_input(node).producer()
+    return node is not None and node.op_type == "Mul" and number in map(known_number, node.inputs)
 
 
 def _joined(value: ir.Value, heads: _Heads) -> ir.Value | None:
     """[B, T, C], the heads of [B, h, T, D] or [B h, T, D] joined."""
     node = _only_use(_after_casts(value), "Transpose", "Reshape")
     if node is not None and node.op_type == "Reshape":
-        if len(_sizes(node)) != 4 or _sizes(node)[1] != heads.count:
+        if len(reshape_sizes(node)) != 4 or reshape_sizes(node)[1] != heads.count:
             return None
         node = _only_use(_after_casts(node.outputs[0]), "Transpose")
-    if node is None or _permutation(node) != _SPLIT:
+    if node is None or permutation_of(node) != _SPLIT:
         return None
     reshape = _only_use(node.outputs[0], "Reshape")
-    sizes = _sizes(reshape) if reshape is not None else []
+    sizes = reshape_sizes(reshape) if reshape is not None else []
     if reshape is None or len(sizes) != 3 or sizes[2] not in (heads.count * heads.size, -1, None):
         return None
     shape = reshape.outputs[0].shape
@@ -339,48 +249,7 @@ def _only_use(value: ir.Value, *op_types: str) -> ir.Node | None:
 
 def _before_casts(value: ir.Value) -> ir.Value:
     while (node := value.producer()) is not None and _is_same_cast(node):
-        value = _first(node)
-    return value
-
-
-def _elements(shape: ir.Value | None) -> list[ir.Value | None]:
-    """The values that a shape is concatenated from."""
-    node = shape.producer() if shape is not None else None
-    return list(node.inputs) if node is not None and node.op_type == "Concat" else [None]
-
-
-def _sizes(reshape: ir.Node) -> list[int | None]:
-    """The sizes that a Reshape gives; None for those that are not constant."""
-    shape = reshape.inputs[1]
-    tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
-    if tensor is not None:
-        return [int(size) for size in tensor.numpy().reshape(-1)]
-    sizes: list[int | None] = []
-    for part in _elements(shape):
-        constant = ir.convenience.get_const_tensor(part) if part is not None else None
-        if constant is not None:
-            sizes += [int(size) for size in constant.numpy().reshape(-1)]
-            continue
-        node = part.producer() if part is not None else None
-        if node is not None and node.op_type == "Slice":
-            sizes += _dimensions_read(node)
-        else:
-            number = _number(part)
-            sizes.append(None if number is None else int(number))
-    return sizes
-
-
-def _permutation(node: ir.Node) -> tuple[int, ...]:
-    return tuple(node.attributes.get_ints("perm", ()))
-
-
-def _rank(value: ir.Value) -> int | None:
-    return len(value.shape) if value.shape is not None else None
-
-
-def _first(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    assert value is not None
+        value = first_input(node)
     return value
 
 

@@ -46,7 +46,7 @@ def make_cmake(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> No
     program = folder / "cmake"
     program.write_text(script)
     program.chmod(0o755)
-    monkeypatch.setattr(plugin_build, "_require_cmake", lambda: str(program))
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: str(program))
 
 
 @pytest.fixture
