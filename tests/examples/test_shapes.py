@@ -192,13 +192,19 @@ def test_samples_obey_their_prompts(unet: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("field", ["weights", "activations"])
+@pytest.mark.parametrize("field", ["weights", "activations", "calibrated"])
 @pytest.mark.parametrize("kind", WEIGHT_FORMATS)
 def test_samples_of_8_bit_graphs_obey_their_prompts(kind: str, field: str, tmp_path: Path) -> None:
+    """Activations are calibrated over the trajectory of the validation, and over the example's pipeline."""
+    quantization: dict[str, Any] = {field: kind}
+    if field == "calibrated":
+        (tmp_path / "prompts.txt").write_text("red circle left\nblue cross top and green square right\n")
+        quantization = {"activations": kind, "calibration": sample.HERE, "trust_code": True}
+        quantization["prompts"] = tmp_path / "prompts.txt"
     options = ExportOptions(
         source=SourceOptions(precision="fp16"),
         sws=SwsOptions(sites=("mid*attn1",), guard="literal"),
-        quantization=QuantizationOptions(**{field: kind}),  # type: ignore[arg-type]
+        quantization=QuantizationOptions(**quantization),
         validate=False,
     )
     export(sample.HERE / "unet", tmp_path / "unet.onnx", options)
