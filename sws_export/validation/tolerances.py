@@ -20,7 +20,7 @@ _PREDICTION_AT_BUDGET = 5e-4
 _SAMPLED_ROWS = 5e-2
 _STATE = 1e-5
 _SITE_METRIC: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-2}
-# With 8-bit weights, and with 8-bit activations, too: 1.8 to 3 times the largest error measured on several
+# With 8-bit weights, and with 8-bit activations, too: 1.5 to 2.5 times the largest error measured on several
 # UNets. Most have random weights, which round worse than trained ones (docs/engines.md,
 # benchmarks/quantization.py).
 _PREDICTION_WEIGHTS: dict[WeightFormat, float] = {"int8": 1e-1, "fp8": 2.5e-1}

@@ -231,6 +231,15 @@ def test_a_plain_quantized_graph_as_the_source(random_unet: Path, out: Path) -> 
         export(out / "plain.onnx", out / "again.onnx", INT8)
 
 
+def test_a_plain_graph_is_quantized(traced: Path, out: Path) -> None:
+    report = export(traced, out / "graph.onnx", with_options(INT8, **ACTIVATIONS, validate=True))
+    assert report.validation is not None
+    (prediction,) = report.validation.outputs
+    without = report.validation.unquantized
+    assert without is not None
+    assert without.maximum < 1e-5 < prediction.maximum < prediction.tolerance == 0.2
+
+
 def test_targets_without_float8(random_unet: Path, out: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sizes = SizeOptions(height="16", width="16", vae_scale=1)
