@@ -208,9 +208,17 @@ def value_size(value: ir.Value, axis: int) -> int:
 
 
 def _norm(node: ir.Node) -> list[tuple[ir.Value, int]]:
-    """Gain and bias of a norm."""
+    """Gain and bias of a norm, which no other norm has after this."""
     if node.op_type not in ("LayerNormalization", "GroupNormalization"):
         return []
+    assert node.graph is not None
+    for index in (1, 2):
+        shared = node.inputs[index]
+        if shared is not None and len(shared.uses()) > 1:
+            # Norms of random weights have the same gains and biases.
+            own = ir.val(f"{node.name}/{index}", const_value=shared.const_value)
+            node.graph.register_initializer(own)
+            node.replace_input_with(index, own)
     return [(value, 0) for value in node.inputs[1:3] if value is not None]
 
 
