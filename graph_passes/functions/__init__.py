@@ -79,7 +79,7 @@ def _sws_functions(
     """The functions of `build_functions`; passes change clones of them."""
     functions = [
         build_schedule(parameters),
-        build_transport(parameters, convolutions=not target.slow_convolutions),
+        build_transport(parameters, convolutions=not target.slow_convolutions, separate=target.costly_shapes),
         build_banded_transport(dtype),
         build_key_guard(parameters, dtype, target, guard.form, kl_only=guard.kl_only),
         build_attention(parameters, dtype, target, guard, site_metrics=site_metrics),

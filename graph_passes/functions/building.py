@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import build_function
 
@@ -150,6 +151,16 @@ def mean_token(op: Op, x: Any, dtype: ir.DataType) -> Any:
     """The mean over the tokens of `x` [B, T, C], of `dtype`: [B, 1, C], summed in float32."""
     mean = op.ReduceMean(cast(op, x, ir.DataType.FLOAT, dtype), [1], keepdims=1)
     return cast(op, mean, dtype, ir.DataType.FLOAT)
+
+
+def after(op: Op, value: Any, earlier: Any, dtype: ir.DataType = ir.DataType.FLOAT) -> Any:
+    """`value`, computed after `earlier`: it is multiplied by 1, which a runtime computes from `earlier`.
+
+    An engine computes tensors in an order of its own, and keeps them until they were used. Both values are
+    of `dtype`, and `earlier` is broadcast.
+    """
+    one = op.Constant(value=ir.tensor(np.array(1, dtype.numpy()), name="one"))
+    return op.Mul(value, op.Clip(earlier, one, one))
 
 
 def mixed(op: Op, x: Any, moved: Any, share: Any) -> Any:

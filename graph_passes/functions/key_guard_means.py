@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graph_passes.functions.building import Op, attribute_int, cast, per_sample, split_heads
+from graph_passes.functions.building import Op, after, attribute_int, cast, per_sample, split_heads
 from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.functions.key_guard_inputs import GuardInputs, float32_rows
 from graph_passes.parameters import SwsParameters
@@ -38,17 +38,19 @@ class Rows(Protocol):
     """The query rows of one site under its keys k + s d.
 
     Attributes:
+        unit: Of all slopes, float32, broadcast to [B, 1, 1, 1]: 1 is this many nats. Slopes are means over
+            rows, heads and channels: one reduction instead of a sum over the channels and a mean.
         entropy: Of the plain rows in nats, [B, h, T', 1] float32.
     """
 
+    unit: Any
     entropy: Any
 
     def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
-        """L K'(0), L K'(L/2) / D and L K'(L) / D for L = `last`; all [B, 1, 1, 1] float32.
+        """L K'(0), L K'(L/2) and L K'(L) for L = `last`; all [B, 1, 1, 1] float32.
 
-        K' is the mean over all rows, or over those that the KL divergence is evaluated on. The last two are
-        means over channels, too: one reduction instead of a sum over the D channels and a mean. L is rounded
-        alike in all three, since their differences matter: at a small L they are far smaller.
+        K' is the mean over all rows, or over those that the KL divergence is evaluated on. L is rounded alike
+        in all three, since their differences matter: at a small L they are far smaller.
         """
 
 
@@ -72,13 +74,11 @@ def means_guard(
     last = per_sample(op, last_step, 4)
     slopes = op.Concat(*rows.slopes(op, last), axis=2)
 
-    head_size = op.Div(op.Shape(inputs.q, start=2, end=3), attribute_int(op, "num_heads"))
-    channels = op.Cast(op.Concat([1], head_size, head_size, axis=0), to=int(FLOAT))
     weights = op.Constant(value=ir.tensor(_divergence_weights(steps), name="divergence_weights"))
     # Not MatMul: its operands may be rounded to TensorFloat-32.
-    terms = op.Mul(slopes, op.Mul(weights, op.Unsqueeze(channels, [0, 1, 3])))
-    divergence = op.ReduceSum(terms, [2], keepdims=1)
-    allowed = op.Cast(op.Less(divergence, per_sample(op, inputs.kappa, 4)), to=int(FLOAT))
+    divergence = op.ReduceSum(op.Mul(slopes, weights), [2], keepdims=1)
+    budget = op.Div(per_sample(op, inputs.kappa, 4), rows.unit)
+    allowed = op.Cast(op.Less(divergence, budget), to=int(FLOAT))
     alpha_k = op.Mul(last_step, op.ReduceMean(allowed, [1, 2, 3], keepdims=0))
     a_v = op.Mul(mix, inputs.value_gain)
     # g(u) is at most 1.
@@ -104,8 +104,9 @@ class AttentionRows:
     of the real keys. log(w / (1 - w)) = LSE - c, and with it the entropy LSE - E_0[S].
 
     LSE lies between E_0[S] and that plus log T. The level is log T + E_0[S] / 2, the value for normally
-    distributed logits, or the lower bound if that is higher. The channel w - 1/2 keeps its relative precision
-    where w is near 1/2, the channel 1 - w where w is near 1.
+    distributed logits, or the lower bound if that is higher. There are channels 1/2 - w, which keeps its
+    relative precision where w is near 1/2, and 1 - w, which keeps it where w is near 1. The lowest of them is
+    1/2 - w, the highest is 1 - w.
     """
 
     def __init__(
@@ -137,13 +138,18 @@ class AttentionRows:
         self._operands = operands
         self._scaled_change = scaled_change
         scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        factor = cast(op, per_sample(op, op.Div(scale, tau_q), 3), operands, FLOAT)
-        self._query = split_heads(op, op.Mul(cast(op, q, operands, dtype), factor))
+        factor = per_sample(op, op.Div(scale, tau_q), 4)
+        # Products have q instead of the scaled queries. These are then operands of attentions only, and an
+        # engine keeps no second copy of them in another layout.
+        self._q = split_heads(op, cast(op, q, operands, dtype))
+        self._factor = cast(op, factor, operands, FLOAT)
+        self._query = op.Mul(self._q, self._factor)
+        self.unit = op.Mul(factor, op.Cast(op.Shape(self._q, start=3, end=4), to=int(FLOAT)))
         self._keys = split_heads(op, keys)
         self._change = split_heads(op, change)
 
         mean = _attention(op, self._query, self._keys, self._keys)
-        mean_logit = self._dot(op, self._query, mean)
+        mean_logit = op.Mul(self._dot(op, mean), self.unit)
 
         tokens = op.Shape(self._keys, start=2, end=3)
         log_tokens = cast(op, op.Log(op.Cast(tokens, to=int(FLOAT))), operands, FLOAT)
@@ -155,16 +161,18 @@ class AttentionRows:
         self.entropy = op.Add(op.Sub(self._wide(op, level), mean_logit), log_ratio)
         slope = op.Div(change_logit, weight)
         if kl_rows is not None:
-            slope, self._query = (op.Gather(x, kl_rows, axis=2) for x in (slope, self._query))
+            slope, self._q, self._query = (
+                op.Gather(x, kl_rows, axis=2) for x in (slope, self._q, self._query)
+            )
         self._initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
 
     def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
         """See `Rows`. The values are the change L d as it was rounded for the keys."""
-        rounded = cast(op, last, self._operands, FLOAT)
-        if self._operands != FLOAT:
-            # L is not negative; an optimizer may remove a Cast together with the one back.
-            rounded = op.Max(rounded, self._constant(op, [0.0], "zero"))
-            last = self._wide(op, rounded)
+        # The output with the sentinel is not kept until the slopes are known. Also, an optimizer may remove a
+        # Cast together with the one back.
+        initial_slope = cast(op, self._initial_slope, self._operands, FLOAT)
+        rounded = after(op, cast(op, last, self._operands, FLOAT), initial_slope, self._operands)
+        last = self._wide(op, rounded)
         initial = op.Mul(last, self._initial_slope)
         if self._scaled_change is None:
             change = op.Mul(self._change, rounded)
@@ -172,7 +180,7 @@ class AttentionRows:
             change = split_heads(op, self._scaled_change(op.Squeeze(last, [3])))
         middle = op.Mul(change, self._constant(op, [0.5], "half"))
         middle_slope, last_slope = (
-            op.ReduceMean(self._product(op, self._query, mean), [1, 2, 3], keepdims=1)
+            op.ReduceMean(self._product(op, mean), [1, 2, 3], keepdims=1)
             for mean in (
                 _attention(op, self._query, op.Add(self._keys, step), change) for step in (middle, change)
             )
@@ -190,38 +198,44 @@ class AttentionRows:
 
         Returns:
             The weight w of the real keys, log(w / (1 - w)), and the sum of q . d over the real keys under
-            the weights of all keys; [B, h, T', 1] float32 each.
+            the weights of all keys, in `unit`; [B, h, T', 1] float32 each.
         """
         outer = op.Concat(op.Shape(per_batch), attribute_int(op, "num_heads"), axis=0)
         raised = op.Mul(level, self._mark_constant(op, [1], "level"))
-        query = op.Concat(self._query, raised, axis=3)
+        # Not the scaled queries: a runtime would keep them in one more layout for this.
+        channels = op.Concat([1, 1, 1], op.Shape(self._q, start=3, end=4), axis=0)
+        ones = self._constant(op, [1.0] * KEY_CHANNELS, "unscaled")
+        batch = op.Concat(op.Shape(per_batch), [1, 1, 1], axis=0)
+        factors = op.Concat(op.Expand(self._factor, channels), op.Expand(ones, batch), axis=3)
+        query = op.Mul(op.Concat(self._q, raised, axis=3), factors)
         size = op.Concat(outer, [1], op.Shape(self._keys, start=3, end=4), axis=0)
         nothing = op.Expand(self._constant(op, [0], "nothing"), size)
         marks = self._marks(op, outer, tokens, [], [1])
         keys = op.Concat(op.Concat(self._keys, nothing, axis=2), marks, axis=3)
-        # The first channel is 0, so that the level, in the same channel of the query, does not count.
-        zeros = [0.0] * (KEY_CHANNELS - 2)
-        marks = self._marks(op, outer, tokens, [*zeros, 0.5, 0.0], [*zeros, -0.5, 1.0])
+        real, sentinel = [-0.5, 0.0], [0.5, 1.0]
+        marks = self._marks(op, outer, tokens, real * (KEY_CHANNELS // 2), sentinel * (KEY_CHANNELS // 2))
         values = op.Concat(op.Concat(self._change, nothing, axis=2), marks, axis=3)
 
         out = _attention(op, query, keys, values)
-        # Not Slice, which is 25 layers of TensorRT, for shapes that are not computed.
-        before = op.Add(op.Shape(self._keys, start=3, end=4), [KEY_CHANNELS - 2])
-        _, above_half, sentinel = op.Split(out, op.Concat(before, [1, 1], axis=0), axis=3, _outputs=3)
-        above_half, sentinel = self._wide(op, above_half), self._wide(op, sentinel)
-        weight = op.Max(op.Add(above_half, 0.5), _MIN_WEIGHT)
-        rest = op.Where(op.Greater(above_half, 0.25), sentinel, op.Sub(0.5, above_half))
+        sizes = op.Concat(op.Shape(self._keys, start=3, end=4), [KEY_CHANNELS], axis=0)
+        mean, marks = op.Split(out, sizes, axis=3, _outputs=2)
+        # Not Split into channels, for which an engine copies the output.
+        below_half, rest = (
+            self._wide(op, reduce(marks, [3], keepdims=1)) for reduce in (op.ReduceMin, op.ReduceMax)
+        )
+        weight = op.Max(op.Sub(0.5, below_half), _MIN_WEIGHT)
+        rest = op.Where(op.Greater(below_half, -0.25), op.Add(below_half, 0.5), rest)
         log_ratio = op.Clip(op.Log(op.Div(weight, rest)), -_LARGEST_LOG, _LARGEST_LOG)
-        return weight, log_ratio, self._dot(op, query, out)
+        return weight, log_ratio, self._dot(op, mean)
 
-    def _dot(self, op: Op, x: Any, y: Any) -> Any:
-        """Dot products of the vectors of two [B, h, T', D] tensors, [B, h, T', 1] float32."""
-        return op.ReduceSum(self._product(op, x, y), [3], keepdims=1)
+    def _dot(self, op: Op, x: Any) -> Any:
+        """Dot products of q and the vectors of x [B, h, T', D], divided by D: [B, h, T', 1] float32."""
+        return op.ReduceMean(self._product(op, x), [3], keepdims=1)
 
-    def _product(self, op: Op, x: Any, y: Any) -> Any:
-        """x y in float32, multiplied in the dtype of the operands: a float32 copy of each operand would take
+    def _product(self, op: Op, x: Any) -> Any:
+        """q x in float32, multiplied in the dtype of the operands: a float32 copy of each operand would take
         twice its memory. Rounding of products is as small as that of attention outputs."""
-        return self._wide(op, op.Mul(x, y))
+        return self._wide(op, op.Mul(self._q, x))
 
     def _wide(self, op: Op, value: Any) -> Any:
         return cast(op, value, FLOAT, self._operands)
@@ -267,24 +281,27 @@ class StoredRows:
             kl_rows: As for `AttentionRows`.
         """
         self._query, self._keys, self._change = float32_rows(op, inputs, dtype)
+        self.unit = op.Cast(op.Shape(self._query, start=3, end=4), to=int(FLOAT))
         logits, weights = self._weights(op, self._keys)
         highest, largest = (op.ReduceMax(rows, [3], keepdims=1) for rows in (logits, weights))
-        mean_logit = _dot(op, self._query, op.MatMul(weights, self._keys))
+        mean_logit = op.ReduceSum(op.Mul(self._query, op.MatMul(weights, self._keys)), [3], keepdims=1)
         self.entropy = op.Sub(op.Sub(highest, op.Log(largest)), mean_logit)
-        slope = _dot(op, self._query, op.MatMul(weights, self._change))
+        slope = op.Mul(self._query, op.MatMul(weights, self._change))
         if kl_rows is not None:
             slope, self._query = (op.Gather(x, kl_rows, axis=2) for x in (slope, self._query))
         self._initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
 
     def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
         """See `Rows`."""
+        # The weights of the plain rows are not kept until the slopes are known.
+        last = after(op, last, self._initial_slope)
         change = op.Mul(self._change, last)
-        means = [op.Mul(last, self._initial_slope)]
-        for step in (op.Mul(change, 0.5), change):
-            _, weights = self._weights(op, op.Add(self._keys, step))
-            product = op.Mul(self._query, op.MatMul(weights, change))
-            means.append(op.ReduceMean(product, [1, 2, 3], keepdims=1))
-        return means[0], means[1], means[2]
+        outputs = (
+            op.MatMul(self._weights(op, op.Add(self._keys, step))[1], change)
+            for step in (op.Mul(change, 0.5), change)
+        )
+        middle, end = (op.ReduceMean(op.Mul(self._query, x), [1, 2, 3], keepdims=1) for x in outputs)
+        return op.Mul(last, self._initial_slope), middle, end
 
     def _weights(self, op: Op, keys: Any) -> tuple[Any, Any]:
         # Not Transpose and MatMul: see decompose_metrics_attention.
@@ -298,8 +315,3 @@ def _attention(op: Op, q: Any, k: Any, v: Any) -> Any:
     TensorRT multiplies queries and keys by the square root of a scale in their own type; 1 is exact.
     """
     return op.Attention(q, k, v, scale=1.0)
-
-
-def _dot(op: Op, x: Any, y: Any) -> Any:
-    """Dot products of the vectors of two [B, h, T, D] tensors, [B, h, T, 1]."""
-    return op.ReduceSum(op.Mul(x, y), [3], keepdims=1)

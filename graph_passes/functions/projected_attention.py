@@ -5,16 +5,23 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.functions.attention import lattice_rows, sampled_rows
-from graph_passes.functions.banded_transport import Tiles
-from graph_passes.functions.building import Op, cast, define_function, mean_token, per_sample
+from graph_passes.functions.banded_transport import TILE, Tiles
+from graph_passes.functions.building import (
+    Op,
+    after,
+    cast,
+    define_function,
+    join_heads,
+    mean_token,
+    per_sample,
+    split_heads,
+)
 from graph_passes.functions.key_guard_inputs import GuardInputs
 from graph_passes.functions.key_guard_means import AttentionRows, means_guard
 from graph_passes.guard import ROW_STRIDES, GuardOptions
 from graph_passes.parameters import SwsParameters
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-TILE = 16
-"""Rows and columns of a tile on a GPU, where the gathered tokens are stored and read again."""
 
 
 def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) -> ir.Function:
@@ -30,7 +37,7 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
 
     On a GPU this also orders the work. An engine computes a tensor as early as it can, and keeps it. Here the
     guard depends on the transport, and mixed keys and values depend on the guard. Queries are made to depend
-    on the transport for this alone, see `_one_after`.
+    on the transport for this alone, see `after`.
 
     Args:
         parameters: Constants of the method.
@@ -43,10 +50,11 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         tau_q = per_batch[0]
         # The rank of x; TensorRT's parser raises it in each product otherwise.
         key_weight, value_weight = (op.Unsqueeze(weight, [0]) for weight in (key_weight, value_weight))
-        moved = Tiles(op, transport, HALF, TILE).transported(x, ir.DataType.INT32)
+        moved = Tiles(op, transport, HALF, TILE, corners=False).transported(x, ir.DataType.INT32)
         change = op.Sub(moved, x)
         # Queries, and with them all attentions, wait for the transport.
-        q = op.Mul(q, cast(op, _one_after(op, cast(op, moved, FLOAT, HALF)), HALF, FLOAT))
+        mean = mean_token(op, moved, HALF)
+        q = after(op, q, mean, HALF)
         rows, kl_rows = q, None
         if guard.rows != 1:
             size, strides = op.Shape(transport, start=2, end=4), ROW_STRIDES[guard.rows]
@@ -56,13 +64,16 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
                 rows = sampled_rows(op, q, size, strides, HALF)
 
         def projected_change(share: Any = None) -> Any:
-            x = change if share is None else op.Mul(change, cast(op, share, HALF, FLOAT))
-            return op.MatMul(x, key_weight)
+            # The weight is scaled, which is smaller than the change.
+            weight = key_weight
+            if share is not None:
+                weight = op.Mul(weight, cast(op, share, HALF, FLOAT))
+            return op.MatMul(change, weight)
 
         statistics = AttentionRows(
             op,
             rows,
-            op.MatMul(op.Sub(x, mean_token(op, moved, HALF)), key_weight),
+            op.MatMul(op.Sub(x, mean), key_weight),
             projected_change(),
             tau_q,
             HALF,
@@ -77,14 +88,15 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
             factor = cast(op, per_sample(op, share, 3), HALF, FLOAT)
             return op.MatMul(op.Add(x, op.Mul(factor, change)), weight)
 
-        return op.Attention(
-            op.Div(q, cast(op, per_sample(op, tau_q, 3), HALF, FLOAT)),
-            mixed_projection(alpha_k, key_weight),
-            mixed_projection(a_v, value_weight),
-            q_num_heads=ir.RefAttr("q_num_heads", "num_heads", ir.AttributeType.INT),
-            kv_num_heads=ir.RefAttr("kv_num_heads", "num_heads", ir.AttributeType.INT),
-            scale=ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
-        )
+        # Heads are split here, as for the guard, so that an engine keeps the queries in one layout.
+        mixed = [
+            op.Div(split_heads(op, q), cast(op, per_sample(op, tau_q, 4), HALF, FLOAT)),
+            split_heads(op, mixed_projection(alpha_k, key_weight)),
+            # Mixed values wait for the guard.
+            split_heads(op, mixed_projection(after(op, a_v, alpha_k), value_weight)),
+        ]
+        scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
+        return join_heads(op, op.Attention(*mixed, scale=scale))
 
     inputs = dict.fromkeys(("q", "x", "key_weight", "value_weight"), HALF)
     inputs |= dict.fromkeys(("transport", *GuardInputs._fields[3:]), FLOAT)
@@ -93,11 +105,3 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         ir.Attr("scale", ir.AttributeType.FLOAT, None),
     ]
     return define_function("ProjectedAttention", body, inputs, ["y"], attributes)
-
-
-def _one_after(op: Op, tokens: Any) -> Any:
-    """1 for each sample, [B, 1, 1] float32, computed from all of `tokens` [B, T, C] float32.
-
-    Multiplying by it changes nothing, and cannot be done before `tokens` are known.
-    """
-    return op.Max(op.Min(op.ReduceMin(tokens, [1, 2], keepdims=1), 1.0), 1.0)

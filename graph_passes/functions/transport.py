@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graph_passes.functions.banded_transport import band_window
-from graph_passes.functions.building import Op, define_function
+from graph_passes.functions.building import Op, after, define_function
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 
 FLOAT = ir.DataType.FLOAT
@@ -29,7 +29,9 @@ _WINDOW = 2 * STATE_RADIUS + 1
 _PADS = [STATE_RADIUS] * 4
 
 
-def build_transport(parameters: SwsParameters, *, convolutions: bool = True) -> ir.Function:
+def build_transport(
+    parameters: SwsParameters, *, convolutions: bool = True, separate: bool = False
+) -> ir.Function:
     """`Transport(state [B, 145, H, W], blend [B, 3]) -> transport [B, 145, H, W]`, float32.
 
     `state` is the transport of the previous step, or zeros for none; `blend` has the weights of the scales.
@@ -37,6 +39,8 @@ def build_transport(parameters: SwsParameters, *, convolutions: bool = True) -> 
     Args:
         parameters: Constants of the method.
         convolutions: Move bands by convolutions with one-hot kernels.
+        separate: Let no two grids have the same matrix of blend weights. An engine otherwise blends all
+            grids in one product, early, and keeps its result until the coarsest grid is used.
     """
     diamonds = np.stack([_diamond(scale, parameters.tau) for scale in parameters.scales])
     offsets = diamond_offsets(STATE_RADIUS)
@@ -71,7 +75,11 @@ def build_transport(parameters: SwsParameters, *, convolutions: bool = True) -> 
         )
         rows = _rows_of_scales(op, gather, row, column, kernels)
         band_shape = op.Concat([-1, len(offsets)], size, axis=0)
-        blended = op.Reshape(op.MatMul(_blend_rows(op, blend, kernels), rows), band_shape)
+        blend_rows = _blend_rows(op, blend, kernels)
+        if separate:
+            smallest = op.Squeeze(op.ReduceMin(row_factor, [2, 3], keepdims=1), [3])
+            blend_rows = after(op, blend_rows, smallest)
+        blended = op.Reshape(op.MatMul(blend_rows, rows), band_shape)
         current = op.Mul(op.Mul(blended, row_factor), gather(column_factor))
 
         momentum = op.Add(op.Mul(state, parameters.beta), op.Mul(current, 1.0 - parameters.beta))

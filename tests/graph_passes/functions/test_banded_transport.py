@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.functions import build_functions
+from graph_passes.functions.banded_transport import Tiles
+from graph_passes.functions.building import Op, define_function
 from graph_passes.functions.dense_transport import build_dense_transport
 from graph_passes.guard import GuardOptions
 from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
@@ -38,6 +41,15 @@ def transport(dtype: ir.DataType = FLOAT) -> Call:
 def dense_transport(dtype: ir.DataType = FLOAT) -> Call:
     function = build_dense_transport(dtype, joined=True)
     return Call({function.name: function}, function.name, SHAPES, dtype, {})
+
+
+@cache
+def transport_without_corners() -> Call:
+    def body(op: Op, transport: Any, x: Any) -> Any:
+        return Tiles(op, transport, FLOAT, 16, corners=False).transported(x)
+
+    function = define_function("Tiled", body, {"transport": FLOAT, "x": FLOAT}, ["y"])
+    return Call({"Tiled": function}, "Tiled", {**SHAPES, "x": SHAPES["k"]}, FLOAT, {})
 
 
 def random_band(height: int, width: int) -> Array:
@@ -74,6 +86,14 @@ def test_equals_the_dense_product(height: int, width: int, form: Callable[[], Ca
     k_perm, v_perm = form()(transport=band, k=k, v=v)
     np.testing.assert_allclose(k_perm, dense(band) @ k, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(v_perm, dense(band) @ v, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (17, 33), (3, 3)])
+def test_no_token_reaches_the_corners_around_its_tile(height: int, width: int) -> None:
+    band = random_band(height, width)
+    x = np.random.default_rng(1).standard_normal((2, height * width, CHANNELS), dtype=np.float32)
+    (moved,) = transport_without_corners()(transport=band, x=x)
+    np.testing.assert_allclose(moved, dense(band) @ x, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", [transport, dense_transport])

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import onnx_ir as ir
 
-from graph_passes.functions.building import Op, branch, define_function, true_for_any
+from graph_passes.functions.building import Op, after, branch, define_function, true_for_any
 from tests.graph_passes.functions.calls import FLOAT, Call
 
 
@@ -62,3 +62,13 @@ def test_a_value_given_twice_or_from_outside_becomes_one_of_the_branch() -> None
                 graph = attribute.as_graph()
                 assert len(set(graph.outputs)) == len(graph.outputs)
                 assert all(value.producer() in list(graph) for value in graph.outputs)
+
+
+def test_a_value_after_another_is_unchanged() -> None:
+    def body(op: Op, x, earlier):  # type: ignore[no-untyped-def]
+        return after(op, x, earlier)
+
+    function = define_function("After", body, {"x": FLOAT, "earlier": FLOAT}, ["y"])
+    x, earlier = (np.array(values, np.float32) for values in ([0.1, -3.0, 1e30, 0.0], [-1e30, 0.0, 1.0, 7.0]))
+    call = Call({"After": function}, "After", {}, FLOAT, {})
+    np.testing.assert_array_equal(call(x=x, earlier=earlier), [x])

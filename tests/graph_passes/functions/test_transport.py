@@ -13,8 +13,8 @@ from tests.graph_passes.functions.test_banded_transport import random_band
 
 
 @cache
-def transport(convolutions: bool) -> Call:
-    function = build_transport(SwsParameters(), convolutions=convolutions)
+def transport(convolutions: bool, separate: bool = False) -> Call:
+    function = build_transport(SwsParameters(), convolutions=convolutions, separate=separate)
     shapes: dict[str, Sequence[int | str]] = {
         "state": ["batch", 145, "height", "width"],
         "blend": ["batch", 3],
@@ -31,6 +31,11 @@ def test_copies_equal_convolutions(height: int, width: int) -> None:
     (expected,), (found,) = (transport(form)(**inputs) for form in (True, False))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
     assert np.abs(expected).max() > 0.1
+
+
+def test_a_product_of_its_own_for_each_grid_changes_nothing() -> None:
+    inputs = {"state": random_band(9, 20), "blend": np.array([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]], np.float32)}
+    np.testing.assert_array_equal(transport(True, True)(**inputs), transport(True)(**inputs))
 
 
 def test_copies_have_no_large_convolution_of_the_band() -> None:
