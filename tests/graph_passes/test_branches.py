@@ -1,6 +1,7 @@
 """`If` nodes of the fused guard in a whole graph, after each pass."""
 
 import collections
+import functools
 
 import numpy as np
 import onnx
@@ -25,11 +26,16 @@ def with_branches(branches: bool = True, model: ir.Model | None = None) -> ir.Mo
     return inserted(model or two_grids(), form=form, target="onnxruntime", parameters=PARAMETERS)
 
 
-def finished(branches: bool = True, model: ir.Model | None = None) -> ir.Model:
-    model = with_branches(branches, model)
+def cleaned(model: ir.Model) -> ir.Model:
     LowerFunctions()(model)
     CleanGraph()(model)
     return model
+
+
+@functools.cache
+def finished(branches: bool = True) -> ir.Model:
+    """A lowered and cleaned model, which tests must not change."""
+    return cleaned(with_branches(branches))
 
 
 def subgraphs(model: ir.Model) -> list[ir.Graph]:
@@ -130,12 +136,12 @@ def test_a_serialized_copy_is_equal(run_onnx: RunOnnx) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_example_is_valid_onnx(shapes_model: ShapesModel, precision: str) -> None:
-    model = finished(model=shapes_model(precision))
+    model = cleaned(with_branches(model=shapes_model(precision)))
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
 def test_the_float32_copy_has_bfloat16_weights_only(shapes_model: ShapesModel) -> None:
-    model = finished(model=shapes_model("bf16"))
+    model = cleaned(with_branches(model=shapes_model("bf16")))
     bfloat16 = ir.DataType.BFLOAT16
     assert any(value.dtype == bfloat16 for value in model.graph.initializers.values())
     UpcastBfloat16()(model)

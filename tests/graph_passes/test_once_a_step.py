@@ -2,6 +2,7 @@
 
 import collections
 from fractions import Fraction
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -27,6 +28,16 @@ ONCE_A_GRID = ("Conv", "ConvTranspose")
 ON_TOKENS = {"Conv", "ConvTranspose", "Range", "Expand", "Reciprocal", "ReduceProd"}
 
 
+def sizes_and_targets(static: dict[str, int]) -> list[Any]:
+    """Each target, and dynamic and static shapes, in default tests; all combinations in slow ones."""
+    return [
+        ({}, "onnxruntime"),
+        (static, "tensorrt-rtx"),
+        pytest.param(static, "onnxruntime", marks=pytest.mark.slow),
+        pytest.param({}, "tensorrt-rtx", marks=pytest.mark.slow),
+    ]
+
+
 def finished(factors: list[int], sizes: dict[str, int], target: str = "onnxruntime") -> ir.Model:
     """A graph with a site for each downsampling factor."""
     names = {factor: iter(paths) for factor, paths in NAMES.items()}
@@ -49,8 +60,7 @@ def all_counts(model: ir.Model) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in model.graph.all_nodes())
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-@pytest.mark.parametrize("sizes", [{}, SIZES])
+@pytest.mark.parametrize(("sizes", "target"), sizes_and_targets(SIZES))
 def test_another_site_adds_no_transport(sizes: dict[str, int], target: str) -> None:
     two, three, four = (all_counts(finished([1] * count, sizes, target)) for count in (2, 3, 4))
     assert two["Conv"] > 0
@@ -83,8 +93,7 @@ def test_blend_and_momentum_occur_once_per_grid(sizes: dict[str, int]) -> None:
     assert [node.op_type for node in matrix.outputs[0].consumers()] == ["MatMul", "MatMul"]
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
-@pytest.mark.parametrize("sizes", [{}, {"height": 32, "width": 32, "tokens": 77}])
+@pytest.mark.parametrize(("sizes", "target"), sizes_and_targets({"height": 32, "width": 32, "tokens": 77}))
 def test_no_node_is_unused_or_duplicate(
     shapes_model: ShapesModel, sizes: dict[str, int], target: str
 ) -> None:

@@ -1,6 +1,7 @@
 """What only one branch uses is computed in it; at intensity 0 nothing but the state update runs."""
 
 import collections
+import functools
 import json
 import tempfile
 from fractions import Fraction
@@ -28,7 +29,9 @@ PARAMETERS = SwsParameters(bisection_steps=1)
 STATIC = {"height": 8, "width": 12, "tokens": 5}
 
 
+@functools.cache
 def made(rows: Fraction = Fraction(1), **sizes: int) -> ir.Model:
+    """A rewritten model, which tests must not change."""
     model = build_model([SiteSpec(name=site_name(name)) for name in SITES], levels=2)
     guard, target = GuardOptions("fused", rows), TARGETS["onnxruntime"]
     rewrite(model, PARAMETERS, (), guard, target, SilentProgress(), sizes=sizes)
