@@ -113,7 +113,7 @@ def test_a_graph_over_its_tolerance_is_not_written(
     """Values of 3 bits instead of 8, at layers that are not left out for their errors."""
     monkeypatch.setitem(FORMATS, "int8", dataclasses.replace(FORMATS["int8"], largest=3.0))
     monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": 9.0})
-    options = with_options(INT8, validate=True, **({"weights": None} | {option: "int8"}))
+    options = with_options(INT8, validate=True, **PLAIN | {"weights": None} | {option: "int8"})
     with pytest.raises(ValidationError, match=rf"out_sample by .* allowed is {allowed}; nothing was written"):
         export(random_unet, out / "graph.onnx", options)
     assert listing(out) == {}
@@ -142,7 +142,7 @@ NODE: dict[str, Any] = {"preset": "comfyui-node", "guard": None, "u": "sigma", "
         NODE | ACTIVATIONS,
         {"backend": "tensorrt-rtx", "weights": "fp8"},
         {"backend": "tensorrt-rtx", "weights": None, "activations": "fp8", "precision": "fp16"},
-        ACTIVATIONS | {"backend": "tensorrt", "precision": "fp16"},
+        ACTIVATIONS | {"backend": "tensorrt"},
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
