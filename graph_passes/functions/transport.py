@@ -77,7 +77,7 @@ def build_transport(
         band_shape = op.Concat([-1, len(offsets)], size, axis=0)
         blend_rows = _blend_rows(op, blend, kernels)
         if separate:
-            smallest = op.Squeeze(op.ReduceMin(row_factor, [2, 3], keepdims=1), [3])
+            smallest = op.ReduceMin(op.ReduceMin(row_factor, [3], keepdims=0), [2], keepdims=1)
             blend_rows = after(op, blend_rows, smallest)
         blended = op.Reshape(op.MatMul(blend_rows, rows), band_shape)
         current = op.Mul(op.Mul(blended, row_factor), gather(column_factor))
