@@ -6,11 +6,11 @@ Draws samples of random prompts, recognises what is on them, and prints the shar
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,13 +38,14 @@ FAR = 12.0
 
 
 class Accuracy(NamedTuple):
-    """Shares in [0, 1] of the objects asked for, the backgrounds named, and (`exact`) of whole pictures."""
+    """Shares in [0, 1] of the objects asked for, the backgrounds named, all words, and whole pictures."""
 
     position: float  # something stands where the object was asked for
     colour: float  # ... and has its colour
     texture: float  # ... and its texture
     shape: float  # ... and its shape
     background: float
+    words: float  # all of the above: words of the prompt that are obeyed
     exact: float  # every object and the background are right, no object is missing and none is too many
 
 
@@ -76,7 +77,8 @@ def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
         backgrounds += [right] if scene.background else []
         exact.append(set(seen.objects) == set(scene.objects) and (right or scene.background is None))
     named = np.mean(backgrounds) if backgrounds else math.nan
-    return Accuracy(*np.mean(objects, axis=0).tolist(), float(named), float(np.mean(exact)))
+    words = np.mean([*itertools.chain(*objects), *backgrounds])
+    return Accuracy(*np.mean(objects, axis=0).tolist(), float(named), float(words), float(np.mean(exact)))
 
 
 def adherence(prompt: str, picture: Floats) -> float:
@@ -162,7 +164,7 @@ def _features(picture: Floats, free: npt.NDArray[np.bool_]) -> Floats:
     """Logarithms of mean absolute differences of brightness at lags along x and y, and mean chroma."""
     grey = picture.mean(axis=0)
     features = []
-    for lag, axis in product((1, 3, 6), (0, 1)):
+    for lag, axis in itertools.product((1, 3, 6), (0, 1)):
         first, second = slice(None, -lag), slice(lag, None)
         ends = (first, second) if axis == 0 else ((slice(None), first), (slice(None), second))
         both = free[ends[0]] & free[ends[1]]
@@ -195,7 +197,7 @@ def _covers() -> tuple[list[str], npt.NDArray[np.float32]]:
     u, v = _offsets()
     shifts = np.linspace(-1.25 * scenes.JITTER, 1.25 * scenes.JITTER, 5)
     radii = np.linspace(scenes.RADIUS - scenes.RADIUS_JITTER, scenes.RADIUS + scenes.RADIUS_JITTER, 5)
-    placed = list(product(scenes.SHAPES, shifts, shifts, radii))
+    placed = list(itertools.product(scenes.SHAPES, shifts, shifts, radii))
     covers = [scenes.coverage(shape, u - dx, v - dy, radius) > 0.5 for shape, dx, dy, radius in placed]
     return [shape for shape, *_ in placed], torch.stack(covers).flatten(1).numpy().astype(np.float32)
 
@@ -209,7 +211,7 @@ def _patterns() -> tuple[list[str], npt.NDArray[np.float32]]:
     for texture in scenes.TEXTURES[1:]:
         striped = texture == "striped"
         phases = np.arange(0, 1, 1 / 8)
-        grid = product(
+        grid = itertools.product(
             np.linspace(-0.26, 0.26, 7),
             (-1, 1) if striped else (1,),
             (0.92, 1.0, 1.08),

@@ -19,13 +19,15 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 
 from examples.textures import check, prompts, scenes
-from examples.textures.pipeline import PIXELS, to_latents
+from examples.textures.pipeline import CONTRAST, PIXELS, to_latents
 
 HERE = Path(__file__).resolve().parent
 SEED = 7
 EMPTY_PROMPT_RATE = 0.1
 # Steps whose scenes are drawn at once.
 CHUNK = 16
+# Weight of the error on objects; 1 on backgrounds.
+OBJECT_WEIGHT = 3.0
 EMA_DECAY = 0.997
 WARMUP = 0.03
 # Self-attention begins with logits of about this squared, in place of nearly flat rows.
@@ -65,44 +67,88 @@ def build_unet() -> UNet2DConditionModel:
     return unet
 
 
-@functools.lru_cache(maxsize=1)
-def make_batches(chunk: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents float32 [size, 12, 32, 32] and encoder_hidden_states float32 [size, 12, 64] of some steps.
+@functools.lru_cache(maxsize=2)
+def make_batches(
+    chunk: int, size: int, device: torch.device, close: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents float32 [size, 12, S, S] and encoder_hidden_states float32 [size, 12, 64] of some steps.
 
-    Scenes of many steps are drawn at once, because drawing takes hundreds of small operations on a GPU.
+    S is 32, or 16 for close-ups: the quadrant of an object, at a quarter of the cost. Scenes of many steps
+    are drawn at once, because drawing takes hundreds of small operations on a GPU.
     """
-    rng = np.random.default_rng((SEED, chunk))
+    rng = np.random.default_rng((SEED, chunk, close))
     drawn = [scenes.random_scene(rng) for _ in range(size)]
+    if close:
+        drawn = [scene._replace(objects=scene.objects[:1]) for scene in drawn]
+    else:
+        # Which words belong to which object is learned last: three of four scenes have two.
+        drawn = [scenes.random_scene(rng) if len(scene.objects) == 1 else scene for scene in drawn]
     untold = rng.random(size) < EMPTY_PROMPT_RATE
     said = [scenes.Scene((), None) if no else scene for scene, no in zip(drawn, untold, strict=True)]
     words = torch.from_numpy(np.stack([prompts.embed(scene) for scene in said])).to(device, non_blocking=True)
-    return to_latents(scenes.render(drawn, rng, device)), words
+    latents = to_latents(scenes.render(drawn, rng, device))
+    if close:
+        half = latents.shape[-1] // 2
+        quadrants = latents.unfold(2, half, half).unfold(3, half, half).flatten(2, 3)
+        places = [[*scenes.POSITIONS].index(scene.objects[0].position) for scene in drawn]
+        latents = quadrants[torch.arange(size), :, places]
+    return latents, words
 
 
 def loss_of_step(
     unet: UNet2DConditionModel, step: int, size: int, alphas: torch.Tensor, noises: torch.Generator
 ) -> torch.Tensor:
-    """Weighted error of the predicted velocity on the batch of a step; a scalar.
+    """Sum of the losses on the `size` whole scenes and the `size / 2` close-ups of a step; a scalar."""
+    chunk, place = divmod(step, CHUNK)
+    losses = []
+    for close, count in ((False, size), (True, size // 2)):
+        latents, words = (
+            drawn[place * count : (place + 1) * count]
+            for drawn in make_batches(chunk, CHUNK * count, alphas.device, close)
+        )
+        # Stratified: one from each of `count` equal slices, which steadies the loss. The root makes late
+        # timesteps likelier: colours are decided in the noisiest tenth.
+        drawn = np.random.default_rng((SEED, step, 1, close)).random(count)
+        timesteps = torch.from_numpy(np.sqrt((np.arange(count) + drawn) / count) * len(alphas))
+        losses.append(velocity_loss(unet, latents, words, timesteps.long().to(alphas.device), alphas, noises))
+    return torch.stack(losses).sum()
+
+
+def velocity_loss(
+    unet: UNet2DConditionModel,
+    latents: torch.Tensor,
+    words: torch.Tensor,
+    timesteps: torch.Tensor,
+    alphas: torch.Tensor,
+    noises: torch.Generator,
+) -> torch.Tensor:
+    """Weighted error of the predicted velocity; a scalar.
 
     The weight (min(SNR, 5) + 1) / (SNR + 1) gives errors of the predicted picture the weight min(SNR, 5) + 1:
     min-SNR-5 (Hang et al. 2023, arXiv 2303.09556) plus one for the layout, which is decided at high noise.
+    Pixels of objects, the only coloured ones, count OBJECT_WEIGHT times: most words are about objects, which
+    cover an eighth of the picture.
     """
-    chunk, place = divmod(step, CHUNK)
-    latents, words = (
-        drawn[place * size : (place + 1) * size] for drawn in make_batches(chunk, CHUNK * size, alphas.device)
-    )
     noise = torch.randn(latents.shape, generator=noises, device=alphas.device)
-    # Stratified: one timestep from each of `size` equal slices, which steadies the loss.
-    drawn = np.random.default_rng((SEED, step, 1)).random(size)
-    timesteps = torch.from_numpy((np.arange(size) + drawn) * (len(alphas) / size)).to(alphas.device).long()
     alpha = alphas[timesteps][:, None, None, None]
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     with torch.autocast(alphas.device.type, torch.bfloat16, enabled=alphas.device.type == "cuda"):
         predicted = unet(noisy, timesteps, words, return_dict=False)[0]
-    error = (predicted.float() - velocity).square().mean(dim=(1, 2, 3), keepdim=True)
+    weight = 1 + (OBJECT_WEIGHT - 1) * are_coloured(latents)
+    error = (weight * (predicted.float() - velocity).square()).mean(dim=(1, 2, 3), keepdim=True)
     ratio = alpha / (1 - alpha)
     return ((ratio.clamp(max=5) + 1) / (ratio + 1) * error).mean()
+
+
+def are_coloured(latents: torch.Tensor) -> torch.Tensor:
+    """1 where the pixel of a latent value is coloured, else 0: float32, the shape of `latents`."""
+    channels = latents.unflatten(1, (3, PIXELS**2))
+    coloured = (
+        channels.amax(dim=1, keepdim=True) - channels.amin(dim=1, keepdim=True)
+        > 2 * check.COLOURED * CONTRAST
+    )
+    return coloured.expand_as(channels).flatten(1, 2).float()
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -177,7 +223,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=14, help="whole scenes; half as many close-ups")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, required=True, help="gets the pipeline directory")
     parser.add_argument("--start", type=Path, help="a pipeline directory whose weights to train further")
