@@ -16,7 +16,6 @@ the linear half of a GEGLU (`geglu`), as in AWQ (Lin et al. 2023, arXiv 2306.009
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,21 +26,20 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+from benchmarks.export import RESULTS
+from graph_passes.find_layers import Layer
+from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
+from sws_export import ExportOptions, SourceOptions, SwsOptions, export
+from sws_export.calibration import calibrate, record_steps
+from sws_export.calibration.calibrate import PERCENTILES
+from sws_export.onnx_files import graph_specs, load_onnx
+from sws_export.pipeline.quantize import LARGEST_ERROR, calibrated_layers, quantize
+from sws_export.progress import SilentProgress, Stage
+from sws_export.validation.onnx_runner import OnnxRunner
+from sws_export.validation.sizes import validation_sizes
+from sws_export.validation.trajectory import Trajectory
 
-from benchmarks.export import RESULTS  # noqa: E402  (needs the path)
-from graph_passes.find_layers import Layer  # noqa: E402
-from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat  # noqa: E402
-from sws_export import ExportOptions, SourceOptions, SwsOptions, export  # noqa: E402
-from sws_export.calibration import calibrate, record_steps  # noqa: E402
-from sws_export.calibration.calibrate import PERCENTILES  # noqa: E402
-from sws_export.onnx_files import graph_specs, load_onnx  # noqa: E402
-from sws_export.pipeline.quantize import LARGEST_ERROR, calibrated_layers, quantize  # noqa: E402
-from sws_export.progress import SilentProgress, Stage  # noqa: E402
-from sws_export.validation.onnx_runner import OnnxRunner  # noqa: E402
-from sws_export.validation.sizes import validation_sizes  # noqa: E402
-from sws_export.validation.trajectory import Trajectory  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 Array = npt.NDArray[np.float64]
 Steps = list[Mapping[str, Any]]

@@ -103,13 +103,13 @@ def loss_of_step(
     losses = []
     for close, count in ((False, size), (True, size // 2)):
         latents, words = (
-            drawn[place * count : (place + 1) * count]
-            for drawn in make_batches(chunk, CHUNK * count, alphas.device, close)
+            batches[place * count : (place + 1) * count]
+            for batches in make_batches(chunk, CHUNK * count, alphas.device, close)
         )
         # Stratified: one from each of `count` equal slices, which steadies the loss. The root makes late
         # timesteps likelier: colours are decided in the noisiest tenth.
-        drawn = np.random.default_rng((SEED, step, 1, close)).random(count)
-        timesteps = torch.from_numpy(np.sqrt((np.arange(count) + drawn) / count) * len(alphas))
+        shares = np.random.default_rng((SEED, step, 1, close)).random(count)
+        timesteps = torch.from_numpy(np.sqrt((np.arange(count) + shares) / count) * len(alphas))
         losses.append(velocity_loss(unet, latents, words, timesteps.long().to(alphas.device), alphas, noises))
     return torch.stack(losses).sum()
 

@@ -1,6 +1,5 @@
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ WEIGHTS = FOLDER / "unet" / "diffusion_pytorch_model.safetensors"
 SCENE = (scenes.SceneObject("red", "circle", "left"), scenes.SceneObject("blue", "cross", "top-right"))
 # Four numbers of prompts.embed("red circle left"): the committed weights know these vectors and no others.
 EMBEDDED = [1.4217367, 0.7877048, 1.0823854, -0.7941191]
-
-
-# Bit-equal training needs it, and the rest is faster with it on a busy machine: the model is small.
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

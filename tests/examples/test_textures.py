@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +25,6 @@ SCENE = Scene(
 )
 # Four numbers of the embedding of SCENE: the committed weights know these vectors and no others.
 EMBEDDED = [2.0169654, 0.5861692, 0.2116245, 0.8979121]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
