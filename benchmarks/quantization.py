@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.export import RESULTS, machine, versions  # noqa: E402  (needs the path)
+from benchmarks.export import RESULTS, machine, make_checkpoint, versions  # noqa: E402  (needs the path)
 
 VARIANTS: dict[str, list[str]] = {
     "fp16": [],
@@ -50,7 +50,8 @@ def main() -> None:
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     if not arguments.table:
         with tempfile.TemporaryDirectory(prefix="sws-export-benchmark-", dir=arguments.scratch) as folder:
-            unet = arguments.checkpoint or make_checkpoint(arguments.model_name, Path(folder))
+            family, _, twin = arguments.model_name.partition("-")
+            unet = arguments.checkpoint or make_checkpoint(family, Path(folder), twin=bool(twin))
             for name in arguments.only or VARIANTS:
                 for measure in arguments.measure or MEASURES:
                     print(f"{arguments.model_name}, {name}: {measure} …", flush=True)
@@ -79,17 +80,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=REPORT, help="report; default: %(default)s")
     parser.add_argument("--table", action="store_true", help="print the tables of the report only")
     return parser.parse_args()
-
-
-def make_checkpoint(model: str, scratch: Path) -> Path:
-    """Directory of the UNet: the trained example, or random float16 weights."""
-    if model == "shapes":
-        return ROOT / "examples" / "shapes" / "unet"
-    family, _, twin = model.partition("-")
-    command = [sys.executable, ROOT / "examples" / "make_checkpoint.py", "--family", family]
-    command += ["--dtype", "fp16", "--out", scratch / "unet", *["--twin"] * bool(twin)]
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    return scratch / "unet"
 
 
 def run(
