@@ -30,7 +30,7 @@ from benchmarks.export import RESULTS
 from graph_passes.find_layers import Layer
 from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
 from sws_export import ExportOptions, SourceOptions, SwsOptions, export
-from sws_export.calibration import calibrate, record_steps
+from sws_export.calibration import CalibrationSteps, calibrate, record_steps
 from sws_export.calibration.calibrate import PERCENTILES
 from sws_export.onnx_files import graph_specs, load_onnx
 from sws_export.pipeline.quantize import LARGEST_ERROR, calibrated_layers, quantize
@@ -111,7 +111,8 @@ class Case:
             balance_channels(model, form, float(exponent), self._largest)
         layers = calibrated_layers(model)
         with patch.dict(PERCENTILES, {self.kind: percentile}):
-            found = calibrate(model.clone(), layers, self.kind, self._run_calibration, "", SilentProgress())
+            steps = CalibrationSteps("", len(self._calibration), self._run_calibration)
+            found = calibrate(model.clone(), layers, self.kind, steps, SilentProgress())
         quantize(model, self.kind, found, SilentProgress())
         actual = predictions(model, self._steps)
         errors = [a - e for a, e in zip(actual, self._expected, strict=True)]

@@ -2,21 +2,25 @@
 
     python -m benchmarks.quantization --model-name sd15
     python -m benchmarks.quantization --model-name sdxl --checkpoint sdxl/ --only fp16 int8 --measure engine
+    python -m benchmarks.quantization --model-name sd15 --measure error --pixels 512
     python -m benchmarks.quantization --table
 
-Each figure is one of the manifest of `sws-export`. `engine` exports to an engine for compute capabilities 8.9
-and 12.0, without validation: the memory is what the builder reports for the profile. `error` exports to a
-graph, with validation: the largest difference of the prediction from the reference, over five steps of a
-small picture. Random weights are written to a temporary directory (`--scratch`), which is deleted afterwards.
-The report is written after each run, and figures of other runs in it are kept.
+Each figure is one that `sws-export` reports. `engine` exports to an engine for compute capabilities 8.9 and
+12.0, without validation: the memory is what the builder reports for the profile. `error` exports to a graph,
+with validation: the largest difference of the prediction from the reference, over five steps of two small
+pictures. With `--pixels` the graph has static shapes for one picture of this size, and `sws-export validate`
+compares it at this size. Random weights are written to a temporary directory (`--scratch`), which is deleted
+afterwards. The report is written after each run, and figures of other runs in it are kept.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +60,11 @@ def main() -> None:
                 for measure in arguments.measure or MEASURES:
                     print(f"{arguments.model_name}, {name}: {measure} …", flush=True)
                     options = ["--plain"] if arguments.plain else []
-                    figures = run(measure, name, arguments.model_name, unet, Path(folder), options)
+                    pixels = arguments.pixels if measure == "error" else None
+                    figures = run(measure, name, arguments.model_name, unet, Path(folder), options, pixels)
                     rows = report.setdefault(arguments.model_name, {})
-                    rows.setdefault(name, {})[measure] = figures | {
+                    key = f"error at {pixels}" if pixels else measure
+                    rows.setdefault(name, {})[key] = figures | {
                         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                         "machine": machine(),
                         "versions": versions(sys.executable),
@@ -75,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="directory of the UNet; default: see above")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--measure", nargs="+", choices=MEASURES, help="default: both")
+    parser.add_argument("--pixels", type=int, help="height and width of the picture for the error")
     parser.add_argument("--plain", action="store_true", help="without SWS, for less time")
     parser.add_argument("--scratch", type=Path, help="directory with free space for 4 times the weights")
     parser.add_argument("--out", type=Path, default=REPORT, help="report; default: %(default)s")
@@ -83,14 +90,28 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(
-    measure: str, variant: str, model: str, unet: Path, scratch: Path, options: list[str]
+    measure: str,
+    variant: str,
+    model: str,
+    unet: Path,
+    scratch: Path,
+    options: list[str],
+    pixels: int | None,
 ) -> dict[str, Any]:
     """The figures of a variant of a model."""
     if measure == "engine":
         options = [*options, "--batch", "2", *TOKENS.get(model, []), *ENGINE]
-        figures = engine_figures(export(variant, unet, scratch / "engine.plan", options))
+        with export(variant, unet, scratch / "engine.plan", options) as manifest:
+            figures = engine_figures(manifest)
+    elif pixels:
+        tokens = TOKENS.get(model, ["--tokens", "77"])
+        sizes = ["--batch", "1", "--height", str(pixels), "--width", str(pixels), *tokens]
+        graph = scratch / "graph.onnx"
+        with export(variant, unet, graph, [*options, *sizes, "--no-validate"]) as manifest:
+            figures = error_figures(manifest | {"validation": validate(graph, unet)})
     else:
-        figures = error_figures(export(variant, unet, scratch / "graph.onnx", options))
+        with export(variant, unet, scratch / "graph.onnx", options) as manifest:
+            figures = error_figures(manifest)
     return {"plain": "--plain" in options} | figures
 
 
@@ -98,12 +119,15 @@ def engine_figures(manifest: dict[str, Any]) -> dict[str, Any]:
     """Size, memory and build time."""
     engine = manifest["engine"]
     memory = engine["gpu_memory"]
+    calibration = next((stage for stage in manifest["stages"] if stage["name"] == "calibrate"), None)
     return {
         "plan": next(file["bytes"] for file in manifest["files"] if file["name"] == "engine.plan"),
         "weights": memory["weights"] if memory else None,
         "activations": memory["profiles"][0]["activations"] if memory else None,
         "seconds": engine["build_seconds"],
         "host_memory": engine["peak_memory"],
+        "calibration_seconds": calibration["seconds"] if calibration else None,
+        "calibration_memory": calibration["peak_memory"] if calibration else None,
         "quantized_layers": manifest.get("quantization", {}).get("layers"),
     }
 
@@ -123,16 +147,33 @@ def error_figures(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def export(name: str, unet: Path, out: Path, options: list[str]) -> dict[str, Any]:
-    """The manifest of an export of a variant, whose files are deleted."""
-    command = [Path(sys.executable).with_name("sws-export"), unet, "--out", out, "--precision", "fp16"]
-    command += [*options, *VARIANTS[name], "--no-cache", "--quiet"]
-    subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
+@contextlib.contextmanager
+def export(name: str, unet: Path, out: Path, options: list[str]) -> Iterator[dict[str, Any]]:
+    """The manifest of an export of a variant, whose files are deleted at the end of the block."""
+    options = [*options, *VARIANTS[name], "--no-cache", "--quiet"]
+    command(unet, "--out", out, "--precision", "fp16", *options).check_returncode()
     path = out.with_name(f"{out.name}.json")
     manifest: dict[str, Any] = json.loads(path.read_text())
-    for file in (path, *(out.with_name(entry["name"]) for entry in manifest["files"])):
-        file.unlink()
-    return manifest
+    try:
+        yield manifest
+    finally:
+        for file in (path, *(out.with_name(entry["name"]) for entry in manifest["files"])):
+            file.unlink()
+
+
+def validate(graph: Path, unet: Path) -> dict[str, Any]:
+    """The report of `sws-export validate`, also of a graph over its tolerance."""
+    found = command("validate", graph, unet, "--json", "--quiet")
+    if not found.stdout:
+        found.check_returncode()
+    report: dict[str, Any] = json.loads(found.stdout)
+    return report
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    """Run `sws-export`."""
+    program = Path(sys.executable).with_name("sws-export")
+    return subprocess.run([program, *arguments], stdout=subprocess.PIPE, cwd=ROOT, check=False)
 
 
 def engine_table(report: dict[str, Any]) -> str:
@@ -154,13 +195,17 @@ def engine_table(report: dict[str, Any]) -> str:
 
 
 def error_table(report: dict[str, Any]) -> str:
-    """One row for each model, in Markdown."""
-    lines = [f"| UNet | {' | '.join(VARIANTS)} |", "|---" * (len(VARIANTS) + 1) + "|"]
+    """One row for each model and size, in Markdown."""
+    lines = [f"| UNet | latent | reference | {' | '.join(VARIANTS)} |", "|---" * (len(VARIANTS) + 3) + "|"]
     for model, rows in report.items():
-        errors = [rows.get(name, {}).get("error") for name in VARIANTS]
-        cells = ["" if found is None else f"{found['error']:.1e}" for found in errors]
-        if any(cells):
-            lines.append(f"| {MODELS[model]} | {' | '.join(cells)} |")
+        keys = dict.fromkeys(key for row in rows.values() for key in row if key.startswith("error"))
+        for key in keys:
+            errors = [rows.get(name, {}).get(key) for name in VARIANTS]
+            (first, *_) = filter(None, errors)
+            latent = " × ".join(str(first["sizes"][name]) for name in ("batch", "height", "width"))
+            cells = ["" if found is None else f"{found['error']:.1e}" for found in errors]
+            reference = first["reference"].rpartition(" ")[2]
+            lines.append(f"| {MODELS[model]} | {latent} | {reference} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,10 +2,19 @@
 
 from sws_export.calibration.calibrate import (
     Calibration,
+    CalibrationSteps,
     calibrate,
     recorded_steps,
     trajectory_steps,
 )
-from sws_export.calibration.pipeline_steps import record_steps
+from sws_export.calibration.pipeline_steps import check_pipeline, record_steps
 
-__all__ = ["Calibration", "calibrate", "record_steps", "recorded_steps", "trajectory_steps"]
+__all__ = [
+    "Calibration",
+    "CalibrationSteps",
+    "calibrate",
+    "check_pipeline",
+    "record_steps",
+    "recorded_steps",
+    "trajectory_steps",
+]

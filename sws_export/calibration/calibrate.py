@@ -21,7 +21,7 @@ from sws_export.validation.trajectory import Array, Trajectory
 
 STEPS = 5
 MAX_STEPS = 16
-"""Recorded steps that are run; the inputs of the layers of a subgraph are held for all of them."""
+"""Recorded steps that are run: two prompts, or some steps of each of many."""
 PERCENTILES: Mapping[WeightFormat, float] = {"int8": 99.999, "fp8": 100.0}
 """Percentile of the absolute values of an activation that its scale represents; larger ones are clipped.
 
@@ -31,6 +31,21 @@ too, takes the largest value for float8 (`FP8_DEFAULT_CONFIG` in `examples/diffu
 of NVIDIA/TensorRT-Model-Optimizer).
 """
 _BINS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSteps:
+    """The steps that a graph is calibrated over.
+
+    Attributes:
+        source: Where their inputs come from, in words.
+        count: Number of steps.
+        run: Runs them and returns their inputs.
+    """
+
+    source: str
+    count: int
+    run: Callable[[OnnxRunner, Stage], list[Mapping[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +72,7 @@ def calibrate(
     model: ir.Model,
     layers: Sequence[Layer],
     activations: WeightFormat,
-    run_steps: Callable[[OnnxRunner, Stage], list[Mapping[str, Array]]],
-    source: str,
+    steps: CalibrationSteps,
     progress: Progress,
 ) -> Calibration:
     """Run a graph twice over the same steps: for the ranges, and for the errors with these ranges.
@@ -67,50 +81,53 @@ def calibrate(
         model: The graph that is exported, without 8-bit weights; it is changed.
         layers: Layers of the plain graph, whose nodes have the same names in `model`.
         activations: Format of the activations.
-        run_steps: Runs the steps one by one, and returns their inputs.
-        source: Where the inputs come from, in words.
+        steps: The steps.
         progress: Receives the stage.
 
     Raises:
-        ExportError: ONNX Runtime is not installed, or a layer is not in the graph.
+        ExportError: ONNX Runtime is not installed, a layer is not in the graph, or its input is not finite.
     """
     inputs_of = _layer_inputs(model, layers)
     collector = _collector(PERCENTILES[activations])
-    runner = OnnxRunner(model, observed=set(inputs_of.values()))
-    with progress.stage("calibrate") as stage:
+    readers: dict[str, list[Layer]] = {}
+    for layer in layers:
+        readers.setdefault(inputs_of[layer.name], []).append(layer)
+
+    def collect(name: str, value: Array) -> None:
+        _require_finite(readers[name][0], value, steps.source)
+        _quietly(collector.collect, {name: value.astype(np.float32)})
+
+    with progress.stage("calibrate", total=2 * steps.count) as stage:
+        stage.describe("loading ONNX Runtime")
+        runner = OnnxRunner(model, observed=readers.keys())
         stage.describe("measuring ranges")
-        runner.observe = lambda name, value: _quietly(collector.collect, {name: value.astype(np.float32)})
-        steps = run_steps(runner, stage)
+        runner.observe = collect
+        inputs = steps.run(runner, stage)
         thresholds = _quietly(collector.compute_collection_result)
         largest = {name: float(np.abs(found[:2]).max()) for name, found in thresholds.items()}
         stage.describe("measuring the error of each layer")
         errors = {
-            layer.name: LayerError(layer, activations, largest[inputs_of[layer.name]], len(steps))
+            layer.name: LayerError(layer, activations, largest[inputs_of[layer.name]], len(inputs))
             for layer in layers
         }
-        readers: dict[str, list[LayerError]] = {}
-        for layer in layers:
-            readers.setdefault(inputs_of[layer.name], []).append(errors[layer.name])
 
         def measure(name: str, value: Array) -> None:
-            for error in readers[name]:
-                error.add(value)
+            for layer in readers[name]:
+                errors[layer.name].add(value)
 
         runner.reset()
         runner.observe = measure
-        runner.run(steps, stage)
+        runner.run(inputs, stage)
     return Calibration(
         activations,
         {layer.name: largest[inputs_of[layer.name]] for layer in layers},
         {name: error.relative for name, error in errors.items()},
-        source,
-        len(steps),
+        steps.source,
+        len(inputs),
     )
 
 
-def trajectory_steps(
-    specs: Sequence[TensorSpec], sizes: Mapping[str, int]
-) -> Callable[[OnnxRunner, Stage], list[Mapping[str, Array]]]:
+def trajectory_steps(specs: Sequence[TensorSpec], sizes: Mapping[str, int]) -> CalibrationSteps:
     """The steps of the trajectory of validation, with the predictions of the graph itself."""
 
     def run(runner: OnnxRunner, stage: Stage) -> list[Mapping[str, Array]]:
@@ -123,21 +140,28 @@ def trajectory_steps(
             trajectory.advance(step, outputs["out_sample"].astype(np.float64))
         return inputs
 
-    return run
+    return CalibrationSteps("the trajectory of the validation", STEPS, run)
 
 
-def recorded_steps(
-    inputs: Sequence[Mapping[str, Array]],
-) -> Callable[[OnnxRunner, Stage], list[Mapping[str, Array]]]:
-    """At most `MAX_STEPS` of the recorded steps, evenly spaced."""
-    chosen = np.unique(np.linspace(0, len(inputs) - 1, MAX_STEPS).round().astype(int))
+def recorded_steps(inputs: Sequence[Mapping[str, Array]], source: str) -> CalibrationSteps:
+    """At most `MAX_STEPS` of the recorded steps, evenly spaced; `source` names their origin in words."""
+    indices = np.unique(np.linspace(0, len(inputs) - 1, MAX_STEPS).round().astype(int))
+    chosen = [inputs[index] for index in indices]
 
     def run(runner: OnnxRunner, stage: Stage) -> list[Mapping[str, Array]]:
-        steps = [inputs[index] for index in chosen]
-        runner.run(steps, stage)
-        return steps
+        runner.run(chosen, stage)
+        return chosen
 
-    return run
+    return CalibrationSteps(source, len(chosen), run)
+
+
+def _require_finite(layer: Layer, value: Array, source: str) -> None:
+    if not np.isfinite(value).all():
+        raise ExportError(
+            f"{layer.name}: its input contains NaN or Inf in the calibration over {source}: the checkpoint "
+            "is damaged, or an activation exceeds float16; use another copy of the checkpoint, or --weights, "
+            "which needs no calibration"
+        )
 
 
 def _layer_inputs(model: ir.Model, layers: Sequence[Layer]) -> dict[str, str]:

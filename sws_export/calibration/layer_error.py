@@ -18,12 +18,12 @@ class LayerError:
     """Compares the outputs of a layer with and without rounding, in float32."""
 
     def __init__(self, layer: Layer, activations: WeightFormat, largest: float, steps: int) -> None:
-        """Compare after `steps` inputs were added; `largest` is the range of the inputs."""
+        """Compare the outputs of `steps` steps; `largest` is the range of the inputs."""
         self._layer = layer
         self._format = activations
         self._scale = max(largest, 1e-30) / FORMATS[activations].largest
-        self._steps = steps
-        self._inputs: list[Array] = []
+        self._remaining = steps
+        self._weights: tuple[torch.Tensor, torch.Tensor] | None = None
         self._error = 0.0
         self._output = 0.0
 
@@ -33,24 +33,31 @@ class LayerError:
         return math.sqrt(self._error / self._output) if self._output else 0.0
 
     def add(self, inputs: Array) -> None:
-        """Keep the inputs of a step; after those of the last step, compute the error."""
-        self._inputs.append(inputs)
-        if len(self._inputs) < self._steps:
-            return
+        """Add the error of a step.
+
+        The weights are read at the first step and held until the last one: all steps of a subgraph are run
+        before the next one is, and the inputs of all steps would take much more memory.
+        """
         import torch
 
-        assert self._layer.weight.const_value is not None
+        weight, rounded = self._weights = self._weights or self._read_weights()
+        values = torch.from_numpy(inputs.astype(np.float32))
+        exact = self._output_of(values, weight)
+        error = self._output_of(self._round(values), rounded) - exact
+        self._error += float(error.square().sum())
+        self._output += float(exact.square().sum())
+        self._remaining -= 1
+        if not self._remaining:
+            self._weights = None
+
+    def _read_weights(self) -> "tuple[torch.Tensor, torch.Tensor]":
+        """The weight in float32, and its values after rounding."""
+        import torch
+
         stored = self._layer.weight.const_value
-        # The weights are read and rounded once for all steps.
-        weight = torch.from_numpy(stored.numpy().astype(np.float32))
-        rounded = torch.from_numpy(rounded_weight(stored, self._layer.axis, self._format))
-        for step in self._inputs:
-            values = torch.from_numpy(step.astype(np.float32))
-            exact = self._output_of(values, weight)
-            error = self._output_of(self._round(values), rounded) - exact
-            self._error += float(error.square().sum())
-            self._output += float(exact.square().sum())
-        self._inputs = []
+        assert stored is not None
+        exact = torch.from_numpy(stored.numpy().astype(np.float32))
+        return exact, torch.from_numpy(rounded_weight(stored, self._layer.axis, self._format))
 
     def _round(self, values: "torch.Tensor") -> "torch.Tensor":
         import torch

@@ -20,6 +20,22 @@ STEPS = 8
 """Steps of the pipeline for each prompt."""
 
 
+def check_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
+    """The class of a pipeline that can be loaded; its weights are not read.
+
+    Args:
+        pipeline: A diffusers pipeline directory with its UNet.
+        trust_code: Import `pipeline.py` of the directory if diffusers does not have its class.
+
+    Raises:
+        CheckpointError: The directory is not a pipeline, or a component cannot be loaded.
+        OptionError: The class is in `pipeline.py`, which is not trusted.
+    """
+    kind = pipeline_class(pipeline, trust_code=trust_code)
+    check_components(pipeline, own_code=not kind.__module__.startswith("diffusers."))
+    return kind
+
+
 def record_steps(
     pipeline: Path,
     prompts: Sequence[str],
@@ -43,8 +59,7 @@ def record_steps(
     """
     import torch
 
-    kind = pipeline_class(pipeline, trust_code=trust_code)
-    check_components(pipeline, own_code=not kind.__module__.startswith("diffusers."))
+    kind = check_pipeline(pipeline, trust_code=trust_code)
     try:
         pipe = kind.from_pretrained(
             pipeline, local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True
@@ -58,7 +73,7 @@ def record_steps(
         arguments = inspect.signature(module.forward).bind(*given, **named).arguments
         steps.append(_inputs(arguments, specs, pipe.scheduler, pipeline))
 
-    pipe.unet.register_forward_pre_hook(record, with_kwargs=True)
+    hook = pipe.unet.register_forward_pre_hook(record, with_kwargs=True)
     with progress.stage("record", total=len(prompts)) as stage, torch.no_grad():
         for seed, prompt in enumerate(prompts):
             stage.describe(prompt)
@@ -70,6 +85,8 @@ def record_steps(
                     f"{pipeline}: the pipeline rejects the prompt '{prompt}': {error}"
                 ) from error
             stage.advance()
+    # The hook refers to the pipeline: with it, the weights would stay in memory during the calibration.
+    hook.remove()
     return steps
 
 
@@ -100,4 +117,17 @@ def _inputs(
             raise CheckpointError(
                 f"{pipeline}: its UNet is called without {spec.name}, an input of the graph"
             )
+        _check_shape(pipeline, spec, found[spec.name].shape)
     return found
+
+
+def _check_shape(pipeline: Path, spec: TensorSpec, found: tuple[int, ...]) -> None:
+    fits = len(found) == len(spec.shape) and all(
+        isinstance(expected, str) or size == expected
+        for size, expected in zip(found, spec.shape, strict=True)
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{pipeline}: its UNet is called with {spec.name} of shape {list(found)}, the exported one takes "
+            f"[{', '.join(map(str, spec.shape))}]: give the pipeline that the UNet belongs to"
+        )

@@ -246,17 +246,14 @@ class GraphExporter:
         with self._log.measure("calibrate"):
             if options.calibration is None:
                 sizes = validation_sizes(source.size_multiple, source.parameter_count)
-                run_steps = trajectory_steps(source.inputs, sizes | declared_sizes(model))
-                inputs = "the trajectory of the validation"
+                steps = trajectory_steps(source.inputs, sizes | declared_sizes(model))
             else:
                 prompts, pipeline = options.read_prompts(), options.calibration
                 recorded = record_steps(
                     pipeline, prompts, source.inputs, self._log, trust_code=options.trust_code
                 )
-                run_steps = recorded_steps(recorded)
-                inputs = f"{pipeline.name}, {len(prompts)} prompts"
-            layers = calibrated_layers(self._plain)
-            return calibrate(model, layers, activations, run_steps, inputs, self._log)
+                steps = recorded_steps(recorded, f"{pipeline.name}, {len(prompts)} prompts")
+            return calibrate(model, calibrated_layers(self._plain), activations, steps, self._log)
 
     @functools.cached_property
     def _plain(self) -> ir.Model:

@@ -32,7 +32,7 @@ def steps(count: int) -> list[dict[str, Any]]:
 def test_ranges_and_errors_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = layer_model()
     layers, _ = find_layers(layer_model())
-    found = calibrate(model, layers, "fp8", recorded_steps(steps(3)), "three steps", SilentProgress())
+    found = calibrate(model, layers, "fp8", recorded_steps(steps(3), "three steps"), SilentProgress())
     assert found.ranges.keys() == found.errors.keys() == QUANTIZED.keys()
     text = 3 * np.abs(layer_feeds()["encoder_hidden_states"]).max()
     assert found.ranges["mid_block.to_q"] == found.ranges["mid_block.to_k"] == pytest.approx(text, rel=1e-3)
@@ -40,7 +40,7 @@ def test_ranges_and_errors_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found.activations, found.steps, found.source) == ("fp8", 3, "three steps")
     # The few values of these inputs have no outliers that a higher percentile would clip.
     monkeypatch.setitem(PERCENTILES, "int8", 99.0)
-    clipped = calibrate(layer_model(), layers, "int8", recorded_steps(steps(3)), "", SilentProgress())
+    clipped = calibrate(layer_model(), layers, "int8", recorded_steps(steps(3), ""), SilentProgress())
     assert 0.5 * text < clipped.ranges["mid_block.to_q"] < 0.9 * text
 
 
@@ -68,7 +68,9 @@ def test_many_recorded_steps_are_thinned_out() -> None:
     class Runner:
         def run(self, steps: Any, stage: Any) -> None: ...
 
-    chosen = recorded_steps([{"number": np.array(n)} for n in range(40)])(Runner(), None)  # type: ignore[arg-type]
+    found = recorded_steps([{"number": np.array(n)} for n in range(40)], "")
+    chosen = found.run(Runner(), None)  # type: ignore[arg-type]
+    assert found.count == len(chosen)
     numbers = [int(step["number"]) for step in chosen]
     assert (len(numbers), numbers[0], numbers[-1]) == (16, 0, 39)
 
