@@ -73,7 +73,7 @@ def record_steps(
         arguments = inspect.signature(module.forward).bind(*given, **named).arguments
         steps.append(_inputs(arguments, specs, pipe.scheduler, pipeline))
 
-    hook = pipe.unet.register_forward_pre_hook(record, with_kwargs=True)
+    pipe.unet.register_forward_pre_hook(record, with_kwargs=True)
     with progress.stage("record", total=len(prompts)) as stage, torch.no_grad():
         for seed, prompt in enumerate(prompts):
             stage.describe(prompt)
@@ -85,8 +85,6 @@ def record_steps(
                     f"{pipeline}: the pipeline rejects the prompt '{prompt}': {error}"
                 ) from error
             stage.advance()
-    # The hook refers to the pipeline: with it, the weights would stay in memory during the calibration.
-    hook.remove()
     return steps
 
 

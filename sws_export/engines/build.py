@@ -29,6 +29,8 @@ from sws_export.tensors import ProfileShapes
 _POLL_SECONDS = 0.5
 """Interval between two readings of the child's memory."""
 _SHOWN_WARNINGS = 5
+_REMARKS = ("Converting conv activation scales to fp32", "Converting conv weight scales to fp32")
+"""Warnings that ask for nothing: TensorRT for RTX has one for each 8-bit convolution of a 16-bit graph."""
 _WINDOWS_EXCEPTION = 0xC0000000
 """Exit codes of Windows processes from here on are NTSTATUS codes of exceptions."""
 
@@ -260,10 +262,15 @@ def _report(outcome: Outcome, out_path: Path, options: BuildOptions, seconds: fl
 
 
 def log_warnings(report: EngineReport, progress: Progress) -> None:
-    """Report the first few warnings of the library."""
-    for text, count in list(report.warnings.items())[:_SHOWN_WARNINGS]:
-        progress.warn(f"{report.backend}: {text}" + (f" ({count} times)" if count > 1 else ""))
-    if len(report.warnings) > _SHOWN_WARNINGS:
-        progress.warn(
-            f"{report.backend}: {len(report.warnings) - _SHOWN_WARNINGS} more warnings, see the manifest"
-        )
+    """Report the first few warnings of the library, and what it warns of without need."""
+    warnings = []
+    for text, count in report.warnings.items():
+        line = f"{report.backend}: {text}" + (f" ({count} times)" if count > 1 else "")
+        if any(remark in text for remark in _REMARKS):
+            progress.log(line)
+        else:
+            warnings.append(line)
+    for line in warnings[:_SHOWN_WARNINGS]:
+        progress.warn(line)
+    if len(warnings) > _SHOWN_WARNINGS:
+        progress.warn(f"{report.backend}: {len(warnings) - _SHOWN_WARNINGS} more warnings, see the manifest")

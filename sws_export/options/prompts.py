@@ -13,9 +13,11 @@ def read_prompts(file: Path) -> list[str]:
     """
     try:
         lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--prompts {file}: cannot be read as text: {error}") from error
+    except OSError as error:
+        raise OptionError(f"--prompts {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"--prompts {file}: expected text in UTF-8: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise OptionError(f"--prompts {file}: expected a prompt a line, found an empty file")
+        raise OptionError(f"--prompts {file}: expected one prompt per line, found an empty file")
     return prompts

@@ -21,7 +21,7 @@ class QuantizationOptions:
             the precision of the graph.
         calibration: A diffusers pipeline directory that the ranges of the inputs are measured with; None for
             the trajectory of the validation.
-        prompts: Text file with a prompt a line, for `calibration`.
+        prompts: Text file with one prompt per line, for `calibration`.
         trust_code: Import `pipeline.py` of the pipeline if diffusers does not have its class.
     """
 

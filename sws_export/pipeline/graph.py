@@ -243,16 +243,18 @@ class GraphExporter:
         """Measure the inputs of the layers on the graph that is exported."""
         source, options = self._plan.source, self._plan.options.quantization
         model = self._dynamic_copy()
-        with self._log.measure("calibrate"):
-            if options.calibration is None:
-                sizes = validation_sizes(source.size_multiple, source.parameter_count)
-                steps = trajectory_steps(source.inputs, sizes | declared_sizes(model))
-            else:
-                prompts, pipeline = options.read_prompts(), options.calibration
+        if options.calibration is None:
+            sizes = validation_sizes(source.size_multiple, source.parameter_count)
+            steps = trajectory_steps(source.inputs, sizes | declared_sizes(model))
+        else:
+            prompts, pipeline = options.read_prompts(), options.calibration
+            # A stage of its own: the weights of the pipeline are released at its end.
+            with self._log.measure("record"):
                 recorded = record_steps(
                     pipeline, prompts, source.inputs, self._log, trust_code=options.trust_code
                 )
-                steps = recorded_steps(recorded, f"{pipeline.name}, {len(prompts)} prompts")
+            steps = recorded_steps(recorded, f"{pipeline.name}, {len(prompts)} prompts")
+        with self._log.measure("calibrate"):
             return calibrate(model, calibrated_layers(self._plain), activations, steps, self._log)
 
     @functools.cached_property

@@ -5,12 +5,13 @@ import functools
 from pathlib import Path
 
 from sws_export.cache import open_cache
+from sws_export.calibration import check_pipeline
 from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu_memory import describe_gpu_memory
 from sws_export.errors import OutputError
 from sws_export.files import external_data_path, output_errors, publish_together, staged_directory
 from sws_export.manifest import Manifest, manifest_path, write_manifest
-from sws_export.options import ExportOptions, artefact_kind
+from sws_export.options import ExportOptions, QuantizationOptions, artefact_kind
 from sws_export.pipeline.cached import StageCache
 from sws_export.pipeline.describe import complete
 from sws_export.pipeline.engine import Engine, check_gpu_memory, make_engine, profile_shapes
@@ -94,7 +95,10 @@ def export(
     plan = make_plan(source, options, out, log)
     inputs.record(source.files_read)
     cache = StageCache(plan, open_cache(enabled=options.cache), inputs, log)
-    needs = preflight(source, plan.engine, options, out, cache.known())
+    known = cache.known()
+    if "graph" not in known:
+        _check_calibration(options.quantization)
+    needs = preflight(source, plan.engine, options, out, known)
     for line in needs.describe():
         log.log(line)
     for shortage in needs.shortages():
@@ -151,6 +155,13 @@ def _check_destination(model: Path, out: Path, options: ExportOptions) -> None:
             raise OutputError(f"cannot write {file}: that would overwrite the model; choose another --out")
     with staged_directory(out):
         pass
+
+
+def _check_calibration(options: QuantizationOptions) -> None:
+    """Refuse a pipeline or prompts that cannot be used before any long work is done."""
+    if options.calibration is not None:
+        options.read_prompts()
+        check_pipeline(options.calibration, trust_code=options.trust_code)
 
 
 def _publish(

@@ -1,5 +1,6 @@
 """Ranges, layer errors, and the steps that they are measured on."""
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
 from sws_export.calibration import calibrate, record_steps, recorded_steps
 from sws_export.calibration.calibrate import PERCENTILES
 from sws_export.calibration.layer_error import LayerError
-from sws_export.errors import CheckpointError, OptionError
+from sws_export.errors import CheckpointError, ExportError, OptionError
 from sws_export.progress import SilentProgress
 from sws_export.tensors import TensorSpec
 from tests.export_runs import TRAINED
@@ -64,6 +65,39 @@ def test_the_error_of_a_linear_layer(activations: WeightFormat) -> None:
     assert error.relative == pytest.approx(expected, rel=1e-3)
 
 
+def test_weights_are_read_once_and_inputs_are_not_held() -> None:
+    layer = next(layer for layer in find_layers(layer_model())[0] if layer.name == "mid_block.to_q")
+    held, reads = layer.weight.const_value, []
+    assert held is not None
+
+    def read() -> ir.TensorProtocol:
+        reads.append(1)
+        return held
+
+    layer.weight.const_value = ir.LazyTensor(read, held.dtype, shape=ir.Shape(held.shape.numpy()))
+    error = LayerError(layer, "int8", 3.0, 3)
+    first = layer_feeds()["encoder_hidden_states"]
+    released = weakref.ref(first)
+    error.add(first)
+    del first
+    assert released() is None
+    after_one = len(reads)
+    error.add(layer_feeds()["encoder_hidden_states"])
+    error.add(layer_feeds()["encoder_hidden_states"])
+    assert len(reads) == after_one
+    assert not [value for value in vars(error).values() if isinstance(value, tuple)]
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    layers, _ = find_layers(layer_model())
+    damaged = steps(1)
+    damaged[0]["encoder_hidden_states"][0, 0, 0] = np.inf
+    with pytest.raises(
+        ExportError, match=r"mid_block\.to_q: its input contains NaN or Inf .* over two prompts"
+    ):
+        calibrate(layer_model(), layers, "int8", recorded_steps(damaged, "two prompts"), SilentProgress())
+
+
 def test_many_recorded_steps_are_thinned_out() -> None:
     class Runner:
         def run(self, steps: Any, stage: Any) -> None: ...
@@ -89,6 +123,11 @@ def test_steps_of_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not np.array_equal(found[0]["encoder_hidden_states"], found[2]["encoder_hidden_states"])
     with pytest.raises(OptionError, match="trust"):
         record_steps(TRAINED.parent, prompts, SPECS, SilentProgress(), trust_code=False)
+    narrow = (*SPECS[:2], TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", 7)))
+    with pytest.raises(
+        CheckpointError, match=r"of shape \[2, 8, 64\], the exported one takes \[batch, tokens, 7\]"
+    ):
+        record_steps(TRAINED.parent, prompts, narrow, SilentProgress(), trust_code=True)
     missing = (*SPECS, TensorSpec("text_embeds", "float32", ("batch", 8)))
     with pytest.raises(CheckpointError, match="its UNet is called without text_embeds"):
         record_steps(TRAINED.parent, prompts, missing, SilentProgress(), trust_code=True)

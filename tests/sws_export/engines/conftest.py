@@ -88,6 +88,7 @@ class Recorder:
         self.stages: list[str] = []
         self.described: list[str] = []
         self.warnings: list[str] = []
+        self.logged: list[str] = []
         self._on_describe = on_describe
 
     @contextlib.contextmanager
@@ -97,7 +98,8 @@ class Recorder:
 
     def advance(self, amount: float = 1.0) -> None: ...
 
-    def log(self, message: str) -> None: ...
+    def log(self, message: str) -> None:
+        self.logged.append(message)
 
     def describe(self, text: str) -> None:
         self.described.append(text)

@@ -16,7 +16,7 @@ import pytest
 
 from sws_export.engines import build, header
 from sws_export.engines.backend import BuildOptions
-from sws_export.engines.build import EngineReport, build_engine
+from sws_export.engines.build import EngineReport, build_engine, log_warnings
 from sws_export.engines.choice import get_backend
 from sws_export.engines.header import plan_header
 from sws_export.errors import EngineError, OptionError
@@ -77,6 +77,17 @@ def test_a_complete_engine_with_an_unknown_header_is_kept(graph, plan, shapes, r
     (warning,) = [text for text in progress.warnings if "header" in text]
     assert "unknown layout" in warning
     assert str(plan) in warning
+
+
+def test_warnings_that_ask_for_nothing_are_remarks(recorder):
+    progress, scales = recorder(), "(foreignNode) Converting conv weight scales to fp32."
+    warnings = {scales: 82} | {f"slow {number}": 1 for number in range(7)}
+    log_warnings(
+        EngineReport("tensorrt-rtx", "1.7", ("8.9",), 6, 1.0, 0.5, 0.5, 10**6, 3, 0, warnings), progress
+    )
+    assert progress.logged == [f"tensorrt-rtx: {scales} (82 times)"]
+    assert progress.warnings[:1] == ["tensorrt-rtx: slow 0"]
+    assert progress.warnings[5:] == ["tensorrt-rtx: 2 more warnings, see the manifest"]
 
 
 def test_a_graph_with_external_weights(tmp_path, plan, small, shapes):

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from graph_passes.quantize_weights import FORMATS
 from sws_export import ExportOptions, QuantizationOptions, SizeOptions, SwsOptions, export
-from sws_export.errors import ExportError, OptionError, ValidationError
+from sws_export.errors import CheckpointError, ExportError, OptionError, ValidationError
 from sws_export.inspection import inspect_file
 from sws_export.onnx_files import graph_specs, load_onnx
 from sws_export.pipeline.validate import validate
@@ -23,7 +23,7 @@ from sws_export.report.explanation import Explanation
 from sws_export.report.tables import quantization_facts, validation_table
 from sws_export.tensors import concrete_shape
 from sws_export.validation import ValidationReport
-from tests.export_runs import difference, listing, open_session, with_options
+from tests.export_runs import TRAINED, difference, listing, open_session, with_options
 from tests.graph_passes.small_models import op_counts
 
 INT8 = ExportOptions(
@@ -305,6 +305,24 @@ def test_sensitive_layers_keep_their_precision(
     )
 
 
+def test_a_pipeline_that_cannot_be_used_is_refused_before_the_export(
+    random_unet: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("sws_export.pipeline.run.GraphExporter")
+    prompts = tmp_path / "prompts.txt"
+    quantization = QuantizationOptions(activations="int8", calibration=tmp_path / "none", prompts=prompts)
+    options = dataclasses.replace(INT8, quantization=quantization)
+    with pytest.raises(OptionError, match=r"--prompts .*prompts\.txt: No such file or directory"):
+        export(random_unet, out / "graph.onnx", options)
+    prompts.write_text("a cat")
+    with pytest.raises(CheckpointError, match="none is not a diffusers pipeline"):
+        export(random_unet, out / "graph.onnx", options)
+    quantization = dataclasses.replace(quantization, calibration=TRAINED.parent)
+    with pytest.raises(OptionError, match="add --trust-code"):
+        export(random_unet, out / "graph.onnx", dataclasses.replace(INT8, quantization=quantization))
+    assert listing(out) == {}
+
+
 def test_options_of_activations(tmp_path: Path) -> None:
     with pytest.raises(
         OptionError, match=r"--precision int8 has weights of the same format; leave out --weights fp8"
@@ -321,5 +339,5 @@ def test_options_of_activations(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a bird\n")
     assert options.cache_key() != before
     (tmp_path / "prompts.txt").write_text("\n")
-    with pytest.raises(OptionError, match="expected a prompt a line, found an empty file"):
+    with pytest.raises(OptionError, match="expected one prompt per line, found an empty file"):
         options.read_prompts()
