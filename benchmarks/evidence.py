@@ -30,11 +30,11 @@ from sws_export.evaluation.adherence import pipeline_checker
 from sws_export.evaluation.measure import METRICS, measure_pair, summarize_metric
 from sws_export.evaluation.page import number, percent
 from sws_export.evaluation.pairs import PairPictures, walk
-from sws_export.evaluation.predicted_picture import recorded_steps
 from sws_export.evaluation.statistics import Figure
 from sws_export.files import file_digest, publish, staged_directory
 from sws_export.progress import SilentProgress
 from sws_export.sampling.draw import attach_artefact, load_pipeline
+from sws_export.sampling.predicted_picture import recorded_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = tuple(ROOT / "examples" / name for name in ("shapes", "textures"))

@@ -5,7 +5,7 @@ sws-export sample out/engine.onnx examples/shapes --trust-code --prompt "red cir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ class ShapesPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
         """One picture for each prompt, `height` by `width` pixels, multiples of 4.
@@ -54,7 +53,7 @@ class ShapesPipeline(DiffusionPipeline):
             latents = torch.stack([torch.randn(shape, generator=source) for source in sources])
         self.scheduler.set_timesteps(num_inference_steps)
         latents = latents.to(words) * self.scheduler.init_noise_sigma
-        for number, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for timestep in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
             both = self.unet(
                 scaled, timestep, words, cross_attention_kwargs=cross_attention_kwargs, return_dict=False
@@ -62,7 +61,5 @@ class ShapesPipeline(DiffusionPipeline):
             told, untold = both[0].chunk(2)
             prediction = untold + guidance_scale * (told - untold)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, number, timestep, {"latents": latents})["latents"]
         pictures = (latents / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(self.numpy_to_pil(pictures) if output_type == "pil" else pictures)

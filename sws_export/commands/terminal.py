@@ -155,5 +155,5 @@ def print_effects(console: Console, effects: Sequence[Effect]) -> None:
     for effect in effects:
         metrics = (effect.difference, effect.sharpness, effect.step_change)
         name = f"{effect.artefact} {effect.intensity:g}".strip()
-        table.add_row(name, *(f"{metric:.4f}" for metric in metrics))
+        table.add_row(name, *("–" if metric is None else f"{metric:.4f}" for metric in metrics))
     console.print(table)

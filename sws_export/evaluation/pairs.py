@@ -17,12 +17,12 @@ import numpy.typing as npt
 from sws_export.checkpoint.config import read_json
 from sws_export.errors import OptionError
 from sws_export.evaluation.options import INTENSITIES, EvaluationOptions, Pair
-from sws_export.evaluation.predicted_picture import recorded_steps
 from sws_export.files import output_errors, publish, staged_directory
 from sws_export.progress import Stage
 from sws_export.runtime.contract import Contract
 from sws_export.sampling.draw import draw
 from sws_export.sampling.effects import Floats
+from sws_export.sampling.predicted_picture import recorded_steps
 
 FRAME_ANGLE = 0.05
 """Angle in radians between the noises of consecutive frames, which differ by 5 % of their norm."""

@@ -1,7 +1,6 @@
 """A diffusers pipeline with an artefact as its UNet, and one picture of it."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +102,6 @@ def draw(
     drawing: Drawing,
     *,
     latents: Any = None,
-    on_step: Callable[..., dict[str, Any]] | None = None,
 ) -> Floats:
     """One picture [H, W, C] in [0, 1].
 
@@ -114,7 +112,6 @@ def draw(
         intensity: Strength of SWS.
         drawing: Steps, guidance and size.
         latents: Initial noise of standard deviation 1, [1, C, H, W]; None draws it from `seed`.
-        on_step: `callback_on_step_end` of the pipeline.
 
     Raises:
         OptionError: The pipeline rejects the prompt, size or number of steps.
@@ -131,7 +128,6 @@ def draw(
             width=drawing.width,
             generator=torch.Generator().manual_seed(seed),
             cross_attention_kwargs={"intensity": intensity},
-            callback_on_step_end=on_step,
             output_type="np",
             **noise,
         ).images

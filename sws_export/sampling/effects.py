@@ -15,13 +15,14 @@ class Sampled:
     Attributes:
         intensity: Strength of SWS.
         pictures: Images, [N, C, H, W] in [-1, 1].
-        changes: Root mean square change of the latents from one step to the next, [steps - 1, N].
+        changes: Root mean square change of the predicted picture from one step to the next, [steps - 1, N],
+            in the units of the latents; None if it is unknown.
         artefact: File name of a further artefact; empty for the first one.
     """
 
     intensity: float
     pictures: Floats
-    changes: Floats
+    changes: Floats | None
     artefact: str = ""
 
 
@@ -33,14 +34,14 @@ class Effect:
         intensity: Strength of SWS.
         difference: Root mean square difference from the images of the first run.
         sharpness: Mean length of the gradient, per pixel.
-        step_change: Mean of `Sampled.changes`, in the units of the latents.
+        step_change: Mean of `Sampled.changes`; None if they are unknown or there is one step.
         artefact: As in `Sampled`.
     """
 
     intensity: float
     difference: float
     sharpness: float
-    step_change: float
+    step_change: float | None
     artefact: str = ""
 
 
@@ -50,7 +51,7 @@ def measure(run: Sampled, plain: Sampled) -> Effect:
         intensity=run.intensity,
         difference=float(_rms(run.pictures - plain.pictures).mean()),
         sharpness=sharpness(run.pictures),
-        step_change=float(run.changes.mean()),
+        step_change=None if run.changes is None or run.changes.size == 0 else float(run.changes.mean()),
         artefact=run.artefact,
     )
 

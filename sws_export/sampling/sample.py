@@ -1,5 +1,6 @@
 """Sampling a diffusers pipeline, with an artefact as its UNet, with and without SWS."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from sws_export.runtime.contract import Contract
 from sws_export.sampling.draw import Drawing, attach_artefact, check_pixels, draw, load_pipeline
 from sws_export.sampling.effects import Effect, Floats, Sampled, measure
 from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
+from sws_export.sampling.predicted_picture import check_prediction, recorded_steps
 
 _LARGEST_SHOWN = 0.8
 # The largest changes are clipped, so that the others are visible.
@@ -107,27 +109,32 @@ def sample_pipeline(
                 pad=options.pad,
                 engine_host_code_allowed=options.engine_host_code_allowed,
             )
+            measured = _is_measured(pipe, progress)
             zero = zero or ("plain" if is_plain_at_zero(unet.session.contract) else "SWS 0")
-            runs += _sample(pipe, unet, file.name if number else "", options, stage)
+            runs += _sample(pipe, unet, file.name if number else "", options, measured, stage)
     effects = [measure(run, runs[0]) for run in runs]
     sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
     save_picture(sheet, out)
     return effects
 
 
-def _sample(pipe: Any, unet: Any, name: str, options: SampleOptions, stage: Stage) -> list[Sampled]:
-    """The images of one artefact, a run for each intensity."""
+def _sample(
+    pipe: Any, unet: Any, name: str, options: SampleOptions, measured: bool, stage: Stage
+) -> list[Sampled]:
+    """The images of one artefact, a run for each intensity; with `measured`, also the step-to-step change."""
     runs = []
     for intensity in options.intensities:
         pictures, changes = [], []
         for prompt, seed in itertools.product(options.prompts, options.seeds):
             stage.describe(f"{name} intensity {intensity:g}: {prompt}".strip())
             unet.reset()
-            picture, moved = _one(pipe, prompt, seed, intensity, options.drawing)
+            picture, moved = _one(pipe, prompt, seed, intensity, options.drawing, measured)
             pictures.append(picture)
-            changes.append(moved)
+            changes += [] if moved is None else [moved]
             stage.advance()
-        runs.append(Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1), name))
+        runs.append(
+            Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1) if changes else None, name)
+        )
     return runs
 
 
@@ -169,8 +176,8 @@ def comparison_sheet(
     groups = [f"seed {seed}" for seed in seeds]
     title = f"The same seeds without and with SWS, {steps} steps"
     notes = [
-        f"{label}: differs by {effect.difference:.4f}, sharpness {effect.sharpness:.4f}, "
-        f"step-to-step change {effect.step_change:.4f}"
+        f"{label}: differs by {effect.difference:.4f}, sharpness {effect.sharpness:.4f}"
+        + ("" if effect.step_change is None else f", step-to-step change {effect.step_change:.4f}")
         for label, effect in zip(labels, effects, strict=True)
     ]
     return draw_grid(rows, [*labels, f"change x {enlarged}"], groups, title, notes)
@@ -182,14 +189,21 @@ def _shown(picture: Floats, scale: int) -> Image.Image:
     return image
 
 
-def _one(pipe: Any, prompt: str, seed: int, intensity: float, drawing: Drawing) -> tuple[Floats, Floats]:
-    """One image [3, H, W] in [-1, 1], and the change of the latents at each step but the first."""
-    latents: list[Floats] = []
+def _one(
+    pipe: Any, prompt: str, seed: int, intensity: float, drawing: Drawing, measured: bool
+) -> tuple[Floats, Floats | None]:
+    """One image [3, H, W] in [-1, 1], and the change of the predicted picture at each step but the first."""
+    with recorded_steps(pipe.scheduler) if measured else contextlib.nullcontext() as record:
+        image = draw(pipe, prompt, seed, intensity, drawing)
+    moved = None if record is None else np.asarray([change[0] for change in record.changes], np.float32)
+    return np.asarray(image.transpose(2, 0, 1) * 2 - 1, np.float32), moved
 
-    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-        latents.append(tensors["latents"].float().cpu().numpy())
-        return tensors
 
-    image = draw(pipe, prompt, seed, intensity, drawing, on_step=keep)
-    moved = [np.sqrt(np.square(after - before).mean()) for before, after in itertools.pairwise(latents)]
-    return np.asarray(image.transpose(2, 0, 1) * 2 - 1, np.float32), np.asarray(moved, np.float32)
+def _is_measured(pipe: Any, progress: Progress) -> bool:
+    """Whether the predicted picture of a step is known; a warning if not: the images are drawn anyway."""
+    try:
+        check_prediction(pipe.scheduler)
+    except OptionError as error:
+        progress.warn(f"{error}; the step-to-step change is not measured")
+        return False
+    return True

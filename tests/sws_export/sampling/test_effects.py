@@ -22,6 +22,8 @@ def test_what_is_measured() -> None:
         0.0,
         0.25,
     )
+    for changes in (None, np.zeros((0, 2), np.float32)):
+        assert measure(Sampled(0.7, moved, changes), plain).step_change is None
 
 
 def test_sharpness_of_a_ramp_is_its_slope() -> None:

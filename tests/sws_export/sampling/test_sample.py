@@ -1,6 +1,7 @@
 """A pipeline directory sampled with and without SWS."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +14,11 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
+from sws_export.cli import main
 
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.sampling.effects import Sampled, measure
+from sws_export.sampling.predicted_picture import recorded_steps
 from sws_export.sampling.sample import SampleOptions, comparison_sheet, sample_pipeline
 
 pytestmark = [
@@ -35,6 +38,30 @@ def test_pictures_and_effect(sws_graph: Path, pipeline: Path, tmp_path: Path) ->
     assert all(effect.sharpness > 0 and effect.step_change > 0 for effect in effects)
     with Image.open(out) as sheet:
         assert sheet.height > 2 * 16
+
+
+def test_a_scheduler_whose_predicted_picture_is_unknown(
+    sws_graph: Path, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The images are drawn, and a warning states that the step-to-step change is not measured."""
+    copy = Path(shutil.copytree(pipeline, tmp_path / "pipeline"))
+    index = json.loads((copy / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    config = copy / "scheduler" / "scheduler_config.json"
+    own = {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "_class_name": index["scheduler"][1],
+    }
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    sheet = tmp_path / "sheet.png"
+    arguments = [str(sws_graph), str(copy), "--out", str(sheet), "--prompt", "a cat", "--intensity", "1"]
+    assert main(["sample", *arguments, "--steps", "2", "--height", "16", "--width", "16", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["effects"][0]["step_change"] is None
+    assert "found 'flow_prediction'; the step-to-step change is not measured" in printed.err
+    assert sheet.exists()
 
 
 def test_another_artefact_beside_it(sws_graph: Path, pipeline: Path, tmp_path: Path) -> None:
@@ -76,22 +103,26 @@ def test_plain_pictures_are_the_pipelines_own(
     sample_pipeline(sws_graph, pipeline, tmp_path / "sheet.png", OPTIONS)
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
-    expected = [
-        pipe(
-            prompt,
-            num_inference_steps=3,
-            guidance_scale=5.0,
-            height=16,
-            width=16,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="np",
-        ).images[0]
-        for prompt in OPTIONS.prompts
-        for seed in OPTIONS.seeds
-    ]
+    pictures, changes = [], []
+    for prompt, seed in itertools.product(OPTIONS.prompts, OPTIONS.seeds):
+        with recorded_steps(pipe.scheduler) as record:
+            done = pipe(
+                prompt,
+                num_inference_steps=3,
+                guidance_scale=5.0,
+                height=16,
+                width=16,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="np",
+            )
+        pictures.append(done.images[0])
+        changes.append(np.concatenate(record.changes))
+    plain = drawn[0]
+    assert plain.changes is not None
     np.testing.assert_allclose(
-        drawn[0].pictures.transpose(0, 2, 3, 1) / 2 + 0.5, np.stack(expected), rtol=0, atol=1e-4
+        plain.pictures.transpose(0, 2, 3, 1) / 2 + 0.5, np.stack(pictures), rtol=0, atol=1e-4
     )
+    np.testing.assert_allclose(plain.changes, np.stack(changes, axis=1), rtol=1e-3)
 
 
 def test_the_change_is_enlarged(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from sws_export.errors import OptionError
 from sws_export.noise_levels import noise_levels
 
+_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
 
 class StepRecord:
     """What the scheduler of a pipeline was given while it drew a batch of pictures.
@@ -71,11 +73,12 @@ def predicted_picture(scheduler: Any, output: Any, timestep: Any, sample: Any) -
     Raises:
         OptionError: The scheduler has another type of prediction.
     """
+    check_prediction(scheduler)
     output, sample = output.float(), sample.float()
     sigma = float(noise_levels(scheduler, timestep.cpu() if hasattr(timestep, "cpu") else timestep))
     if hasattr(scheduler, "precondition_outputs"):
         return scheduler.precondition_outputs(sample, output, sigma)
-    kind = scheduler.config.get("prediction_type", "epsilon")
+    kind = _prediction_type(scheduler)
     scale = (sigma**2 + 1.0) ** 0.5
     # Schedulers that start at standard deviation 1 keep x / sqrt(sigma² + 1).
     if float(scheduler.init_noise_sigma) == 1.0:
@@ -84,6 +87,22 @@ def predicted_picture(scheduler: Any, output: Any, timestep: Any, sample: Any) -
         return sample - sigma * output
     if kind == "v_prediction":
         return sample / scale**2 - sigma / scale * output
-    if kind == "sample":
-        return output
-    raise OptionError(f"{type(scheduler).__name__}: prediction type '{kind}' is not supported")
+    return output
+
+
+def check_prediction(scheduler: Any) -> None:
+    """Check that `predicted_picture` can convert what the model of `scheduler` predicts.
+
+    Raises:
+        OptionError: The scheduler has another type of prediction.
+    """
+    if hasattr(scheduler, "precondition_outputs") or _prediction_type(scheduler) in _PREDICTION_TYPES:
+        return
+    raise OptionError(
+        f"{type(scheduler).__name__}: expected a prediction type of {', '.join(_PREDICTION_TYPES)}, "
+        f"found '{_prediction_type(scheduler)}'"
+    )
+
+
+def _prediction_type(scheduler: Any) -> str:
+    return str(scheduler.config.get("prediction_type", "epsilon"))

@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from sws_export.errors import OptionError
-from sws_export.evaluation.predicted_picture import predicted_picture, recorded_steps
+from sws_export.sampling.predicted_picture import predicted_picture, recorded_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
@@ -61,7 +61,10 @@ def test_edm() -> None:
 
 def test_unknown_predictions_are_named() -> None:
     scheduler = DDIMScheduler(prediction_type="flow")
-    with pytest.raises(OptionError, match="DDIMScheduler: prediction type 'flow' is not supported"):
+    with pytest.raises(
+        OptionError,
+        match="DDIMScheduler: expected a prediction type of epsilon, v_prediction, sample, found 'flow'",
+    ):
         predicted_picture(scheduler, torch.ones(1), torch.tensor(5), torch.ones(1))
 
 
