@@ -4,6 +4,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.activation_dtype import activation_dtype
+from graph_passes.conditions import require_lowered
 from graph_passes.functions import DOMAIN
 from graph_passes.functions.building import add_function
 from graph_passes.functions.dense_transport import build_dense_transport
@@ -25,6 +26,10 @@ class ChooseTransport(InPlacePass):
         super().__init__()
         self.dense_tokens = dense_tokens
         self.joined = joined
+
+    def requires(self, model: ir.Model) -> None:
+        """No other function of domain `sws` is left that could call a transport (`require_lowered`)."""
+        require_lowered(model, {"BandedTransport", "DenseTransport"})
 
     def call(self, model: ir.Model) -> PassResult:
         """Replace the calls."""

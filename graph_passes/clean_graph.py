@@ -1,7 +1,9 @@
 """Remove unused and duplicate parts of a rewritten graph, and metadata that depends on the machine."""
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, common
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, common
+
+from graph_passes.conditions import remaining_constant
 
 _DEDUPLICATED_ELEMENTS = 2**20
 _BEGINNING_ELEMENTS = 64
@@ -33,6 +35,22 @@ class CleanGraph(InPlacePass):
         for clean in passes:
             modified |= clean(model).modified
         return PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """All constants are initializers of the main graph, and every node is used.
+
+        Raises:
+            PostconditionError: Names the first node or initializer of another kind.
+        """
+        node = remaining_constant(model)
+        if node is not None:
+            raise PostconditionError(f"node {node.name}: a Constant is left")
+        for graph in model.graphs():
+            if graph is not model.graph and graph.initializers:
+                raise PostconditionError(f"initializer {next(iter(graph.initializers))} is in a branch")
+        for node in ir.traversal.RecursiveGraphIterator(model.graph):
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                raise PostconditionError(f"node {node.name}: none of its outputs is used")
 
 
 class _DeduplicateInitializers(InPlacePass):

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.activation_dtype import activation_dtype
+from graph_passes.conditions import require_attention_opset
 from graph_passes.debug_outputs import append_debug_outputs
 from graph_passes.errors import GraphError
 from graph_passes.find_projection_inputs import ProjectionInputs, find_projection_inputs
@@ -66,9 +67,10 @@ class InsertComfyUINode(InPlacePass):
         self.debug_outputs = debug_outputs
 
     def requires(self, model: ir.Model) -> None:
-        """The graph is plain (`require_plain`), and all sites are cross-attention to the text."""
+        """The graph is plain, its opset has `Attention`, and all sites are cross-attention to the text."""
         if self.sites:
             require_plain(model)
+            require_attention_opset(model)
         for site in self.sites:
             if site.key_grid != TEXT:
                 raise GraphError(f"{site.name}: expected cross-attention to the text, found self-attention")

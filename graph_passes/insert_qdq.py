@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.find_layers import Layer, find_layers
+from graph_passes.plain_graph import require_plain
 from graph_passes.quantize_weights import FORMATS
 from graph_passes.weight_formats import WeightFormat
 
@@ -29,6 +30,10 @@ class InsertQdq(InPlacePass):
         super().__init__()
         self.activations = activations
         self.ranges = ranges
+
+    def requires(self, model: ir.Model) -> None:
+        """The graph is plain (`require_plain`): products of SWS are not layers of the UNet."""
+        require_plain(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Insert the nodes in front of the first layer that reads a tensor."""

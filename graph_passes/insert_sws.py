@@ -7,6 +7,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.activation_dtype import activation_dtype
+from graph_passes.conditions import require_attention_opset
 from graph_passes.debug_outputs import append_debug_outputs, debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site
@@ -71,9 +72,10 @@ class InsertSws(InPlacePass):
         self.debug_outputs = debug_outputs
 
     def requires(self, model: ir.Model) -> None:
-        """The graph is plain (`require_plain`), unless there are no sites to rewrite."""
+        """The graph is plain and its opset has `Attention`, unless there are no sites to rewrite."""
         if self.sites:
             require_plain(model)
+            require_attention_opset(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the sites."""

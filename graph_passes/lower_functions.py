@@ -5,6 +5,7 @@ from collections.abc import Set
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Sequential, common
 
+from graph_passes.conditions import remaining_call
 from graph_passes.functions import DOMAIN
 
 
@@ -33,8 +34,9 @@ class LowerFunctions(InPlacePass):
         Raises:
             PostconditionError: Names the first such node.
         """
+        node = remaining_call(model, self.kept)
+        if node is not None:
+            raise PostconditionError(f"node {node.name}: {DOMAIN}.{node.op_type} is left after lowering")
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
-            if node.domain == DOMAIN and node.op_type not in self.kept:
-                raise PostconditionError(f"node {node.name}: {DOMAIN}.{node.op_type} is left after lowering")
             if node.domain == "" and node.op_type in ("Loop", "Scan"):
                 raise PostconditionError(f"node {node.name}: a function was lowered to a {node.op_type}")

@@ -3,6 +3,8 @@
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from graph_passes.conditions import require_initializers
+
 _BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div", "Max", "Min", "Greater", "Less", "Where"})
 
 
@@ -12,6 +14,10 @@ class MatchRanks(InPlacePass):
     TensorRT's parser adds a layer for each operand whose rank it has to raise. Run it after `CleanGraph`,
     which makes constants initializers. Other initializers, such as biases, are not changed.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """All constants are initializers (`require_initializers`)."""
+        require_initializers(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the operands of the nodes of the main graph."""

@@ -10,6 +10,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.errors import GraphError
 from graph_passes.find_layers import Layer, SkippedLayer, find_layers
+from graph_passes.plain_graph import require_plain
 from graph_passes.weight_formats import WeightFormat
 
 _BLOCK = 2**22
@@ -51,6 +52,10 @@ class QuantizeWeights(InPlacePass):
         self.exclude = exclude or {}
         self.layers: tuple[Layer, ...] = ()
         self.skipped: tuple[SkippedLayer, ...] = ()
+
+    def requires(self, model: ir.Model) -> None:
+        """The graph is plain (`require_plain`): products of SWS are not layers of the UNet."""
+        require_plain(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Quantize every weight that is large enough.

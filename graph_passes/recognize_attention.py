@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
+from graph_passes.conditions import require_attention_opset
 from graph_passes.static_values import (
     concatenated,
     first_input,
@@ -30,8 +31,12 @@ class RecognizeAttention(InPlacePass):
     else, such as a mask or a softmax in another precision, is left unchanged. The heads are split and joined
     by Reshape nodes whose shapes are constants, as `find_sites` expects.
 
-    Run it on opset 23 or later, after `FoldConstants`, which makes heads and scale known.
+    Run it after `FoldConstants`, which makes heads and scale known.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """The opset has `Attention` (`require_attention_opset`)."""
+        require_attention_opset(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Replace in graph order, and remove the nodes that are unused then."""

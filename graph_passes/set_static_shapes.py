@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 
 class SetStaticShapes(InPlacePass):
@@ -31,6 +31,17 @@ class SetStaticShapes(InPlacePass):
                 value.shape = ir.Shape(dims)
                 modified = True
         return PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No dimension of an input is one of the symbols in `sizes`.
+
+        Raises:
+            PostconditionError: Names the first input with such a dimension.
+        """
+        for value in model.graph.inputs:
+            for dim in value.shape or ():
+                if not isinstance(dim, int) and dim.value in self.sizes:
+                    raise PostconditionError(f"input {value.name}: dimension {dim.value} is not static")
 
 
 def static_dimension(dim: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int | ir.SymbolicDim:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, PreconditionError, common
+from onnx_ir.passes import InPlacePass, PassResult, common
 
-from graph_passes.functions import DOMAIN
+from graph_passes.conditions import require_lowered
 
 
 class SinkIntoBranches(InPlacePass):
@@ -17,14 +17,8 @@ class SinkIntoBranches(InPlacePass):
     """
 
     def requires(self, model: ir.Model) -> None:
-        """All functions of domain `sws` are lowered: the branches are in them.
-
-        Raises:
-            PreconditionError: Names the first call that is left.
-        """
-        for node in model.graph:
-            if node.domain == DOMAIN:
-                raise PreconditionError(f"node {node.name}: {DOMAIN}.{node.op_type} is not lowered")
+        """All functions of domain `sws` are lowered (`require_lowered`): the branches are in them."""
+        require_lowered(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Move nodes, the last ones first."""

@@ -6,6 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
+from graph_passes.conditions import require_initializers
+
 
 class SlicesToSplits(InPlacePass):
     """Replace a Slice of one axis of known size, with constant bounds and a step of 1, by a Split.
@@ -13,6 +15,10 @@ class SlicesToSplits(InPlacePass):
     TensorRT's parser computes the bounds of a Slice with about 25 layers, even if all shapes are static; each
     output of a Split is one layer. Run it after `CleanGraph`, which makes the bounds initializers.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """All constants are initializers (`require_initializers`)."""
+        require_initializers(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Replace the nodes of the main graph."""

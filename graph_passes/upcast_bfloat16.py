@@ -1,7 +1,7 @@
 """Upcast a bfloat16 graph to float32, for runtimes without bfloat16."""
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 _BF16 = ir.DataType.BFLOAT16
 _FLOAT = ir.DataType.FLOAT
@@ -26,6 +26,19 @@ class UpcastBfloat16(InPlacePass):
             modified |= _upcast_attributes(node)
             modified |= _cast_initializers(node, casts)
         return PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No input and no result of a node is bfloat16.
+
+        Raises:
+            PostconditionError: Names the first value that is.
+        """
+        results = (
+            value for node in ir.traversal.RecursiveGraphIterator(model.graph) for value in node.outputs
+        )
+        for value in (*model.graph.inputs, *results):
+            if value.dtype == _BF16:
+                raise PostconditionError(f"value {value.name} is bfloat16 after upcasting")
 
 
 def _upcast_value(value: ir.Value) -> bool:

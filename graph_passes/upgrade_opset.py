@@ -1,7 +1,7 @@
 """Convert a graph of an older opset to the one that has `Attention`."""
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 from onnxscript import version_converter
 
 from graph_passes.errors import GraphError
@@ -47,6 +47,16 @@ class UpgradeOpset(InPlacePass):
         except Exception as error:  # onnxscript's errors have no common base class
             raise GraphError(f"opset {found} cannot be converted to {self.target}: {error}") from error
         return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """The graph has the opset `target` or a later one: onnxscript's conversion may leave it as it was.
+
+        Raises:
+            PostconditionError: It has an older one.
+        """
+        found = model.graph.opset_imports.get("", 0)
+        if found < self.target:
+            raise PostconditionError(f"expected opset {self.target} after the conversion, found {found}")
 
 
 def _to_opset_18(node: ir.Node) -> None:

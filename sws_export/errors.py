@@ -16,7 +16,9 @@ A message states the problem, where it is, what was expected and found, and what
 prints it on one line and exits with status 1. Any other exception is a bug and is printed with its traceback.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 _SHOWN_ITEMS = 3
 
@@ -63,6 +65,17 @@ class StepError(SwsExportError):
 
 class OutputError(SwsExportError):
     """An artefact cannot be written."""
+
+
+@contextlib.contextmanager
+def reading_onnx(path: Path, error: type[SwsExportError]) -> Iterator[None]:
+    """Raise whatever fails while the ONNX file at `path` is read as an `error` that names the file."""
+    try:
+        yield
+    except OSError as reason:
+        raise error(f"cannot read {path}: {reason.strerror or reason}") from reason
+    except Exception as reason:  # the exceptions of protobuf and onnx_ir have no common base class
+        raise error(f"{path} is not an ONNX model or is damaged: {reason}") from reason
 
 
 def first_items(items: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sws_export.documents import open_regular
-from sws_export.errors import CheckpointError, ExportError
+from sws_export.errors import CheckpointError, ExportError, reading_onnx
 from sws_export.files import FileDigest, external_data_path, file_digest
 from sws_export.progress import Progress, Stage
 from sws_export.tensors import SIZE_AXES, TensorSpec
@@ -50,18 +50,14 @@ def load_onnx(path: Path) -> ir.Model:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
-    try:
+    with reading_onnx(path, CheckpointError):
         with open_regular(path):
             # A FIFO or device would be waited for.
             pass
         model = ir.load(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot read the graph {path}: {error.strerror or error}") from error
-    except Exception as error:  # the exceptions of protobuf and onnx_ir have no common base class
-        raise CheckpointError(f"{path} is not an ONNX model or is damaged: {error}") from error
-    if not model.graph:
-        raise CheckpointError(f"{path} is not an ONNX model or is damaged: the graph has no nodes")
-    _require_text(path, model)
+        if not model.graph:
+            raise ValueError("the graph has no nodes")
+        _require_text(model)
     for graph in model.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -69,11 +65,11 @@ def load_onnx(path: Path) -> ir.Model:
     return model
 
 
-def _require_text(path: Path, model: ir.Model) -> None:
+def _require_text(model: ir.Model) -> None:
     """Refuse names that are not UTF-8, which protobuf returns as bytes.
 
     Raises:
-        CheckpointError: Names the first of them.
+        ValueError: Names the first of them.
     """
     graphs = list(model.graphs())
     names: list[object] = [
@@ -83,7 +79,7 @@ def _require_text(path: Path, model: ir.Model) -> None:
         names += (node.name, node.op_type, node.domain, *(value.name for value in node.outputs))
     wrong = next((name for name in names if name is not None and not isinstance(name, str)), None)
     if wrong is not None:
-        raise CheckpointError(f"{path} is not an ONNX model or is damaged: the name {wrong!r} is not UTF-8")
+        raise ValueError(f"the name {wrong!r} is not UTF-8")
 
 
 def _behind_links(path: Path, tensor: ir.ExternalTensor) -> ir.ExternalTensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sws_export.documents import check_document, open_regular, parse_json, read_text, short
-from sws_export.errors import ManifestError
+from sws_export.errors import ManifestError, reading_onnx
 from sws_export.manifest.onnx_metadata import metadata_property
 from sws_export.manifest.schema import (
     DebugOutputsEntry,
@@ -104,13 +104,8 @@ def read_embedded(path: Path) -> Manifest | None:
 
 def read_embedded_text(path: Path) -> str | None:
     """As `read_embedded`, as JSON text that is not parsed."""
-    try:
-        with open_regular(path) as file:
-            return metadata_property(file, METADATA_KEY)
-    except OSError as error:
-        raise ManifestError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ManifestError(f"{path} is not an ONNX model or is damaged: {error}") from error
+    with reading_onnx(path, ManifestError), open_regular(path) as file:
+        return metadata_property(file, METADATA_KEY)
 
 
 def parse_manifest(text: str, name: str) -> Manifest:

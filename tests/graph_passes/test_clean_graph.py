@@ -178,7 +178,7 @@ def test_used_nodes_of_a_plain_graph_are_kept() -> None:
 
 
 def test_the_example_keeps_its_weights_and_loses_plain_attention(shapes_model: ShapesModel) -> None:
-    model = inserted(shapes_model("fp32"))
+    model = inserted(shapes_model("fp16"))
     weights = {name for name in model.graph.initializers if name.endswith((".weight", ".bias"))}
     LowerFunctions()(model)
     CleanGraph()(model)

@@ -136,7 +136,7 @@ def test_branches_are_allowed() -> None:
 
 
 def test_the_example_is_lowered_to_standard_operators(shapes_model: ShapesModel) -> None:
-    model = inserted(shapes_model("fp32"))
+    model = inserted(shapes_model("fp16"))
     LowerFunctions()(model)
     assert {node.domain for node in model.graph} == {""}
     # 14 of the plain export, 7 of which a clean-up removes, and those of the 7 sites with SWS.

@@ -72,7 +72,7 @@ def test_a_second_run_changes_nothing() -> None:
 
 
 def test_node_names_of_the_example_are_unique(shapes_model: ShapesModel) -> None:
-    model = shapes_model("fp32")
+    model = shapes_model("fp16")
     names = [node.name for node in model.graph]
     assert len(set(names)) == len(names)
     attention = [node.name for node in model.graph if node.op_type == "Attention"]

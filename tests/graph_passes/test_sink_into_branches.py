@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx_ir.passes import PreconditionError
 
 from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
@@ -21,7 +20,7 @@ from sws_export.pipeline.rewrite import rewrite
 from sws_export.progress import SilentProgress
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import SiteSpec, build_model, feeds, site_name
-from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
+from tests.graph_passes.test_insert_sws import sws_feeds
 
 SITES = ("down_blocks.0", "up_blocks.1", "up_blocks.1.more")
 # What is in the branches of the search does not matter here, their number costs time.
@@ -52,11 +51,6 @@ def executed(model: ir.Model, inputs: dict[str, np.ndarray]) -> collections.Coun
     return collections.Counter(
         event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")
     )
-
-
-def test_functions_must_be_lowered() -> None:
-    with pytest.raises(PreconditionError, match=r"sws\.Schedule is not lowered"):
-        SinkIntoBranches()(inserted(two_grids()))
 
 
 @pytest.mark.parametrize("rows", [Fraction(1), Fraction(1, 8)])

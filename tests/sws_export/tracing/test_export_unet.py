@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graph_passes.clean_graph import CleanGraph
+from graph_passes.find_sites import find_sites
 from sws_export.checkpoint import Checkpoint, open_checkpoint
 from sws_export.checkpoint.unet_module import call_unet, load_unet
 from sws_export.errors import ExportError
@@ -110,6 +111,7 @@ def test_one_attention_node_for_each_layer_and_the_names_of_inputs(
     assert {node.domain for node in model.graph} == {""}
     assert model.graph.opset_imports == {"": 23}
     assert len(model.functions) == 0
+    assert len(find_sites(model)[0]) == 7
     dtype = {"fp32": "FLOAT", "fp16": "FLOAT16"}[precision]
     interface = [
         (
