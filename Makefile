@@ -10,7 +10,7 @@ CHROMIUM ?= chromium
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo quick test slow lint format style imports types pass-tests lint-windows images clean
+.PHONY: demo quick test slow lint format style imports types pass-tests all-tests lint-windows images clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(OUT)
@@ -31,14 +31,18 @@ images: $(VENV)/.installed
 	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=960,1032 \
 		--screenshot=docs/images/report.png $(OUT)/report.html
 
-# Lint, types and the tests of the graph passes, side by side: about a minute.
+# Lint, types and the tests of the graph passes, side by side: less than a minute.
 quick: $(VENV)/.installed
 	$(MAKE) --jobs $(WORKERS) --output-sync --no-print-directory pass-tests lint
 
 pass-tests: $(VENV)/.installed
 	$(PYTEST) tests/graph_passes
 
-test: lint
+# Types without a cache take as long as a tenth of the tests, and one processor only.
+test: $(VENV)/.installed
+	$(MAKE) --jobs $(WORKERS) --no-print-directory all-tests lint
+
+all-tests: $(VENV)/.installed
 	$(PYTEST)
 
 # What takes real model sizes or minutes: run before a release.

@@ -44,9 +44,12 @@ def require_lowered(model: ir.Model, allowed: Set[str] = frozenset()) -> None:
 
 
 def remaining_constant(model: ir.Model) -> ir.Node | None:
-    """The first Constant node of the graph or a branch; None if all constants are initializers."""
+    """The first Constant node of the graph or a branch; None if all constants are initializers.
+
+    An output of the graph cannot be an initializer.
+    """
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.op_type == "Constant" and node.domain == "":
+        if node.op_type == "Constant" and node.domain == "" and not node.outputs[0].is_graph_output():
             return node
     return None
 

@@ -104,6 +104,7 @@ def test_both_layouts_make_the_same_graph(family: Family, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_full_size_reaches_a_plan_in_little_memory(family: str, tmp_path: Path) -> None:
     """In float16, as in benchmarks/README.md: everything before the build in 1.3 times the weights."""

@@ -73,13 +73,6 @@ def test_a_grid_of_dynamic_size_keeps_its_tiles(sizes: dict[str, int]) -> None:
     assert graph_bytes(model) == before
 
 
-def test_a_plugin_keeps_its_call() -> None:
-    """A call inside `sws.Attention`, as in graphs for TensorRT with plugins, is not changed."""
-    model = inserted(two_grids())
-    SetStaticShapes(SIZES)(model)
-    assert not ChooseTransport()(model).modified
-
-
 def test_a_second_run_changes_nothing() -> None:
     model = opened(SIZES)
     ChooseTransport()(model)
