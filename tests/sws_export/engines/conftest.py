@@ -65,7 +65,7 @@ def attention_model(dtype: str = "float16", head_size: int = 64) -> onnx.ModelPr
 
 
 def long_model(length: int) -> onnx.ModelProto:
-    """A chain of convolutions with different kernels: 200 of them build for seconds."""
+    """A chain of convolutions with different kernels: 100 of them build for seconds."""
     nodes, weights, value, width = [], [], "sample", FEATURES
     for index in range(length):
         wider = 16 + 8 * (index % 13)
@@ -131,7 +131,7 @@ def graph(tmp_path: Path) -> Path:
 def long_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ONNX file that builds for seconds."""
     path = tmp_path_factory.mktemp("long") / "long.onnx"
-    onnx.save(long_model(200), path)
+    onnx.save(long_model(100), path)
     return path
 
 
