@@ -102,16 +102,17 @@ def run(
     if measure == "engine":
         options = [*options, "--batch", "2", *TOKENS.get(model, []), *ENGINE]
         with export(variant, unet, scratch / "engine.plan", options) as manifest:
-            figures = engine_figures(manifest)
+            figures = engine_figures(manifest) | calibration_figures(manifest)
     elif pixels:
         tokens = TOKENS.get(model, ["--tokens", "77"])
         sizes = ["--batch", "1", "--height", str(pixels), "--width", str(pixels), *tokens]
         graph = scratch / "graph.onnx"
         with export(variant, unet, graph, [*options, *sizes, "--no-validate"]) as manifest:
             figures = error_figures(manifest | {"validation": validate(graph, unet)})
+            figures |= calibration_figures(manifest)
     else:
         with export(variant, unet, scratch / "graph.onnx", options) as manifest:
-            figures = error_figures(manifest)
+            figures = error_figures(manifest) | calibration_figures(manifest)
     return {"plain": "--plain" in options} | figures
 
 
@@ -119,17 +120,23 @@ def engine_figures(manifest: dict[str, Any]) -> dict[str, Any]:
     """Size, memory and build time."""
     engine = manifest["engine"]
     memory = engine["gpu_memory"]
-    calibration = next((stage for stage in manifest["stages"] if stage["name"] == "calibrate"), None)
     return {
         "plan": next(file["bytes"] for file in manifest["files"] if file["name"] == "engine.plan"),
         "weights": memory["weights"] if memory else None,
         "activations": memory["profiles"][0]["activations"] if memory else None,
         "seconds": engine["build_seconds"],
         "host_memory": engine["peak_memory"],
-        "calibration_seconds": calibration["seconds"] if calibration else None,
-        "calibration_memory": calibration["peak_memory"] if calibration else None,
         "quantized_layers": manifest.get("quantization", {}).get("layers"),
     }
+
+
+def calibration_figures(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Time and memory of the calibration, if there was one."""
+    stages = {stage["name"]: stage for stage in manifest["stages"]}
+    if "calibrate" not in stages:
+        return {}
+    stage = stages["calibrate"]
+    return {"calibration_seconds": stage["seconds"], "calibration_memory": stage["peak_memory"]}
 
 
 def error_figures(manifest: dict[str, Any]) -> dict[str, Any]:
