@@ -60,6 +60,7 @@ def main() -> None:
                 for measure in arguments.measure or MEASURES:
                     print(f"{arguments.model_name}, {name}: {measure} …", flush=True)
                     options = ["--plain"] if arguments.plain else []
+                    options += [] if arguments.cache else ["--no-cache"]
                     pixels = arguments.pixels if measure == "error" else None
                     figures = run(measure, name, arguments.model_name, unet, Path(folder), options, pixels)
                     rows = report.setdefault(arguments.model_name, {})
@@ -83,6 +84,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--measure", nargs="+", choices=MEASURES, help="default: both")
     parser.add_argument("--pixels", type=int, help="height and width of the picture for the error")
     parser.add_argument("--plain", action="store_true", help="without SWS, for less time")
+    parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="use the cache of sws-export: a run that is started again after the calibration goes on from there",
+    )
     parser.add_argument("--scratch", type=Path, help="directory with free space for 4 times the weights")
     parser.add_argument("--out", type=Path, default=REPORT, help="report; default: %(default)s")
     parser.add_argument("--table", action="store_true", help="print the tables of the report only")
@@ -157,7 +163,7 @@ def error_figures(manifest: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def export(name: str, unet: Path, out: Path, options: list[str]) -> Iterator[dict[str, Any]]:
     """The manifest of an export of a variant, whose files are deleted at the end of the block."""
-    options = [*options, *VARIANTS[name], "--no-cache", "--quiet"]
+    options = [*options, *VARIANTS[name], "--quiet"]
     command(unet, "--out", out, "--precision", "fp16", *options).check_returncode()
     path = out.with_name(f"{out.name}.json")
     manifest: dict[str, Any] = json.loads(path.read_text())

@@ -284,6 +284,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "validate": {"validate": True},
     "target": {"backend": "tensorrt"},
     "weights": {"weights": "int8"},
+    "activations": {"activations": "int8"},
 }
 
 
