@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cache",
         action="store_true",
-        help="use the cache of sws-export: a run that is started again after the calibration goes on from there",
+        help="use the cache of sws-export: a second run goes on after the calibration of the first one",
     )
     parser.add_argument("--scratch", type=Path, help="directory with free space for 4 times the weights")
     parser.add_argument("--out", type=Path, default=REPORT, help="report; default: %(default)s")
