@@ -30,13 +30,22 @@ class FoldConstants(InPlacePass):
                 return False
             return None
 
+        def fold(*, infer: bool) -> bool:
+            return bool(
+                optimizer.fold_constants(
+                    model,
+                    onnx_shape_inference=infer,
+                    input_size_limit=LARGEST,
+                    output_size_limit=LARGEST,
+                    should_fold=may_fold,
+                )
+            )
+
         modified = False
-        while optimizer.fold_constants(
-            model,
-            onnx_shape_inference=True,
-            input_size_limit=LARGEST,
-            output_size_limit=LARGEST,
-            should_fold=may_fold,
-        ):
+        while fold(infer=True):
             modified = True
+            # Nodes are visited in order, so shapes are known now, and nearly always there is nothing left to
+            # fold. To infer them again would take most of the time.
+            if not fold(infer=False):
+                break
         return PassResult(model, modified=modified)
