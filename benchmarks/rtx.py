@@ -1,13 +1,14 @@
 """TensorRT for RTX engines with and without SWS: layers, build time, plan and GPU memory; no GPU is needed.
 
     python benchmarks/rtx.py --work bench --out benchmarks/results/rtx.json
-    python benchmarks/rtx.py --work bench --out benchmarks/results/rtx.json --only sd15
+    python benchmarks/rtx.py --work bench --out benchmarks/results/rtx.json --only sdxl --forms plain sws
     python benchmarks/rtx.py --table benchmarks/results/rtx.json
 
 Measured by the builder for compute capability 8.9, at static shapes and batch 2: number of layers after
 parsing, seconds of the build, size of the plan, and the activation memory of the builder's own log. Modelled:
 the time of a step on two GPUs (rtx_model.py). The checkpoints have random weights of full size; `--work`
-needs 4 GB for SD1.5 and 11 GB for SDXL, and a build of SDXL needs 17 GB of memory.
+needs 4 GB for SD1.5 and 11 GB for SDXL, and a build of SDXL needs 17 GB of memory. Each row is stored when
+it is measured.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,9 @@ GOALS = {"activations": 1.3, "layers": 1.6, "seconds": 1.5, "plan_bytes": 1.02}
 STEP_GOALS = {"sws": 1.45, "sws-rows-1/8": 1.10}
 
 
-def write_graphs(name: str, folder: Path, checkpoint: Path | None) -> dict[str, Path]:
+def write_graphs(
+    name: str, folder: Path, checkpoint: Path | None, forms: Sequence[str] = tuple(FORMS)
+) -> dict[str, Path]:
     """The graphs of a model by form, all with the weights of the plain one; existing files are kept."""
     from step_cases import Model as StepModel
     from step_graphs import checkpoint_path
@@ -65,7 +69,9 @@ def write_graphs(name: str, folder: Path, checkpoint: Path | None) -> dict[str, 
     from sws_export.tracing.export_unet import export_plain
 
     model = MODELS[name]
-    paths = {form: folder / name / f"{form.replace('/', '-')}.onnx" for form in FORMS}
+    paths = {
+        form: folder / name / f"{form.replace('/', '-')}.onnx" for form in FORMS if form in ("plain", *forms)
+    }
     if all(path.exists() for path in paths.values()):
         return paths
     (folder / name).mkdir(parents=True, exist_ok=True)
@@ -78,13 +84,14 @@ def write_graphs(name: str, folder: Path, checkpoint: Path | None) -> dict[str, 
     plain_passes(sizes)(plain)
     if not paths["plain"].exists():
         save_onnx(plain, paths["plain"], SilentProgress())
-    for form, rows in FORMS.items():
-        if rows is None or paths[form].exists():
+    for form, path in paths.items():
+        rows = FORMS[form]
+        if rows is None or path.exists():
             continue
         graph = exported.clone()
         guard, target = GuardOptions.parse("fused", rows), TARGETS["tensorrt-rtx"]
         rewrite(graph, SwsParameters(), (), guard, target, SilentProgress(), sizes=sizes)
-        save_sharing_weights(graph, paths[form], plain, paths["plain"], SilentProgress())
+        save_sharing_weights(graph, path, plain, paths["plain"], SilentProgress())
     return paths
 
 
@@ -122,13 +129,14 @@ def build(path: Path) -> dict[str, Any]:
     }
 
 
-def measure(name: str, arguments: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
-    """All figures of a model, by form; without builds those of the builder are the `known` ones."""
-    paths = write_graphs(name, arguments.work, arguments.checkpoint)
+def measure(
+    name: str, arguments: argparse.Namespace, known: dict[str, Any]
+) -> Iterable[tuple[str, dict[str, Any]]]:
+    """All figures of each form of a model; without builds those of the builder are the `known` ones."""
+    paths = write_graphs(name, arguments.work, arguments.checkpoint, arguments.forms)
     works = {form: network_work(path) for form, path in paths.items()}
-    rows: dict[str, Any] = {}
-    for form, path in paths.items():
-        row: dict[str, Any] = dict(known.get(form, {})) if arguments.no_build else build(path)
+    for form in arguments.forms:
+        row: dict[str, Any] = dict(known.get(form, {})) if arguments.no_build else build(paths[form])
         for key, kinds in (("modelled", ""), ("modelled_attention", "Attention")):
             plain, sws = (
                 [work for work in works[which] if work.kind.startswith(kinds)] for which in ("plain", form)
@@ -140,9 +148,8 @@ def measure(name: str, arguments: argparse.Namespace, known: dict[str, Any]) -> 
             }
         if form != "plain":
             row["added"] = added_work(works["plain"], works[form])[:_ROWS]
-        rows[form] = row
         print(name, form, {key: value for key, value in row.items() if key != "added"}, flush=True)
-    return rows
+        yield form, row
 
 
 def table(results: dict[str, Any]) -> str:
@@ -204,8 +211,9 @@ def missed_goals(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="TensorRT for RTX engines with and without SWS.")
     parser.add_argument("--work", type=Path, help="directory for checkpoints and graphs, reused between runs")
-    parser.add_argument("--out", type=Path, help="JSON file with the results; other models in it are kept")
+    parser.add_argument("--out", type=Path, help="JSON file with the results; other rows in it are kept")
     parser.add_argument("--only", choices=MODELS, help="one model")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="some of the rows")
     parser.add_argument("--checkpoint", type=Path, help="use this checkpoint, with --only")
     parser.add_argument(
         "--no-build", action="store_true", help="only the modelled times; figures of builds in --out are kept"
@@ -221,8 +229,10 @@ def main() -> None:
         parser.error("--checkpoint needs --only")
     results = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
     for name in [arguments.only] if arguments.only else MODELS:
-        results[name] = measure(name, arguments, results.get(name, {}))
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        rows = results.setdefault(name, {})
+        for form, row in measure(name, arguments, rows):
+            rows[form] = row
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
     for line in missed_goals(results):
         print("missed:", line)

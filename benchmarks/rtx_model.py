@@ -14,8 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
@@ -85,23 +83,15 @@ def network_work(path: Path) -> list[Work]:
 def _works(trt: Any, layers: list[Any], outputs: set[str]) -> Iterable[Work]:
     producers: dict[str, Any] = {}
     unfused_uses: collections.Counter[str] = collections.Counter()
-    same: dict[str, Any] = {}
     for layer in layers:
         kind = _kind(layer)
-        if _multiplies_by_one(trt, layer, kind, producers):
-            # The parser scales the operands of each attention. The builder removes factors of 1: it reports
-            # the same activations without these layers.
-            same[layer.get_output(0).name] = layer.get_input(0)
-            continue
         for tensor in _outputs(layer):
             producers[tensor.name] = layer
         if kind not in _FUSED:
-            unfused_uses.update({same.get(tensor.name, tensor).name for tensor in _inputs(layer)})
+            unfused_uses.update({tensor.name for tensor in _inputs(layer)})
     kinds = {name: _kind(layer) for name, layer in producers.items()}
     for layer in layers:
         kind = _kind(layer)
-        if layer.num_outputs and layer.get_output(0).name in same:
-            continue
         if kind in _FUSED:
             # A chain of fused layers reads what others wrote, and writes what others read.
             read = [x for x in _inputs(layer) if kinds.get(x.name) not in _FUSED]
@@ -113,21 +103,6 @@ def _works(trt: Any, layers: list[Any], outputs: set[str]) -> Iterable[Work]:
             continue
         else:
             yield _work(trt, layer, kind)
-
-
-def _multiplies_by_one(trt: Any, layer: Any, kind: str, producers: dict[str, Any]) -> bool:
-    """Whether a layer multiplies its first input by a constant 1, which may be cast."""
-    if kind != "ELEMENTWISE" or layer.num_inputs != 2:
-        return False
-    factor = producers.get(layer.get_input(1).name)
-    if factor is not None and _kind(factor) == "CAST":
-        factor = producers.get(factor.get_input(0).name)
-    if factor is None or _kind(factor) != "CONSTANT":
-        return False
-    factor.__class__ = trt.IConstantLayer
-    layer.__class__ = trt.IElementWiseLayer
-    weights = np.asarray(factor.weights)
-    return bool(layer.op == trt.ElementWiseOperation.PROD and weights.size == 1 and weights.item() == 1)
 
 
 def _work(trt: Any, layer: Any, kind: str) -> Work:

@@ -13,9 +13,10 @@ from graph_passes.fold_constants import FoldConstants
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.match_ranks import MatchRanks
 from graph_passes.mix_before_projections import MixBeforeProjections
+from graph_passes.name_attention import NameAttention
 from graph_passes.set_static_shapes import SetStaticShapes
 from graph_passes.sink_into_branches import SinkIntoBranches
-from graph_passes.slices_to_splits import SlicesToSplits
+from graph_passes.slices_to_pads import SlicesToPads
 from graph_passes.split_query_chunks import SplitQueryChunks
 from graph_passes.target import Target
 
@@ -59,7 +60,8 @@ def sws_passes(
         FoldConstants(),
         CleanGraph(),
         *([SinkIntoBranches()] if target.branches else []),
-        *([SlicesToSplits(), MatchRanks()] if target.costly_shapes else []),
+        *([SlicesToPads(), MatchRanks()] if target.costly_shapes else []),
+        *([NameAttention()] if target.unscaled_attention else []),
     )
 
 

@@ -20,8 +20,10 @@ class Target:
             uses in a float16 or bfloat16 model.
         float32_attention: The runtime has float32 attention that stores no logits. Without, the guard of a
             float32 model and the site metrics use products and a softmax.
-        costly_shapes: The parser adds layers for the bounds of a Slice and for operands of lower rank. Split
+        costly_shapes: The parser adds layers for the bounds of a Slice and for operands of lower rank. Pad
             and constants of full rank are used where all sizes are known.
+        unscaled_attention: The parser has an operator for attention without a scale, see name_attention.py.
+            The scale of a site's own attention is then a factor of its queries.
         slow_convolutions: Float32 convolutions with large kernels and few channels are slow; transports copy
             rows instead.
         split_heads: The heads of a site's own attention are split by Reshape and Transpose nodes. ONNX
@@ -35,6 +37,7 @@ class Target:
     float16_attention: bool = False
     float32_attention: bool = True
     costly_shapes: bool = False
+    unscaled_attention: bool = False
     slow_convolutions: bool = False
     split_heads: bool = False
     query_chunks: bool = False
@@ -46,7 +49,13 @@ TARGETS: Mapping[str, Target] = {
     for target in (
         Target("onnxruntime", branches=True, split_heads=True, query_chunks=True),
         Target("onnxruntime-cuda", float16_attention=True, slow_convolutions=True),
-        Target("tensorrt-rtx", float16_attention=True, float32_attention=False, costly_shapes=True),
+        Target(
+            "tensorrt-rtx",
+            float16_attention=True,
+            float32_attention=False,
+            costly_shapes=True,
+            unscaled_attention=True,
+        ),
         Target("tensorrt", float16_attention=True, costly_shapes=True, plugin_operators=PLUGIN_OPERATORS),
     )
 }

@@ -13,6 +13,7 @@ from graph_passes.functions.building import (
     cast,
     define_function,
     join_heads,
+    logit_factor,
     mixed,
     per_sample,
     split_heads,
@@ -88,7 +89,7 @@ def build_attention(
             )
         if sampled and not cross:
             query_grid = op.Shape(transport, start=2, end=4)
-        site = _Site(q, k, v, k_perm, v_perm, tau_q, target.split_heads, dtype)
+        site = _Site(q, k, v, k_perm, v_perm, tau_q, target, dtype)
         per_batch = (tau_q, amplitude, kappa, key_gate, value_gain)
 
         def with_sws(op: Op) -> tuple[Any, Any, Any]:
@@ -143,15 +144,19 @@ class _Site:
     k_perm: Any
     v_perm: Any
     tau_q: Any
-    split_heads: bool
+    target: Target
     dtype: ir.DataType
 
     def attend(self, op: Op, keys: Any, values: Any) -> Any:
         """The output of the site for `keys` and `values`, [B, T, C] each."""
+        if self.target.unscaled_attention:
+            factor = cast(op, logit_factor(op, self.tau_q), self.dtype, FLOAT)
+            q, k, v = (split_heads(op, x) for x in (self.q, keys, values))
+            return join_heads(op, op.Attention(op.Mul(q, factor), k, v, scale=1.0))
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
         temperature = cast(op, per_sample(op, self.tau_q, 3), self.dtype, FLOAT)
         operands = (op.Div(self.q, temperature), keys, values)
-        if self.split_heads:
+        if self.target.split_heads:
             return join_heads(op, op.Attention(*(split_heads(op, x) for x in operands), scale=scale))
         return op.Attention(
             *operands,

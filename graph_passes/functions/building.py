@@ -153,6 +153,17 @@ def mean_token(op: Op, x: Any, dtype: ir.DataType) -> Any:
     return cast(op, mean, dtype, ir.DataType.FLOAT)
 
 
+def logit_factor(op: Op, tau_q: Any) -> Any:
+    """What queries are multiplied by, for an attention with a scale of 1: [B, 1, 1, 1] float32.
+
+    Args:
+        op: Builder of a function with the attribute `scale`.
+        tau_q: Temperature of the queries, [B] float32.
+    """
+    scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
+    return per_sample(op, op.Div(scale, tau_q), 4)
+
+
 def after(op: Op, value: Any, earlier: Any, dtype: ir.DataType = ir.DataType.FLOAT) -> Any:
     """`value`, computed after `earlier`: it is multiplied by 1, which a runtime computes from `earlier`.
 

@@ -91,7 +91,7 @@ def _rows(
     op: Op, inputs: GuardInputs, dtype: ir.DataType, target: Target, overload: str, kl_rows: Any
 ) -> Rows:
     if overload or (dtype == FLOAT and not target.float32_attention):
-        return StoredRows(op, inputs, dtype, kl_rows)
+        return StoredRows(op, inputs, dtype, kl_rows, small=bool(overload))
     narrow = target.float16_attention and dtype != FLOAT
     operands = ir.DataType.FLOAT16 if narrow else FLOAT
     k = cast(op, inputs.k, operands, dtype)

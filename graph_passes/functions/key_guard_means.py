@@ -21,7 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graph_passes.functions.building import Op, after, attribute_int, cast, per_sample, split_heads
+from graph_passes.functions.building import (
+    Op,
+    after,
+    attribute_int,
+    cast,
+    logit_factor,
+    per_sample,
+    split_heads,
+)
 from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.functions.key_guard_inputs import GuardInputs, float32_rows
 from graph_passes.parameters import SwsParameters
@@ -131,14 +139,13 @@ class AttentionRows:
             tau_q: Temperature of the queries, [B] float32.
             dtype: Of the model's activations.
             operands: Dtype of the attentions, float16 or float32.
-            scaled_change: Computes s d for s [B, 1, 1] float32, as `change`. Without, the change split into
-                heads is kept for it until s is known.
+            scaled_change: Computes s d, as `change`, for s [B, 1, 1] of `operands`. Without, the change
+                split into heads is kept for it until s is known.
             kl_rows: Indices of the rows that K' is the mean of, [N] int64; None for all.
         """
         self._operands = operands
         self._scaled_change = scaled_change
-        scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        factor = per_sample(op, op.Div(scale, tau_q), 4)
+        factor = logit_factor(op, tau_q)
         # Products have q instead of the scaled queries. These are then operands of attentions only, and an
         # engine keeps no second copy of them in another layout.
         self._q = split_heads(op, cast(op, q, operands, dtype))
@@ -177,7 +184,7 @@ class AttentionRows:
         if self._scaled_change is None:
             change = op.Mul(self._change, rounded)
         else:
-            change = split_heads(op, self._scaled_change(op.Squeeze(last, [3])))
+            change = split_heads(op, self._scaled_change(op.Squeeze(rounded, [3])))
         middle = op.Mul(change, self._constant(op, [0.5], "half"))
         middle_slope, last_slope = (
             op.ReduceMean(self._product(op, mean), [1, 2, 3], keepdims=1)
@@ -271,7 +278,9 @@ class StoredRows:
     No sentinel is needed: with m the largest logit of a row and w its weight, LSE = m - log w.
     """
 
-    def __init__(self, op: Op, inputs: GuardInputs, dtype: ir.DataType, kl_rows: Any = None) -> None:
+    def __init__(
+        self, op: Op, inputs: GuardInputs, dtype: ir.DataType, kl_rows: Any = None, *, small: bool = False
+    ) -> None:
         """Append the pass over the plain keys.
 
         Args:
@@ -279,7 +288,9 @@ class StoredRows:
             inputs: Queries, keys and temperature.
             dtype: Of the model's activations.
             kl_rows: As for `AttentionRows`.
+            small: The site has so few tokens that the weights of two passes may be kept.
         """
+        self._small = small
         self._query, self._keys, self._change = float32_rows(op, inputs, dtype)
         self.unit = op.Cast(op.Shape(self._query, start=3, end=4), to=int(FLOAT))
         logits, weights = self._weights(op, self._keys)
@@ -293,8 +304,9 @@ class StoredRows:
 
     def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
         """See `Rows`."""
-        # The weights of the plain rows are not kept until the slopes are known.
-        last = after(op, last, self._initial_slope)
+        if not self._small:
+            # The weights of the plain rows are not kept until the slopes are known.
+            last = after(op, last, self._initial_slope)
         change = op.Mul(self._change, last)
         outputs = (
             op.MatMul(self._weights(op, op.Add(self._keys, step))[1], change)

@@ -12,7 +12,7 @@ from graph_passes.functions.building import (
     cast,
     define_function,
     join_heads,
-    mean_token,
+    logit_factor,
     per_sample,
     split_heads,
 )
@@ -53,7 +53,7 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         moved = Tiles(op, transport, HALF, TILE, corners=False).transported(x, ir.DataType.INT32)
         change = op.Sub(moved, x)
         # Queries, and with them all attentions, wait for the transport.
-        mean = mean_token(op, moved, HALF)
+        mean = _mean_token(op, moved)
         q = after(op, q, mean, HALF)
         rows, kl_rows = q, None
         if guard.rows != 1:
@@ -67,7 +67,7 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
             # The weight is scaled, which is smaller than the change.
             weight = key_weight
             if share is not None:
-                weight = op.Mul(weight, cast(op, share, HALF, FLOAT))
+                weight = op.Mul(weight, share)
             return op.MatMul(change, weight)
 
         statistics = AttentionRows(
@@ -88,15 +88,15 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
             factor = cast(op, per_sample(op, share, 3), HALF, FLOAT)
             return op.MatMul(op.Add(x, op.Mul(factor, change)), weight)
 
-        # Heads are split here, as for the guard, so that an engine keeps the queries in one layout.
+        # Heads are split here, as for the guard, so that an engine keeps the queries in one layout. The scale
+        # is in the queries for the same reason.
         mixed = [
-            op.Div(split_heads(op, q), cast(op, per_sample(op, tau_q, 4), HALF, FLOAT)),
+            op.Mul(split_heads(op, q), cast(op, logit_factor(op, tau_q), HALF, FLOAT)),
             split_heads(op, mixed_projection(alpha_k, key_weight)),
             # Mixed values wait for the guard.
             split_heads(op, mixed_projection(after(op, a_v, alpha_k), value_weight)),
         ]
-        scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
-        return join_heads(op, op.Attention(*mixed, scale=scale))
+        return join_heads(op, op.Attention(*mixed, scale=1.0))
 
     inputs = dict.fromkeys(("q", "x", "key_weight", "value_weight"), HALF)
     inputs |= dict.fromkeys(("transport", *GuardInputs._fields[3:]), FLOAT)
@@ -105,3 +105,14 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         ir.Attr("scale", ir.AttributeType.FLOAT, None),
     ]
     return define_function("ProjectedAttention", body, inputs, ["y"], attributes)
+
+
+def _mean_token(op: Op, x: Any) -> Any:
+    """The mean over the tokens of `x` [B, T, C] float16, to the rounding of 1 / T: [B, 1, C].
+
+    A product, which sums in float32 and needs no copy of `x` in float32. The mean of transported tokens is
+    not exactly that of the tokens that it centres either.
+    """
+    tokens = op.Shape(x, start=1, end=2)
+    share = cast(op, op.Reciprocal(op.Cast(tokens, to=int(FLOAT))), HALF, FLOAT)
+    return op.MatMul(op.Expand(share, op.Concat([1, 1], tokens, axis=0)), x)

@@ -74,6 +74,9 @@ def build_transport(
             op, diffuse, row, column, op.Unsqueeze(blend, [2, 3]), parameters.rebalance_iters
         )
         rows = _rows_of_scales(op, gather, row, column, kernels)
+        if separate:
+            # The rank of the other operand; TensorRT's parser raises it otherwise.
+            rows = op.Unsqueeze(rows, [0])
         band_shape = op.Concat([-1, len(offsets)], size, axis=0)
         blend_rows = _blend_rows(op, blend, kernels)
         if separate:

@@ -15,7 +15,7 @@ from graph_passes.quantize_weights import QuantizeWeights
 from graph_passes.recognize_attention import RecognizeAttention
 from graph_passes.set_static_shapes import SetStaticShapes
 from graph_passes.sink_into_branches import SinkIntoBranches
-from graph_passes.slices_to_splits import SlicesToSplits
+from graph_passes.slices_to_pads import SlicesToPads
 from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from graph_passes.upgrade_opset import UpgradeOpset
 from tests.graph_passes.small_models import FLOAT, SiteSpec, build_model
@@ -72,7 +72,7 @@ def with_branch_initializer() -> ir.Model:
         (ChooseTransport(), with_sws, r"sws\.Schedule is not lowered"),
         (SinkIntoBranches(), with_sws, r"sws\.Schedule is not lowered"),
         (MatchRanks(), with_constant, "node one: a Constant is not an initializer"),
-        (SlicesToSplits(), with_constant, "node one: a Constant is not an initializer"),
+        (SlicesToPads(), with_constant, "node one: a Constant is not an initializer"),
         (RecognizeAttention(), old_opset, "expected opset 23 or later, found 22"),
         (QuantizeWeights("int8"), with_sws, "the graph has SWS already"),
         (InsertQdq("int8", {}), with_sws, "the graph has SWS already"),

@@ -9,13 +9,16 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import onnx
+import onnx_ir as ir
 import pytest
 import tensorrt_rtx as trt
 
+from graph_passes.name_attention import NameAttention
 from sws_export.engines import network
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError, OptionError
+from tests.graph_passes.test_name_attention import attention
 
 RTX = get_backend("tensorrt-rtx")
 TENSORRT = get_backend("tensorrt")
@@ -142,6 +145,29 @@ def test_only_attention_without_a_kernel_is_decomposable(parse, small, dtype, he
 
 def test_for_tensorrt_every_attention_is_decomposable(parse, small):
     assert network.allow_decomposition(trt, parse(small()), TENSORRT.fused_head_sizes) == 1
+
+
+def test_the_parser_takes_its_own_attention_before_the_function():
+    """Two layers instead of eight, and the same attention: a softmax without a mask."""
+    found = {}
+    for named in (False, True):
+        model = attention({"scale": 1.0})
+        assert not named or NameAttention()(model).modified
+        parsed = trt.Builder(LOGGER).create_network(0)
+        assert trt.OnnxParser(parsed, LOGGER).parse(ir.to_proto(model).SerializeToString())
+        layers = [parsed.get_layer(index) for index in range(parsed.num_layers)]
+        (layer,) = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+        layer.__class__ = trt.IAttentionInputLayer
+        kind = layer.attention
+        found[named] = (
+            kind.norm_op,
+            kind.causal,
+            kind.decomposable,
+            kind.mask,
+            tuple(parsed.get_output(0).shape),
+        )
+        assert len(layers) == (2 if named else 8)
+    assert found[True] == found[False]
 
 
 def test_the_network_is_strongly_typed(parse, small):

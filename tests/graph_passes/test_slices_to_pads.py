@@ -1,10 +1,10 @@
-"""Slices of known bounds become splits; all others stay."""
+"""Slices of known bounds become pads with negative numbers; all others stay."""
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes.slices_to_splits import SlicesToSplits
+from graph_passes.slices_to_pads import SlicesToPads
 from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import op_counts
 
@@ -34,10 +34,10 @@ def test_the_numbers_stay(run_onnx: RunOnnx, begin: int, end: int, axis: int) ->
     model = sliced(begin, end, axis)
     values = {"x": np.arange(12, dtype=np.float32).reshape(2, 6)}
     expected = run_onnx(model, values)["y"]
-    assert SlicesToSplits()(model).modified
-    assert op_counts(model) == {"Split": 1}
+    assert SlicesToPads()(model).modified
+    assert op_counts(model) == {"Pad": 1}
     assert (run_onnx(model, values)["y"] == expected).all()
-    assert not SlicesToSplits()(model).modified
+    assert not SlicesToPads()(model).modified
 
 
 @pytest.mark.parametrize(
@@ -46,4 +46,4 @@ def test_the_numbers_stay(run_onnx: RunOnnx, begin: int, end: int, axis: int) ->
 )
 def test_other_slices_stay(model: ir.Model) -> None:
     """Of an axis of unknown size, of everything or nothing, and with a step."""
-    assert not SlicesToSplits()(model).modified
+    assert not SlicesToPads()(model).modified

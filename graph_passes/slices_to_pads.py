@@ -1,0 +1,76 @@
+"""Replace Slice by Pad, for a runtime whose parser makes many layers of a Slice."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, common
+
+from graph_passes.conditions import require_initializers
+
+
+class SlicesToPads(InPlacePass):
+    """Replace a Slice of one axis of known size, with constant bounds and a step of 1, by a Pad.
+
+    The numbers of elements to add are negative: those that the Slice leaves out. TensorRT's parser computes
+    the bounds of a Slice with about 25 layers, even if all shapes are static, and makes one layer of a Pad.
+    Run it after `CleanGraph`, which makes the bounds initializers.
+    """
+
+    def requires(self, model: ir.Model) -> None:
+        """All constants are initializers (`require_initializers`)."""
+        require_initializers(model)
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Replace the nodes of the main graph."""
+        modified = False
+        for node in list(model.graph):
+            pads = _pads(node)
+            if pads is not None:
+                _replace(model.graph, node, pads)
+                modified = True
+        if modified:
+            # Bounds that no other Slice has are left.
+            common.RemoveUnusedNodesPass()(model)
+        return PassResult(model, modified=modified)
+
+
+def _pads(node: ir.Node) -> list[int] | None:
+    """The pads that leave what a Slice takes; None if it is of another kind."""
+    data = node.inputs[0] if node.op_type == "Slice" and len(node.inputs) > 3 else None
+    if data is None or data.shape is None:
+        return None
+    bounds = [_constant(value) for value in node.inputs[1:]]
+    if any(bound is None or len(bound) != 1 for bound in bounds):
+        return None
+    begin, end, axis, *step = (bound[0] for bound in bounds if bound is not None)
+    rank = len(data.shape)
+    axis %= rank
+    size = data.shape[axis]
+    if step not in ([], [1]) or not isinstance(size, int):
+        return None
+    first, last, _ = slice(begin, end).indices(size)
+    if last <= first or last - first == size:
+        return None
+    # For all axes: see the note on Pad in functions/transport.py.
+    pads = [0] * (2 * rank)
+    pads[axis], pads[rank + axis] = -first, last - size
+    return pads
+
+
+def _constant(value: ir.Value | None) -> Sequence[int] | None:
+    if value is None or value.const_value is None:
+        return None
+    return [int(number) for number in np.ravel(value.const_value.numpy())]
+
+
+def _replace(graph: ir.Graph, node: ir.Node, pads: list[int]) -> None:
+    (taken,) = node.outputs
+    name = f"{taken.name}/pads"
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(pads)]))
+    value.const_value = ir.tensor(np.array(pads, np.int64), name=name)
+    graph.register_initializer(value)
+    pad = ir.node("Pad", [node.inputs[0], value], name=node.name)
+    output = pad.outputs[0]
+    output.name, output.type, output.shape = taken.name, taken.type, taken.shape
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [pad], [taken], [output])
