@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -110,9 +109,8 @@ class Case:
             form, exponent = balance.split()
             balance_channels(model, form, float(exponent), self._largest)
         layers = calibrated_layers(model)
-        with patch.dict(PERCENTILES, {self.kind: percentile}):
-            steps = CalibrationSteps("", len(self._calibration), self._run_calibration)
-            found = calibrate(model.clone(), layers, self.kind, steps, SilentProgress())
+        steps = CalibrationSteps("", len(self._calibration), self._run_calibration)
+        found = calibrate(model.clone(), layers, self.kind, steps, SilentProgress(), percentile=percentile)
         quantize(model, self.kind, found, SilentProgress())
         actual = predictions(model, self._steps)
         errors = [a - e for a, e in zip(actual, self._expected, strict=True)]

@@ -74,6 +74,8 @@ def calibrate(
     activations: WeightFormat,
     steps: CalibrationSteps,
     progress: Progress,
+    *,
+    percentile: float | None = None,
 ) -> Calibration:
     """Run a graph twice over the same steps: for the ranges, and for the errors with these ranges.
 
@@ -83,12 +85,14 @@ def calibrate(
         activations: Format of the activations.
         steps: The steps.
         progress: Receives the stage.
+        percentile: Percentile of the absolute values of an activation that its scale represents; None is that
+            of `PERCENTILES`.
 
     Raises:
         ExportError: ONNX Runtime is not installed, a layer is not in the graph, or its input is not finite.
     """
     inputs_of = _layer_inputs(model, layers)
-    collector = _collector(PERCENTILES[activations])
+    collector = _collector(PERCENTILES[activations] if percentile is None else percentile)
     readers: dict[str, list[Layer]] = {}
     for layer in layers:
         readers.setdefault(inputs_of[layer.name], []).append(layer)

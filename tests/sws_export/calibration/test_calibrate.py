@@ -11,7 +11,6 @@ from graph_passes.find_layers import find_layers
 from graph_passes.quantize_weights import rounded_weight
 from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
 from sws_export.calibration import calibrate, record_steps, recorded_steps
-from sws_export.calibration.calibrate import PERCENTILES
 from sws_export.calibration.layer_error import LayerError
 from sws_export.errors import CheckpointError, ExportError, OptionError
 from sws_export.progress import SilentProgress
@@ -30,7 +29,7 @@ def steps(count: int) -> list[dict[str, Any]]:
     return [{name: (step + 1) * value for name, value in layer_feeds().items()} for step in range(count)]
 
 
-def test_ranges_and_errors_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_and_errors_of_all_layers() -> None:
     model = layer_model()
     layers, _ = find_layers(layer_model())
     found = calibrate(model, layers, "fp8", recorded_steps(steps(3), "three steps"), SilentProgress())
@@ -40,8 +39,8 @@ def test_ranges_and_errors_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(0.01 < error < 0.06 for error in found.errors.values())
     assert (found.activations, found.steps, found.source) == ("fp8", 3, "three steps")
     # The few values of these inputs have no outliers that a higher percentile would clip.
-    monkeypatch.setitem(PERCENTILES, "int8", 99.0)
-    clipped = calibrate(layer_model(), layers, "int8", recorded_steps(steps(3), ""), SilentProgress())
+    three = recorded_steps(steps(3), "")
+    clipped = calibrate(layer_model(), layers, "int8", three, SilentProgress(), percentile=99.0)
     assert 0.5 * text < clipped.ranges["mid_block.to_q"] < 0.9 * text
 
 
