@@ -1,6 +1,6 @@
 """Small artefacts that many tests read, inputs for them, and exports that do not trace again."""
 
-import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from sws_export import ExportOptions, SwsOptions, export
-from sws_export.checkpoint import Checkpoint, open_checkpoint
+from sws_export.checkpoint import Checkpoint
 from sws_export.progress import Progress, SilentProgress
 from sws_export.tensors import Precision
 from tests import export_runs
@@ -184,24 +184,20 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Pat
 
 
 @pytest.fixture(scope="module")
-def quick_trace(random_unet: Path, traced: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """To the end of the module, exports load a trace of `random_unet` and the weights of the checkpoint."""
+def quick_trace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """To the end of the module, UNets of one configuration are traced once; weights are the checkpoint's."""
     from sws_export.onnx_files import save_onnx
     from sws_export.tracing.export_unet import export_plain, plain_weights
-
-    def trace(precision: Precision, path: Path) -> None:
-        save_onnx(export_plain(open_checkpoint(random_unet), precision), path, SilentProgress())
 
     def load(
         checkpoint: Checkpoint, precision: Precision, progress: Progress, fused: Any, *, controlnet: bool
     ) -> ir.Model:
-        if controlnet:
-            return export_plain(checkpoint, precision, progress, fused, controlnet=True)
-        file = traced
-        if precision != "fp32":
-            name, make = f"traced-{precision}.onnx", functools.partial(trace, precision)
-            file = export_runs.shared(tmp_path_factory, name, make)
-        model = ir.load(file)
+        def trace(path: Path) -> None:
+            save_onnx(export_plain(checkpoint, precision, controlnet=controlnet), path, SilentProgress())
+
+        key = json.dumps([checkpoint.config, precision, controlnet], sort_keys=True)
+        name = f"trace-{hashlib.sha256(key.encode()).hexdigest()[:16]}.onnx"
+        model = ir.load(export_runs.shared(tmp_path_factory, name, trace))
         model.metadata_props.clear()
         weights = plain_weights(checkpoint, precision, fused)
         for name, value in model.graph.initializers.items():

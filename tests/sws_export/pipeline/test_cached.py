@@ -55,9 +55,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 
 
 @pytest.fixture
-def model(random_unet: Path, tmp_path: Path) -> Path:
+def model(middle_unet: Path, tmp_path: Path) -> Path:
     """A UNet that a test may change."""
-    return Path(shutil.copytree(random_unet, tmp_path / "model"))
+    return Path(shutil.copytree(middle_unet, tmp_path / "model"))
 
 
 @pytest.fixture
@@ -93,12 +93,12 @@ def _validation(quick_trace: None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def filled(_validation: None, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache directory with the graph of `random_unet` for `UNVALIDATED`."""
+def filled(_validation: None, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory with the graph of `middle_unet` for `UNVALIDATED`."""
     directory = tmp_path_factory.mktemp("filled")
     with pytest.MonkeyPatch.context() as patch:
         configure(patch, directory / "cache")
-        export(random_unet, directory / "graph.onnx", UNVALIDATED)
+        export(middle_unet, directory / "graph.onnx", UNVALIDATED)
     return directory / "cache"
 
 
@@ -272,7 +272,7 @@ def test_log_and_json_name_cached_stages(
 CHANGES: dict[str, dict[str, Any]] = {
     "precision": {"precision": "fp16"},
     "parameters": {"parameters": SwsParameters(beta=0.5)},
-    "sites": {"sites": ("up_blocks.*.attn1",)},
+    "sites": {"sites": ("mid_block.*",)},
     "guard": {"guard": "fused"},
     "guard_rows": {"guard_rows": "1/2"},
     "guard_branches": {"guard_branches": "off"},
@@ -289,13 +289,13 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def find(filled: Path, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def find(filled: Path, middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What a dry run with some options changed finds in the cache `filled`."""
     configure(monkeypatch, filled)
 
     def find(**changes: Any) -> tuple[str, ...]:
         options = with_options(UNVALIDATED, dry_run=True, **changes)
-        return export(random_unet, out / "graph.onnx", options).preflight.cached
+        return export(middle_unet, out / "graph.onnx", options).preflight.cached
 
     return find
 

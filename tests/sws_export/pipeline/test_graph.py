@@ -25,16 +25,16 @@ pytestmark = pytest.mark.usefixtures("quick_trace")
 
 
 @pytest.fixture(scope="module")
-def static(quick_trace: None, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+def static(quick_trace: None, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     """A validated graph with four static sizes, whose files tests must not change."""
-    return export(random_unet, tmp_path_factory.mktemp("static") / "graph.onnx", STATIC)
+    return export(middle_unet, tmp_path_factory.mktemp("static") / "graph.onnx", STATIC)
 
 
 @pytest.fixture(scope="module")
-def dynamic(quick_trace: None, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dynamic(quick_trace: None, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same graph with dynamic shapes, which tests must not change."""
     file = tmp_path_factory.mktemp("dynamic") / "graph.onnx"
-    export(random_unet, file, ExportOptions(sws=ONE_SITE, validate=False))
+    export(middle_unet, file, ExportOptions(sws=ONE_SITE, validate=False))
     return file
 
 
@@ -94,14 +94,14 @@ def test_other_sizes_are_refused_at_run_time(static: ExportReport) -> None:
         session.step(**inputs(batch=1))
 
 
-def test_validate_uses_the_static_sizes(static: ExportReport, random_unet: Path) -> None:
-    report = validate(static.files[0], random_unet)
+def test_validate_uses_the_static_sizes(static: ExportReport, middle_unet: Path) -> None:
+    report = validate(static.files[0], middle_unet)
     assert report.passed
     assert report.sizes == {"batch": 2, "height": 8, "width": 12, "tokens": 7}
 
 
 def test_a_wrong_static_graph_is_not_written(
-    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = graph_stage.rewrite
 
@@ -115,30 +115,30 @@ def test_a_wrong_static_graph_is_not_written(
 
     monkeypatch.setattr(graph_stage, "rewrite", wrong)
     with pytest.raises(ValidationError, match="differs from the graph with dynamic shapes: out_sample by"):
-        export(random_unet, out / "graph.onnx", STATIC)
+        export(middle_unet, out / "graph.onnx", STATIC)
     assert listing(out) == {}
 
 
-def test_a_static_bfloat16_graph_is_compared_too(random_unet: Path, out: Path) -> None:
-    report = export(random_unet, out / "graph.onnx", with_options(STATIC, precision="bf16"))
+def test_a_static_bfloat16_graph_is_compared_too(middle_unet: Path, out: Path) -> None:
+    report = export(middle_unet, out / "graph.onnx", with_options(STATIC, precision="bf16"))
     assert report.validation is not None
     assert any("the static graph differs by up to" in remark for remark in report.validation.remarks)
 
 
-def test_a_static_graph_with_long_steps_is_not_run(random_unet: Path, out: Path) -> None:
+def test_a_static_graph_with_long_steps_is_not_run(middle_unet: Path, out: Path) -> None:
     progress = AtStage()
-    report = export(random_unet, out / "graph.onnx", with_options(STATIC, batch="8192"), progress)
+    report = export(middle_unet, out / "graph.onnx", with_options(STATIC, batch="8192"), progress)
     assert "compare static shapes" not in progress.stages
     assert report.validation is not None
     assert report.validation.remarks[0].endswith("was not run, a step on this processor would be long")
 
 
 def test_weights_are_written_once(
-    random_unet: Path, dynamic: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    middle_unet: Path, dynamic: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**20)
     progress = AtStage()
-    export(random_unet, out / "graph.onnx", STATIC, progress)
+    export(middle_unet, out / "graph.onnx", STATIC, progress)
     assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.data", "graph.onnx.json"]
     assert progress.stages.count("save") == 1
     held = [value.const_value for value in ir.load(out / "graph.onnx").graph.initializers.values()]
@@ -148,17 +148,17 @@ def test_weights_are_written_once(
     assert_same_steps(out / "graph.onnx", dynamic)
 
 
-def test_some_sizes_are_static(random_unet: Path, out: Path) -> None:
-    report = export(random_unet, out / "graph.onnx", ExportOptions(sws=ONE_SITE, sizes=GRID, validate=False))
+def test_some_sizes_are_static(middle_unet: Path, out: Path) -> None:
+    report = export(middle_unet, out / "graph.onnx", ExportOptions(sws=ONE_SITE, sizes=GRID, validate=False))
     found = shapes(report)
     assert found["sample"] == ["batch", 4, 8, 12]
     assert found["sws_state_d2"] == ["batch", 145, 4, 6]
     assert not SHAPE_OPS & op_counts(ir.load(out / "graph.onnx")).keys()
 
 
-def test_a_static_plain_graph_as_the_source(random_unet: Path, out: Path) -> None:
+def test_a_static_plain_graph_as_the_source(middle_unet: Path, out: Path) -> None:
     plain = out / "plain.onnx"
-    report = export(random_unet, plain, ExportOptions(sws=SwsOptions(plain=True), sizes=GRID))
+    report = export(middle_unet, plain, ExportOptions(sws=SwsOptions(plain=True), sizes=GRID))
     assert shapes(report)["sample"] == ["batch", 4, 8, 12]
     report = export(plain, out / "sws.onnx", ExportOptions(sws=ONE_SITE, validate=False))
     assert shapes(report)["sws_state_d2"] == ["batch", 145, 4, 6]

@@ -60,8 +60,8 @@ def inputs(batch: int = 2) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("quick_trace")
 class TestFiles:
-    def test_a_graph_and_its_manifest(self, random_unet: Path, out: Path) -> None:
-        report = export(random_unet, out / "graph.onnx", VALIDATED)
+    def test_a_graph_and_its_manifest(self, middle_unet: Path, out: Path) -> None:
+        report = export(middle_unet, out / "graph.onnx", VALIDATED)
         assert report.files == (out / "graph.onnx", out / "graph.onnx.json")
         assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
         assert json.loads((out / "graph.onnx.json").read_text()) == report.manifest
@@ -73,9 +73,9 @@ class TestFiles:
         assert names[:5] == ["export", "rewrite", "check", "save", "validate"]
         assert all(figures.peak_memory > 10**7 for figures in report.stages)
 
-    def test_an_engine_alone(self, random_unet: Path, out: Path, fake_engine: list[Any]) -> None:
+    def test_an_engine_alone(self, middle_unet: Path, out: Path, fake_engine: list[Any]) -> None:
         options = with_options(FAST, vae_scale=1, tokens="1:8:77", compute_capabilities=("8.9",))
-        report = export(random_unet, out / "e.engine", options)
+        report = export(middle_unet, out / "e.engine", options)
         assert sorted(listing(out)) == ["e.engine", "e.engine.json"]
         ((_, _, (shapes,), build),) = fake_engine
         assert build.compute_capabilities == ("8.9",)
@@ -89,44 +89,44 @@ class TestFiles:
         assert report.manifest["engine"]["library_version"] == "1.7"
 
     @pytest.mark.usefixtures("fake_engine")
-    def test_an_engine_and_its_graph(self, random_unet: Path, out: Path) -> None:
+    def test_an_engine_and_its_graph(self, middle_unet: Path, out: Path) -> None:
         options = with_options(FAST, keep_onnx=True, vae_scale=1)
-        report = export(random_unet, out / "e.plan", options)
+        report = export(middle_unet, out / "e.plan", options)
         assert report.files[0] == out / "e.plan"
         assert read_contract(out / "e.onnx").backend == "onnxruntime"
         assert sorted(listing(out)) == ["e.onnx", "e.onnx.json", "e.plan", "e.plan.json"]
 
     def test_large_weights_are_external_data(
-        self, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+        self, middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**20)
-        report = export(random_unet, out / "graph.onnx", FAST)
+        report = export(middle_unet, out / "graph.onnx", FAST)
         assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.data", "graph.onnx.json"]
         assert {file.name for file in report.files} == set(listing(out))
         assert Session(out / "graph.onnx").step(inputs(), {"sws_state_d2": np.zeros((2, 145, 4, 3))})
 
-    def test_a_second_run_replaces_the_first(self, random_unet: Path, out: Path) -> None:
-        export(random_unet, out / "graph.onnx", FAST)
+    def test_a_second_run_replaces_the_first(self, middle_unet: Path, out: Path) -> None:
+        export(middle_unet, out / "graph.onnx", FAST)
         first = listing(out)
-        export(random_unet, out / "graph.onnx", with_options(FAST, parameters=SwsParameters(beta=0.5)))
+        export(middle_unet, out / "graph.onnx", with_options(FAST, parameters=SwsParameters(beta=0.5)))
         second = listing(out)
         assert first.keys() == second.keys()
         assert first["graph.onnx"] != second["graph.onnx"]
         assert json.loads((out / "graph.onnx.json").read_text())["sws"]["beta"] == 0.5
 
     def test_a_dry_run_writes_nothing(
-        self, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+        self, middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("onnx_ir.save", None)
         report = export(
-            random_unet, out / "e.plan", ExportOptions(sizes=SizeOptions(vae_scale=1), dry_run=True)
+            middle_unet, out / "e.plan", ExportOptions(sizes=SizeOptions(vae_scale=1), dry_run=True)
         )
         assert report.files == ()
         assert report.preflight.memory.keys() == {"export", "validation", "engine build"}
         assert listing(out) == {}
 
-    def test_a_skipped_validation_is_in_the_manifest(self, random_unet: Path, out: Path) -> None:
-        report = export(random_unet, out / "graph.onnx", FAST)
+    def test_a_skipped_validation_is_in_the_manifest(self, middle_unet: Path, out: Path) -> None:
+        report = export(middle_unet, out / "graph.onnx", FAST)
         assert report.validation is None
         assert report.manifest["validation"] == {"passed": None, "reason": "skipped by --no-validate"}
 
@@ -142,16 +142,16 @@ class TestFiles:
         }
         assert deselected == {"down_blocks.1.attentions.0.transformer_blocks.0.attn1"}
 
-    def test_a_plain_graph_has_no_sws(self, random_unet: Path, out: Path) -> None:
-        report = export(random_unet, out / "graph.onnx", ExportOptions(sws=SwsOptions(plain=True)))
+    def test_a_plain_graph_has_no_sws(self, middle_unet: Path, out: Path) -> None:
+        report = export(middle_unet, out / "graph.onnx", ExportOptions(sws=SwsOptions(plain=True)))
         assert report.manifest["sws"] is None
         assert report.manifest["states"] == []
         assert report.validation is not None
         assert [output.name for output in report.validation.outputs] == ["out_sample"]
         assert Session(out / "graph.onnx").inputs.keys() == {"sample", "timestep", "encoder_hidden_states"}
 
-    def test_an_export_in_a_thread(self, random_unet: Path, out: Path) -> None:
-        thread = threading.Thread(target=export, args=(random_unet, out / "graph.onnx", FAST))
+    def test_an_export_in_a_thread(self, middle_unet: Path, out: Path) -> None:
+        thread = threading.Thread(target=export, args=(middle_unet, out / "graph.onnx", FAST))
         thread.start()
         thread.join()
         assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
@@ -170,8 +170,8 @@ def test_a_plain_graph_as_the_source(random_unet: Path, traced: Path, out: Path)
     np.testing.assert_array_equal(state_a["sws_state_d2"], state_b["sws_state_d2"])
 
 
-def test_bfloat16_is_validated_as_a_float32_copy(random_unet: Path, out: Path) -> None:
-    report = export(random_unet, out / "graph.onnx", with_options(VALIDATED, precision="bf16"))
+def test_bfloat16_is_validated_as_a_float32_copy(middle_unet: Path, out: Path) -> None:
+    report = export(middle_unet, out / "graph.onnx", with_options(VALIDATED, precision="bf16"))
     assert report.validation is not None
     assert any("float32 copy" in remark for remark in report.validation.remarks)
     assert report.validation.passed
@@ -231,20 +231,20 @@ def interrupt() -> None:
 
 @pytest.mark.usefixtures("quick_trace", "fake_engine")
 @pytest.mark.parametrize("stage", ["open", "check tensors", "rewrite", "Check weights", "validate", "hash"])
-def test_an_interrupt_in_each_stage(random_unet: Path, out: Path, stage: str) -> None:
+def test_an_interrupt_in_each_stage(middle_unet: Path, out: Path, stage: str) -> None:
     for name in EARLIER:
         (out / name).write_text("of an earlier run")
     before = listing(out)
     options = with_options(PLAN, validate=stage == "validate")
     with pytest.raises(KeyboardInterrupt):
-        export(random_unet, out / "e.plan", options, AtStage(stage, interrupt))
+        export(middle_unet, out / "e.plan", options, AtStage(stage, interrupt))
     assert listing(out) == before
 
 
 @pytest.mark.usefixtures("quick_trace", "fake_engine")
 @pytest.mark.parametrize("function", ["onnx_ir.save", "json.dump", "os.fsync"])
 def test_an_interrupt_while_a_file_is_written(
-    random_unet: Path,
+    middle_unet: Path,
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -261,7 +261,7 @@ def test_an_interrupt_while_a_file_is_written(
         interrupt()
 
     monkeypatch.setattr(function, interrupted)
-    arguments = [str(random_unet), "--out", str(out / "e.plan"), "--keep-onnx", "--vae-scale", "1"]
+    arguments = [str(middle_unet), "--out", str(out / "e.plan"), "--keep-onnx", "--vae-scale", "1"]
     arguments += ["--sites", "mid_block.*.attn1", "--guard", "literal", "--no-validate"]
     assert main(arguments) == 1
     assert error_line(capsys.readouterr().err) == "interrupted; nothing was written"
@@ -271,7 +271,7 @@ def test_an_interrupt_while_a_file_is_written(
 @pytest.mark.usefixtures("quick_trace", "fake_engine")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_during_publishing_is_ignored(
-    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """All artefacts move, or none."""
     replace, handler = Path.replace, signal.getsignal(number)
@@ -282,14 +282,14 @@ def test_an_interrupt_during_publishing_is_ignored(
         return moved
 
     monkeypatch.setattr(Path, "replace", interrupted)
-    export(random_unet, out / "e.plan", PLAN)
+    export(middle_unet, out / "e.plan", PLAN)
     assert sorted(listing(out)) == ["e.onnx", "e.onnx.json", "e.plan", "e.plan.json"]
     assert signal.getsignal(number) is handler
 
 
 @pytest.mark.usefixtures("quick_trace")
 def test_a_second_interrupt_leaves_nothing(
-    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remove = shutil.rmtree
 
@@ -299,26 +299,26 @@ def test_a_second_interrupt_leaves_nothing(
 
     monkeypatch.setattr("shutil.rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(random_unet, out / "graph.onnx", FAST, AtStage("rewrite", interrupt))
+        export(middle_unet, out / "graph.onnx", FAST, AtStage("rewrite", interrupt))
     assert listing(out) == {}
 
 
 @pytest.mark.usefixtures("quick_trace")
 def test_a_bug_leaves_nothing_and_keeps_its_traceback(
-    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnx_ir.save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main([str(random_unet), "--out", str(out / "graph.onnx"), "--quiet"])
+        main([str(middle_unet), "--out", str(out / "graph.onnx"), "--quiet"])
     assert listing(out) == {}
 
 
 @pytest.mark.usefixtures("quick_trace")
-def test_tightening_the_budget_changes_the_prediction(random_unet: Path, out: Path) -> None:
+def test_tightening_the_budget_changes_the_prediction(middle_unet: Path, out: Path) -> None:
     loose = with_options(FAST, parameters=SwsParameters(kl_floor=100.0))
     tight = with_options(FAST, parameters=SwsParameters(value_cap=0.0, key_cap=0.0))
     results = []
     for name, options in (("loose.onnx", loose), ("tight.onnx", tight)):
-        export(random_unet, out / name, options, SilentProgress())
+        export(middle_unet, out / name, options, SilentProgress())
         results.append(Session(out / name).step(inputs(), {"sws_state_d2": np.zeros((2, 145, 4, 3))})[0])
     assert difference(*results) > 1e-7
