@@ -158,11 +158,12 @@ def test_validate_compares_again(
     assert "sws_state_d4_out" in printed.err
 
 
-def test_two_processes_write_the_same_bytes(random_unet: Path, tmp_path: Path) -> None:
-    command = [COMMAND, random_unet, "--out", tmp_path / "a.onnx", "--quiet", "--no-validate"]
+def test_two_processes_write_the_same_bytes(traced: Path, tmp_path: Path) -> None:
+    """From a plain graph; traces of two processes are compared in `test_export_unet.py`."""
+    command = [COMMAND, traced, "--out", tmp_path / "a.onnx", "--quiet", "--no-validate"]
     command += ["--sites", *ONE_SITE.sites, "--guard", "literal"]
     subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": "1"}, check=True, timeout=500)
-    export(random_unet, tmp_path / "b.onnx", ExportOptions(sws=ONE_SITE, validate=False))
+    export(traced, tmp_path / "b.onnx", ExportOptions(sws=ONE_SITE, validate=False))
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 

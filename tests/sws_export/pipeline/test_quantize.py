@@ -59,14 +59,14 @@ def prediction(graph: Path, intensity: float = 1.0, residuals: float = 0.0) -> A
 
 
 @pytest.fixture(scope="module")
-def validated(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def validated(middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A graph with int8 weights, validated at the export."""
     graph = tmp_path_factory.mktemp("int8") / "graph.onnx"
-    export(random_unet, graph, with_options(INT8, validate=True))
+    export(middle_unet, graph, with_options(INT8, validate=True))
     return graph
 
 
-def test_the_manifest_names_the_layers(validated: Path, random_unet: Path) -> None:
+def test_the_manifest_names_the_layers(validated: Path, middle_unet: Path) -> None:
     manifest = json.loads(validated.with_name("graph.onnx.json").read_text())
     entry = manifest["quantization"]
     assert entry["weights"] == "int8"
@@ -76,7 +76,7 @@ def test_the_manifest_names_the_layers(validated: Path, random_unet: Path) -> No
     assert entry["skipped_layers"]["last convolution"] == ["conv_out"]
     embeddings = entry["skipped_layers"]["embedding of the timestep or of another condition"]
     assert {"time_embedding.linear_1", "mid_block.resnets.0.time_emb_proj"} < set(embeddings)
-    stored = (random_unet / "diffusion_pytorch_model.safetensors").stat().st_size
+    stored = (middle_unet / "diffusion_pytorch_model.safetensors").stat().st_size
     weights = sum(
         v.const_value.nbytes for v in ir.load(validated).graph.initializers.values() if v.const_value
     )
@@ -100,33 +100,33 @@ def test_both_errors_are_measured(validated: Path) -> None:
     assert "first convolution: conv_in" in facts["layers without"]
 
 
-def test_it_is_validated_again_with_its_own_tolerance(validated: Path, random_unet: Path) -> None:
-    report = validate(validated, random_unet)
+def test_it_is_validated_again_with_its_own_tolerance(validated: Path, middle_unet: Path) -> None:
+    report = validate(validated, middle_unet)
     assert report.passed
     assert {output.name: output.tolerance for output in report.outputs}["out_sample"] == 0.1
 
 
 @pytest.mark.parametrize(("option", "allowed"), [("weights", "1e-01"), ("activations", "2e-01")])
 def test_a_graph_over_its_tolerance_is_not_written(
-    option: str, allowed: str, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    option: str, allowed: str, middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values of 3 bits instead of 8, at layers that are not left out for their errors."""
     monkeypatch.setitem(FORMATS, "int8", dataclasses.replace(FORMATS["int8"], largest=3.0))
     monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": 9.0})
     options = with_options(INT8, validate=True, **PLAIN | {"weights": None} | {option: "int8"})
     with pytest.raises(ValidationError, match=rf"out_sample by .* allowed is {allowed}; nothing was written"):
-        export(random_unet, out / "graph.onnx", options)
+        export(middle_unet, out / "graph.onnx", options)
     assert listing(out) == {}
 
 
 def test_every_layer_can_be_too_sensitive(
-    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": 0.0})
     with pytest.raises(
         ExportError, match="every layer has an error above 0% with --precision int8; use --weights"
     ):
-        export(random_unet, out / "graph.onnx", with_options(INT8, weights=None, activations="int8"))
+        export(middle_unet, out / "graph.onnx", with_options(INT8, weights=None, activations="int8"))
     assert listing(out) == {}
 
 
@@ -146,9 +146,9 @@ NODE: dict[str, Any] = {"preset": "comfyui-node", "guard": None, "u": "sigma", "
     ],
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
-def test_it_combines_with(changes: dict[str, Any], random_unet: Path, out: Path) -> None:
+def test_it_combines_with(changes: dict[str, Any], middle_unet: Path, out: Path) -> None:
     options = with_options(INT8, **changes)
-    report = export(random_unet, out / "graph.onnx", options)
+    report = export(middle_unet, out / "graph.onnx", options)
     assert report.manifest is not None
     entry = report.manifest["quantization"]
     assert entry["weights"] == (options.quantization.weight_format or "")
@@ -156,14 +156,14 @@ def test_it_combines_with(changes: dict[str, Any], random_unet: Path, out: Path)
     rounded = counts.get("QuantizeLinear", 0)
     assert counts["DequantizeLinear"] == sum(entry["layers"].values()) + rounded
     assert ("activations" in entry) == (rounded > 0)
-    export(random_unet, out / "exact.onnx", with_options(options, weights=None, activations=None))
+    export(middle_unet, out / "exact.onnx", with_options(options, weights=None, activations=None))
     assert 1e-4 < difference(prediction(out / "graph.onnx"), prediction(out / "exact.onnx")) < 0.15
 
 
-def test_residuals_of_a_controlnet_are_added_unrounded(random_unet: Path, out: Path) -> None:
+def test_residuals_of_a_controlnet_are_added_unrounded(middle_unet: Path, out: Path) -> None:
     options = with_options(INT8, **PLAIN | ACTIVATIONS, controlnet=True)
-    export(random_unet, out / "graph.onnx", options)
-    export(random_unet, out / "exact.onnx", with_options(options, activations=None))
+    export(middle_unet, out / "graph.onnx", options)
+    export(middle_unet, out / "exact.onnx", with_options(options, activations=None))
     found, exact = (prediction(out / f"{name}.onnx", residuals=1.0) for name in ("graph", "exact"))
     assert 1e-4 < difference(found, exact) < 0.1
     effect = difference(exact, prediction(out / "exact.onnx"))
@@ -171,7 +171,7 @@ def test_residuals_of_a_controlnet_are_added_unrounded(random_unet: Path, out: P
     assert difference(found, prediction(out / "graph.onnx")) == pytest.approx(effect, rel=0.1)
 
 
-def test_fused_loras_are_quantized(random_unet: Path, out: Path) -> None:
+def test_fused_loras_are_quantized(middle_unet: Path, out: Path) -> None:
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_v"
     random = np.random.default_rng(3)
     factors = {
@@ -180,13 +180,13 @@ def test_fused_loras_are_quantized(random_unet: Path, out: Path) -> None:
     }
     save_file(factors, out / "lora.safetensors")
     options = with_options(INT8, loras=(f"{out / 'lora.safetensors'}:0.5",))
-    export(random_unet, out / "graph.onnx", options)
-    export(random_unet, out / "exact.onnx", with_options(options, weights=None))
-    export(random_unet, out / "without.onnx", INT8)
+    export(middle_unet, out / "graph.onnx", options)
+    export(middle_unet, out / "exact.onnx", with_options(options, weights=None))
+    export(middle_unet, out / "without.onnx", INT8)
     found, exact, without = (prediction(out / f"{name}.onnx") for name in ("graph", "exact", "without"))
     assert difference(found, exact) < 0.1 < difference(found, without)
     initializers = ir.load(out / "graph.onnx").graph.initializers
-    with safe_open(random_unet / "diffusion_pytorch_model.safetensors", "np") as stored:
+    with safe_open(middle_unet / "diffusion_pytorch_model.safetensors", "np") as stored:
         weight = stored.get_tensor(f"{layer}.weight").astype(np.float64)
     a, b = factors.values()
     weight += 0.5 * (b.astype(np.float64) @ a)
@@ -204,26 +204,26 @@ def data(initializers: Mapping[str, ir.Value], name: str) -> Any:
 
 
 def test_static_and_dynamic_graphs_share_the_weights(
-    random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**18)
     passed = ValidationReport("the reference", (), 5, {}, (), 1.0)
     monkeypatch.setattr("sws_export.sources.checkpoint.validate_against_reference", lambda *_: passed)
     sizes = SizeOptions(batch="2", height="8", width="6", tokens="7", vae_scale=1)
     export(
-        random_unet,
+        middle_unet,
         out / "graph.onnx",
         ExportOptions(sws=INT8.sws, sizes=sizes, quantization=INT8.quantization),
     )
     assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.data", "graph.onnx.json"]
-    export(random_unet, out / "dynamic.onnx", INT8)
+    export(middle_unet, out / "dynamic.onnx", INT8)
     # Above intensity 0, rounding can move the result of the bisection by one interval.
     static, dynamic = (prediction(out / f"{name}.onnx", intensity=0.0) for name in ("graph", "dynamic"))
     assert difference(static, dynamic) < 1e-5
 
 
-def test_a_plain_quantized_graph_as_the_source(random_unet: Path, out: Path) -> None:
-    export(random_unet, out / "plain.onnx", with_options(INT8, **PLAIN))
+def test_a_plain_quantized_graph_as_the_source(middle_unet: Path, out: Path) -> None:
+    export(middle_unet, out / "plain.onnx", with_options(INT8, **PLAIN))
     report = export(out / "plain.onnx", out / "sws.onnx", ExportOptions(sws=INT8.sws))
     assert report.manifest is not None
     assert report.manifest["quantization"]["weights"] == "int8"
@@ -240,27 +240,27 @@ def test_a_plain_graph_is_quantized(traced: Path, out: Path) -> None:
     assert without.maximum < 1e-5 < prediction.maximum < prediction.tolerance == 0.2
 
 
-def test_targets_without_float8(random_unet: Path, out: Path) -> None:
+def test_targets_without_float8(middle_unet: Path, out: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     sizes = SizeOptions(height="16", width="16", vae_scale=1)
     options = ExportOptions(sizes=sizes, quantization=QuantizationOptions(weights="fp8"), dry_run=True)
     progress = RecordingProgress(SilentProgress())
-    needs = export(random_unet, out / "engine.plan", options, progress).preflight
+    needs = export(middle_unet, out / "engine.plan", options, progress).preflight
     assert (False, "not built for compute capability 8.0, 8.6: no float8 before 8.9") in progress.lines
-    exact = export(random_unet, out / "engine.plan", with_options(options, weights=None)).preflight
+    exact = export(middle_unet, out / "engine.plan", with_options(options, weights=None)).preflight
     assert needs.graph_size < 0.55 * exact.graph_size
     named = with_options(options, compute_capabilities=("8.6", "8.9"))
     with pytest.raises(OptionError, match=r"--compute-capability 8\.6: GPUs before 8\.9 have no float8"):
-        export(random_unet, out / "engine.plan", named)
-    export(random_unet, out / "engine.plan", with_options(named, weights="int8"))
+        export(middle_unet, out / "engine.plan", named)
+    export(middle_unet, out / "engine.plan", with_options(named, weights="int8"))
 
 
 @pytest.fixture(scope="module")
-def activations(random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def activations(middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A graph with int8 weights and activations, in float32 beside them, validated at the export."""
     graph = tmp_path_factory.mktemp("activations") / "graph.onnx"
     options = with_options(INT8, validate=True, weights=None, activations="int8", precision="fp32")
-    export(random_unet, graph, options)
+    export(middle_unet, graph, options)
     return graph
 
 
@@ -284,14 +284,14 @@ def test_activations_are_calibrated_and_validated(activations: Path) -> None:
 
 
 def test_sensitive_layers_keep_their_precision(
-    activations: Path, random_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    activations: Path, middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = json.loads(activations.with_name("graph.onnx.json").read_text())
     errors = manifest["quantization"]["layer_errors"]
     limit = sorted(errors.values())[len(errors) // 2]
     monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": limit})
     options = with_options(INT8, weights=None, activations="int8", precision="fp32")
-    report = export(random_unet, out / "graph.onnx", options)
+    report = export(middle_unet, out / "graph.onnx", options)
     assert report.manifest is not None
     skipped = report.manifest["quantization"]["skipped_layers"]
     (named,) = [
@@ -306,20 +306,20 @@ def test_sensitive_layers_keep_their_precision(
 
 
 def test_a_pipeline_that_cannot_be_used_is_refused_before_the_export(
-    random_unet: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    middle_unet: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("sws_export.pipeline.run.GraphExporter")
     prompts = tmp_path / "prompts.txt"
     quantization = QuantizationOptions(activations="int8", calibration=tmp_path / "none", prompts=prompts)
     options = dataclasses.replace(INT8, quantization=quantization)
     with pytest.raises(OptionError, match=r"--prompts .*prompts\.txt: No such file or directory"):
-        export(random_unet, out / "graph.onnx", options)
+        export(middle_unet, out / "graph.onnx", options)
     prompts.write_text("a cat")
     with pytest.raises(CheckpointError, match="none is not a diffusers pipeline"):
-        export(random_unet, out / "graph.onnx", options)
+        export(middle_unet, out / "graph.onnx", options)
     quantization = dataclasses.replace(quantization, calibration=TRAINED.parent)
     with pytest.raises(OptionError, match="add --trust-code"):
-        export(random_unet, out / "graph.onnx", dataclasses.replace(INT8, quantization=quantization))
+        export(middle_unet, out / "graph.onnx", dataclasses.replace(INT8, quantization=quantization))
     assert listing(out) == {}
 
 
