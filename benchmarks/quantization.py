@@ -191,7 +191,9 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
 
 def engine_table(report: dict[str, Any]) -> str:
     """One row for each engine, in Markdown."""
-    lines = ["| UNet | variant | plan | × fp16 | weights | activations | build | memory of the build |"]
+    lines = [
+        "| UNet | variant | plan | × fp16 | weights | activations | build | memory of the build | error |"
+    ]
     lines.append("|---" * lines[0].count(" | ") + "|---|")
     for model, rows in report.items():
         for name in VARIANTS:
@@ -203,6 +205,8 @@ def engine_table(report: dict[str, Any]) -> str:
             cells = [MODELS[model], name, _gigabytes(figures["plan"]), ratio]
             cells += [_gigabytes(figures["weights"]), _gigabytes(figures["activations"])]
             cells += [f"{figures['seconds']:.0f} s", _gigabytes(figures["host_memory"])]
+            found = [row for key, row in rows[name].items() if key.startswith("error at ")]
+            cells.append(f"{found[-1]['error']:.1e}" if found else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

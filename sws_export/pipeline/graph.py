@@ -253,7 +253,8 @@ class GraphExporter:
                 recorded = record_steps(
                     pipeline, prompts, source.inputs, self._log, trust_code=options.trust_code
                 )
-            steps = recorded_steps(recorded, f"{pipeline.name}, {len(prompts)} prompts")
+            count = "1 prompt" if len(prompts) == 1 else f"{len(prompts)} prompts"
+            steps = recorded_steps(recorded, f"{pipeline.name}, {count}")
         with self._log.measure("calibrate"):
             return calibrate(model, calibrated_layers(self._plain), activations, steps, self._log)
 
