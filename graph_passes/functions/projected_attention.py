@@ -13,6 +13,7 @@ from graph_passes.functions.building import (
     define_function,
     join_heads,
     logit_factor,
+    mean_token,
     per_sample,
     split_heads,
 )
@@ -53,7 +54,7 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         moved = Tiles(op, transport, HALF, TILE, corners=False).transported(x, ir.DataType.INT32)
         change = op.Sub(moved, x)
         # Queries, and with them all attentions, wait for the transport.
-        mean = _mean_token(op, moved)
+        mean = mean_token(op, moved, HALF)
         q = after(op, q, mean, HALF)
         rows, kl_rows = q, None
         if guard.rows != 1:
@@ -105,14 +106,3 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         ir.Attr("scale", ir.AttributeType.FLOAT, None),
     ]
     return define_function("ProjectedAttention", body, inputs, ["y"], attributes)
-
-
-def _mean_token(op: Op, x: Any) -> Any:
-    """The mean over the tokens of `x` [B, T, C] float16, to the rounding of 1 / T: [B, 1, C].
-
-    A product, which sums in float32 and needs no copy of `x` in float32. The mean of transported tokens is
-    not exactly that of the tokens that it centres either.
-    """
-    tokens = op.Shape(x, start=1, end=2)
-    share = cast(op, op.Reciprocal(op.Cast(tokens, to=int(FLOAT))), HALF, FLOAT)
-    return op.MatMul(op.Expand(share, op.Concat([1, 1], tokens, axis=0)), x)
