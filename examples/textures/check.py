@@ -212,9 +212,9 @@ def _patterns() -> tuple[list[str], npt.NDArray[np.float32]]:
         striped = texture == "striped"
         phases = np.arange(0, 1, 1 / 8)
         grid = itertools.product(
-            np.linspace(-0.26, 0.26, 7),
+            np.linspace(-scenes.TILT, scenes.TILT, 5),
             (-1, 1) if striped else (1,),
-            (0.92, 1.0, 1.08),
+            (0.94, 1.0, 1.06),
             phases,
             (0,) if striped else phases,
         )

@@ -70,14 +70,16 @@ def describe(scene: Scene) -> str:
 def embed(scene: Scene) -> npt.NDArray[np.float32]:
     """encoder_hidden_states of one scene: float32 [TOKENS, WIDTH], variance about 1.
 
-    Token = word vector + sum of the word vectors of its phrase (so that each token knows which object it
-    speaks of, as the output of a real text encoder does) + a sinusoidal code of its place.
+    Token = word vector + sum of the word vectors of its phrase, the position counted three times (so that
+    each token knows which object it speaks of, as the output of a real text encoder does) + a sinusoidal
+    code of its place.
     """
     vectors = _word_vectors()
     tokens = [vectors[START][None]]
     for number, thing in enumerate(scene.objects):
         phrase = np.stack([vectors[word] for word in thing])
-        tokens += [vectors[AND][None]] * (number > 0) + [(phrase + phrase.sum(axis=0)) / 7**0.5]
+        about = phrase.sum(axis=0) + 2 * vectors[thing.position]
+        tokens += [vectors[AND][None]] * (number > 0) + [(phrase + about) / 15**0.5]
     if scene.background:
         tokens += [vectors[ON][None], vectors[scene.background][None]]
     said = np.concatenate(tokens)

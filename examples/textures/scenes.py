@@ -37,7 +37,10 @@ POSITIONS: dict[str, tuple[float, float]] = {
 BACKGROUNDS: tuple[str, ...] = ("wood", "cloth", "gradient", "clutter")
 # A texture alternates between two tones of the colour: its product with DEEP, and a mix with white.
 DEEP, LIGHT = 0.75, 0.55
-CLUTTER = 14
+# Textures vary little about the middle of their object: turned by radians, moved by shares of a period.
+TILT, SHIFT = 0.12, 0.15
+# Most and least things of clutter.
+CLUTTER = (12, 6)
 
 
 class SceneObject(NamedTuple):
@@ -104,8 +107,8 @@ def render(
         radius = RADIUS + uniform(-RADIUS_JITTER, RADIUS_JITTER)
         covers = torch.stack([coverage(name, u, v, radius) for name in SHAPES])
         cover = covers[shape[:, 0, 0].long(), everywhere] * present
-        tilt, sign = uniform(-0.26, 0.26), uniform(-1, 1).sign()
-        size, phases = uniform(0.9, 1.1), (uniform(0, 1), uniform(0, 1))
+        tilt, sign = uniform(-TILT, TILT), uniform(-1, 1).sign()
+        size, phases = uniform(0.95, 1.05), (uniform(-SHIFT, SHIFT), uniform(-SHIFT, SHIFT))
         patterns = [pattern(name, u, v, tilt, sign, size, phases) for name in TEXTURES[1:]]
         shares = torch.stack([torch.zeros_like(cover), *patterns])
         share = shares[texture[:, 0, 0].long(), everywhere][:, None]
@@ -196,15 +199,18 @@ def _gradient(x: torch.Tensor, y: torch.Tensor, uniform: Uniform, noise: torch.T
 
 
 def _clutter(x: torch.Tensor, y: torch.Tensor, uniform: Uniform, noise: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-    """Grey discs and bars of all sizes on grey, over each other."""
+    """Dark and light grey discs and bars of several sizes on grey, over each other."""
+    most, least = CLUTTER
     shade = 0.5 + 0 * (x + y) * uniform(0, 1)
-    for number in range(CLUTTER):
+    count = uniform(least, most)
+    for number in range(most):
         u, v = x - uniform(0, SIZE), y - uniform(0, SIZE)
         if number % 2:
-            distance = torch.hypot(u, v) - uniform(2, 5)
+            distance = torch.hypot(u, v) - uniform(3, 6)
         else:
             angle = uniform(0, math.pi)
             along, across = u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
-            distance = torch.maximum(along.abs() - uniform(4, 9), across.abs() - uniform(1, 2.5))
-        shade = shade + (0.5 - distance).clamp(0, 1) * (uniform(0.1, 0.95) - shade)
+            distance = torch.maximum(along.abs() - uniform(5, 10), across.abs() - uniform(1.5, 3))
+        cover = (0.5 - distance).clamp(0, 1) * (number < count)
+        shade = shade + cover * (0.5 + uniform(0.25, 0.4) * uniform(-1, 1).sign() - shade)
     return _between(shade, (0, 0, 0), (1, 1, 1))

@@ -24,7 +24,7 @@ SCENE = Scene(
     "wood",
 )
 # Four numbers of the embedding of SCENE: the committed weights know these vectors and no others.
-EMBEDDED = [2.0169654, 0.5861692, 0.2116245, 0.8979121]
+EMBEDDED = [1.895702, -0.06488813, 0.7995497, 0.6490917]
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +186,8 @@ def test_samples_obey_their_prompts(pipeline: TexturesPipeline) -> None:
     wanted = check.random_scenes(6, seed=0)
     pictures = sample.sample(pipeline, [prompts.describe(scene) for scene in wanted], steps=12)
     share = check.accuracy(wanted, pictures)
-    assert min(share.position, share.shape) >= 0.9
-    assert share.words >= 0.85
+    assert share.exact >= 0.8
+    assert share.words >= 0.95
 
 
 @pytest.mark.slow
