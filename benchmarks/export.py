@@ -48,6 +48,9 @@ def main() -> None:
         scratch = Path(folder)
         unet = make_checkpoint(arguments.family, scratch)
         weights = sum(file.stat().st_size for file in unet.glob("*.safetensors"))
+        if hasattr(os, "sync"):
+            # The first run would wait for the disk otherwise.
+            os.sync()
         runs: dict[str, Any] = {}
         for name in arguments.only or RUNS:
             runs[name] = run(name, unet, scratch, arguments)

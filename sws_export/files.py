@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import signal
@@ -39,6 +40,44 @@ def file_digest(file: Path) -> FileDigest:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return FileDigest(os.fstat(stream.fileno()).st_size, digest)
+
+
+def file_places(files: Sequence[Path]) -> dict[Path, int]:
+    """Where each of `files` begins in their concatenation, in bytes."""
+    sizes = [file.stat().st_size for file in files]
+    return dict(zip(files, itertools.accumulate(sizes, initial=0), strict=False))
+
+
+class HashedCopy:
+    """A new file whose bytes are hashed while they are written.
+
+    Attributes:
+        path: The file.
+        sha256: The hash of what was written.
+        size: Bytes written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Create the file."""
+        self.path = path
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self._file = path.open("wb")
+
+    def write(self, chunk: memoryview) -> None:
+        """Append bytes."""
+        self.sha256.update(chunk)
+        self._file.write(chunk)
+        self.size += len(chunk)
+
+    def flush(self) -> None:
+        """Wait until all bytes are on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 def external_data_path(path: Path) -> Path:

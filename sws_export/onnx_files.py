@@ -1,6 +1,8 @@
 """Reading and writing of ONNX files."""
 
+import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +12,7 @@ import onnx_ir as ir
 
 from sws_export.documents import open_regular
 from sws_export.errors import CheckpointError, ExportError, reading_onnx
-from sws_export.files import FileDigest, external_data_path, file_digest
+from sws_export.files import FileDigest, HashedCopy, external_data_path, file_digest, file_places
 from sws_export.progress import Progress, Stage
 from sws_export.tensors import SIZE_AXES, TensorSpec
 
@@ -140,6 +142,19 @@ def relocate_external_data(model: ir.Model) -> Path | None:
     return directory
 
 
+@dataclasses.dataclass(frozen=True)
+class WholeFiles:
+    """Weight files that external data begins with, one after another; weights in them are not written again.
+
+    Attributes:
+        files: The files, with absolute paths.
+        copy: Their copy at the place of the external data, if it was made already.
+    """
+
+    files: tuple[Path, ...]
+    copy: HashedCopy | None = None
+
+
 def save_onnx(
     model: ir.Model,
     path: Path,
@@ -147,8 +162,9 @@ def save_onnx(
     data: Path | None = None,
     *,
     embed_limit: int | None = None,
+    whole: WholeFiles | None = None,
 ) -> dict[Path, FileDigest]:
-    """Write `model`, one tensor at a time; the bytes depend on the model only.
+    """Write `model`, one tensor at a time; the bytes depend on the model and the files in `whole` only.
 
     Args:
         model: The graph to write.
@@ -156,6 +172,7 @@ def save_onnx(
         progress: Receives the stage.
         data: File of large weights, in the directory of `path`; by default the usual name.
         embed_limit: Bytes of weights up to which all are in the ONNX file; `EMBED_LIMIT` by default.
+        whole: Files that a file of large weights begins with.
 
     Returns:
         The files that were written, the ONNX file first, with the digests of the bytes that were written.
@@ -179,12 +196,21 @@ def save_onnx(
     files = {}
     try:
         if beside:
-            data, offset = data or external_data_path(path), 0
+            data = data or external_data_path(path)
+            whole = whole or WholeFiles(())
+            places = {str(file): place for file, place in file_places(whole.files).items()}
+            copied = {
+                value: places[str(tensor.path)] + (tensor.offset or 0)
+                for value, tensor in beside.items()
+                if isinstance(tensor, ir.ExternalTensor) and str(tensor.path) in places
+            }
+            own = [tensor for value, tensor in beside.items() if value not in copied]
             with progress.stage("save", total=total) as stage:
-                files[data] = _write_tensors(beside.values(), data, stage)
+                files[data] = _write_data(whole, own, data, stage)
+            offset = files[data].bytes - sum(tensor.nbytes for tensor in own)
             for value, tensor in beside.items():
-                value.const_value = _reference(tensor, data, offset)
-                offset += tensor.nbytes
+                value.const_value = _reference(tensor, data, copied.get(value, offset))
+                offset += 0 if value in copied else tensor.nbytes
         for value, tensor in weights.items():
             if value not in beside and isinstance(tensor, ir.ExternalTensor):
                 (value.const_value,) = ir.external_data.convert_tensors_from_external([tensor])
@@ -209,12 +235,22 @@ def _reference(tensor: ir.TensorProtocol, file: Path, offset: int) -> ir.Externa
     )
 
 
-def _write_tensors(tensors: Iterable[ir.TensorProtocol], path: Path, stage: Stage) -> FileDigest:
-    """Write the bytes of `tensors` one after another; a second thread hashes them meanwhile."""
+def _write_data(
+    whole: WholeFiles, tensors: Iterable[ir.TensorProtocol], path: Path, stage: Stage
+) -> FileDigest:
+    """Write the files in `whole`, then the bytes of `tensors`; a second thread hashes them meanwhile."""
     digest, size = hashlib.sha256(), 0
+    chunks: Iterable[memoryview] = itertools.chain(_file_chunks(whole.files), _chunks(tensors))
+    if whole.copy is not None and whole.copy.path == path:
+        digest, size = whole.copy.sha256.copy(), whole.copy.size
+        chunks = _chunks(tensors)
+        stage.advance(size)
     hashed: Future[None] | None = None
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-        for chunk in _chunks(tensors):
+    with path.open("r+b" if size else "wb") as file, ThreadPoolExecutor(1) as hasher:
+        # An earlier graph may have had tensors of its own behind the copy.
+        file.truncate(size)
+        file.seek(size)
+        for chunk in chunks:
             # The chunk after the next is read into the same buffer.
             if hashed is not None:
                 hashed.result()
@@ -230,23 +266,35 @@ def _chunks(tensors: Iterable[ir.TensorProtocol]) -> Iterator[memoryview]:
 
     External data is read, not mapped: of a file that is truncated meanwhile, a mapping would end the process.
     """
-    buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2)]
+    buffers = _buffers()
     for tensor in tensors:
-        if not isinstance(tensor, ir.ExternalTensor):
+        if isinstance(tensor, ir.ExternalTensor):
+            yield from _read(Path(tensor.path), tensor.offset or 0, tensor.nbytes, buffers)
+        else:
             yield memoryview(tensor.tobytes())
-            continue
-        left = tensor.nbytes
-        with Path(tensor.path).open("rb", buffering=0) as source:
-            source.seek(tensor.offset or 0)
-            while left:
-                buffers.reverse()
-                count = source.readinto(buffers[0][: min(left, _CHUNK_BYTES)])
-                if not count:
-                    raise CheckpointError(
-                        f"{tensor.path} was truncated after its header was read; download it again"
-                    )
-                yield buffers[0][:count]
-                left -= count
+
+
+def _file_chunks(files: Iterable[Path]) -> Iterator[memoryview]:
+    """The bytes of `files` in order, as `_chunks`."""
+    buffers = _buffers()
+    for file in files:
+        yield from _read(file, 0, file.stat().st_size, buffers)
+
+
+def _buffers() -> list[memoryview]:
+    return [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2)]
+
+
+def _read(file: Path, begin: int, left: int, buffers: list[memoryview]) -> Iterator[memoryview]:
+    with file.open("rb", buffering=0) as source:
+        source.seek(begin)
+        while left:
+            buffers.reverse()
+            count = source.readinto(buffers[0][: min(left, _CHUNK_BYTES)])
+            if not count:
+                raise CheckpointError(f"{file} was truncated after its header was read; download it again")
+            yield buffers[0][:count]
+            left -= count
 
 
 def save_sharing_weights(

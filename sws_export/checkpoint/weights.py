@@ -13,6 +13,7 @@ from sws_export.checkpoint.header import StoredTensor
 from sws_export.checkpoint.model import Checkpoint
 from sws_export.documents import open_regular
 from sws_export.errors import CheckpointError
+from sws_export.files import HashedCopy
 from sws_export.progress import Progress
 
 if TYPE_CHECKING:
@@ -104,8 +105,13 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
     )
 
 
-def verify_weights(checkpoint: Checkpoint, progress: Progress) -> str:
+def verify_weights(checkpoint: Checkpoint, progress: Progress, copy: HashedCopy | None = None) -> str:
     """Read the checkpoint's files once: hash all bytes, and check the UNet's tensors for NaN and Inf.
+
+    Args:
+        checkpoint: Where the tensors are.
+        progress: Receives the stage.
+        copy: Receives the bytes of all files, in the order in which they are hashed.
 
     Returns:
         The hexadecimal sha256 of the file; for several files, of their concatenation in the order of their
@@ -114,7 +120,8 @@ def verify_weights(checkpoint: Checkpoint, progress: Progress) -> str:
     Raises:
         CheckpointError: A tensor of the UNet contains NaN or Inf, or a file was truncated.
     """
-    digest = hashlib.sha256()
+    digest = copy.sha256 if copy else hashlib.sha256()
+    update = copy.write if copy else digest.update
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     total = sum(file.stat().st_size for file in checkpoint.files)
     with progress.stage("Check weights", total) as stage:
@@ -124,7 +131,7 @@ def verify_weights(checkpoint: Checkpoint, progress: Progress) -> str:
                 for dtype, begin, length in _chunks(tensors.values(), file.stat().st_size):
                     chunk = buffer[:length]
                     _fill(stream, file, chunk)
-                    digest.update(chunk)
+                    update(chunk)
                     found = _find_not_finite(dtype, chunk) if dtype in _NOT_FINITE else None
                     if found is not None:
                         raise _not_finite(tensors, begin + found[0], found[1])

@@ -75,7 +75,7 @@ class StageCache:
         self._cache = cache
         self._inputs = inputs
         self._log = log
-        self.check = CachedCheck(plan.source, cache, log)
+        self.check = CachedCheck(plan.source, cache, log, plan.whole_files)
 
     def known(self) -> tuple[str, ...]:
         """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
@@ -185,7 +185,7 @@ class StageCache:
         skeleton.unlink()
         if model is not None:
             with self._log.measure("restore"):
-                files = save_onnx(model, path, self._log)
+                files = save_onnx(model, path, self._log, whole=self.check.whole_files)
                 unchanged = weights_digest(path, self._log) == entry.metadata["weights"]
             if unchanged:
                 return WrittenGraph(path, model, files, entry.metadata["remark"])

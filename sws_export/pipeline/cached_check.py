@@ -14,8 +14,8 @@ from sws_export.sources import Source
 class CachedCheck(SourceCheck):
     """A check that is not done while the remembered digest of unchanged files is all that is needed."""
 
-    def __init__(self, source: Source, cache: Cache, log: RunLog) -> None:
-        super().__init__(source, log)
+    def __init__(self, source: Source, cache: Cache, log: RunLog, whole_files: tuple[Path, ...]) -> None:
+        super().__init__(source, log, whole_files)
         self._digests = cache.digests
         self._remembered = cache.digests.get(source.files)
         self._before: tuple[Stamps, float] | None = None

@@ -160,7 +160,8 @@ class GraphExporter:
             report = self._rewrite(model, sizes=sizes, progress=self._log)
         self._embed_description(model, report, quantization)
         with self._log.measure("save"):
-            return WrittenGraph(path, model, save_onnx(model, path, self._log, data))
+            files = save_onnx(model, path, self._log, data, whole=self._check.whole_files)
+            return WrittenGraph(path, model, files)
 
     def write_static(self, path: Path, dynamic: WrittenGraph) -> WrittenGraph:
         """Write the graph with static shapes, and run it beside `dynamic` if that is affordable.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graph_passes.target import TARGETS, Target
+from sws_export import onnx_files
 from sws_export.engines.backend import BuildOptions, EngineBackend, supports_fp8
 from sws_export.engines.choice import GRAPH_BACKENDS, choose_backend, get_backend
 from sws_export.engines.library_trust import check_library
@@ -70,6 +71,14 @@ class ExportPlan:
             return self.static_sizes
         ranges = [sizes.ranges() for sizes in self.engine.profiles]
         return {name: max(sizes[name].maximum for sizes in ranges) for name in ranges[0] if name != "batch"}
+
+    @property
+    def whole_files(self) -> tuple[Path, ...]:
+        """Weight files of the source that external data of the graph begins with."""
+        size = self.source.parameter_count * (4 if self.source.precision == "fp32" else 2)
+        if self.options.quantization.weight_format is not None or size <= onnx_files.EMBED_LIMIT:
+            return ()
+        return tuple(file.absolute() for file in self.source.whole_files)
 
     @property
     def keeps_graph(self) -> bool:

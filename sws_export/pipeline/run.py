@@ -1,5 +1,6 @@
 """The export pipeline: a checkpoint or plain ONNX graph in; an SWS graph, its validation, an engine out."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -107,13 +108,17 @@ def export(
     if options.dry_run:
         return ExportReport((), None, precision, needs, None, None, ())
 
-    # Weights are read and checked in a thread from here on.
-    with staged_directory(out) as scratch, cache.check:
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(staged_directory(out))
+        path = scratch / out.with_suffix(".onnx").name
+        # Weights are read, checked and copied in a thread from here on.
+        cache.check.copy_path = external_data_path(path)
+        stack.enter_context(cache.check)
         validation, engine = None, None
 
         # 3. Graph: trace the UNet, insert SWS, lower it for the target, all when a step needs the file.
         exporter = GraphExporter(plan, cache.check, log)
-        dynamic, graph = exporter.graphs(scratch / out.with_suffix(".onnx").name)
+        dynamic, graph = exporter.graphs(path)
 
         # 4. Validate: compare with the reference, with dynamic shapes on a small grid.
         if options.validate:

@@ -4,10 +4,13 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sws_export.files import HashedCopy
 from sws_export.manifest import SourceEntry
+from sws_export.onnx_files import WholeFiles
 from sws_export.pipeline.run_log import Recorded, RunLog
 from sws_export.progress import Progress, SilentProgress
 from sws_export.sources import Source
@@ -21,10 +24,15 @@ class SourceCheck:
 
     Attributes:
         recorded: What the check logged; None before it was needed.
+        copy_path: Where the thread copies the whole files that it reads; None for no copy. To be set before
+            the thread starts.
     """
 
-    def __init__(self, source: Source, log: RunLog) -> None:
+    def __init__(self, source: Source, log: RunLog, whole_files: tuple[Path, ...] = ()) -> None:
+        """A check of `source`, of which `whole_files` become part of the external data."""
         self.recorded: Recorded | None = None
+        self.copy_path: Path | None = None
+        self._whole_files = whole_files
         self._source = source
         self._log = log
         self._reader: _Reader | None = None
@@ -44,7 +52,7 @@ class SourceCheck:
     def start(self) -> None:
         """Start to read the weights in a thread, unless that was done."""
         if self._reader is None:
-            self._reader = _Reader(self._source)
+            self._reader = _Reader(self._source, self.copy_path if self._whole_files else None)
 
     def check_names(self) -> None:
         """Compare names and shapes of the weights with the architecture, unless that was done.
@@ -74,6 +82,18 @@ class SourceCheck:
         return self._source.entry(sha256)
 
     @property
+    def whole_files(self) -> WholeFiles:
+        """What external data begins with, copied already if the files were read in this run.
+
+        Raises:
+            CheckpointError: As for `description`.
+        """
+        if self._reader is None:
+            return WholeFiles(self._whole_files)
+        self._reader.wait(self._log)
+        return WholeFiles(self._whole_files, self._reader.copy)
+
+    @property
     def sha256(self) -> str:
         """Digest of the source's files, in hex."""
         return str(self.description["sha256"])
@@ -91,7 +111,8 @@ class _Stopped(Exception):  # noqa: N818  (ends the thread, is never raised else
 class _Reader(SilentProgress):
     """A thread that reads the weights, and the progress to which it reports."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, copy_path: Path | None) -> None:
+        self.copy = HashedCopy(copy_path) if copy_path else None
         self._source = source
         self._bytes = 0.0
         self._stopped = False
@@ -134,6 +155,14 @@ class _Reader(SilentProgress):
 
     def _read(self) -> None:
         try:
-            self._result = self._source.read_weights(self)
+            try:
+                result = self._source.read_weights(self, self.copy)
+                if self.copy is not None:
+                    # Here the disk is waited for beside the rest of the export.
+                    self.copy.flush()
+                self._result = result
+            finally:
+                if self.copy is not None:
+                    self.copy.close()
         except BaseException as error:
             self._result = error

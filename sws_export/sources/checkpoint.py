@@ -10,6 +10,7 @@ import onnx_ir as ir
 from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, verify_weights
 from sws_export.checkpoint.unet_io import size_multiple, unet_inputs
 from sws_export.errors import CheckpointError
+from sws_export.files import HashedCopy, file_places
 from sws_export.lora.fuse import Lora, fuse, open_lora, parse_lora
 from sws_export.manifest import SamplingEntry, SourceEntry
 from sws_export.options import SourceOptions
@@ -18,6 +19,9 @@ from sws_export.sources.hub import HubModel, fetch_hub_model, is_hub_id
 from sws_export.tensors import PRECISIONS, Precision, TensorSpec
 from sws_export.tracing.export_unet import export_plain, plain_weights
 from sws_export.validation import SwsSpec, ValidationReport, validate_against_reference
+
+_WHOLE = 0.99
+"""Share of the bytes of weight files from which on external data begins with a copy of them."""
 
 # Double precision is exported as float32.
 _STORED_PRECISIONS: dict[str, Precision] = {"F64": "fp32"}
@@ -87,6 +91,20 @@ class CheckpointSource:
         return (*self.files, *(lora.file for lora in self.loras), *filter(None, configs))
 
     @property
+    def whole_files(self) -> tuple[Path, ...]:
+        """The weight files of a UNet alone that is neither converted nor has LoRAs.
+
+        In a copy of the files, one after another, its weights must be aligned to their elements.
+        """
+        tensors = self.checkpoint.stored.values()
+        places = file_places(self.files)
+        element = 4 if self.precision == "fp32" else 2
+        aligned = all((places[tensor.file] + tensor.offset) % element == 0 for tensor in tensors)
+        size = sum(file.stat().st_size for file in self.files)
+        used = sum(tensor.nbytes for tensor in tensors)
+        return () if self.converts or not aligned or used < _WHOLE * size else self.files
+
+    @property
     def converts(self) -> bool:
         """To another precision, or by a LoRA."""
         stored = {_STORED_PRECISIONS.get(dtype) for dtype in self.checkpoint.dtypes}
@@ -136,13 +154,13 @@ class CheckpointSource:
         if unused:
             progress.warn(f"{unused} tensors of the checkpoint have no place in this UNet and are ignored")
 
-    def read_weights(self, progress: Progress) -> str:
+    def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:
         """Every byte of the files.
 
         Raises:
             CheckpointError: A tensor holds NaN or Inf.
         """
-        return verify_weights(self.checkpoint, progress)
+        return verify_weights(self.checkpoint, progress, copy)
 
     def entry(self, sha256: str) -> SourceEntry:
         """Architecture, layout, prediction type and LoRAs."""

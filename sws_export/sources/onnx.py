@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graph_passes.find_sites import count_levels
 from graph_passes.name_nodes import NameNodes
 from sws_export.errors import CheckpointError, ExportError
+from sws_export.files import HashedCopy
 from sws_export.manifest import QuantizationEntry, SourceEntry, read_embedded
 from sws_export.onnx_files import copy_external, graph_specs, load_onnx
 from sws_export.progress import Progress
@@ -72,6 +73,11 @@ class OnnxSource:
         return self.files
 
     @property
+    def whole_files(self) -> tuple[Path, ...]:
+        """None: the weights of the graph are written one by one."""
+        return ()
+
+    @property
     def converts(self) -> bool:
         """Never."""
         return False
@@ -106,7 +112,7 @@ class OnnxSource:
     def check(self, progress: Progress) -> None:
         """Nothing: names and shapes are those of the graph."""
 
-    def read_weights(self, progress: Progress) -> str:
+    def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:  # noqa: ARG002
         """Look at all weights and hash the files: the ONNX file, then its external weights by name.
 
         Raises:

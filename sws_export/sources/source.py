@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from sws_export.errors import OptionError
+from sws_export.files import HashedCopy
 from sws_export.manifest import QuantizationEntry, SourceEntry
 from sws_export.options import ExportOptions
 from sws_export.progress import Progress
@@ -65,6 +66,10 @@ class Source(Protocol):
         """`files`, and those of LoRAs."""
 
     @property
+    def whole_files(self) -> tuple[Path, ...]:
+        """`files`, if nearly all of their bytes are weights of the plain graph as they are; else none."""
+
+    @property
     def converts(self) -> bool:
         """Whether weights are changed on their way into the graph."""
 
@@ -84,10 +89,11 @@ class Source(Protocol):
     def check(self, progress: Progress) -> None:
         """Compare names and shapes of the weights with the architecture."""
 
-    def read_weights(self, progress: Progress) -> str:
+    def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:
         """Check all weights for NaN and Inf; returns the sha256 of the bytes that were read, in hex.
 
-        It may run in another thread than the other methods.
+        It may run in another thread than the other methods. `copy` receives the bytes of all files; only a
+        source with `whole_files` has it.
         """
 
     def entry(self, sha256: str) -> SourceEntry:

@@ -9,8 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from sws_export import onnx_files
-from sws_export.files import external_data_path, file_digest
+from sws_export.files import HashedCopy, external_data_path, file_digest
 from sws_export.onnx_files import (
+    WholeFiles,
     load_onnx,
     release_weights,
     relocate_external_data,
@@ -111,6 +112,32 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path, limit: int) -> None
         files = save_onnx(model, directory / "m.onnx", SilentProgress(), embed_limit=limit)
         written.append([file.read_bytes() for file in files])
     assert written[0] == written[1]
+
+
+def test_external_data_begins_with_whole_files(tmp_path: Path, run_onnx: RunOnnx) -> None:
+    """Of a weight in a file, nothing is written again, whether the file was copied before or not."""
+    model = _external_model(tmp_path)
+    own = np.arange(500, dtype=np.float32)
+    value = ir.Value(name="own", const_value=ir.tensor(own, name="own"))
+    model.graph.register_initializer(value)
+    source = tmp_path / "weights.bin"
+    out = tmp_path / "out" / "m.onnx"
+    out.parent.mkdir()
+    files = save_onnx(model, out, SilentProgress(), embed_limit=100, whole=WholeFiles((source,)))
+    data = external_data_path(out)
+    first = data.read_bytes()
+    assert first == source.read_bytes() + own.tobytes()
+    assert files == {out: file_digest(out), data: file_digest(data)}
+    _check_saved(out, run_onnx)
+
+    copy = HashedCopy(data)
+    copy.write(memoryview(source.read_bytes()))
+    copy.close()
+    for _ in range(2):
+        # The second time there are other bytes behind the copy.
+        again = save_onnx(model, out, SilentProgress(), embed_limit=100, whole=WholeFiles((source,), copy))
+        assert again == files
+        assert data.read_bytes() == first
 
 
 def test_a_failed_write_is_an_oserror(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from sws_export.checkpoint import open_checkpoint, read_tensor, verify_weights
 from sws_export.checkpoint.header import read_header
 from sws_export.errors import CheckpointError
+from sws_export.files import HashedCopy, file_digest
 from sws_export.progress import SilentProgress
 
 NAME = "down_blocks.0.resnets.0.conv1.weight"
@@ -83,6 +84,11 @@ def test_hash_is_that_of_the_file_and_progress_is_complete(tiny_unet: Path) -> N
         verify_weights(open_checkpoint(tiny_unet), progress) == hashlib.sha256(file.read_bytes()).hexdigest()
     )
     assert progress.done == progress.total == {"Check weights": file.stat().st_size}
+    copy = HashedCopy(tiny_unet / "copy")
+    found = verify_weights(open_checkpoint(tiny_unet), SilentProgress(), copy)
+    copy.close()
+    assert copy.path.read_bytes() == file.read_bytes()
+    assert found == copy.sha256.hexdigest() == file_digest(file).sha256
 
 
 @pytest.mark.parametrize(

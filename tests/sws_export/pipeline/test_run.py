@@ -103,6 +103,9 @@ class TestFiles:
         report = export(middle_unet, out / "graph.onnx", FAST)
         assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.data", "graph.onnx.json"]
         assert {file.name for file in report.files} == set(listing(out))
+        (source,) = middle_unet.glob("*.safetensors")
+        data = (out / "graph.onnx.data").read_bytes()
+        assert data.startswith(source.read_bytes())
         assert Session(out / "graph.onnx").step(inputs(), {"sws_state_d2": np.zeros((2, 145, 4, 3))})
 
     def test_a_second_run_replaces_the_first(self, middle_unet: Path, out: Path) -> None:

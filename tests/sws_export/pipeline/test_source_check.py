@@ -1,5 +1,6 @@
 """The thread that reads the weights: its result, its errors, and its end."""
 
+import hashlib
 import threading
 from pathlib import Path
 from typing import Any, cast
@@ -7,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from sws_export.errors import CheckpointError
+from sws_export.files import HashedCopy
 from sws_export.pipeline.run_log import RunLog
 from sws_export.pipeline.source_check import SourceCheck
 from sws_export.progress import Progress, RecordingProgress, SilentProgress
@@ -27,11 +29,13 @@ class FakeSource:
         self.names_checked += 1
         progress.warn("a tensor has no place")
 
-    def read_weights(self, progress: Progress) -> str:
+    def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:
         with progress.stage("Check weights", 7) as stage:
             while not self.finish.wait(0.001):
                 stage.advance(0)
             stage.advance(7)
+        if copy is not None:
+            copy.write(memoryview(b"weights"))
         if self.error is not None:
             raise self.error
         return "ab"
@@ -91,6 +95,19 @@ def test_an_interrupt_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeyboardInterrupt), check_of(source) as check:
         _ = check.description
     assert readers() == []
+
+
+def test_whole_files_are_copied_by_the_thread(tmp_path: Path) -> None:
+    source = FakeSource(tmp_path / "w")
+    source.finish.set()
+    check = SourceCheck(cast(Source, source), RunLog(SilentProgress()), source.files)
+    assert check.whole_files.copy is None
+    check.copy_path = tmp_path / "copy"
+    with check:
+        copy = check.whole_files.copy
+    assert copy is not None
+    assert copy.path.read_bytes() == b"weights"
+    assert (copy.size, copy.sha256.digest()) == (7, hashlib.sha256(b"weights").digest())
 
 
 def test_nothing_is_read_before_it_is_needed(tmp_path: Path) -> None:

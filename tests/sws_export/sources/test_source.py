@@ -1,5 +1,6 @@
 """The properties of checkpoints and ONNX graphs as sources."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ def test_a_checkpoint(random_unet: Path) -> None:
     assert precision == "precision: fp32, that of the checkpoint"
     assert second == "configuration: config.json beside the weights"
     assert third == source.checkpoint.prediction.remark()
+    # No conversion, and nothing but the weights of the UNet.
+    assert source.whole_files == source.files
+    assert opened(random_unet, precision="fp16").whole_files == ()
+    # As of a file with a whole pipeline.
+    some = dict(list(source.checkpoint.stored.items())[::2])
+    part = dataclasses.replace(source, checkpoint=dataclasses.replace(source.checkpoint, stored=some))
+    assert part.whole_files == ()
 
 
 def test_precision_is_that_asked_for(random_unet: Path) -> None:
