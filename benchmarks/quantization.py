@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantization --model-name sd15
     python -m benchmarks.quantization --model-name sdxl --checkpoint sdxl/ --only fp16 int8 --measure engine
-    python -m benchmarks.quantization --model-name sd15 --measure error --pixels 512
+    python -m benchmarks.quantization --model-name sd15 --measure error --pixels 256
     python -m benchmarks.quantization --table
 
 Each figure is one that `sws-export` reports. `engine` exports to an engine for compute capabilities 8.9 and
