@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from rtx_model import GPUS, added_time, added_work, network_work  # noqa: E402
+from rtx_model import GPUS, added_time, added_work, network_layers, network_work  # noqa: E402
 
 _ROWS = 8
 
@@ -117,7 +117,6 @@ def build(path: Path) -> dict[str, Any]:
     assert report.gpu_memory is not None
     (profile,) = report.gpu_memory.profiles
     return {
-        "layers": report.layers,
         "seconds": report.build_seconds,
         "plan_bytes": report.size,
         "activations": profile.activations,
@@ -137,6 +136,7 @@ def measure(
     works = {form: network_work(path) for form, path in paths.items()}
     for form in arguments.forms:
         row: dict[str, Any] = dict(known.get(form, {})) if arguments.no_build else build(paths[form])
+        row["layers"] = network_layers(paths[form])
         for key, kinds in (("modelled", ""), ("modelled_attention", "Attention")):
             plain, sws = (
                 [work for work in works[which] if work.kind.startswith(kinds)] for which in ("plain", form)
@@ -216,7 +216,9 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="some of the rows")
     parser.add_argument("--checkpoint", type=Path, help="use this checkpoint, with --only")
     parser.add_argument(
-        "--no-build", action="store_true", help="only the modelled times; figures of builds in --out are kept"
+        "--no-build",
+        action="store_true",
+        help="only layers and modelled times; figures of builds in --out are kept",
     )
     parser.add_argument("--table", type=Path, metavar="FILE", help="print results as tables and stop")
     arguments = parser.parse_args()

@@ -8,9 +8,10 @@ read.
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,23 @@ class Work:
         return max(self.operations / getattr(gpu, self.unit), self.bytes / gpu.bandwidth)
 
 
+def network_layers(path: Path) -> int:
+    """Number of layers of the graph at `path` after parsing."""
+    with _parsed(path) as (_, network):
+        return int(network.num_layers)
+
+
 def network_work(path: Path) -> list[Work]:
     """The work of each layer of the graph at `path`, which has static shapes."""
+    with _parsed(path) as (trt, network):
+        layers = [network.get_layer(number) for number in range(network.num_layers)]
+        outputs = {network.get_output(number).name for number in range(network.num_outputs)}
+        return list(_works(trt, layers, outputs))
+
+
+@contextlib.contextmanager
+def _parsed(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The library, and the network of the graph at `path`, which lives as long as the builder."""
     import tensorrt_rtx as trt
 
     logger = trt.Logger(trt.Logger.ERROR)
@@ -76,8 +92,7 @@ def network_work(path: Path) -> list[Work]:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         raise RuntimeError(parser.get_error(0).desc())
-    layers = [network.get_layer(number) for number in range(network.num_layers)]
-    return list(_works(trt, layers, {network.get_output(i).name for i in range(network.num_outputs)}))
+    yield trt, network
 
 
 def _works(trt: Any, layers: list[Any], outputs: set[str]) -> Iterable[Work]:
