@@ -12,6 +12,9 @@ VALIDATION_PIECE_MEMORY = 800_000_000
 VALIDATION_FACTOR = 5
 """A graph of one piece is held whole, this many times its weights."""
 
+CALIBRATION_PIECE_MEMORY = 1_100_000_000
+"""As for the validation, with the inputs of all layers and their weights twice: 1.85 GB in all on SD1.5."""
+
 UNQUANTIZED_SHARE = 0.035
 """Of the weights with `--weights`: embeddings, first and last convolution, small layers; SD1.5 has 3.3 %."""
 
@@ -26,6 +29,8 @@ CONVERT_SECONDS_PER_GB = 2.6
 """On top of that, where weights are converted: 9.0 s for 3.44 GB of float32."""
 VALIDATION_SECONDS_PER_BILLION = 25.0
 """Five steps in both: 19 s and 54 s."""
+CALIBRATION_SECONDS_PER_BILLION = 150.0
+"""Ten steps and the error of each layer: 132 s on SD1.5 without SWS, on one core beside other programs."""
 BUILD_SECONDS_PER_BILLION = {"plain": 20.0, "sws": 50.0}
 """17 s and 38 s on SD1.5; SDXL with SWS took 317 s beside other programs."""
 

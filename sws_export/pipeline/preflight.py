@@ -126,6 +126,11 @@ def preflight(
     if "graph" not in cached:
         memory["export"] = estimates.EXPORT_MEMORY
         seconds["export"] = _export_seconds(source, stored)
+        quantization = options.quantization
+        if quantization.activations is not None and quantization.calibration is None:
+            whole = stored * estimates.VALIDATION_FACTOR
+            memory["calibration"] = estimates.EXPORT_MEMORY + min(whole, estimates.CALIBRATION_PIECE_MEMORY)
+            seconds["calibration"] = billions * estimates.CALIBRATION_SECONDS_PER_BILLION
         if options.validate:
             whole = weights * estimates.VALIDATION_FACTOR
             memory["validation"] = estimates.EXPORT_MEMORY + min(whole, estimates.VALIDATION_PIECE_MEMORY)

@@ -38,6 +38,14 @@ def test_skipped_stages_need_no_memory(random_unet: Path, tmp_path: Path) -> Non
     assert needs(random_unet, tmp_path, engine=True).memory.keys() == {"export", "validation", "engine build"}
 
 
+def test_a_calibration_over_the_trajectory_is_a_stage(random_unet: Path, tmp_path: Path) -> None:
+    found = needs(random_unet, tmp_path, activations="int8")
+    assert list(found.memory) == list(found.seconds) == ["export", "calibration", "validation"]
+    # How long a pipeline runs is not known.
+    recorded = needs(random_unet, tmp_path, activations="int8", calibration=tmp_path, prompts=tmp_path / "p")
+    assert "calibration" not in {*recorded.memory, *recorded.seconds}
+
+
 def test_the_graph_is_as_large_as_its_weights(random_unet: Path, tmp_path: Path) -> None:
     stored = (random_unet / "diffusion_pytorch_model.safetensors").stat().st_size
     full, half = (needs(random_unet, tmp_path, precision=name) for name in ("fp32", "fp16"))
