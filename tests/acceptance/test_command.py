@@ -35,12 +35,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """An engine of the example, exported by a process: its directory and what `--json` printed."""
+    """An engine of the example, exported by a process: its directory and what `--json` printed.
+
+    With SWS at three of seven sites, so that it builds in half the time.
+    """
     directory = tmp_path_factory.mktemp("made")
     done = run_command(
         trained,
         *("--out", directory / "shapes.plan", "--tokens", "1:8:8", "--batch", "1:2:4", "--vae-scale", "1"),
         *("--height", "32:32:64", "--width", "32:32:64"),
+        *("--sites", "down_blocks.*.attn1", "mid_block.*.attn1"),
         *("--keep-onnx", "--json", "--compute-capability", "12.0", "--builder-optimization-level", "0"),
     )
     assert done.returncode == 0, done.stderr
@@ -101,7 +105,7 @@ def test_the_manifest_describes_the_source(made: tuple[Path, dict[str, Any]], tr
     _, printed = made
     manifest = printed["manifest"]
     assert manifest["sws"].keys() == SWS_NAMES
-    assert {grid: len(names) for grid, names in manifest["sites"].items()} == {"d2": 3, "d4": 4}
+    assert {grid: len(names) for grid, names in manifest["sites"].items()} == {"d2": 1, "d4": 2}
     assert manifest["precision"] == "fp16"
     assert manifest["opset"] == 23
     assert {"torch", "onnx", "diffusers", "sws-export"} <= manifest["versions"].keys()
@@ -128,8 +132,8 @@ def test_the_graph_has_standard_operators_and_its_manifest(made: tuple[Path, dic
     assert not model.functions
     operators = Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph))
     assert operators.keys().isdisjoint({"Loop", "If", "Scan"})
-    # Those of the UNet, and four of the guard at each of the three sites with more than 256 tokens.
-    assert operators["Attention"] == 14 + 4 * 3
+    # Those of the UNet, and four of the guard at the site with more than 256 tokens.
+    assert operators["Attention"] == 14 + 4
     described = json.loads(model.metadata_props["sws_export.manifest"])
     assert described == {name: printed["manifest"][name] for name in described}
     # Nothing of the machine: the same input gives the same bytes.
