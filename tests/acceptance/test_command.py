@@ -44,7 +44,7 @@ def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         trained,
         *("--out", directory / "shapes.plan", "--tokens", "1:8:8", "--batch", "1:2:4", "--vae-scale", "1"),
         *("--height", "32:32:64", "--width", "32:32:64"),
-        *("--sites", "down_blocks.*.attn1", "mid_block.*.attn1"),
+        *("--sites", "down_blocks.*.attn1", "--sites", "mid_block.*.attn1"),
         *("--keep-onnx", "--json", "--compute-capability", "12.0", "--builder-optimization-level", "0"),
     )
     assert done.returncode == 0, done.stderr
