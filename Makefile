@@ -31,14 +31,14 @@ images: $(VENV)/.installed
 	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=960,1032 \
 		--screenshot=docs/images/report.png $(OUT)/report.html
 
-# Lint, types and the tests of the graph passes, side by side: less than a minute.
+# Lint, types and the tests of the graph passes, side by side: about a minute.
 quick: $(VENV)/.installed
 	$(MAKE) --jobs $(WORKERS) --output-sync --no-print-directory pass-tests lint
 
 pass-tests: $(VENV)/.installed
 	$(PYTEST) tests/graph_passes
 
-# Types without a cache take as long as a tenth of the tests, and one processor only.
+# Types without a cache take half a minute, on one processor: they are checked beside the tests.
 test: $(VENV)/.installed
 	$(MAKE) --jobs $(WORKERS) --no-print-directory all-tests lint
 
