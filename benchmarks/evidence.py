@@ -284,7 +284,8 @@ def draw_figure(report: dict[str, Any], file: Path) -> None:
             errors = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
             axis.errorbar(values[:, 0], places, xerr=errors, fmt="o", ms=4, color=colour, label=example)
         axis.axvline(0, color="#999", lw=0.8)
-        axis.set_title(METRICS[metric].title.removeprefix("Sharpness: ").capitalize(), fontsize=10)
+        title = METRICS[metric].title.removeprefix("Sharpness: ")
+        axis.set_title(title[0].upper() + title[1:], fontsize=10)
         axis.set_xlabel("change, %")
         axis.grid(axis="x", color="#eee")
     axes[0].set_yticks(range(len(names)), names)
