@@ -65,8 +65,8 @@ def test_the_transports_of_the_scales_are_constants() -> None:
     # A row for each offset that a scale has; with all 145 offsets of each they would be twice as large.
     rows = 13 + 41 + 145
     assert sorted(tuple(tensor.shape.numpy()) for tensor in blends if tensor is not None) == [
-        (rows, 4 * 6),
-        (rows, 8 * 12),
+        (1, rows, 4 * 6),
+        (1, rows, 8 * 12),
     ]
 
 
