@@ -11,7 +11,6 @@ import pytest
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
-from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from tests.conftest import RunOnnx, ShapesModel
 from tests.graph_passes.small_models import feeds, graph_bytes, op_counts
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
@@ -155,18 +154,3 @@ def test_a_float32_graph_is_valid_onnx() -> None:
 def test_the_example_is_valid_onnx(shapes_model: ShapesModel) -> None:
     """In float16, with casts to the float32 of the statistics."""
     onnx.checker.check_model(ir.to_proto(example(shapes_model("fp16"))), full_check=True)
-
-
-def test_the_float32_copy_has_bfloat16_weights_only(shapes_model: ShapesModel) -> None:
-    model = example(shapes_model("bf16"))
-    bfloat16 = ir.DataType.BFLOAT16
-    assert any(value.dtype == bfloat16 for value in model.graph.initializers.values())
-    UpcastBfloat16()(model)
-    onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    casts = [node for node in model.graph.all_nodes() if node.op_type == "Cast"]
-    assert all(node.attributes["to"].value != bfloat16 for node in casts)
-    values = [value for node in model.graph.all_nodes() for value in node.outputs]
-    assert all(value.dtype != bfloat16 for value in values)
-    weights = [value for value in model.graph.initializers.values() if value.dtype == bfloat16]
-    assert weights
-    assert all(node.op_type == "Cast" for value in weights for node in value.consumers())
