@@ -16,7 +16,7 @@ from sws_export.options import EngineOptions, ExportOptions, artefact_kind
 from sws_export.options.sizes import check_static_dimensions
 from sws_export.progress import Progress
 from sws_export.sources import Source
-from sws_export.tensors import Range, SizeRanges
+from sws_export.tensors import PRECISIONS, Range, SizeRanges
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ExportPlan:
     @property
     def whole_files(self) -> tuple[Path, ...]:
         """Weight files of the source that external data of the graph begins with."""
-        size = self.source.parameter_count * (4 if self.source.precision == "fp32" else 2)
+        size = self.source.parameter_count * PRECISIONS[self.source.precision].itemsize
         if self.options.quantization.weight_format is not None or size <= onnx_files.EMBED_LIMIT:
             return ()
         return tuple(file.absolute() for file in self.source.whole_files)

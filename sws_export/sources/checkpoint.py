@@ -98,7 +98,7 @@ class CheckpointSource:
         """
         tensors = self.checkpoint.stored.values()
         places = file_places(self.files)
-        element = 4 if self.precision == "fp32" else 2
+        element = PRECISIONS[self.precision].itemsize
         aligned = all((places[tensor.file] + tensor.offset) % element == 0 for tensor in tensors)
         size = sum(file.stat().st_size for file in self.files)
         used = sum(tensor.nbytes for tensor in tensors)
