@@ -1,8 +1,10 @@
 """Quantize the activations that linear layers and convolutions read."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
@@ -54,8 +56,7 @@ class InsertQdq(InPlacePass):
         """`value` rounded to 8 bits."""
         assert value.dtype is not None
         target, name = FORMATS[self.activations], f"{value.name}/quantized"
-        scale = np.array(largest / target.largest, value.dtype.numpy())
-        scale = np.maximum(scale, np.finfo(np.float16).smallest_normal, dtype=scale.dtype)
+        scale = activation_scale(largest, self.activations, value.dtype)
         constants = [
             ir.val(f"{name}_scale", const_value=ir.Tensor(scale, name=f"{name}_scale")),
             ir.val(f"{name}_zero", const_value=_zero(target.dtype, f"{name}_zero")),
@@ -71,6 +72,15 @@ class InsertQdq(InPlacePass):
             output.name, output.type, output.shape = f"{node.name}:0", ir.TensorType(kind), value.shape
         graph.insert_before(before, [quantize, restore])
         return restore.outputs[0]
+
+
+def activation_scale(largest: float, activations: WeightFormat, dtype: ir.DataType) -> npt.NDArray[Any]:
+    """The scale, of `dtype`, with which `largest` is the largest value that is represented.
+
+    It is at least the smallest normal float16, also for values that are smaller than the scale then allows.
+    """
+    scale = np.array(largest / FORMATS[activations].largest, dtype.numpy())
+    return np.asarray(np.maximum(scale, np.finfo(np.float16).smallest_normal, dtype=scale.dtype))
 
 
 def _zero(dtype: ir.DataType, name: str) -> ir.TensorProtocol:

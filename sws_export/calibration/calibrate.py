@@ -163,8 +163,8 @@ def _require_finite(layer: Layer, value: Array, source: str) -> None:
     if not np.isfinite(value).all():
         raise ExportError(
             f"{layer.name}: its input contains NaN or Inf in the calibration over {source}: the checkpoint "
-            "is damaged, or an activation exceeds float16; use another copy of the checkpoint, or --weights, "
-            "which needs no calibration"
+            "is damaged, or an activation exceeds float16; use another copy of the checkpoint, or "
+            "--precision bf16 --weights int8, which needs no calibration"
         )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from graph_passes.find_layers import Layer
+from graph_passes.insert_qdq import activation_scale
 from graph_passes.quantize_weights import FORMATS, rounded_weight
 from graph_passes.weight_formats import WeightFormat
 from sws_export.validation.trajectory import Array
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
 
 
 class LayerError:
-    """Compares the outputs of a layer with and without rounding, in float32."""
+    """Compares the outputs of a layer with and without rounding, in float32, with the scales of the graph."""
 
     def __init__(self, layer: Layer, activations: WeightFormat, largest: float, steps: int) -> None:
         """Compare the outputs of `steps` steps; `largest` is the range of the inputs."""
         self._layer = layer
         self._format = activations
-        self._scale = max(largest, 1e-30) / FORMATS[activations].largest
+        assert layer.weight.dtype is not None
+        self._scale = float(activation_scale(largest, activations, layer.weight.dtype))
         self._remaining = steps
         self._weights: tuple[torch.Tensor, torch.Tensor] | None = None
         self._error = 0.0

@@ -30,6 +30,8 @@ def pipeline_class(pipeline: Path, *, trust_code: bool) -> Any:
     import diffusers
 
     index = pipeline / "model_index.json"
+    if not pipeline.is_dir():
+        raise CheckpointError(f"{pipeline}: no such directory; give a diffusers pipeline directory")
     if not index.is_file():
         raise CheckpointError(
             f"{pipeline} is not a diffusers pipeline: model_index.json is missing; give the directory that "

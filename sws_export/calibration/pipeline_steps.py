@@ -58,8 +58,11 @@ def record_steps(
         OptionError: The pipeline rejects a prompt.
     """
     import torch
+    from diffusers.utils import logging
 
     kind = check_pipeline(pipeline, trust_code=trust_code)
+    # Our own progress replaces it.
+    logging.disable_progress_bar()
     try:
         pipe = kind.from_pretrained(
             pipeline, local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True

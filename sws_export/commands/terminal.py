@@ -135,7 +135,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
         table.add_row(Text(printable(output.name)), *(f"{metric:.1e}" for metric in metrics), result)
     if (without := report.unquantized) is not None:
         errors = (without.maximum, without.mean, without.quantile, without.tolerance)
-        name = f"{printable(without.name)}, weights not quantized"
+        name = f"{printable(without.name)}, not quantized"
         table.add_row(Text(name), *(f"{error:.1e}" for error in errors))
     console.print(
         f"compared with the {report.reference}: {report.steps} steps, batch {sizes['batch']}, "

@@ -125,24 +125,30 @@ def _configure_engine(source: Source, options: ExportOptions, progress: Progress
     if library is not None:
         check_library(library)
     plugins = (library,) if library else ()
-    engine = _engine_options(options, backend, progress)
+    engine = _engine_options(source, options, backend, progress)
     return EngineConfig(profiles, BuildOptions(backend=backend, plugins=plugins, **vars(engine)))
 
 
-def _engine_options(options: ExportOptions, backend: EngineBackend, progress: Progress) -> EngineOptions:
+def _engine_options(
+    source: Source, options: ExportOptions, backend: EngineBackend, progress: Progress
+) -> EngineOptions:
     """The options of the build, without default targets that do not support the weights.
 
     Raises:
         OptionError: A target that was named does not support them.
     """
     engine = options.engine
-    if options.quantization.weight_format != "fp8":
+    stored = source.quantization["weights"] if source.quantization else None
+    if "fp8" not in (stored, options.quantization.weight_format):
         return engine
     named = [name for name in engine.compute_capabilities if not supports_fp8(name)]
     if named:
+        instead = "--weights int8" if options.quantization.activations is None else "--precision int8"
+        if source.quantization:
+            instead = f"a checkpoint with --weights int8 instead of {source.path}"
         raise OptionError(
             f"--compute-capability {','.join(named)}: GPUs before 8.9 have no float8; "
-            "use --weights int8, or leave these targets out"
+            f"use {instead}, or leave these targets out"
         )
     unsupported = [name for name in backend.default_capabilities if not supports_fp8(name)]
     if engine.compute_capabilities or not unsupported:

@@ -118,7 +118,8 @@ def preflight(
         cached: What is in the cache: `graph` (with its validation), `engine`.
     """
     stored = source.parameter_count * PRECISIONS[source.precision].itemsize
-    weights = stored if options.quantization.weight_format is None else _quantized_size(source, stored)
+    quantized = options.quantization.weight_format or source.quantization
+    weights = _quantized_size(source, stored) if quantized else stored
     billions = source.parameter_count / 1e9
     kind = "plain" if options.sws.plain else "sws"
     memory: dict[str, int] = {}

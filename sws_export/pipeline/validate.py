@@ -34,8 +34,22 @@ def validate_graph(
     file, spec = graph.write().path, SwsSpec.from_manifest(graph.description)
     with log.measure("validate"):
         validation = plan.source.validate(file, spec, log, unquantized)
-    require_tolerances(validation.outputs, validation.reference)
+    require_tolerances(validation.outputs, validation.reference, _remedy(plan.options, validation))
     return validation
+
+
+def _remedy(options: ExportOptions, validation: ValidationReport) -> str:
+    """What to do if the graph differs because of its 8 bits."""
+    without, quantization = validation.unquantized, options.quantization
+    if without is None or not without.passed:
+        return ""
+    other = "fp8" if quantization.weight_format == "int8" else "int8"
+    ways = [f"--weights {other}"]
+    if quantization.activations is not None:
+        ways = [f"--weights {quantization.activations}", f"--precision {other}"]
+    if quantization.activations is not None and quantization.calibration is None:
+        ways.append("--calibration PIPELINE --prompts FILE")
+    return f"Without 8 bits it differs by {without.maximum:.2g}: use {', '.join(ways)}, or no 8 bits"
 
 
 def validate(

@@ -69,7 +69,7 @@ def validation_table(explanation: Explanation) -> Markup:
     without = explanation.manifest.get("validation", {}).get("unquantized")
     if without is not None:
         errors = (f"{without['maximum']:.1e}", f"{without['mean']:.1e}", f"{without['tolerance']:.0e}")
-        rows.append([f"{without['name']}, weights not quantized", *errors, ""])
+        rows.append([f"{without['name']}, not quantized", *errors, ""])
     return MACROS.table(["output", "largest", "mean", "allowed", ""], rows)
 
 

@@ -17,7 +17,7 @@ class Sampled:
         pictures: Images, [N, C, H, W] in [-1, 1].
         changes: Root mean square change of the predicted picture from one step to the next, [steps - 1, N],
             in the units of the latents; None if it is unknown.
-        artefact: File name of a further artefact; empty for the first one.
+        artefact: File name of the artefact if there are several; else empty.
     """
 
     intensity: float

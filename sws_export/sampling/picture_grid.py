@@ -33,9 +33,10 @@ def draw_grid(
     """
     width, height = rows[0][1][0].size
     lefts = _lefts(width, len(columns), len(groups))
-    top = _MARGIN + 3 * _LINE + 8
-    bottom = top + len(rows) * (height + _GAP) - _GAP + _MARGIN
     small, large = ImageFont.load_default(13), ImageFont.load_default(15)
+    heads = [_wrapped(label, small, width) for label in columns]
+    top = _MARGIN + (2 + max(head.count("\n") + 1 for head in heads)) * _LINE + 8
+    bottom = top + len(rows) * (height + _GAP) - _GAP + _MARGIN
     texts = [int(font.getlength(text)) for text, font in ((title, large), *((note, small) for note in notes))]
     sheet = Image.new(
         "RGB",
@@ -50,10 +51,11 @@ def draw_grid(
     for number, left in enumerate(lefts):
         if number % len(columns) == 0:
             draw.text((left, _MARGIN + _LINE + 4), groups[number // len(columns)], _INK, small)
-        draw.text((left, _MARGIN + 2 * _LINE + 4), columns[number % len(columns)], _FAINT, small)
+        place = (left, _MARGIN + 2 * _LINE + 4)
+        draw.multiline_text(place, heads[number % len(columns)], _FAINT, small, spacing=_LINE - 13)
     for row, (label, pictures) in enumerate(rows):
         y = top + row * (height + _GAP)
-        text = _wrapped(label, small)
+        text = _wrapped(label, small, _LABEL_WIDTH - 10)
         draw.multiline_text((_MARGIN, y + height // 2), text, _INK, small, anchor="lm", spacing=3)
         for left, picture in zip(lefts, pictures, strict=True):
             sheet.paste(picture, (left, y))
@@ -89,13 +91,17 @@ def _lefts(width: int, columns: int, groups: int) -> list[int]:
     return [start + g * group + c * step for g in range(groups) for c in range(columns)]
 
 
-def _wrapped(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """`label`, wrapped to the width of the label column."""
+def _wrapped(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """`label`, wrapped to `width` pixels; words that are wider, such as names of files, are broken."""
     lines = [""]
     for word in label.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) > _LABEL_WIDTH - 10 and lines[-1]:
-            lines.append(word)
-        else:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
+            continue
+        lines += [""] if lines[-1] else []
+        for character in word:
+            if font.getlength(lines[-1] + character) > width and lines[-1]:
+                lines.append("")
+            lines[-1] += character
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def sample_pipeline(
     zero = ""
     check_pixels(pipe, options.drawing)
     with progress.stage("sample", total=total) as stage:
-        for number, file in enumerate(files):
+        for file in files:
             unet = attach_artefact(
                 pipe,
                 file,
@@ -111,7 +111,7 @@ def sample_pipeline(
             )
             measured = _is_measured(pipe, progress)
             zero = zero or ("plain" if is_plain_at_zero(unet.session.contract) else "SWS 0")
-            runs += _sample(pipe, unet, file.name if number else "", options, measured, stage)
+            runs += _sample(pipe, unet, file.name if options.beside else "", options, measured, stage)
     effects = [measure(run, runs[0]) for run in runs]
     sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
     save_picture(sheet, out)

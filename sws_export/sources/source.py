@@ -147,8 +147,9 @@ def open_source(model: Path, options: ExportOptions, progress: Progress, *, engi
         )
     source = open_onnx_source(model)
     if source.quantization and options.quantization.weight_format:
+        option = "--weights" if options.quantization.weights else "--precision"
         raise OptionError(
-            f"{model} has {source.quantization['weights']} weights already; leave out --weights, "
+            f"{model} has {source.quantization['weights']} weights already; leave out {option}, "
             "or give the checkpoint"
         )
     return source

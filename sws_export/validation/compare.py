@@ -93,12 +93,13 @@ def max_over_steps(steps: list[list[OutputDifference]]) -> tuple[OutputDifferenc
     )
 
 
-def require_tolerances(outputs: Sequence[OutputDifference], reference: str) -> None:
+def require_tolerances(outputs: Sequence[OutputDifference], reference: str, remedy: str = "") -> None:
     """Check that every output of an export is within its tolerance.
 
     Args:
         outputs: Differences from the reference.
         reference: What the graph was compared with, for the message.
+        remedy: What to do about a difference, for the message.
 
     Raises:
         ValidationError: Names the output that exceeds its tolerance most.
@@ -114,5 +115,6 @@ def require_tolerances(outputs: Sequence[OutputDifference], reference: str) -> N
         )
     raise ValidationError(
         f"the graph differs from the {reference}: {worst.name} by {worst.maximum:.2g} of its largest "
-        f"value, allowed is {worst.tolerance:.0e}; nothing was written. --no-validate skips the comparison"
+        f"value, allowed is {worst.tolerance:.0e}; nothing was written. "
+        f"{f'{remedy}. ' if remedy else ''}--no-validate skips the comparison"
     )

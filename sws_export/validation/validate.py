@@ -270,7 +270,7 @@ def validate_against_plain(
             without = _compare(OnnxRunner(unquantized).run(graph_inputs, stage), expected, bypass)
     at_sigma = "" if bypass_sigma is None else f" and sigma {bypass_sigma:g}"
     return ValidationReport(
-        reference=f"the plain graph, at intensity 0{at_sigma}",
+        reference=f"plain graph, at intensity 0{at_sigma}",
         remarks=("the computation of SWS was not compared: that needs the checkpoint (sws-export validate)",),
         steps=STEPS,
         sizes=sizes,

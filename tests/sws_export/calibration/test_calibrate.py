@@ -6,15 +6,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from diffusers.utils.logging import enable_progress_bar
 
-from graph_passes.find_layers import find_layers
-from graph_passes.quantize_weights import rounded_weight
+from graph_passes.find_layers import Layer, find_layers
+from graph_passes.insert_qdq import InsertQdq
+from graph_passes.quantize_weights import FORMATS, QuantizeWeights, rounded_weight
 from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
 from sws_export.calibration import calibrate, record_steps, recorded_steps
 from sws_export.calibration.layer_error import LayerError
 from sws_export.errors import CheckpointError, ExportError, OptionError
 from sws_export.progress import SilentProgress
 from sws_export.tensors import TensorSpec
+from tests.conftest import RunOnnx
 from tests.export_runs import TRAINED
 from tests.graph_passes.layer_models import QUANTIZED, layer_feeds, layer_model
 
@@ -64,6 +67,64 @@ def test_the_error_of_a_linear_layer(activations: WeightFormat) -> None:
     assert error.relative == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("activations", WEIGHT_FORMATS)
+def test_the_error_has_the_scale_of_the_graph(activations: WeightFormat, run_onnx: RunOnnx) -> None:
+    """Small inputs in float16, whose scale is limited."""
+    name, half = "mid_block.to_q", ir.DataType.FLOAT16
+    feeds = layer_feeds(half)
+    text = feeds["encoder_hidden_states"] = feeds["encoder_hidden_states"] * np.float16(1e-3)
+    largest = float(np.abs(text).max())
+
+    def output(model: ir.Model) -> Any:
+        (node,) = (node for node in model.graph if node.name == f"{name}/MatMul")
+        model.graph.outputs.append(node.outputs[0])
+        return run_onnx(model, feeds)[str(node.outputs[0].name)].astype(np.float64)
+
+    quantized = layer_model(half)
+    InsertQdq(activations, {name: largest})(quantized)
+    QuantizeWeights(activations)(quantized)
+    exact, rounded = output(layer_model(half)), output(quantized)
+    (layer,) = (layer for layer in find_layers(layer_model(half))[0] if layer.name == name)
+    error = LayerError(layer, activations, largest, 1)
+    error.add(text)
+    expected = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert error.relative == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("activations", WEIGHT_FORMATS)
+def test_the_error_of_a_convolution(activations: WeightFormat, run_onnx: RunOnnx) -> None:
+    random = np.random.default_rng(0)
+    x = random.standard_normal((2, 64, 9, 7), np.float32)
+    weight = (
+        random.standard_normal((64, 32, 3, 3), np.float32) * np.geomspace(0.1, 1, 64)[:, None, None, None]
+    )
+    attributes = {"strides": [2, 1], "pads": [1, 0, 2, 3], "dilations": [1, 2], "group": 2}
+
+    def graph(weight: Any) -> ir.Model:
+        source = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(x.shape))
+        value = ir.val("weight", const_value=ir.tensor(weight.astype(np.float32), name="weight"))
+        node = ir.node("Conv", [source, value], attributes, name="conv/Conv")
+        node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+        built = ir.Graph([source], node.outputs, nodes=[node], initializers=[value], opset_imports={"": 23})
+        return ir.Model(built, ir_version=10)
+
+    node = next(iter(graph(weight).graph))
+    assert node.inputs[1] is not None
+    layer = Layer("conv", node, node.inputs[1], 0)
+    error = LayerError(layer, activations, 3.0, 1)
+    error.add(x)
+    assert layer.weight.const_value is not None
+    scale = 3.0 / FORMATS[activations].largest
+    steps = np.clip(x / scale, -FORMATS[activations].largest, FORMATS[activations].largest)
+    steps = np.rint(steps) if activations == "int8" else steps.astype(FORMATS["fp8"].dtype.numpy())
+    rounded = steps.astype(np.float32) * np.float32(scale)
+    exact = run_onnx(graph(weight), {"x": x})["y"]
+    found = run_onnx(graph(rounded_weight(layer.weight.const_value, 0, activations)), {"x": rounded})["y"]
+    expected = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 0.005 < expected < 0.1
+    assert error.relative == pytest.approx(expected, rel=1e-3)
+
+
 def test_weights_are_read_once_and_inputs_are_not_held() -> None:
     layer = next(layer for layer in find_layers(layer_model())[0] if layer.name == "mid_block.to_q")
     held, reads = layer.weight.const_value, []
@@ -110,10 +171,12 @@ def test_many_recorded_steps_are_thinned_out() -> None:
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 deprecates.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_steps_of_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    enable_progress_bar()
     monkeypatch.setattr("sws_export.calibration.pipeline_steps.STEPS", 2)
     prompts = ["red circle left", "blue cross top"]
     found = record_steps(TRAINED.parent, prompts, SPECS, SilentProgress(), trust_code=True)
+    assert capsys.readouterr().err == ""
     assert len(found) == 4
     assert found[0].keys() == {"sample", "timestep", "encoder_hidden_states", "sigma", "intensity"}
     assert found[0]["sample"].shape == (2, 3, 32, 32)

@@ -91,7 +91,12 @@ def of_size(parameters: int, path: Path, *, converts: bool = False) -> Any:
     with path.open("wb") as file:
         file.truncate(2 * parameters)
     return SimpleNamespace(
-        parameter_count=parameters, precision="fp16", files=(path,), converts=converts, config=None
+        parameter_count=parameters,
+        precision="fp16",
+        files=(path,),
+        converts=converts,
+        config=None,
+        quantization=None,
     )
 
 

@@ -165,7 +165,7 @@ def test_a_plain_graph_as_the_source(random_unet: Path, traced: Path, out: Path)
     export(random_unet, out / "a.onnx", FAST)
     report = export(traced, out / "b.onnx", VALIDATED)
     assert report.validation is not None
-    assert report.validation.reference == "the plain graph, at intensity 0"
+    assert report.validation.reference == "plain graph, at intensity 0"
     assert report.manifest["source"]["kind"] == "onnx"
     state = {"sws_state_d2": np.random.default_rng(1).random((2, 145, 4, 3))}
     (a, state_a), (b, state_b) = (Session(out / name).step(inputs(), state) for name in ("a.onnx", "b.onnx"))

@@ -124,7 +124,7 @@ def test_a_plain_graph_becomes_the_node_too(traced: Path, tmp_path: Path) -> Non
     sws = SwsOptions(preset="comfyui-node", u="sigma")
     report = export(traced, tmp_path / "node.onnx", ExportOptions(sws=sws))
     assert report.validation is not None
-    assert report.validation.reference == "the plain graph, at intensity 0 and sigma 25"
+    assert report.validation.reference == "plain graph, at intensity 0 and sigma 25"
     assert report.validation.passed
     assert report.manifest["preset"] == "comfyui-node"
 

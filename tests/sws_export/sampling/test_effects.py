@@ -57,6 +57,15 @@ def test_a_sheet_shows_every_picture_once() -> None:
     assert noted.width > sheet.width
 
 
+def test_labels_of_columns_stay_above_their_column() -> None:
+    rows = [("a cat", [Image.new("RGB", (60, 10))] * 2)]
+    short, long = (draw_grid(rows, [label] * 2, ["seed 0"], "-") for label in ("x", "unet-int8.onnx SWS 0.5"))
+    assert long.height > short.height
+    # Between the columns of labels: only the background.
+    gap = long.crop((12 + 150 + 60, 12 + 2 * 18, 12 + 150 + 60 + 4, long.height))
+    assert [colour for _, colour in gap.getcolors() or []] == [(250, 250, 248)]
+
+
 def test_a_sheet_is_written_whole_or_not(tmp_path: Path) -> None:
     image = Image.new("RGB", (3, 3), (1, 2, 3))
     save_picture(image, tmp_path / "x.png")
