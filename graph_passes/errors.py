@@ -4,4 +4,4 @@ from onnx_ir.passes import PreconditionError
 
 
 class GraphError(PreconditionError):
-    """A graph cannot be rewritten; the message says where and why, and what to do."""
+    """A graph cannot be rewritten; the message has the place, the reason and what to do."""

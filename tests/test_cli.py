@@ -122,9 +122,9 @@ def test_a_message_of_several_lines_becomes_one(tmp_path: Path, capsys: pytest.C
     """Libraries break their messages into lines, and we quote them."""
     model = tmp_path / "damaged: line 1\n  ^ here.safetensors"
     assert main([str(model), "--out", str(tmp_path / "g.onnx"), "--quiet"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"sws-export: {tmp_path}/damaged: line 1 ^ here.safetensors does not exist")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"sws-export: {tmp_path}/damaged: line 1 ^ here.safetensors does not exist")
+    assert printed.count("\n") == 1
 
 
 def test_a_python_warning_is_one_line(
@@ -197,9 +197,9 @@ def test_inspect_prints_facts_or_json(tmp_path: Path, capsys: pytest.CaptureFixt
     manifest = tmp_path / "e.plan.json"
     manifest.write_text(json.dumps(MANIFEST | {"sites": {"d2": ["a", "b"]}}))
     assert main(["inspect", str(manifest)]) == 0
-    said = capsys.readouterr().out
-    assert "kind: manifest\n" in said
-    assert "precision: fp32\n" in said
+    printed = capsys.readouterr().out
+    assert "kind: manifest\n" in printed
+    assert "precision: fp32\n" in printed
     assert main(["inspect", str(manifest), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sites"] == {"d2": ["a", "b"]}
 

@@ -60,9 +60,9 @@ def test_the_command_runs_in_a_clean_environment(environment: Path) -> None:
 
 def test_the_package_imports_without_its_dependencies(environment: Path) -> None:
     program = "import sws_export, sws_export.cli; print(sws_export.cli.__file__)"
-    said = run(environment / "bin" / "python", "-I", "-c", program)
-    assert Path(said.strip()).parent.name == "sws_export"
-    assert environment in Path(said.strip()).parents
+    printed = run(environment / "bin" / "python", "-I", "-c", program)
+    assert Path(printed.strip()).parent.name == "sws_export"
+    assert environment in Path(printed.strip()).parents
 
 
 @pytest.mark.slow

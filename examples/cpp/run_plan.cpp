@@ -3,7 +3,7 @@
 //
 //   run_plan ENGINE STEPS [TEXT] > latent.f32
 //
-// TEXT holds encoder_hidden_states as float32. The names of the tensors say what they are, so that no manifest is
+// TEXT holds encoder_hidden_states as float32. Tensors are identified by their names, so that no manifest is
 // read: sws_state_* is a state, sws_state_*_out the one that follows it. Shapes are the best ones of the profile.
 #include <NvInfer.h>
 #include <cuda_fp16.h>

@@ -25,9 +25,9 @@ _HALF_CELL = 5
 
 
 class Accuracy(NamedTuple):
-    """Shares in [0, 1]; of the objects asked for, and (`exact`) of the whole pictures."""
+    """Shares in [0, 1]; of the objects in the prompts, and (`exact`) of the whole pictures."""
 
-    position: float  # something stands where the object was asked for
+    position: float  # there is an object at the position of the prompt
     colour: float  # ... and has its colour
     shape: float  # ... and has its shape
     exact: float  # every object of the picture is right, none is missing and none is too many
@@ -46,7 +46,7 @@ def recognise(picture: Floats) -> frozenset[SceneObject]:
 
 
 def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
-    """How far pictures float32 [N, 3, 32, 32] show the N scenes that were wanted."""
+    """How far pictures float32 [N, 3, 32, 32] show the N scenes of their prompts."""
     position, colour, shape, exact = [], [], [], []
     for scene, picture in zip(wanted, pictures, strict=True):
         seen = recognise(picture)
@@ -61,9 +61,10 @@ def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
 
 
 def adherence(prompt: str, picture: Floats) -> float:
-    """How far a picture float32 [3, 32, 32] in [-1, 1] shows what its prompt asks for: 0 to 1.
+    """How far a picture float32 [3, 32, 32] in [-1, 1] obeys its prompt: 0 to 1.
 
-    Objects that are asked for and seen, with colour, shape and position, as a share of those that are either.
+    Objects that are both in the prompt and recognised, with colour, shape and position, as a share of those
+    that are either.
     `sws-export evaluate` calls it.
     """
     wanted, seen = frozenset(prompts.parse(prompt)), recognise(picture)
@@ -80,7 +81,8 @@ def random_scenes(count: int, seed: int) -> list[Scene]:
 def _renderings(position: str) -> tuple[list[SceneObject | None], Floats]:
     """Every object that can stand at a position, and none, each beside its cell as one row of floats.
 
-    Objects appear at nine offsets within the jitter of training, lest a shifted circle pass for a square.
+    Objects appear at nine offsets within the jitter of training, so that a shifted circle is not recognised
+    as a square.
     """
     x, y = scenes.POSITIONS[position]
     shifts = (-scenes.JITTER, 0.0, scenes.JITTER)
@@ -127,8 +129,8 @@ def main() -> None:
 
     unet = load_artefact(arguments.artefact) if arguments.artefact else load_unet()
     wanted = random_scenes(arguments.prompts, arguments.seed)
-    said = [prompts.describe(scene) for scene in wanted]
-    pictures = sample(unet, said, arguments.steps, arguments.guidance, arguments.seed)
+    texts = [prompts.describe(scene) for scene in wanted]
+    pictures = sample(unet, texts, arguments.steps, arguments.guidance, arguments.seed)
     if arguments.picture:
         to_grid(pictures).save(arguments.picture)
     report: dict[str, object] = {"accuracy": accuracy(wanted, pictures)._asdict()}

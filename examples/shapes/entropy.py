@@ -1,4 +1,4 @@
-"""How peaked is self-attention: entropy of its rows, 1 where they are flat, 0 where each sees one token."""
+"""How peaked is self-attention: entropy of its rows, 1 where they are flat, 0 where each has one token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shapes model as a diffusers pipeline: no text encoder and no VAE, prompts of its own grammar.
+"""The shapes model as a diffusers pipeline: no text encoder and no VAE, prompts from a small grammar.
 
 sws-export sample out/engine.onnx examples/shapes --trust-code --prompt "red circle center" --out sheet.png
 """
@@ -16,7 +16,7 @@ from . import prompts
 
 
 class ShapesPipeline(DiffusionPipeline):
-    """Called as `StableDiffusionPipeline` is, as far as the model has what an argument speaks of."""
+    """Called like `StableDiffusionPipeline`, with the arguments that apply to the model."""
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class ShapesPipeline(DiffusionPipeline):
         Raises:
             PromptError: The prompt is outside the grammar.
         """
-        wanted = [prompt] if isinstance(prompt, str) else list(prompt)
-        words = torch.from_numpy(prompts.embed_all([*wanted, *[""] * len(wanted)]))
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        words = torch.from_numpy(prompts.embed_all([*texts, *[""] * len(texts)]))
         words = words.to(self.unet.device, self.unet.dtype)
         side = self.unet.config.sample_size
         shape = (self.unet.config.in_channels, height or side, width or side)
         if latents is None:
-            sources = generator if isinstance(generator, Sequence) else [generator] * len(wanted)
+            sources = generator if isinstance(generator, Sequence) else [generator] * len(texts)
             latents = torch.stack([torch.randn(shape, generator=source) for source in sources])
         self.scheduler.set_timesteps(num_inference_steps)
         latents = latents.to(words) * self.scheduler.init_noise_sigma
@@ -58,8 +58,8 @@ class ShapesPipeline(DiffusionPipeline):
             both = self.unet(
                 scaled, timestep, words, cross_attention_kwargs=cross_attention_kwargs, return_dict=False
             )
-            told, untold = both[0].chunk(2)
-            prediction = untold + guidance_scale * (told - untold)
+            conditional, unconditional = both[0].chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         pictures = (latents / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(self.numpy_to_pil(pictures) if output_type == "pil" else pictures)

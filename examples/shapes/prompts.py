@@ -26,11 +26,11 @@ _ORDER_SCALE = 0.3
 
 
 class PromptError(ValueError):
-    """The prompt is outside the grammar; the message says which word and what was expected there."""
+    """The prompt is outside the grammar; the message has the word and what was expected there."""
 
 
 def parse(prompt: str) -> Scene:
-    """The objects a prompt asks for, in its order; `()` for the empty prompt.
+    """The objects of a prompt, in its order; `()` for the empty prompt.
 
     Raises PromptError on an unknown word, a word in the wrong place or two objects at one position.
     """
@@ -58,8 +58,8 @@ def describe(scene: Scene) -> str:
 def embed(prompt: str) -> npt.NDArray[np.float32]:
     """encoder_hidden_states of one prompt: float32 [TOKENS, WIDTH].
 
-    Token = word vector + sum of the word vectors of its phrase (so that each token knows which object it
-    speaks of, as the output of a real text encoder does) + a sinusoidal code of its place.
+    Token = word vector + sum of the word vectors of its phrase (so that each token identifies its object,
+    as in the output of a real text encoder) + a sinusoidal code of its place.
     Variance is about 1. Raises PromptError as `parse` does.
     """
     vectors = _word_vectors()

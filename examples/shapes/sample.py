@@ -2,7 +2,7 @@
 
     python -m examples.shapes.sample "red circle left" "blue cross top and white square right"
 
-A plain sampler in torch and diffusers, to look at the model itself, without anything of SWS in between.
+A plain sampler in torch and diffusers, to examine the model itself, without SWS.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def load_unet(folder: Path = HERE) -> Any:
 @torch.no_grad()
 def sample(
     unet: Any,
-    wanted: Sequence[str],
+    texts: Sequence[str],
     steps: int = 25,
     guidance: float = 3.0,
     seed: int = 0,
     folder: Path = HERE,
 ) -> npt.NDArray[np.float32]:
-    """Pictures of prompts: float32 [len(wanted), 3, 32, 32] in [-1, 1].
+    """Pictures of prompts: float32 [len(texts), 3, 32, 32] in [-1, 1].
 
     `steps` Euler steps with the scheduler of `folder/scheduler`; `guidance` is the scale of classifier-free
     guidance (1 is none). The initial noise of prompt i depends on `seed` and i only. Raises PromptError where
@@ -47,17 +47,19 @@ def sample(
     """
     from diffusers import EulerDiscreteScheduler
 
-    words = torch.from_numpy(prompts.embed_all([*wanted, *[""] * len(wanted)]))
+    words = torch.from_numpy(prompts.embed_all([*texts, *[""] * len(texts)]))
     scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(steps)
     side = unet.config.sample_size
-    draws = [torch.Generator().manual_seed(seed * 1000 + i) for i in range(len(wanted))]
+    draws = [torch.Generator().manual_seed(seed * 1000 + i) for i in range(len(texts))]
     noise = torch.stack([torch.randn(3, side, side, generator=draw) for draw in draws])
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, timestep)
-        told, untold = unet(torch.cat([scaled, scaled]), timestep, words, return_dict=False)[0].chunk(2)
-        latents = scheduler.step(untold + guidance * (told - untold), timestep, latents, return_dict=False)[0]
+        both = unet(torch.cat([scaled, scaled]), timestep, words, return_dict=False)[0]
+        conditional, unconditional = both.chunk(2)
+        prediction = unconditional + guidance * (conditional - unconditional)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
     pictures: npt.NDArray[np.float32] = latents.clamp(-1.0, 1.0).numpy()
     return pictures
 

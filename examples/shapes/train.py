@@ -68,8 +68,8 @@ def make_batch(step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.default_rng((SEED, step))
     drawn = [scenes.random_scene(rng) for _ in range(size)]
     pictures = np.stack([scenes.render(scene, rng) for scene in drawn])
-    said = ["" if rng.random() < EMPTY_PROMPT_RATE else prompts.describe(scene) for scene in drawn]
-    return torch.from_numpy(pictures), torch.from_numpy(prompts.embed_all(said))
+    texts = ["" if rng.random() < EMPTY_PROMPT_RATE else prompts.describe(scene) for scene in drawn]
+    return torch.from_numpy(pictures), torch.from_numpy(prompts.embed_all(texts))
 
 
 def loss_of_step(unet: UNet2DConditionModel, step: int, size: int) -> torch.Tensor:

@@ -38,9 +38,9 @@ FAR = 12.0
 
 
 class Accuracy(NamedTuple):
-    """Shares in [0, 1] of the objects asked for, the backgrounds named, all words, and whole pictures."""
+    """Shares in [0, 1] of the objects and backgrounds in the prompts, all words, and whole pictures."""
 
-    position: float  # something stands where the object was asked for
+    position: float  # there is an object at the position of the prompt
     colour: float  # ... and has its colour
     texture: float  # ... and its texture
     shape: float  # ... and its shape
@@ -63,7 +63,7 @@ def recognise(picture: Floats) -> Scene:
 
 
 def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
-    """How far pictures [N, 3, 64, 64] in [-1, 1] show the N scenes that were wanted."""
+    """How far pictures [N, 3, 64, 64] in [-1, 1] show the N scenes of their prompts."""
     objects, backgrounds, exact = [], [], []
     for scene, picture in zip(wanted, pictures, strict=True):
         seen = recognise(picture)
@@ -82,7 +82,7 @@ def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
 
 
 def adherence(prompt: str, picture: Floats) -> float:
-    """How far a picture [3, 64, 64] in [-1, 1] shows what its prompt asks for: 0 to 1.
+    """How far a picture [3, 64, 64] in [-1, 1] obeys its prompt: 0 to 1.
 
     Objects (and the background, if the prompt names it) that are asked for and seen, with all their words, as
     a share of those that are either. `sws-export evaluate` calls it.
@@ -256,8 +256,8 @@ def main() -> None:
 
     pipe = load(arguments.folder or HERE, arguments.device)
     wanted = random_scenes(arguments.prompts, arguments.seed)
-    said = [prompts.describe(scene) for scene in wanted]
-    pictures = sample(pipe, said, arguments.steps, arguments.guidance, arguments.seed)
+    texts = [prompts.describe(scene) for scene in wanted]
+    pictures = sample(pipe, texts, arguments.steps, arguments.guidance, arguments.seed)
     if arguments.picture:
         to_grid(pictures, scale=2).save(arguments.picture)
     print(json.dumps(rates_by_kind(wanted, pictures), indent=2))

@@ -29,7 +29,7 @@ def to_pictures(latents: torch.Tensor) -> torch.Tensor:
 
 
 class TexturesPipeline(DiffusionPipeline):
-    """Called as `StableDiffusionPipeline` is, as far as the model has what an argument speaks of."""
+    """Called like `StableDiffusionPipeline`, with the arguments that apply to the model."""
 
     vae_scale_factor = PIXELS
 
@@ -59,13 +59,13 @@ class TexturesPipeline(DiffusionPipeline):
         Raises:
             PromptError: A prompt is outside the grammar.
         """
-        wanted = [prompt] if isinstance(prompt, str) else list(prompt)
-        words = torch.from_numpy(prompts.embed_all([*wanted, *[""] * len(wanted)]))
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        words = torch.from_numpy(prompts.embed_all([*texts, *[""] * len(texts)]))
         words = words.to(self.unet.device, self.unet.dtype)
         config = self.unet.config
         sides = [size // PIXELS if size else config.sample_size for size in (height, width)]
         if latents is None:
-            sources = generator if isinstance(generator, Sequence) else [generator] * len(wanted)
+            sources = generator if isinstance(generator, Sequence) else [generator] * len(texts)
             noise = [torch.randn(config.in_channels, *sides, generator=source) for source in sources]
             latents = torch.stack(noise)
         self.scheduler.set_timesteps(num_inference_steps)
@@ -75,8 +75,8 @@ class TexturesPipeline(DiffusionPipeline):
             both = self.unet(
                 scaled, timestep, words, cross_attention_kwargs=cross_attention_kwargs, return_dict=False
             )
-            told, untold = both[0].chunk(2)
-            prediction = untold + guidance_scale * (told - untold)
+            conditional, unconditional = both[0].chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, number, timestep, {"latents": latents})["latents"]

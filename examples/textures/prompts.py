@@ -31,11 +31,11 @@ _ORDER_SCALE = 0.3
 
 
 class PromptError(ValueError):
-    """The prompt is outside the grammar; the message says which word and what was expected there."""
+    """The prompt is outside the grammar; the message has the word and what was expected there."""
 
 
 def parse(prompt: str) -> Scene:
-    """The scene that a prompt asks for; the empty prompt asks for nothing.
+    """The scene of a prompt; that of the empty prompt has nothing.
 
     Raises PromptError on an unknown word, a word in the wrong place or two objects at one position.
     """
@@ -46,11 +46,11 @@ def parse(prompt: str) -> Scene:
             raise PromptError(f"prompt {prompt!r}: unknown word {word!r}; known words: {known}")
     if not words:
         return Scene((), None)
-    said, on, background = f"{' '.join(words)} ".partition(f" {ON} ")
+    described, on, background = f"{' '.join(words)} ".partition(f" {ON} ")
     if on and background.strip() not in BACKGROUNDS:
         found, known = background.strip() or "nothing", ", ".join(BACKGROUNDS)
         raise PromptError(f"prompt {prompt!r}: found {found!r} where a background is expected ({known})")
-    phrases = said.split(f" {AND} ")
+    phrases = described.split(f" {AND} ")
     if len(phrases) > 2:
         raise PromptError(f"prompt {prompt!r}: {len(phrases)} objects; ask for at most 2, joined by {AND!r}")
     objects = tuple(_parse_phrase(prompt, phrase.split()) for phrase in phrases)
@@ -63,15 +63,15 @@ def parse(prompt: str) -> Scene:
 
 def describe(scene: Scene) -> str:
     """The prompt of a scene; `parse(describe(scene)) == scene`."""
-    said = f" {AND} ".join(" ".join(thing) for thing in scene.objects)
-    return f"{said} {ON} {scene.background}" if scene.background else said
+    objects = f" {AND} ".join(" ".join(thing) for thing in scene.objects)
+    return f"{objects} {ON} {scene.background}" if scene.background else objects
 
 
 def embed(scene: Scene) -> npt.NDArray[np.float32]:
     """encoder_hidden_states of one scene: float32 [TOKENS, WIDTH], variance about 1.
 
     Token = word vector + sum of the word vectors of its phrase, the position counted three times (so that
-    each token knows which object it speaks of, as the output of a real text encoder does) + a sinusoidal
+    each token identifies its object, as in the output of a real text encoder) + a sinusoidal
     code of its place.
     """
     vectors = _word_vectors()
@@ -82,9 +82,9 @@ def embed(scene: Scene) -> npt.NDArray[np.float32]:
         tokens += [vectors[AND][None]] * (number > 0) + [(phrase + about) / 15**0.5]
     if scene.background:
         tokens += [vectors[ON][None], vectors[scene.background][None]]
-    said = np.concatenate(tokens)
-    padding = np.tile(vectors[PAD], (TOKENS - len(said), 1))
-    return np.concatenate([said, padding]) + _order_code()
+    embedded = np.concatenate(tokens)
+    padding = np.tile(vectors[PAD], (TOKENS - len(embedded), 1))
+    return np.concatenate([embedded, padding]) + _order_code()
 
 
 def embed_all(prompts: Sequence[str]) -> npt.NDArray[np.float32]:

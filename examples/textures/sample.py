@@ -30,12 +30,12 @@ def load(folder: Path = HERE, device: str = "cpu") -> TexturesPipeline:
 
 
 def sample(
-    pipe: TexturesPipeline, wanted: Sequence[str], steps: int = 25, guidance: float = 3.0, seed: int = 0
+    pipe: TexturesPipeline, texts: Sequence[str], steps: int = 25, guidance: float = 3.0, seed: int = 0
 ) -> npt.NDArray[np.float32]:
     """Pictures of prompts: float32 [N, 3, 64, 64] in [-1, 1]; noise i depends on (seed, i) only."""
-    generator = [torch.Generator().manual_seed(seed * 1000 + number) for number in range(len(wanted))]
+    generator = [torch.Generator().manual_seed(seed * 1000 + number) for number in range(len(texts))]
     drawn = pipe(
-        wanted, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="np"
+        texts, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="np"
     )
     return np.asarray(drawn.images.transpose(0, 3, 1, 2) * 2 - 1, np.float32)
 

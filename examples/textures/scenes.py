@@ -16,7 +16,7 @@ RADIUS = 11.5
 RADIUS_JITTER = 1.2
 JITTER = 1.5
 
-# RGB in [0, 1]. Their hues are far apart, and backgrounds have nearly none: `check` tells objects by hue.
+# RGB in [0, 1]. Hues are far apart, and backgrounds have nearly none: `check` identifies objects by hue.
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.10, 0.10),
     "yellow": (0.95, 0.85, 0.10),

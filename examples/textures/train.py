@@ -86,9 +86,11 @@ def make_batches(
     else:
         # Which words belong to which object is learned last: three of four scenes have two.
         drawn = [scenes.random_scene(rng) if len(scene.objects) == 1 else scene for scene in drawn]
-    untold = rng.random(size) < EMPTY_PROMPT_RATE
-    said = [scenes.Scene((), None) if no else scene for scene, no in zip(drawn, untold, strict=True)]
-    words = torch.from_numpy(np.stack([prompts.embed(scene) for scene in said])).to(device, non_blocking=True)
+    empty = rng.random(size) < EMPTY_PROMPT_RATE
+    described = [scenes.Scene((), None) if no else scene for scene, no in zip(drawn, empty, strict=True)]
+    words = torch.from_numpy(np.stack([prompts.embed(scene) for scene in described])).to(
+        device, non_blocking=True
+    )
     latents = to_latents(scenes.render(drawn, rng, device))
     if close:
         half = latents.shape[-1] // 2
@@ -285,8 +287,8 @@ def main() -> None:
         from examples.textures.sample import load, sample
 
         wanted = check.random_scenes(arguments.prompts, 0)
-        said = [prompts.describe(scene) for scene in wanted]
-        pictures = sample(load(arguments.out, arguments.device), said)
+        texts = [prompts.describe(scene) for scene in wanted]
+        pictures = sample(load(arguments.out, arguments.device), texts)
         to_grid(pictures, scale=2).save(arguments.out / "samples.png")
         print(json.dumps(check.rates_by_kind(wanted, pictures), indent=2))
 

@@ -154,7 +154,7 @@ def _rebalance_band(op: Op, gather: Any, scatter: Any, band: Any, iterations: in
     return band
 
 
-# Pads are given for all axes: ONNX Runtime 1.32 exchanges Transpose and Pad, and forgets the axes of the Pad.
+# Pads are given for all axes: ONNX Runtime 1.32 exchanges Transpose and Pad, and drops the axes of the Pad.
 
 
 def _gather_rows(op: Op, maps: Any, size: Any) -> Any:

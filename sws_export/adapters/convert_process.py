@@ -69,14 +69,14 @@ class _EventProgress:
 
 
 def main() -> int:
-    """Export as the request on standard input says; returns 0 if the artefact is complete."""
+    """Export as specified by the request on standard input; returns 0 if the artefact is complete."""
     request = json.load(sys.stdin)
     die_with_parent(request["parent"])
     return convert(request, EventWriter())
 
 
 def convert(request: dict[str, Any], events: EventWriter) -> int:
-    """Export as `request` says, and send events; returns 0 if the artefact is complete."""
+    """Export as specified by `request`, and send events; returns 0 if the artefact is complete."""
     try:
         with missing_extras_as_errors():
             _export(request, events)

@@ -29,8 +29,8 @@ _MIN_RANGE = 1e-6
 _LARGEST_MARK = 1 - 2.0**-22
 # Head sizes that fused kernels on GPUs support are multiples of this.
 _HEAD_MULTIPLE = 8
-# The guard first looks at every n-th query row of a large site. If the KL divergence there is not well below
-# the budget, it looks at all rows, at few steps.
+# The guard first evaluates every n-th query row of a large site. If the KL divergence there is not well below
+# the budget, it evaluates all rows, at few steps.
 _ROW_STRIDE = 7
 _LARGE = 512
 _CLEARLY_WITHIN = 0.7

@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.5
 """Interval between two readings of the child's memory."""
 _SHOWN_WARNINGS = 5
 _REMARKS = ("Converting conv activation scales to fp32", "Converting conv weight scales to fp32")
-"""Warnings that ask for nothing: TensorRT for RTX has one for each 8-bit convolution of a 16-bit graph."""
+"""Warnings that need no action: TensorRT for RTX has one for each 8-bit convolution of a 16-bit graph."""
 _WINDOWS_EXCEPTION = 0xC0000000
 """Exit codes of Windows processes from here on are NTSTATUS codes of exceptions."""
 

@@ -121,7 +121,7 @@ class MetricSummary:
 
     Attributes:
         values: Means.
-        changes: Compared with the plain pictures as `Metric.comparison` says; empty for `none`.
+        changes: Compared with the plain pictures by `Metric.comparison`; empty for `none`.
     """
 
     values: tuple[Figure, ...]

@@ -236,7 +236,7 @@ def _range(ends: Sequence[float]) -> tuple[float, float]:
 
 
 def _text(level: float, span: float) -> str:
-    """`level` with the decimals that tell the levels of an axis apart."""
+    """`level` with the decimals that distinguish the levels of an axis."""
     decimals = max(0, math.ceil(-math.log10(span)) + 1)
     return f"{level:.{decimals}f}" if decimals <= 6 else f"{level:.1e}"
 

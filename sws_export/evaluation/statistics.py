@@ -55,8 +55,8 @@ def mean_difference(values: Sequence[float] | Floats, plain: Sequence[float] | F
 def relative_change(values: Sequence[float] | Floats, plain: Sequence[float] | Floats) -> Figure:
     """Mean over pairs relative to the mean of the plain pictures of the same pairs, minus 1.
 
-    Unlike a mean of ratios it is not ruled by pairs whose plain value is close to 0. Pairs with NaN are left
-    out.
+    Unlike a mean of ratios it is not dominated by pairs whose plain value is close to 0. Pairs with NaN are
+    left out.
     """
     both = np.asarray([values, plain], np.float64)
     value, base = both[:, ~np.isnan(both).any(axis=0)]

@@ -140,7 +140,7 @@ class SizeOptions:
         return sizes
 
     def remarks(self, size_multiple: int, vae_scale: int | None) -> list[str]:
-        """What is said of sizes that become the next multiple."""
+        """A line for each size that becomes the next multiple."""
         if self.profiles:
             return [
                 f"--profile {text}: {remark}"

@@ -173,7 +173,7 @@ class StageCache:
         """Write a graph from the cache to `path`; None if it is damaged or was removed, with a warning.
 
         Raises:
-            CheckpointError: The source is not what its remembered digest says.
+            CheckpointError: The source does not have its remembered digest.
         """
         skeleton = path.parent / f"skeleton-{SKELETON}"
         if not self._cache.extract(entry, SKELETON, skeleton):

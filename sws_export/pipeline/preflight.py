@@ -20,7 +20,7 @@ from sws_export.sources import Source
 from sws_export.tensors import PRECISIONS
 
 _MINUTES = 100.0
-"""Seconds from which on a time is told in minutes."""
+"""Seconds from which a time is shown in minutes."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,7 @@ class SourceCheck:
 
     @functools.cached_property
     def description(self) -> SourceEntry:
-        """What the manifest says about the source, with the sha256 of the bytes that were read.
+        """The source in the manifest, with the sha256 of the bytes that were read.
 
         The stage `check` is the time for which the rest of the export waits for this.
 

@@ -38,7 +38,7 @@ class ComfyUINodePreset(Preset):
     name = "comfyui-node"
     aliases = ("node",)
     summary = "what the published ComfyUI node computes"
-    fixed_guard = "its guard has one form, which stores the few logits of the text and looks at all rows"
+    fixed_guard = "its guard has one form, which stores the few logits of the text and evaluates all rows"
     plain_at_zero = False
     persistent_state = True
     reset_rule = (

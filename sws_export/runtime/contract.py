@@ -145,7 +145,7 @@ def read_contract(path: Path, *, verify: bool = True) -> Contract:
         verify: Compare the sha256 of the files with those in the manifest; their sizes are always compared.
 
     Raises:
-        EngineError: A file is missing, is not what its name says, or does not belong to its manifest.
+        EngineError: A file is missing, is of another kind than its name, or does not belong to its manifest.
     """
     if path.suffix != ".onnx" and path.suffix not in ENGINE_SUFFIXES:
         raise EngineError(f"{path}: expected .onnx, .plan or .engine, found '{path.suffix}'")

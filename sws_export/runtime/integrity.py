@@ -149,7 +149,7 @@ def check_profiles(path: Path, recorded: Sequence[ProfileShapes], found: Sequenc
 
 
 def _same_shape(expected: Sequence[int | str], found: Sequence[int | str | None], output: bool) -> bool:
-    """Whether each dimension is the same; a library may know an output's size that the manifest has open."""
+    """Whether each dimension is the same; a library may have a number where the manifest has a symbol."""
     return len(expected) == len(found) and all(
         size == other or (isinstance(size, str) and (other is None or (output and isinstance(other, int))))
         for size, other in zip(expected, found, strict=True)

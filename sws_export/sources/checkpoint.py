@@ -71,7 +71,7 @@ class CheckpointSource:
 
     @property
     def vae_scale(self) -> int | None:
-        """As the checkpoint or its family says."""
+        """That of the checkpoint or its family."""
         return self.checkpoint.vae_scale
 
     @property
@@ -116,7 +116,7 @@ class CheckpointSource:
         return
 
     def identity(self, sha256: str) -> dict[str, Any]:
-        """What the manifest says of it, which tensors of the files are taken, and its inputs."""
+        """Its entry in the manifest, which tensors of the files are used, and its inputs."""
         tensors = {
             name: [tensor.file.name, tensor.dtype, tensor.offset, *tensor.shape]
             for name, tensor in self.checkpoint.stored.items()

@@ -113,7 +113,7 @@ class OnnxSource:
         """Nothing: names and shapes are those of the graph."""
 
     def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:  # noqa: ARG002
-        """Look at all weights and hash the files: the ONNX file, then its external weights by name.
+        """Check all weights and hash the files: the ONNX file, then its external weights by name.
 
         Raises:
             CheckpointError: A weight has NaN or Inf.

@@ -79,8 +79,8 @@ def test_prompts_and_scenes_convert_into_each_other() -> None:
 
 
 def test_embedding_is_fixed_and_separates_prompts() -> None:
-    said = ["", "red circle left", "red circle right", "red circle left and blue cross top"]
-    words = prompts.embed_all(said)
+    texts = ["", "red circle left", "red circle right", "red circle left and blue cross top"]
+    words = prompts.embed_all(texts)
     assert words.shape == (4, prompts.TOKENS, prompts.WIDTH)
     assert words.dtype == np.float32
     np.testing.assert_array_equal(words[1], prompts.embed("red circle left"))
@@ -171,12 +171,12 @@ def test_trained_attention_is_peaked_where_random_attention_is_flat(unet: Any) -
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_samples_obey_their_prompts(unet: Any) -> None:
     wanted = check.random_scenes(8, seed=11)
-    said = [prompts.describe(scene) for scene in wanted]
-    pictures = sample.sample(unet, said, steps=12)
+    texts = [prompts.describe(scene) for scene in wanted]
+    pictures = sample.sample(unet, texts, steps=12)
     share = check.accuracy(wanted, pictures)
     assert min(share.position, share.colour) >= 0.9
     assert share.shape >= 0.8
-    one = sample.sample(unet, said[:1], steps=12)
+    one = sample.sample(unet, texts[:1], steps=12)
     np.testing.assert_allclose(one[0], pictures[0], atol=1e-2)
 
 
@@ -199,8 +199,8 @@ def test_samples_of_8_bit_graphs_obey_their_prompts(kind: str, field: str, tmp_p
     )
     export(sample.HERE / "unet", tmp_path / "unet.onnx", options)
     wanted = check.random_scenes(8, seed=11)
-    said = [prompts.describe(scene) for scene in wanted]
-    pictures = sample.sample(check.load_artefact(tmp_path / "unet.onnx"), said, steps=12)
+    texts = [prompts.describe(scene) for scene in wanted]
+    pictures = sample.sample(check.load_artefact(tmp_path / "unet.onnx"), texts, steps=12)
     share = check.accuracy(wanted, pictures)
     assert min(share.position, share.colour) >= 0.9
     assert share.shape >= 0.8

@@ -72,23 +72,23 @@ def test_checker_rejects_what_was_not_asked_for() -> None:
 
 def test_adherence_is_high_for_the_own_prompt_only() -> None:
     wanted = check.random_scenes(8, 3)
-    said = [prompts.describe(scene) for scene in wanted]
+    texts = [prompts.describe(scene) for scene in wanted]
     pictures = draw(wanted)
-    own = [check.adherence(prompt, picture) for prompt, picture in zip(said, pictures, strict=True)]
+    own = [check.adherence(prompt, picture) for prompt, picture in zip(texts, pictures, strict=True)]
     other = [
-        check.adherence(prompt, picture) for prompt, picture in zip(said[1:], pictures[:-1], strict=True)
+        check.adherence(prompt, picture) for prompt, picture in zip(texts[1:], pictures[:-1], strict=True)
     ]
     assert np.mean(own) > 0.8
     assert np.mean(other) < 0.3
 
 
 def test_prompts_and_scenes_convert_into_each_other() -> None:
-    said = "red striped circle top-left and blue plain cross bottom-left on wood"
-    assert prompts.describe(SCENE) == said
-    assert prompts.parse(said.upper()) == SCENE
+    texts = "red striped circle top-left and blue plain cross bottom-left on wood"
+    assert prompts.describe(SCENE) == texts
+    assert prompts.parse(texts.upper()) == SCENE
     for scene in check.random_scenes(50, 0):
         assert prompts.parse(prompts.describe(scene)) == scene
-    words = prompts.embed_all([said, ""])
+    words = prompts.embed_all([texts, ""])
     assert words.shape == (2, prompts.TOKENS, prompts.WIDTH)
     assert words.dtype == np.float32
     np.testing.assert_allclose(words[0, 1, :4], EMBEDDED, rtol=0, atol=1e-4)

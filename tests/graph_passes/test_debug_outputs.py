@@ -75,12 +75,12 @@ def test_metrics_are_consistent(run_onnx: RunOnnx) -> None:
     # 24 tokens on the latent's grid, 6 on half of it.
     assert (found["entropy_max"] <= np.log([24, 24, 6]) + 1e-5).all()
     assert (found["kl"] <= cap + 1e-5).all()
-    told, untold = 0, 1
-    assert (found["alpha_k"][told] > 0.01).all()
-    assert (found["a_v"][told] > 0.01).all()
-    assert (found["kl"][told] > 1e-4).all()
+    with_prompt, without = 0, 1
+    assert (found["alpha_k"][with_prompt] > 0.01).all()
+    assert (found["a_v"][with_prompt] > 0.01).all()
+    assert (found["kl"][with_prompt] > 1e-4).all()
     for name in ("alpha_k", "a_v", "kl"):
-        assert np.abs(found[name][untold]).max() < 1e-5
+        assert np.abs(found[name][without]).max() < 1e-5
 
 
 def test_decomposed_attention_gives_the_same_metrics(run_onnx: RunOnnx) -> None:

@@ -62,9 +62,9 @@ def change_weight(directory: Path, value: float) -> None:
 
 
 def test_a_missing_file(refuse: Refuse, tmp_path: Path) -> None:
-    said = refuse(tmp_path / "absent.safetensors")
+    message = refuse(tmp_path / "absent.safetensors")
     assert (
-        said
+        message
         == f"{tmp_path}/absent.safetensors does not exist; pass a .safetensors file or a diffusers directory"
     )
 
@@ -101,33 +101,33 @@ def test_another_architecture(refuse: Refuse, copied: Path) -> None:
 def test_a_configuration_that_does_not_fit(refuse: Refuse, copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 24}))
-    said = refuse(copied)
-    assert "does not fit its configuration" in said
-    assert "--config FILE" in said
+    message = refuse(copied)
+    assert "does not fit its configuration" in message
+    assert "--config FILE" in message
 
 
 @pytest.mark.parametrize(("value", "kind"), [(np.nan, "NaN"), (np.inf, "Inf"), (-np.inf, "Inf")])
 def test_weights_that_are_not_finite(refuse: Refuse, copied: Path, value: float, kind: str) -> None:
     change_weight(copied, value)
-    said = refuse(copied)
-    assert "tensor 'mid_block.resnets.0.conv1.weight'" in said
-    assert f"contains {kind} at index [1, 2, 0, 1]" in said
+    message = refuse(copied)
+    assert "tensor 'mid_block.resnets.0.conv1.weight'" in message
+    assert f"contains {kind} at index [1, 2, 0, 1]" in message
 
 
 def test_a_weight_out_of_the_range_of_the_precision(refuse: Refuse, copied: Path) -> None:
     change_weight(copied, 1e5)
-    said = refuse(copied, "--precision", "fp16")
-    assert "mid_block.resnets.0.conv1.weight: a weight of 1e+05 exceeds the range of fp16" in said
-    assert "--precision bf16" in said
+    message = refuse(copied, "--precision", "fp16")
+    assert "mid_block.resnets.0.conv1.weight: a weight of 1e+05 exceeds the range of fp16" in message
+    assert "--precision bf16" in message
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt"])
 def test_pickle_files(refuse: Refuse, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"model{suffix}"
     file.write_bytes(b"\x80\x04.")
-    said = refuse(file)
-    assert "code" in said
-    assert "safetensors" in said
+    message = refuse(file)
+    assert "code" in message
+    assert "safetensors" in message
 
 
 def test_a_file_that_is_not_onnx(refuse: Refuse, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         (("--sws", "betta=0.5"), "--sws: unknown parameter 'betta'; known are sigma_min, sigma_max, tau"),
         (("--sws", "beta=1.5"), "--sws beta: 1.5 is out of range; allowed is 0 to 0.999"),
@@ -189,12 +189,12 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         ),
     ],
 )
-def test_graph_options(refuse: Refuse, random_unet: Path, option: tuple[str, ...], said: str) -> None:
-    assert said in refuse(random_unet, *option)
+def test_graph_options(refuse: Refuse, random_unet: Path, option: tuple[str, ...], message: str) -> None:
+    assert message in refuse(random_unet, *option)
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         (("--batch", "4:2:8"), "--batch 4:2:8: expected MIN <= OPT <= MAX, found 4, 2, 8"),
         (("--tokens", "8:4:2"), "--tokens 8:4:2: expected MIN <= OPT <= MAX, found 8, 4, 2"),
@@ -214,9 +214,9 @@ def test_graph_options(refuse: Refuse, random_unet: Path, option: tuple[str, ...
         (("--vae-scale", "0"), "--vae-scale"),
     ],
 )
-def test_engine_options(refuse: Refuse, random_unet: Path, option: tuple[str, ...], said: str) -> None:
+def test_engine_options(refuse: Refuse, random_unet: Path, option: tuple[str, ...], message: str) -> None:
     given = ("--vae-scale", "1") if "--vae-scale" not in option else ()
-    assert said in refuse(random_unet, *given, *option, name="engine.plan")
+    assert message in refuse(random_unet, *given, *option, name="engine.plan")
 
 
 def test_pixels_without_a_vae_scale(refuse: Refuse, random_unet: Path) -> None:
@@ -231,16 +231,16 @@ def test_options_without_meaning_for_an_onnx_source(refuse: Refuse, traced: Path
 
 
 def test_an_unknown_suffix(refuse: Refuse, random_unet: Path) -> None:
-    said = refuse(random_unet, name="engine.trt")
-    assert "expected a name ending in .onnx, .plan or .engine, found '.trt'" in said
+    message = refuse(random_unet, name="engine.trt")
+    assert "expected a name ending in .onnx, .plan or .engine, found '.trt'" in message
 
 
 @pytest.mark.parametrize("place", ["absent/graph.onnx", "file/graph.onnx"])
 def test_a_missing_directory(refuse: Refuse, random_unet: Path, out: Path, place: str) -> None:
     (out / "file").write_text("")
-    said = refuse(random_unet, name=place)
-    assert f"cannot write {out / place}: " in said
-    assert "choose an --out" in said
+    message = refuse(random_unet, name=place)
+    assert f"cannot write {out / place}: " in message
+    assert "choose an --out" in message
 
 
 def test_a_directory_that_is_not_writable(refuse: Refuse, random_unet: Path) -> None:
@@ -259,8 +259,8 @@ def test_the_manifest_is_a_directory(refuse: Refuse, random_unet: Path, out: Pat
 
 def test_the_kept_graph_is_a_directory(refuse: Refuse, random_unet: Path, out: Path) -> None:
     (out / "engine.onnx").mkdir()
-    said = refuse(random_unet, "--keep-onnx", "--vae-scale", "1", name="engine.plan")
-    assert "engine.onnx: it is a directory" in said
+    message = refuse(random_unet, "--keep-onnx", "--vae-scale", "1", name="engine.plan")
+    assert "engine.onnx: it is a directory" in message
 
 
 def test_the_model_itself_is_not_overwritten(refuse: Refuse, traced: Path, out: Path) -> None:
@@ -303,9 +303,9 @@ def test_a_full_disk(
         raise OSError(number, "no room")
 
     monkeypatch.setattr(function, full)
-    said = refuse(random_unet, *SMALL)
-    assert said.startswith(f"cannot write {out}/graph.onnx: the disk is full (")
-    assert "free some space or choose another --out" in said
+    message = refuse(random_unet, *SMALL)
+    assert message.startswith(f"cannot write {out}/graph.onnx: the disk is full (")
+    assert "free some space or choose another --out" in message
 
 
 def test_a_full_disk_in_the_engine_build(
@@ -315,18 +315,18 @@ def test_a_full_disk_in_the_engine_build(
         raise OSError(errno.ENOSPC, "no room")
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
-    said = refuse(random_unet, *SMALL, "--vae-scale", "1", name="engine.plan")
-    assert "engine.plan: the disk is full (" in said
+    message = refuse(random_unet, *SMALL, "--vae-scale", "1", name="engine.plan")
+    assert "engine.plan: the disk is full (" in message
 
 
 def test_a_limit_on_the_size_of_files(refuse: Refuse, random_unet: Path, out: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
-        said = refuse(random_unet, *SMALL)
+        message = refuse(random_unet, *SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert f"cannot write {out}/graph.onnx: " in said
+    assert f"cannot write {out}/graph.onnx: " in message
 
 
 @pytest.mark.skipif(
@@ -380,11 +380,11 @@ def test_a_file_of_the_model_that_is_not_regular(name: str, kind: str, refuse: R
         os.mkfifo(copied / name)
     else:
         (copied / name).symlink_to("/dev/zero")
-    said = refuse(copied)
+    message = refuse(copied)
     if name == WEIGHTS:
-        assert f"{copied} contains no UNet" in said
-        said = refuse(copied / name)
-        assert f"cannot read {copied / name}: it is a {kind}, not a file" in said
+        assert f"{copied} contains no UNet" in message
+        message = refuse(copied / name)
+        assert f"cannot read {copied / name}: it is a {kind}, not a file" in message
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")

@@ -102,7 +102,7 @@ def model_from(path: Path) -> SwsModelPatcher:
     engine = _ENGINES.get(identity)
     if engine is None:
         on_cpu = comfy.model_management.get_torch_device().type == "cpu"
-        # Engines need a GPU, and say so; a graph runs where ComfyUI runs.
+        # Engines need a GPU, and raise an error without one; a graph runs where ComfyUI runs.
         options = {"device": "cpu"} if on_cpu and path.suffix == ".onnx" else {}
         engine = _ENGINES[identity] = Engine.open(path, **options)
     return model_of(engine)

@@ -27,7 +27,7 @@ _HAS_NO_EFFECT = "it has no effect on an engine"
 
 
 class SwsModelPatcher(comfy.model_patcher.ModelPatcher):
-    """Tells ComfyUI's memory management what an engine needs, and loads and unloads it on its request.
+    """Reports to ComfyUI's memory management what an engine needs, and loads and unloads it on its request.
 
     An engine is loaded as a whole or not at all. What would patch weights is warned about.
     """

@@ -52,8 +52,8 @@ class Sampler:
         self.diffusion_model.start_run()
         latent = draw(batch, 4, 8, 6, seed=9) * sigmas[0]
         for sigma, following in itertools.pairwise(sigmas):
-            told, untold = self.predict(latent, sigma.expand(batch), **options)
-            latent = latent + (following - sigma) * (untold + 3.0 * (told - untold))
+            conditional, unconditional = self.predict(latent, sigma.expand(batch), **options)
+            latent = latent + (following - sigma) * (unconditional + 3.0 * (conditional - unconditional))
         return latent
 
     def predict(self, latent: torch.Tensor, sigma: torch.Tensor, **options: Any) -> list[torch.Tensor]:
@@ -99,11 +99,11 @@ def by_hand(session: Session, sampler: Sampler) -> tuple[torch.Tensor, list[Any]
     latent = draw(1, 4, 8, 6, seed=9) * SIGMAS[0]
     for sigma, following in itertools.pairwise(SIGMAS):
         x = latent / (sigma**2 + 1).sqrt()
-        told, untold = (
+        conditional, unconditional = (
             stream.step(x, 500.0, context, sigma=float(sigma), intensity=1.0)
             for stream, (_, context) in zip(streams, sampler.conds, strict=True)
         )
-        latent = latent + (following - sigma) * (untold + 3.0 * (told - untold))
+        latent = latent + (following - sigma) * (unconditional + 3.0 * (conditional - unconditional))
     return latent, [stream.state()["sws_state_d2"][0] for stream in streams]
 
 

@@ -29,14 +29,18 @@ def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache", 10_000)
 
 
-def store(cache: Cache, key: str = KEY, size: int = 1000, said: RecordingProgress | None = None) -> Path:
+def store(cache: Cache, key: str = KEY, size: int = 1000, progress: RecordingProgress | None = None) -> Path:
     """Store a file of `size` bytes; returns it."""
     assert cache.root is not None
     file = cache.root.parent / f"{key[:4]}.plan"
     file.unlink(missing_ok=True)
     file.write_bytes(key[:1].encode() * size)
     cache.put(
-        "engine", key, {"number": 1.5}, {file: file_digest(file)}, said or RecordingProgress(SilentProgress())
+        "engine",
+        key,
+        {"number": 1.5},
+        {file: file_digest(file)},
+        progress or RecordingProgress(SilentProgress()),
     )
     return file
 
@@ -184,9 +188,9 @@ def test_a_full_disk_is_a_warning(cache: Cache, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     monkeypatch.setattr(fcntl, "ioctl", refuse)
     monkeypatch.setattr(os, "link", refuse)
-    said = RecordingProgress(SilentProgress())
-    store(cache, said=said)
-    assert said.lines == [
+    progress = RecordingProgress(SilentProgress())
+    store(cache, progress=progress)
+    assert progress.lines == [
         (True, f"the engine cannot be stored in the cache {cache.root}: No space left on device")
     ]
     assert list((cache.root or Path()).glob("entries/*")) == []
@@ -206,10 +210,10 @@ def test_the_least_recently_used_entry_is_evicted_first(cache: Cache) -> None:
 
 def test_an_entry_larger_than_the_cache_is_not_stored(cache: Cache) -> None:
     store(cache, "b" * 64)
-    said = RecordingProgress(SilentProgress())
-    store(cache, size=10_001, said=said)
+    progress = RecordingProgress(SilentProgress())
+    store(cache, size=10_001, progress=progress)
     assert keys(cache) == {"b" * 64}
-    assert "the engine of 0.0 GB is not cached" in said.lines[0][1]
+    assert "the engine of 0.0 GB is not cached" in progress.lines[0][1]
 
 
 def test_an_entry_in_use_may_be_removed(cache: Cache, tmp_path: Path) -> None:
@@ -297,9 +301,9 @@ def test_one_process_computes_while_the_other_waits(cache: Cache) -> None:
 
 def test_storing_twice_keeps_one_entry(cache: Cache) -> None:
     store(cache)
-    said = RecordingProgress(SilentProgress())
-    store(cache, said=said)
-    assert said.lines == []
+    progress = RecordingProgress(SilentProgress())
+    store(cache, progress=progress)
+    assert progress.lines == []
     assert keys(cache) == {KEY}
     assert len(list((cache.root or Path()).glob("entries/*"))) == 1
 

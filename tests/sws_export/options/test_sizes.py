@@ -61,13 +61,13 @@ def test_what_is_said_of_sizes_that_the_unet_does_not_take() -> None:
     options = SizeOptions(height="512:1024:1080", width="832")
     (sizes,) = options.engine_profiles(None, 8, 8)
     assert sizes.height == Range(64, 128, 136)
-    said = (
+    remark = (
         "--height 512:1024:1080: the UNet takes multiples of 64 pixels: made for 1088 pixels for 1080; "
         "sws_export.runtime pads smaller images and crops the result"
     )
-    assert options.remarks(8, 8) == [said]
+    assert options.remarks(8, 8) == [remark]
     several = SizeOptions(width="832", profiles=("batch=1", "height=512:1024:1080"))
-    assert several.remarks(8, 8) == [f"--profile height=512:1024:1080: {said}"]
+    assert several.remarks(8, 8) == [f"--profile height=512:1024:1080: {remark}"]
 
 
 def test_profiles_override_the_other_sizes() -> None:

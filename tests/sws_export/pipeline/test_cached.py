@@ -141,14 +141,14 @@ def test_a_second_export_restores_the_graph(model: Path, out: Path) -> None:
     first = export(model, out / "graph.onnx", GRAPH)
     before = listing(out)
     assert cached(first) == []
-    said = AtStage()
-    second = export(model, out / "graph.onnx", GRAPH, said)
+    progress = AtStage()
+    second = export(model, out / "graph.onnx", GRAPH, progress)
     assert cached(second) == STAGES
-    assert said.stages == ["open", "hash"]
+    assert progress.stages == ["open", "hash"]
     after = listing(out)
     assert after["graph.onnx"] == before["graph.onnx"]
-    assert any("graph: from the cache" in text for _, text in said.lines)
-    assert any(text.startswith("SWS at ") for _, text in said.lines)
+    assert any("graph: from the cache" in text for _, text in progress.lines)
+    assert any(text.startswith("SWS at ") for _, text in progress.lines)
     # The report is as complete as the first, apart from the timings.
     assert second.validation == first.validation
     assert {timing.name for timing in second.stages} - {"restore"} == {timing.name for timing in first.stages}
@@ -204,8 +204,8 @@ def test_an_onnx_source_is_cached(traced: Path, out: Path) -> None:
 
 
 def test_a_second_export_restores_the_engine(model: Path, out: Path, built: list[Any]) -> None:
-    said, again = RecordingProgress(SilentProgress()), RecordingProgress(SilentProgress())
-    first = export(model, out / "e.plan", PLAN, said)
+    progress, again = RecordingProgress(SilentProgress()), RecordingProgress(SilentProgress())
+    first = export(model, out / "e.plan", PLAN, progress)
     second = export(model, out / "e.plan", PLAN, again)
     assert len(built) == 1
     assert cached(second) == [*STAGES, "build"]
@@ -213,7 +213,7 @@ def test_a_second_export_restores_the_engine(model: Path, out: Path, built: list
     assert second.engine == first.engine
     assert second.manifest | {"stages": []} == first.manifest | {"stages": []}
     assert any("engine: from the cache" in text for _, text in again.lines)
-    warnings = [text for warning, text in said.lines if warning]
+    warnings = [text for warning, text in progress.lines if warning]
     assert warnings == [text for warning, text in again.lines if warning] != []
 
 
@@ -233,11 +233,11 @@ def test_a_static_size_makes_another_graph_with_the_same_validation(
     model: Path, out: Path, built: list[Any]
 ) -> None:
     export(model, out / "e.plan", PLAN)
-    said = RecordingProgress(SilentProgress())
+    progress = RecordingProgress(SilentProgress())
     fixed = with_options(PLAN, tokens="7")
-    report = export(model, out / "e.plan", fixed, said)
+    report = export(model, out / "e.plan", fixed, progress)
     assert cached(report) == ["check", "validate"]
-    assert any(text.startswith("validation: from the cache") for _, text in said.lines)
+    assert any(text.startswith("validation: from the cache") for _, text in progress.lines)
     assert report.validation is not None
     assert any("tokens was set to 7" in remark for remark in report.validation.remarks)
     assert len(built) == 2
@@ -262,9 +262,9 @@ def test_log_and_json_name_cached_stages(
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["cached"] == []
     assert main(command) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["cached"] == [*STAGES, "build"]
-    assert said.err.count("from the cache") == 3 + len(STAGES) + 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["cached"] == [*STAGES, "build"]
+    assert printed.err.count("from the cache") == 3 + len(STAGES) + 1
 
 
 # Misses
@@ -378,10 +378,12 @@ def test_a_damaged_graph_is_exported_again(model: Path, out: Path, cache: Cache)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    said = RecordingProgress(SilentProgress())
-    report = export(model, out / "graph.onnx", GRAPH, said)
+    progress = RecordingProgress(SilentProgress())
+    report = export(model, out / "graph.onnx", GRAPH, progress)
     assert cached(report) == ["check", "validate"]
-    assert any(warning and "damaged or was removed: making it again" in text for warning, text in said.lines)
+    assert any(
+        warning and "damaged or was removed: making it again" in text for warning, text in progress.lines
+    )
     assert (out / "graph.onnx").read_bytes() == before
     assert "export" in cached(export(model, out / "graph.onnx", GRAPH))
 
@@ -454,10 +456,10 @@ def test_a_graph_over_tolerance_is_not_stored(
 
 def test_an_unwritable_cache_is_a_warning(model: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file in the way")
-    said = RecordingProgress(SilentProgress())
-    export(model, out / "graph.onnx", UNVALIDATED, said)
+    progress = RecordingProgress(SilentProgress())
+    export(model, out / "graph.onnx", UNVALIDATED, progress)
     assert (out / "graph.onnx").is_file()
-    assert any(warning and "cannot be stored in the cache" in text for warning, text in said.lines)
+    assert any(warning and "cannot be stored in the cache" in text for warning, text in progress.lines)
 
 
 # The command
@@ -468,11 +470,11 @@ def test_list_and_clear(
 ) -> None:
     export(model, out / "e.plan", with_options(PLAN, validate=False))
     assert main(["cache", "list"]) == 0
-    said = capsys.readouterr()
-    kinds = [line.split()[0] for line in said.out.splitlines()]
+    printed = capsys.readouterr()
+    kinds = [line.split()[0] for line in printed.out.splitlines()]
     assert sorted(kinds) == ["engine", "graph"]
-    assert "model, fp32, sws, for tensorrt-rtx" in said.out
-    assert f"of 1 GB in {cache.root}" in said.err
+    assert "model, fp32, sws, for tensorrt-rtx" in printed.out
+    assert f"of 1 GB in {cache.root}" in printed.err
     assert main(["cache", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [entry["kind"] for entry in listed["entries"]] == kinds

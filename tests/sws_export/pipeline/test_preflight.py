@@ -59,8 +59,8 @@ def test_shortages(random_unet: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert needs(random_unet, tmp_path).shortages() == []
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    (said,) = needs(random_unet, tmp_path).shortages()
-    assert said == "about 0.0 GB of disk are needed, 0.0 GB are free"
+    (shortage,) = needs(random_unet, tmp_path).shortages()
+    assert shortage == "about 0.0 GB of disk are needed, 0.0 GB are free"
     few = Preflight({"export": 1, "engine build": 6 * 10**9}, 10**9, 10**9, 4 * 10**9, 2 * 10**9)
     assert few.shortages() == [
         "engine build needs about 6.0 GB of memory and 4.0 GB are available; it may be killed"

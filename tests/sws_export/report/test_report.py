@@ -39,9 +39,9 @@ def reported(sws_graph: Path, random_unet: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def told(metrics_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
+def measured(metrics_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
     """By the graph itself, without its checkpoint."""
-    out = tmp_path_factory.mktemp("told") / "report.html"
+    out = tmp_path_factory.mktemp("measured") / "report.html"
     explanation = write_report(metrics_graph, None, out, steps=STEPS, intensity=1.0, height=12, width=8)
     return explanation, out.read_text("utf-8")
 
@@ -66,7 +66,7 @@ class _Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("how", ["reported", "told"])
+@pytest.mark.parametrize("how", ["reported", "measured"])
 def test_figures_obey_the_method(request: pytest.FixtureRequest, how: str) -> None:
     explanation: Explanation = request.getfixturevalue(how)[0]
     parameters = SwsParameters()
@@ -86,8 +86,8 @@ def test_figures_obey_the_method(request: pytest.FixtureRequest, how: str) -> No
             assert (site.alpha_k == 0) == (step.progress >= parameters.u_stop)
 
 
-def test_the_reference_and_the_artefact_tell_the_same(reported: Reported, told: Reported) -> None:
-    by_reference, by_artefact = reported[0], told[0]
+def test_the_reference_and_the_artefact_have_the_same_metrics(reported: Reported, measured: Reported) -> None:
+    by_reference, by_artefact = reported[0], measured[0]
     assert (by_reference.metrics_source, by_artefact.metrics_source) == ("reference", "artefact")
     for expected, found in zip(by_reference.steps, by_artefact.steps, strict=True):
         assert expected.error is not None
@@ -100,7 +100,7 @@ def test_the_reference_and_the_artefact_tell_the_same(reported: Reported, told: 
                 assert getattr(found.sites[path], figure) == value
 
 
-@pytest.mark.parametrize("how", ["reported", "told"])
+@pytest.mark.parametrize("how", ["reported", "measured"])
 def test_the_page_is_whole(request: pytest.FixtureRequest, how: str) -> None:
     explanation, page = request.getfixturevalue(how)
     tags = _Tags()
@@ -197,8 +197,8 @@ def spoiled(value: Any) -> Any:
     return f"{value}{HOSTILE}" if isinstance(value, str) else value
 
 
-def test_sites_go_down_and_up_again(told: Reported) -> None:
-    labels = re.findall(r'<tr><th scope="row">([dmu][^<]*)</th><td class="ink"', told[1])
+def test_sites_go_down_and_up_again(measured: Reported) -> None:
+    labels = re.findall(r'<tr><th scope="row">([dmu][^<]*)</th><td class="ink"', measured[1])
     assert labels == ["down 1 · 0", "mid 0", "up 0 · 0", "up 0 · 1"] * MAPS
 
 

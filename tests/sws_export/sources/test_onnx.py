@@ -159,7 +159,7 @@ def test_a_graph_with_sws(traced: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (rename(0, "latent"), r"found latent, timestep, encoder_hidden_states -> out_sample"),
         (lambda model: model.graph.opset_imports.update({"": 16}), "expected opset 17 or later, found 16"),
@@ -177,6 +177,8 @@ def test_a_graph_with_sws(traced: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_other_graphs(traced: Path, tmp_path: Path, change: Callable[[ir.Model], object], said: str) -> None:
-    with pytest.raises(ExportError, match=said):
+def test_other_graphs(
+    traced: Path, tmp_path: Path, change: Callable[[ir.Model], object], message: str
+) -> None:
+    with pytest.raises(ExportError, match=message):
         open_onnx_source(changed(traced, tmp_path / "g.onnx", change))

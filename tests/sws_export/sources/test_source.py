@@ -118,14 +118,14 @@ def test_float8_beside_bfloat16_is_exported_in_bfloat16(random_unet: Path, tmp_p
 
 
 def test_the_manifest_entry_of_a_checkpoint(random_unet: Path) -> None:
-    said = opened(random_unet, prediction_type="v_prediction").entry("ab")
-    assert said["kind"] == "checkpoint"
-    assert said["sha256"] == "ab"
-    assert said["prediction_type"] == "v_prediction"
-    assert said["sampling"] == {}
+    entry = opened(random_unet, prediction_type="v_prediction").entry("ab")
+    assert entry["kind"] == "checkpoint"
+    assert entry["sha256"] == "ab"
+    assert entry["prediction_type"] == "v_prediction"
+    assert entry["sampling"] == {}
     edm = opened(random_unet, prediction_type="edm").entry("ab")
     assert edm["sampling"] == {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
-    assert said["config"]["block_out_channels"] == [32, 64]
+    assert entry["config"]["block_out_channels"] == [32, 64]
 
 
 def test_unused_tensors_are_a_warning(random_unet: Path, tmp_path: Path) -> None:
