@@ -37,25 +37,36 @@ _NOT_FINITE: dict[str, tuple[str, int, int]] = {
 }
 
 
+# Names of the dtypes in torch, and with ml_dtypes in numpy.
+_FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+}
+_DTYPES = _FLOATS | {
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
 def read_array(stored: StoredTensor) -> npt.NDArray[np.float32]:
     """Read one small floating-point tensor from disk as float32, without importing torch.
 
     Raises:
         CheckpointError: The file is missing or was truncated, or the dtype is not supported.
     """
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401  (names its dtypes in numpy)
 
-    dtypes = {
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    }
-    if stored.dtype not in dtypes:
+    if stored.dtype not in _FLOATS:
         raise CheckpointError(f"{stored.file}: expected a floating-point tensor, found {stored.dtype}")
-    values = read_bytes(stored).view(dtypes[stored.dtype])
+    values = read_bytes(stored).view(np.dtype(_FLOATS[stored.dtype]))
     return np.asarray(values, dtype=np.float32).reshape(stored.shape)
 
 
@@ -80,23 +91,10 @@ def read_tensor(stored: StoredTensor) -> "torch.Tensor":
     """
     import torch
 
-    dtypes = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
-    if stored.dtype not in dtypes:
+    if stored.dtype not in _DTYPES:
         raise CheckpointError(f"{stored.file}: tensors of dtype {stored.dtype} are not supported")
-    tensor = torch.from_numpy(read_bytes(stored)).view(dtypes[stored.dtype]).reshape(stored.shape)
+    dtype = getattr(torch, _DTYPES[stored.dtype])
+    tensor = torch.from_numpy(read_bytes(stored)).view(dtype).reshape(stored.shape)
     if stored.scale is None:
         return tensor
     scale = read_tensor(stored.scale).float()
