@@ -17,7 +17,6 @@ from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, concrete
 from sws_export.validation.trajectory import Array
 
 STEPS = 8
-"""Steps of the pipeline for each prompt."""
 
 
 def check_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
@@ -43,6 +42,7 @@ def record_steps(
     progress: Progress,
     *,
     trust_code: bool,
+    steps: int = STEPS,
 ) -> list[Mapping[str, Array]]:
     """Draw one image for each prompt, and return the inputs of every call of the UNet.
 
@@ -52,6 +52,7 @@ def record_steps(
         specs: Inputs of the UNet.
         progress: Receives each prompt.
         trust_code: Import `pipeline.py` of the directory if diffusers does not have its class.
+        steps: Steps of the pipeline for each prompt.
 
     Raises:
         CheckpointError: diffusers cannot load the pipeline, or its UNet has other inputs.
@@ -70,11 +71,11 @@ def record_steps(
     except Exception as error:  # configurations and weights of components can be malformed in many ways
         raise CheckpointError(f"diffusers cannot load the pipeline {pipeline}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
-    steps: list[Mapping[str, Array]] = []
+    found: list[Mapping[str, Array]] = []
 
     def record(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         arguments = inspect.signature(module.forward).bind(*given, **named).arguments
-        steps.append(_inputs(arguments, specs, pipe.scheduler, pipeline))
+        found.append(_inputs(arguments, specs, pipe.scheduler, pipeline))
 
     pipe.unet.register_forward_pre_hook(record, with_kwargs=True)
     with progress.stage("record", total=len(prompts)) as stage, torch.no_grad():
@@ -82,13 +83,13 @@ def record_steps(
             stage.describe(prompt)
             generator = torch.Generator().manual_seed(seed)
             try:
-                pipe(prompt, num_inference_steps=STEPS, generator=generator, output_type="np")
+                pipe(prompt, num_inference_steps=steps, generator=generator, output_type="np")
             except ValueError as error:
                 raise OptionError(
                     f"{pipeline}: the pipeline rejects the prompt '{prompt}': {error}"
                 ) from error
             stage.advance()
-    return steps
+    return found
 
 
 def _inputs(

@@ -171,11 +171,10 @@ def test_many_recorded_steps_are_thinned_out() -> None:
 
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 deprecates.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_steps_of_a_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     enable_progress_bar()
-    monkeypatch.setattr("sws_export.calibration.pipeline_steps.STEPS", 2)
     prompts = ["red circle left", "blue cross top"]
-    found = record_steps(TRAINED.parent, prompts, SPECS, SilentProgress(), trust_code=True)
+    found = record_steps(TRAINED.parent, prompts, SPECS, SilentProgress(), trust_code=True, steps=2)
     assert capsys.readouterr().err == ""
     assert len(found) == 4
     assert found[0].keys() == {"sample", "timestep", "encoder_hidden_states", "sigma", "intensity"}

@@ -1,6 +1,7 @@
 """Exports with 8-bit weights: what is written, how it is validated, and what it is combined with."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 from graph_passes.quantize_weights import FORMATS
 from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
 from sws_export import ExportOptions, QuantizationOptions, SizeOptions, SwsOptions, export
-from sws_export.calibration import calibrate, recorded_steps
+from sws_export.calibration import Calibration, calibrate, recorded_steps
 from sws_export.errors import CheckpointError, ExportError, OptionError, ValidationError
 from sws_export.inspection import inspect_file
 from sws_export.onnx_files import graph_specs, load_onnx
@@ -168,15 +169,27 @@ def test_a_layer_with_outliers_is_sensitive(activations: WeightFormat, run_onnx:
     assert difference(rounded, exact) < 0.1
 
 
-def test_every_layer_can_be_too_sensitive(
-    middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": 0.0})
-    with pytest.raises(
-        ExportError, match="every layer has an error above 0% with --precision int8; use --weights"
-    ):
-        export(middle_unet, out / "graph.onnx", with_options(INT8, weights=None, activations="int8"))
-    assert listing(out) == {}
+def with_errors(model: ir.Model, *errors: float) -> Calibration:
+    """A calibration whose layers have these errors, in graph order, and the last one from there on."""
+    names = [layer.name for layer in calibrated_layers(model)]
+    found = itertools.chain(errors, itertools.repeat(errors[-1]))
+    return Calibration("int8", dict.fromkeys(names, 4.0), dict(zip(names, found, strict=False)), "", 1)
+
+
+def test_every_layer_can_be_too_sensitive() -> None:
+    model = layer_model()
+    message = "every layer has an error above 10% with --precision int8; use --weights"
+    with pytest.raises(ExportError, match=message):
+        quantize(model, "int8", with_errors(model, 0.101), SilentProgress())
+
+
+def test_sensitive_layers_keep_their_precision() -> None:
+    model = layer_model()
+    first, second, *_ = (layer.name for layer in calibrated_layers(model))
+    entry = quantize(model, "int8", with_errors(model, 0.101, 0.099), SilentProgress())
+    assert entry["skipped_layers"]["its error with 8 bits is above 10%"] == [first]
+    assert f"{first}.weight_int8" not in model.graph.initializers
+    assert f"{second}.weight_int8" in model.graph.initializers
 
 
 ACTIVATIONS: dict[str, Any] = {"weights": None, "activations": "int8"}
@@ -342,28 +355,6 @@ def test_activations_are_calibrated_and_validated(activations: Path) -> None:
     assert counts["DequantizeLinear"] == len(errors) + counts["QuantizeLinear"]
     found = {output["name"]: output for output in manifest["validation"]["outputs"]}["out_sample"]
     assert manifest["validation"]["unquantized"]["maximum"] < 1e-5 < found["maximum"] < found["tolerance"]
-
-
-def test_sensitive_layers_keep_their_precision(
-    activations: Path, middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = json.loads(activations.with_name("graph.onnx.json").read_text())
-    errors = manifest["quantization"]["layer_errors"]
-    limit = sorted(errors.values())[len(errors) // 2]
-    monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": limit})
-    options = with_options(INT8, weights=None, activations="int8", precision="fp32")
-    report = export(middle_unet, out / "graph.onnx", options)
-    assert report.manifest is not None
-    skipped = report.manifest["quantization"]["skipped_layers"]
-    (named,) = [
-        names for reason, names in skipped.items() if reason.startswith("its error with 8 bits is above")
-    ]
-    # The manifest has rounded errors.
-    assert set(named) >= {name for name, error in errors.items() if error > limit + 1e-5} != set()
-    assert set(named) <= {name for name, error in errors.items() if error > limit - 1e-5}
-    assert (
-        not {f"{name}.weight_int8" for name in named} & ir.load(out / "graph.onnx").graph.initializers.keys()
-    )
 
 
 def test_a_pipeline_that_cannot_be_used_is_refused_before_the_export(
