@@ -170,6 +170,10 @@ def profiles_of(manifest: Manifest) -> tuple[ProfileShapes, ...]:
     )
 
 
+_RENAMED_PRESETS = {"node": "comfyui-node"}
+"""Names of presets in format 1 that are others now."""
+
+
 def _from_format_1(document: dict[str, Any]) -> dict[str, Any]:
     """A document of format 1 with the fields of format 2; the first ones had no preset, guard and target."""
     with_sws, engine = document.get("sws") is not None, document.get("engine")
@@ -180,9 +184,8 @@ def _from_format_1(document: dict[str, Any]) -> dict[str, Any]:
         "debug_outputs": None,
     }
     document = defaults | document
-    if document["preset"] == "node":
-        document["preset"] = "comfyui-node"
-    document |= {"format": 2, "shared_inputs": document.pop("batch_wide", [])}
+    preset = _RENAMED_PRESETS.get(str(document["preset"]), document["preset"])
+    document |= {"format": 2, "preset": preset, "shared_inputs": document.pop("batch_wide", [])}
     if isinstance(document.get("states"), list):
         document["states"] = [_state_from_format_1(state) for state in document["states"]]
     return document

@@ -7,12 +7,12 @@ memory of an engine build is in `engines/choice.py`, a figure of each backend.
 EXPORT_MEMORY = 800_000_000
 """Measured on SD1.5 and SDXL in float16: 0.67 and 0.8 GB. Weights are not read before they are written."""
 
-VALIDATION_PIECE_MEMORY = 800_000_000
-"""On top of that, a piece of the graph in ONNX Runtime and its float32 copies; 0.6 GB measured on SD1.5."""
+VALIDATION_PARTITION_MEMORY = 800_000_000
+"""In addition, a partition of the graph and its float32 copies in ONNX Runtime; 0.6 GB measured on SD1.5."""
 VALIDATION_FACTOR = 5
-"""A graph of one piece is held whole, this many times its weights."""
+"""A graph that is not partitioned needs this many times its weights."""
 
-CALIBRATION_PIECE_MEMORY = 1_100_000_000
+CALIBRATION_PARTITION_MEMORY = 1_100_000_000
 """As for the validation, with the inputs of all layers and their weights twice: 1.85 GB in all on SD1.5."""
 
 UNQUANTIZED_SHARE = 0.035

@@ -130,11 +130,13 @@ def preflight(
         quantization = options.quantization
         if quantization.activations is not None and quantization.calibration is None:
             whole = stored * estimates.VALIDATION_FACTOR
-            memory["calibration"] = estimates.EXPORT_MEMORY + min(whole, estimates.CALIBRATION_PIECE_MEMORY)
+            memory["calibration"] = estimates.EXPORT_MEMORY + min(
+                whole, estimates.CALIBRATION_PARTITION_MEMORY
+            )
             seconds["calibration"] = billions * estimates.CALIBRATION_SECONDS_PER_BILLION
         if options.validate:
             whole = weights * estimates.VALIDATION_FACTOR
-            memory["validation"] = estimates.EXPORT_MEMORY + min(whole, estimates.VALIDATION_PIECE_MEMORY)
+            memory["validation"] = estimates.EXPORT_MEMORY + min(whole, estimates.VALIDATION_PARTITION_MEMORY)
             seconds["validation"] = billions * estimates.VALIDATION_SECONDS_PER_BILLION
     if engine is not None and "engine" not in cached:
         memory["engine build"] = engine_memory_estimate(weights, engine.build.backend)

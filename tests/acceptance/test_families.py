@@ -115,7 +115,7 @@ def test_full_size_reaches_a_plan_in_little_memory(family: str, tmp_path: Path) 
     assert report.validation is not None
     assert report.validation.passed
     weights = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    for figures in report.stages:
-        if figures.name != "build":
-            assert figures.peak_memory <= 1.3 * weights, figures
+    for timing in report.stages:
+        if timing.name != "build":
+            assert timing.peak_memory <= 1.3 * weights, timing
     assert (tmp_path / "e.plan").stat().st_size == pytest.approx(report.preflight.engine_size, rel=0.05)

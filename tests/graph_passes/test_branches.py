@@ -63,9 +63,9 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 @pytest.mark.parametrize("intensity", [1.0, 0.0])
 def test_branches_do_not_change_results(run_onnx: RunOnnx, intensity: float) -> None:
-    straight, model = finished(branches=False), finished()
+    branchless, model = finished(branches=False), finished()
     values = sws_feeds(model, intensity=intensity)
-    assert_close(run_onnx(model, values), run_onnx(straight, values))
+    assert_close(run_onnx(model, values), run_onnx(branchless, values))
 
 
 def test_intensity_zero_equals_the_plain_graph_bit_for_bit(run_onnx: RunOnnx) -> None:

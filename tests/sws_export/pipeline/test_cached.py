@@ -113,7 +113,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def cached(report: ExportReport) -> list[str]:
-    return [figures.name for figures in report.stages if figures.cached]
+    return [timing.name for timing in report.stages if timing.cached]
 
 
 def change_weights(model: Path) -> None:

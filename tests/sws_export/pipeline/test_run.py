@@ -69,9 +69,9 @@ class TestFiles:
         assert report.validation.passed
         assert report.engine is None
         assert report.manifest["profiles"] is None
-        names = [figures.name for figures in report.stages]
+        names = [timing.name for timing in report.stages]
         assert names[:5] == ["export", "rewrite", "check", "save", "validate"]
-        assert all(figures.peak_memory > 10**7 for figures in report.stages)
+        assert all(timing.peak_memory > 10**7 for timing in report.stages)
 
     def test_an_engine_alone(self, middle_unet: Path, out: Path, fake_engine: list[Any]) -> None:
         options = with_options(FAST, vae_scale=1, tokens="1:8:77", compute_capabilities=("8.9",))

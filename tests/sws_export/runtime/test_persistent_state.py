@@ -132,10 +132,10 @@ def test_a_batch_that_differs_is_refused(
 def test_figures_are_the_same_for_all_samples(session: Session, step: MakeInputs) -> None:
     stream = session.stream()
     stream.step(**step(1))
-    figures = stream.metrics()
-    assert figures["alpha_k"].shape == (2, SITES)
-    assert (figures["alpha_k"] > 0).all()
-    assert all(np.array_equal(values[0], values[1]) for values in figures.values())
+    metrics = stream.metrics()
+    assert metrics["alpha_k"].shape == (2, SITES)
+    assert (metrics["alpha_k"] > 0).all()
+    assert all(np.array_equal(values[0], values[1]) for values in metrics.values())
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -173,20 +173,18 @@ def test_the_report_looks_into_it(node_graph: Path, random_unet: Path, tmp_path:
     )
     parameters = SwsParameters()
     assert explanation.metrics_source == "artefact"
-    for figures in explanation.steps:
-        assert figures.error is not None
-        assert figures.error < 1e-4
-        assert figures.effect > 1e-4
-        assert figures.kl_cap == pytest.approx(
-            parameters.kl_slope * (1 - figures.progress) + parameters.kl_floor
-        )
+    for step in explanation.steps:
+        assert step.error is not None
+        assert step.error < 1e-4
+        assert step.effect > 1e-4
+        assert step.kl_cap == pytest.approx(parameters.kl_slope * (1 - step.progress) + parameters.kl_floor)
         # Eight tokens in a row, of which each is sent to itself and its neighbours.
-        band = figures.states[STATE]
+        band = step.states[STATE]
         assert band.shape == (145, 1, 8)
         np.testing.assert_allclose(band.sum(axis=0), 1.0, atol=0.05)
-        for site in figures.sites.values():
-            assert (site.alpha_k == 0) == (figures.progress >= parameters.u_stop)
-    assert [figures.progress for figures in explanation.steps] == sorted(
-        (figures.progress for figures in explanation.steps), reverse=True
+        for site in step.sites.values():
+            assert (site.alpha_k == 0) == (step.progress >= parameters.u_stop)
+    assert [step.progress for step in explanation.steps] == sorted(
+        (step.progress for step in explanation.steps), reverse=True
     )
     assert "<dd>comfyui-node</dd>" in (tmp_path / "report.html").read_text("utf-8")

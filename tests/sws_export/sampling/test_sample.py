@@ -75,7 +75,7 @@ def test_another_artefact_beside_it(sws_graph: Path, pipeline: Path, tmp_path: P
 def test_every_picture_begins_from_an_empty_state(
     node_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the node's, too, whose state would last: one picture twice is the same picture."""
+    """Of the node's, too, whose state is persistent: one picture twice is the same picture."""
     named: list[Any] = []
 
     def note(*arguments: Any) -> Image.Image:
