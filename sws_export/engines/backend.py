@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from sws_export.errors import EngineError, OptionError
+from sws_export.files import file_digest
 from sws_export.options.engine import EngineOptions, option_name
 
 
@@ -98,14 +99,19 @@ class BuildOptions(EngineOptions):
         """Target compute capabilities; empty: the GPU of this machine."""
         return self.compute_capabilities or self.backend.default_capabilities
 
-    def to_json(self) -> dict[str, Any]:
-        """All options by name, as JSON values; used for the child process and for cache keys."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        # Not an option of the build: the result is compared with it.
-        del values["max_gpu_memory"]
-        return values | {
+    def cache_key(self) -> dict[str, Any]:
+        """Those of the group, with the backend, its targets and the content of the plugin libraries."""
+        return super().cache_key() | {
             "backend": self.backend.name,
-            "compute_capabilities": list(self.targets),
+            "compute_capabilities": self.targets,
+            "plugins": [file_digest(library).sha256 for library in self.plugins],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The options of the child process by name, as JSON values."""
+        return super().cache_key() | {
+            "backend": self.backend.name,
+            "compute_capabilities": self.targets,
             "timing_cache": str(self.timing_cache) if self.timing_cache else None,
             "plugins": [str(path) for path in self.plugins],
         }

@@ -2,8 +2,9 @@
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from sws_export.byte_sizes import parse_bytes
 from sws_export.errors import OptionError
@@ -57,6 +58,15 @@ class EngineOptions:
         """`max_gpu_memory` in bytes; None for no limit."""
         given = self.max_gpu_memory
         return parse_bytes(given, f"--max-gpu-memory {given}") if given else None
+
+    def cache_key(self) -> dict[str, Any]:
+        """The options that a plan depends on, as JSON values.
+
+        Not `max_gpu_memory`, which the finished engine is compared with, nor `timing_cache`, with which no
+        engine is cached.
+        """
+        names = [field.name for field in fields(EngineOptions)]
+        return {name: getattr(self, name) for name in names if name not in ("max_gpu_memory", "timing_cache")}
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

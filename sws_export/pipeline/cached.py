@@ -22,7 +22,7 @@ from sws_export.manifest import GraphDescription
 from sws_export.onnx_files import save_onnx
 from sws_export.pipeline.cached_check import CachedCheck, changed_unnoticed
 from sws_export.pipeline.describe import library_versions
-from sws_export.pipeline.engine import Engine, profile_shapes
+from sws_export.pipeline.engine import BuiltEngine, profile_shapes
 from sws_export.pipeline.graph import Graph, WrittenGraph
 from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import EngineConfig, ExportPlan
@@ -75,6 +75,8 @@ class StageCache:
         self._cache = cache
         self._inputs = inputs
         self._log = log
+        self._content = ""
+        """sha256, in hex, of the graph of the engine with its weights."""
         self.check = CachedCheck(plan.source, cache, log, plan.whole_files)
 
     def known(self) -> tuple[str, ...]:
@@ -121,6 +123,7 @@ class StageCache:
             if entry is not None and not graph.is_written:
                 self._log.log(f"graph: from the cache ({entry.key[:12]})")
                 self._replay(entry)
+                self._content = entry.metadata["content"]
                 return _CachedGraph(entry, graph, self, self._log)
             self.check.start()
             graph.write()
@@ -128,7 +131,9 @@ class StageCache:
                 self.keep_graph(graph)
             return graph
 
-    def engine(self, graph: Graph, config: EngineConfig, path: Path, build: Callable[[], Engine]) -> Engine:
+    def engine(
+        self, graph: Graph, config: EngineConfig, path: Path, build: Callable[[], BuiltEngine]
+    ) -> BuiltEngine:
         """The result of `build`, or the engine of an earlier run, whose plan is put at `path`."""
         # Kernel timings are a result of the build too, which the cache does not keep.
         if not self._is_enabled or config.build.timing_cache is not None:
@@ -158,12 +163,12 @@ class StageCache:
             weights = weights_digest(written.path, self._log)
         skeleton = save_skeleton(written.model, self._plan.source.weights(), graph.path.parent)
         digest = file_digest(skeleton)
-        graph.content = cache_key({"weights": weights, "graph": digest.sha256})
+        self._content = cache_key({"weights": weights, "graph": digest.sha256})
         metadata = {
             "label": self._plan.summary,
             "description": graph.description,
             "remark": graph.remark,
-            "content": graph.content,
+            "content": self._content,
             "weights": weights,
             **self._recorded(graph.recorded + digesting),
         }
@@ -263,9 +268,9 @@ class StageCache:
         self._log.replay(Recorded.from_json(entry.metadata["making"]))
 
     def _engine_key(self, graph: Graph, config: EngineConfig) -> str:
-        return _engine_key(graph.content, profile_shapes(graph.description, config), config)
+        return _engine_key(self._content, profile_shapes(graph.description, config), config)
 
-    def _take_engine(self, entry: Entry, path: Path) -> Engine | None:
+    def _take_engine(self, entry: Entry, path: Path) -> BuiltEngine | None:
         """The engine of `entry`, its plan put at `path`; None if it is damaged or was removed."""
         (name,) = entry.files
         with self._log.stage("read cache") as stage:
@@ -277,7 +282,7 @@ class StageCache:
                 return None
         self._log.log(f"engine: from the cache ({entry.key[:12]})")
         self._replay(entry)
-        return Engine(path, EngineReport.from_json(entry.metadata["engine"]), entry.files[name])
+        return BuiltEngine(path, EngineReport.from_json(entry.metadata["engine"]), entry.files[name])
 
 
 class _CachedGraph(Graph):
@@ -285,7 +290,6 @@ class _CachedGraph(Graph):
 
     def __init__(self, entry: Entry, made: Graph, cache: StageCache, log: RunLog) -> None:
         super().__init__(made.path, log, self._restore)
-        self.content = entry.metadata["content"]
         self._entry = entry
         self._made = made
         self._cache = cache
@@ -298,7 +302,6 @@ class _CachedGraph(Graph):
         self._log.forget({timing.name for timing in recorded.timings})
         written = self._made.write()
         self._cache.keep_graph(self._made)
-        self.content = self._made.content
         return written
 
     @property
@@ -318,14 +321,11 @@ class _CachedGraph(Graph):
 def _engine_key(content: str, profiles: Sequence[ProfileShapes], config: EngineConfig) -> str:
     """What an engine depends on: graph, profiles, options, library, and the GPU if it is built for one."""
     build = config.build
-    options = build.to_json()
-    del options["timing_cache"]
-    options["plugins"] = [file_digest(library).sha256 for library in build.plugins]
     return cache_key(
         {
             "graph": content,
             "profiles": list(profiles),
-            "options": options,
+            "options": build.cache_key(),
             "library": str(build.backend.load().__version__),
             "gpus": gpu_names() if build.backend.needs_gpu else [],
             "code": code_version(),

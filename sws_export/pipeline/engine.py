@@ -15,7 +15,7 @@ from sws_export.tensors import ProfileShapes, shapes_for
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
+class BuiltEngine:
     """An engine that was built.
 
     Attributes:
@@ -29,7 +29,7 @@ class Engine:
     digest: FileDigest
 
 
-def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> Engine:
+def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> BuiltEngine:
     """Build the engine of `graph` and write its plan to `path`.
 
     Raises:
@@ -46,7 +46,7 @@ def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> 
         memory = add_states(report.gpu_memory, profiles, states)
         report = dataclasses.replace(report, gpu_memory=memory)
     with log.stage("hash"):
-        return Engine(path, report, file_digest(path))
+        return BuiltEngine(path, report, file_digest(path))
 
 
 def check_gpu_memory(report: EngineReport, config: EngineConfig) -> None:

@@ -66,7 +66,6 @@ class Graph:
 
     Attributes:
         path: The ONNX file.
-        content: sha256, in hex, of the graph with its weights, if a cache needs it; else empty.
         recorded: What its making logged, that of its base included.
     """
 
@@ -75,7 +74,6 @@ class Graph:
     ) -> None:
         """A graph that `write(path)` writes, or `write(path, base.write())`."""
         self.path = path
-        self.content = ""
         self.recorded = Recorded()
         self._log = log
         self._write = write

@@ -15,7 +15,7 @@ from sws_export.manifest import Manifest, manifest_path, write_manifest
 from sws_export.options import ExportOptions, QuantizationOptions, artefact_kind
 from sws_export.pipeline.cached import StageCache
 from sws_export.pipeline.describe import complete
-from sws_export.pipeline.engine import Engine, check_gpu_memory, make_engine, profile_shapes
+from sws_export.pipeline.engine import BuiltEngine, check_gpu_memory, make_engine, profile_shapes
 from sws_export.pipeline.graph import Graph, GraphExporter
 from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import ExportPlan, make_plan
@@ -173,7 +173,7 @@ def _publish(
     plan: ExportPlan,
     graph: Graph,
     validation: ValidationReport | None,
-    engine: Engine | None,
+    engine: BuiltEngine | None,
     inputs: InputFiles,
     scratch: Path,
     log: RunLog,
