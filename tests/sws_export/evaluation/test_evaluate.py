@@ -1,25 +1,26 @@
 """A pipeline with text encoder and VAE, evaluated by the command."""
 
 import dataclasses
+import functools
 import gc
 import json
 import re
 import shutil
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from sws_export.cli import main
 
 from sws_export.errors import CheckpointError, OptionError, SwsExportError
-from sws_export.evaluation import evaluate as module
 from sws_export.evaluation.adherence import check_clip, clip_scorer
+from sws_export.evaluation.evaluate import evaluate
 from sws_export.evaluation.options import EvaluationOptions, Pair
-from sws_export.evaluation.pairs import FRAME_ANGLE, PairPictures, PairStore, basis_of, draw_pair, walk
+from sws_export.evaluation.pairs import FRAME_ANGLE, PairPictures, PairStore, basis_of, walk
 from sws_export.runtime.contract import read_contract
 from sws_export.sampling.draw import Drawing
 from tests.export_runs import error_line, shared
@@ -70,17 +71,9 @@ def command(sws_graph: Path, pipeline: Path, prompts: Path, tmp_path: Path) -> l
     ]
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The pairs that are drawn."""
-    pairs: list[Any] = []
-
-    def note(pipe: Any, unet: Any, pair: Any, *others: Any) -> Any:
-        pairs.append(pair.prompt)
-        return draw_pair(pipe, unet, pair, *others)
-
-    monkeypatch.setattr(module, "draw_pair", note)
-    return pairs
+def drawn(log: str) -> list[str]:
+    """Prompts of the pairs that a run has drawn, from its log."""
+    return re.findall(r"pair \d of \d, [\d.]+ s: (.+), seed 0", log)
 
 
 def test_it_measures(
@@ -119,38 +112,39 @@ def test_an_interrupted_run_continues(
     command: list[str],
     prompts: Path,
     tmp_path: Path,
-    drawn: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
-        counted = module.draw_pair
+        draw = StableDiffusionPipeline.__call__
 
-        def stop(pipe: Any, unet: Any, pair: Any, *others: Any) -> Any:
-            if pair.prompt == "a dog":
+        @functools.wraps(draw)
+        def interrupted(pipe: Any, prompt: str, **named: Any) -> Any:
+            if prompt == "a dog":
                 raise KeyboardInterrupt
-            return counted(pipe, unet, pair, *others)
+            return draw(pipe, prompt, **named)
 
-        patch.setattr(module, "draw_pair", stop)
+        patch.setattr(StableDiffusionPipeline, "__call__", interrupted)
         assert main(command) == 1
     line = error_line(capsys.readouterr().err)
     assert line == "interrupted; 1 of 2 pairs are finished: the same command continues"
     assert not (tmp_path / "results" / "evaluation.json").exists()
     assert main(command) == 0
-    assert drawn == ["a cat", "a dog"]
-    assert "1 of 2 pairs are read back" in capsys.readouterr().err
+    log = capsys.readouterr().err
+    assert drawn(log) == ["a dog"]
+    assert "1 of 2 pairs are read back" in log
     first = (tmp_path / "results" / "evaluation.json").read_bytes()
     # Nothing is left to draw, and a damaged file is drawn again.
     assert main(command) == 0
-    assert len(drawn) == 2
+    assert drawn(capsys.readouterr().err) == []
     damaged = sorted((tmp_path / "results" / "pairs").iterdir())[0]
     damaged.write_bytes(damaged.read_bytes()[:100])
     assert main(command) == 0
-    assert len(drawn) == 3
+    assert len(drawn(capsys.readouterr().err)) == 1
     assert (tmp_path / "results" / "evaluation.json").read_bytes() == first
     prompts.write_text("a cat\na cow\n")
     assert main(command) == 0
-    assert drawn[3:] == ["a cow"]
+    assert drawn(capsys.readouterr().err) == ["a cow"]
 
 
 def test_pictures_of_other_runs_are_not_mixed_in(
@@ -181,21 +175,23 @@ def test_the_pipeline_is_released_before_clip_is_loaded(
     command: list[str], clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory is that of `sample`, or of CLIP."""
-    loaded: list[Any] = []
-    load, score = module.load_pipeline, module.clip_scorer
+    from transformers import CLIPModel
+
+    pipelines: list[Any] = []
+    create, load = StableDiffusionPipeline.__init__, CLIPModel.from_pretrained
+
+    @functools.wraps(create)
+    def created(pipe: Any, *arguments: Any, **named: Any) -> None:
+        pipelines.append(weakref.ref(pipe))
+        create(pipe, *arguments, **named)
 
     def loading(*arguments: Any, **named: Any) -> Any:
-        pipe = load(*arguments, **named)
-        loaded.append(weakref.ref(pipe))
-        return pipe
-
-    def scoring(folder: Path) -> Any:
         gc.collect()
-        assert [reference() for reference in loaded] == [None]
-        return score(folder)
+        assert [reference() for reference in pipelines] == [None]
+        return load(*arguments, **named)
 
-    monkeypatch.setattr(module, "load_pipeline", loading)
-    monkeypatch.setattr(module, "clip_scorer", scoring)
+    monkeypatch.setattr(StableDiffusionPipeline, "__init__", created)
+    monkeypatch.setattr(CLIPModel, "from_pretrained", loading)
     assert main([*command, "--clip", str(clip), "--quiet"]) == 0
 
 
@@ -254,18 +250,14 @@ def test_what_cannot_be_evaluated(
     traced: Path, sws_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = EvaluationOptions(prompts=("a",), frames=2)
-    refused: Callable[..., Any] = module.evaluate
     with pytest.raises(OptionError, match="was exported without SWS: there is nothing to evaluate"):
-        refused(traced, pipeline, tmp_path / "results", options)
+        evaluate(traced, pipeline, tmp_path / "results", options)
     with pytest.raises(SwsExportError, match=r"cannot write .*results"):
-        refused(sws_graph, pipeline, tmp_path / "missing" / "results", options)
+        evaluate(sws_graph, pipeline, tmp_path / "missing" / "results", options)
 
-    class Pipeline:
-        def __call__(self, prompt: str) -> None: ...
-
-    monkeypatch.setattr(module, "load_pipeline", lambda *_, **__: Pipeline())
-    with pytest.raises(OptionError, match="Pipeline has no argument latents"):
-        refused(sws_graph, pipeline, tmp_path / "results", options)
     with pytest.raises(CheckpointError, match=r"is not a diffusers pipeline: model_index\.json is missing"):
-        refused(sws_graph, traced.parent, tmp_path / "results", options)
+        evaluate(sws_graph, traced.parent, tmp_path / "results", options)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", lambda *_: None)
+    with pytest.raises(OptionError, match="StableDiffusionPipeline has no argument latents"):
+        evaluate(sws_graph, pipeline, tmp_path / "results", options)
     assert not (tmp_path / "results").exists()
