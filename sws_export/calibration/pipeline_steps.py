@@ -17,6 +17,7 @@ from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, TensorSpec, concrete
 from sws_export.validation.trajectory import Array
 
 STEPS = 8
+_RESIDUALS = (DOWN_RESIDUAL, MID_RESIDUAL)
 
 
 def check_pipeline(pipeline: Path, *, trust_code: bool) -> Any:
@@ -71,6 +72,11 @@ def record_steps(
     except Exception as error:  # configurations and weights of components can be malformed in many ways
         raise CheckpointError(f"diffusers cannot load the pipeline {pipeline}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
+    if any(spec.name.startswith(_RESIDUALS) for spec in specs):
+        progress.warn(
+            f"the residuals of a ControlNet are 0 in the calibration over {pipeline.name}: activations that "
+            "they enlarge will be clipped"
+        )
     found: list[Mapping[str, Array]] = []
 
     def record(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -113,7 +119,7 @@ def _inputs(
         value = named.get(spec.name)
         if value is not None:
             found[spec.name] = to_numpy(value)
-        elif spec.name.startswith((DOWN_RESIDUAL, MID_RESIDUAL)):
+        elif spec.name.startswith(_RESIDUALS):
             found[spec.name] = np.zeros(concrete_shape(spec, sizes))
         else:
             raise CheckpointError(

@@ -243,6 +243,10 @@ class GraphExporter:
         source, options = self._plan.source, self._plan.options.quantization
         model = self._dynamic_copy()
         if options.calibration is None:
+            self._log.warn(
+                "activations are calibrated over random text embeddings; larger values, which those of text "
+                "encoders have, will be clipped: for images give --calibration PIPELINE --prompts FILE"
+            )
             sizes = validation_sizes(source.size_multiple, source.parameter_count)
             steps = trajectory_steps(source.inputs, sizes | declared_sizes(model))
         else:

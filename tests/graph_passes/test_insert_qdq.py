@@ -70,6 +70,22 @@ def test_inputs_are_rounded_and_clipped(
     assert np.abs(found).max() < 3.1 < np.abs(values).max()
 
 
+def test_the_scale_is_that_of_the_largest_range() -> None:
+    """Of the layers that read a tensor; it is a normal number in float16."""
+    model = layer_model(HALF)
+    InsertQdq("int8", RANGES | {"mid_block.to_q": 2.0, "mid_block.to_k": 5.0, "mid_block.gate": 1e-6})(model)
+    nodes = {node.name: node for node in model.graph}
+    for name, expected in (("mid_block.to_q/MatMul", 5.0 / 127), ("mid_block.gate/Gemm", 2.0**-14)):
+        source = nodes[name].inputs[0]
+        assert source is not None
+        restore = source.producer()
+        assert restore is not None
+        scale = restore.inputs[1]
+        assert scale is not None
+        assert scale.const_value is not None
+        assert float(scale.const_value.numpy()) == pytest.approx(expected, rel=1e-3)
+
+
 def test_layers_without_a_range_are_left_alone() -> None:
     model = layer_model()
     before = graph_bytes(model)

@@ -15,8 +15,8 @@ from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
 from sws_export.calibration import calibrate, record_steps, recorded_steps
 from sws_export.calibration.layer_error import LayerError
 from sws_export.errors import CheckpointError, ExportError, OptionError
-from sws_export.progress import SilentProgress
-from sws_export.tensors import TensorSpec
+from sws_export.progress import RecordingProgress, SilentProgress
+from sws_export.tensors import MID_RESIDUAL, TensorSpec
 from tests.conftest import RunOnnx
 from tests.export_runs import TRAINED
 from tests.graph_passes.layer_models import QUANTIZED, layer_feeds, layer_model
@@ -174,10 +174,16 @@ def test_many_recorded_steps_are_thinned_out() -> None:
 def test_steps_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     enable_progress_bar()
     prompts = ["red circle left", "blue cross top"]
-    found = record_steps(TRAINED.parent, prompts, SPECS, SilentProgress(), trust_code=True, steps=2)
+    residual = TensorSpec(MID_RESIDUAL, "float32", ("batch", 96, "height/4", "width/4"))
+    progress = RecordingProgress(SilentProgress())
+    found = record_steps(TRAINED.parent, prompts, (*SPECS, residual), progress, trust_code=True, steps=2)
+    (warning,) = progress.lines
+    assert warning[0]
+    assert "the residuals of a ControlNet are 0 in the calibration over shapes" in warning[1]
+    assert found[0][MID_RESIDUAL].shape == (2, 96, 8, 8)
     assert capsys.readouterr().err == ""
     assert len(found) == 4
-    assert found[0].keys() == {"sample", "timestep", "encoder_hidden_states", "sigma", "intensity"}
+    assert found[0].keys() == {spec.name for spec in (*SPECS, residual)} | {"sigma", "intensity"}
     assert found[0]["sample"].shape == (2, 3, 32, 32)
     assert found[0]["timestep"].shape == found[0]["sigma"].shape == (2,)
     assert found[0]["sigma"][0] > found[1]["sigma"][0]

@@ -294,7 +294,11 @@ def test_a_plain_quantized_graph_as_the_source(middle_unet: Path, out: Path) -> 
 
 
 def test_a_plain_graph_is_quantized(traced: Path, out: Path) -> None:
-    report = export(traced, out / "graph.onnx", with_options(INT8, **ACTIVATIONS, validate=True))
+    progress = RecordingProgress(SilentProgress())
+    report = export(traced, out / "graph.onnx", with_options(INT8, **ACTIVATIONS, validate=True), progress)
+    (warning,) = (text for warned, text in progress.lines if warned)
+    assert "random text embeddings" in warning
+    assert "--calibration PIPELINE --prompts FILE" in warning
     assert report.validation is not None
     (prediction,) = report.validation.outputs
     without = report.validation.unquantized
