@@ -59,6 +59,19 @@ class EngineOptions:
         given = self.max_gpu_memory
         return parse_bytes(given, f"--max-gpu-memory {given}") if given else None
 
+    def require_defaults(self) -> None:
+        """Refuse options that have no meaning because no engine is built.
+
+        Raises:
+            OptionError: Names the option.
+        """
+        for field in fields(EngineOptions):
+            if getattr(self, field.name) != field.default:
+                raise OptionError(
+                    f"{option_name(field.name)} has no meaning for an ONNX graph: it is an option of engine "
+                    "builds; leave it out, or choose --out FILE.plan"
+                )
+
     def cache_key(self) -> dict[str, Any]:
         """The options that a plan depends on, as JSON values.
 

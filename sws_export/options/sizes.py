@@ -16,7 +16,10 @@ _DEFAULT_TOKENS = "77"
 
 @dataclass(frozen=True, kw_only=True)
 class SizeOptions:
-    """SizeRanges as texts: one number for a static size, or MIN:OPT:MAX for an engine.
+    """Sizes as texts: one number for a static size, or MIN:OPT:MAX for an engine.
+
+    Results are cached under what the texts become for a model: `static_sizes` of a graph, and the shapes of
+    `engine_profiles` of an engine. `512:512:512` and `512` are the same.
 
     Attributes:
         batch: None for 1:2:2 in an engine, for a dynamic size in a graph.

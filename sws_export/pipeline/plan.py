@@ -97,11 +97,7 @@ def make_plan(source: Source, options: ExportOptions, out: Path, progress: Progr
     for remark in options.sizes.remarks(source.size_multiple, source.vae_scale):
         progress.log(remark)
     if artefact_kind(out) == "onnx":
-        if options.engine.max_gpu_memory:
-            raise OptionError(
-                f"--max-gpu-memory {options.engine.max_gpu_memory}: only the build of an engine measures GPU "
-                "memory; leave it out, or choose --out FILE.plan"
-            )
+        options.engine.require_defaults()
         target = options.sws.target(_graph_target(options))
         return ExportPlan(source, options, out, None, target, _static_sizes(source, options))
     engine = _configure_engine(source, options, progress)

@@ -183,6 +183,9 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
             ("--preset", "node", "--sws", "scales=1,2,3"),
             "--sws scales has no meaning with --preset comfyui-node",
         ),
+        (("--refit",), "--refit has no meaning for an ONNX graph: it is an option of engine builds"),
+        (("--compute-capability", "8.9"), "--compute-capability has no meaning for an ONNX graph"),
+        (("--max-gpu-memory", "8GB"), "--max-gpu-memory has no meaning for an ONNX graph"),
         (
             ("--preset", "node", "--sites", "*.attn1"),
             "--sites '*.attn1' matches no attention site; there are",
