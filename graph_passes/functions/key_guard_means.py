@@ -151,7 +151,10 @@ class AttentionRows:
         self._q = split_heads(op, cast(op, q, operands, dtype))
         self._factor = cast(op, factor, operands, FLOAT)
         self._query = op.Mul(self._q, self._factor)
-        self.unit = op.Mul(factor, op.Cast(op.Shape(self._q, start=3, end=4), to=int(FLOAT)))
+        # The factor as it was rounded for the scaled queries, so that mean logits have the temperature of the
+        # weights. It is positive, and an optimizer may remove a Cast together with the one back.
+        rounded = self._wide(op, op.Max(self._factor, self._constant(op, [0.0], "zero")))
+        self.unit = op.Mul(rounded, op.Cast(op.Shape(self._q, start=3, end=4), to=int(FLOAT)))
         self._keys = split_heads(op, keys)
         self._change = split_heads(op, change)
 

@@ -136,6 +136,15 @@ def test_a_small_largest_step() -> None:
     assert_neighbours(moved, 0.1)
 
 
+def test_mean_logits_have_the_temperature_of_the_weights() -> None:
+    """The factor of the logits is rounded to float16, here by 5e-4; the largest logits are 80."""
+    q, k, k_perm = (x.astype(np.float16) for x in site_rows("mixed", 16, 16, 4, 80, 3, 192))
+    tau_q, one = np.array([1.788], np.float32), np.ones(1, np.float32)
+    oracle = Oracle(*(x.astype(np.float64) for x in (q, k, k_perm)), 4, 1.788)
+    _, mix = run(emulated(4, 80), [q[None], k[None], k_perm[None]], tau_q, one, one)
+    assert mix[0] == pytest.approx(oracle.entropy_factor(), abs=5e-4)
+
+
 def test_bfloat16_model() -> None:
     samples = five_kinds(12, 24, 2, 40, 192)
     call = emulated(2, 40, ir.DataType.BFLOAT16)
