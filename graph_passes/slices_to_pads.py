@@ -10,11 +10,12 @@ from graph_passes.conditions import require_initializers
 
 
 class SlicesToPads(InPlacePass):
-    """Replace a Slice of one axis of known size, with constant bounds and a step of 1, by a Pad.
+    """Replace a Slice of axes of known size, with constant bounds and steps of 1, by a Pad.
 
     The numbers of elements to add are negative: those that the Slice leaves out. TensorRT's parser computes
     the bounds of a Slice with about 25 layers, even if all shapes are static, and makes one layer of a Pad.
-    Run it after `CleanGraph`, which makes the bounds initializers.
+    A Slice that leaves out nothing is removed. Run it after `CleanGraph`, which makes the bounds
+    initializers.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -26,9 +27,13 @@ class SlicesToPads(InPlacePass):
         modified = False
         for node in list(model.graph):
             pads = _pads(node)
-            if pads is not None:
+            if pads is None:
+                continue
+            if any(pads):
                 _replace(model.graph, node, pads)
-                modified = True
+            elif not _remove(model.graph, node):
+                continue
+            modified = True
         if modified:
             # Bounds that no other Slice has are left.
             common.RemoveUnusedNodesPass()(model)
@@ -41,20 +46,19 @@ def _pads(node: ir.Node) -> list[int] | None:
     if data is None or data.shape is None:
         return None
     bounds = [_constant(value) for value in node.inputs[1:]]
-    if any(bound is None or len(bound) != 1 for bound in bounds):
+    if any(bound is None for bound in bounds):
         return None
-    begin, end, axis, *step = (bound[0] for bound in bounds if bound is not None)
     rank = len(data.shape)
-    axis %= rank
-    size = data.shape[axis]
-    if step not in ([], [1]) or not isinstance(size, int):
-        return None
-    first, last, _ = slice(begin, end).indices(size)
-    if last <= first or last - first == size:
-        return None
     # For all axes: see the note on Pad in functions/transport.py.
     pads = [0] * (2 * rank)
-    pads[axis], pads[rank + axis] = -first, last - size
+    for begin, end, axis, *step in zip(*(bound for bound in bounds if bound is not None), strict=True):
+        size = data.shape[axis]
+        if step not in ([], [1]) or not isinstance(size, int):
+            return None
+        first, last, _ = slice(begin, end).indices(size)
+        if last <= first:
+            return None
+        pads[axis % rank], pads[rank + axis % rank] = -first, last - size
     return pads
 
 
@@ -62,6 +66,16 @@ def _constant(value: ir.Value | None) -> Sequence[int] | None:
     if value is None or value.const_value is None:
         return None
     return [int(number) for number in np.ravel(value.const_value.numpy())]
+
+
+def _remove(graph: ir.Graph, node: ir.Node) -> bool:
+    """Remove a node whose output is its first input; False if the output is one of the graph."""
+    (taken,) = node.outputs
+    if taken.is_graph_output():
+        return False
+    ir.convenience.replace_all_uses_with(taken, node.inputs[0])
+    graph.remove(node, safe=True)
+    return True
 
 
 def _replace(graph: ir.Graph, node: ir.Node, pads: list[int]) -> None:
