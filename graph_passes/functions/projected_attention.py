@@ -5,7 +5,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.functions.attention import lattice_rows, sampled_rows
-from graph_passes.functions.banded_transport import TILE, Tiles
+from graph_passes.functions.banded_transport import Tiles
 from graph_passes.functions.building import (
     Op,
     after,
@@ -51,7 +51,7 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         tau_q = per_batch[0]
         # The rank of x; TensorRT's parser raises it in each product otherwise.
         key_weight, value_weight = (op.Unsqueeze(weight, [0]) for weight in (key_weight, value_weight))
-        moved = Tiles(op, transport, HALF, TILE, corners=False).transported(x, ir.DataType.INT32)
+        moved = Tiles(op, transport, HALF, indices=ir.DataType.INT32).transported(x)
         change = op.Sub(moved, x)
         # Queries, and with them all attentions, wait for the transport.
         mean = mean_token(op, moved, HALF)
