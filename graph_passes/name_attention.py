@@ -1,5 +1,8 @@
-"""Give attention without a scale the name of TensorRT's own operator for it."""
+"""Give attention the name of TensorRT's own operator for it, which has no scale."""
 
+import math
+
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
@@ -10,36 +13,72 @@ OPERATOR = "TRT_Attention"
 
 
 class NameAttention(InPlacePass):
-    """Replace `Attention` of 4-D tensors with a scale of 1 by calls of the function `sws.TRT_Attention`.
+    """Replace `Attention` of 4-D tensors by calls of the function `sws.TRT_Attention`, whose scale is 1.
 
-    TensorRT's parser makes eight layers of an `Attention`, six of which multiply queries and keys by the
-    square root of the scale. It has an operator `TRT_Attention` without a scale, of two layers, and takes an
-    operator of its own before a function of the model, whatever the domain. All other runtimes, and parsers
-    without the operator, use the function, which is that same `Attention`.
+    TensorRT's parser makes up to eighteen layers of an `Attention`: those that multiply queries and keys by
+    the square root of the scale, in their own dtype. It has an operator `TRT_Attention` without a scale, of
+    two layers, and takes an operator of its own before a function of the model, whatever the domain. All
+    other runtimes, and parsers without the operator, use the function, which is an `Attention`. Here queries
+    are multiplied by the scale, unless it is 1.
 
     Run it at the end. Attentions with other inputs, attributes or ranks are not changed.
     """
 
     def call(self, model: ir.Model) -> PassResult:
         """Replace the nodes of the main graph, and add the function."""
-        found = [node for node in model.graph if _is_unscaled(node)]
-        for node in found:
-            call = ir.node(OPERATOR, node.inputs, domain=DOMAIN, name=node.name)
-            (y,), (replaced,) = call.outputs, node.outputs
-            y.name, y.type, y.shape = replaced.name, replaced.type, replaced.shape
-            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [call], [replaced], [y])
-        if found:
+        modified = False
+        for node in list(model.graph):
+            scale = _scale(node)
+            if scale is None:
+                continue
+            _replace(model.graph, node, scale)
+            modified = True
+        if modified:
             function = _attention()
             model.functions[function.identifier()] = function
             model.graph.opset_imports[DOMAIN] = 1
-        return PassResult(model, modified=bool(found))
+        return PassResult(model, modified=modified)
 
 
-def _is_unscaled(node: ir.Node) -> bool:
+def _scale(node: ir.Node) -> float | None:
+    """The scale of the logits; None for a node that is not replaced."""
     if node.op_identifier() != ("", "Attention", "") or len(node.inputs) != 3:
-        return False
+        return None
+    if node.attributes.keys() - {"scale"}:
+        return None
     scale = node.attributes.get("scale")
-    return node.attributes.keys() == {"scale"} and scale is not None and scale.as_float() == 1.0
+    if scale is not None and scale.as_float() == 1.0:
+        return 1.0
+    query = node.inputs[0]
+    if query is None or query.shape is None or query.dtype is None or len(query.shape) != 4:
+        return None
+    if scale is not None:
+        return scale.as_float()
+    size = query.shape[3]
+    return 1 / math.sqrt(size) if isinstance(size, int) else None
+
+
+def _replace(graph: ir.Graph, node: ir.Node, scale: float) -> None:
+    new, query = [], node.inputs[0]
+    if scale != 1:
+        assert query is not None
+        assert query.dtype is not None
+        name = f"{node.outputs[0].name}/scale"
+        factor = ir.Value(name=name, type=query.type, shape=ir.Shape([1, 1, 1, 1]))
+        factor.const_value = ir.tensor(np.full((1, 1, 1, 1), scale, query.dtype.numpy()), name=name)
+        graph.register_initializer(factor)
+        new.append(ir.node("Mul", [query, factor], name=f"{node.name}/scaled_query"))
+        (scaled,) = new[0].outputs
+        scaled.name, scaled.type, scaled.shape = (
+            f"{node.outputs[0].name}/scaled_query",
+            query.type,
+            query.shape,
+        )
+        query = scaled
+    call = ir.node(OPERATOR, [query, *node.inputs[1:]], domain=DOMAIN, name=node.name)
+    (y,), (replaced,) = call.outputs, node.outputs
+    y.name, y.type, y.shape = replaced.name, replaced.type, replaced.shape
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [*new, call], [replaced], [y])
 
 
 def _attention() -> ir.Function:

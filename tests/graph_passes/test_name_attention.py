@@ -1,4 +1,4 @@
-"""Attention with a scale of 1 is called by the name of TensorRT's operator; other attention stays."""
+"""Attention of 4-D tensors is called by the name of TensorRT's operator; other attention stays."""
 
 import numpy as np
 import onnx_ir as ir
@@ -35,11 +35,21 @@ def test_the_function_is_the_same_attention(run_onnx: RunOnnx) -> None:
     assert not NameAttention()(model).modified
 
 
+@pytest.mark.parametrize("attributes", [{}, {"scale": 0.3}])
+def test_a_scale_goes_into_the_queries(run_onnx: RunOnnx, attributes: dict[str, float | int]) -> None:
+    model = attention(attributes)
+    rng = np.random.default_rng(0)
+    values = {name: 3 * rng.standard_normal(SHAPE).astype(np.float32) for name in "qkv"}
+    expected = run_onnx(model, values)["y"]
+    assert NameAttention()(model).modified
+    assert op_counts(model) == {"Mul": 1, "sws.TRT_Attention": 1}
+    np.testing.assert_allclose(run_onnx(model, values)["y"], expected, rtol=1e-5, atol=1e-5)
+    assert not NameAttention()(model).modified
+
+
 @pytest.mark.parametrize(
     ("attributes", "rank"),
     [
-        ({}, 4),
-        ({"scale": 0.5}, 4),
         ({"scale": 1.0, "is_causal": 1}, 4),
         ({"scale": 1.0, "q_num_heads": 2, "kv_num_heads": 2}, 3),
     ],
