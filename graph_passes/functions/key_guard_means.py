@@ -9,6 +9,9 @@ nodes s = 0, L/2 and L, with L the last step of the grid, give a quadratic K' an
 Neither a log-sum-exp nor a stored logit is needed, and the rounding of 16-bit outputs averages out. See
 docs/method.md, third identity.
 
+The curvature of K', K'(L/2) - (K'(0) + K'(L)) / 2, is a correction of a few percent. It is the mean over
+about `CURVATURE_ROWS` rows, which makes the attention at L/2 nearly free.
+
 `AttentionRows` uses fused attention: float16 on a GPU, in a bfloat16 model too, since float16 has three more
 bits and keys and queries are far from its range. `StoredRows` computes the same in float32 from stored
 logits, for sites with few tokens and for runtimes without float32 attention.
@@ -38,6 +41,8 @@ FLOAT = ir.DataType.FLOAT
 
 KEY_CHANNELS = 8
 """Channels added to keys and values of the attention with a sentinel; head sizes are multiples of 8."""
+CURVATURE_ROWS = 128
+"""Rows, about, that the curvature of K' is the mean of, if there are more."""
 _MIN_WEIGHT = 1e-4
 _LARGEST_LOG = 40.0
 
@@ -46,19 +51,20 @@ class Rows(Protocol):
     """The query rows of one site under its keys k + s d.
 
     Attributes:
-        unit: Of all slopes, float32, broadcast to [B, 1, 1, 1]: 1 is this many nats. Slopes are means over
-            rows, heads and channels: one reduction instead of a sum over the channels and a mean.
+        unit: Of all slopes, float32, broadcast to [B, 1, 1, 1]: 1 is this many nats.
         entropy: Of the plain rows in nats, [B, h, T', 1] float32.
     """
 
     unit: Any
     entropy: Any
 
-    def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
-        """L K'(0), L K'(L/2) and L K'(L) for L = `last`; all [B, 1, 1, 1] float32.
+    def slopes(self, op: Op, last: Any) -> Any:
+        """L K'(s) for L = `last`, [B, 1, 1, 5] float32.
 
-        K' is the mean over all rows, or over those that the KL divergence is evaluated on. L is rounded alike
-        in all three, since their differences matter: at a small L they are far smaller.
+        K'(0) as the mean over all rows and over those of the curvature (`_CurvatureRows`), K'(L) as both
+        likewise, and K'(L/2) over those of the curvature. If the KL divergence is that of some rows, these
+        are all rows. L is rounded alike everywhere, since differences matter: at a small L they are far
+        smaller.
         """
 
 
@@ -79,12 +85,11 @@ def means_guard(
     mix = op.Clip(op.Mul(inputs.amplitude, entropy_factor(op, rows.entropy)), 0.0, 1.0)
     steps = 2**parameters.bisection_steps
     last_step = op.Mul(mix, op.Mul(inputs.key_gate, parameters.key_cap * (steps - 1) / steps))
-    last = per_sample(op, last_step, 4)
-    slopes = op.Concat(*rows.slopes(op, last), axis=2)
+    slopes = rows.slopes(op, per_sample(op, last_step, 4))
 
     weights = op.Constant(value=ir.tensor(_divergence_weights(steps), name="divergence_weights"))
     # Not MatMul: its operands may be rounded to TensorFloat-32.
-    divergence = op.ReduceSum(op.Mul(slopes, weights), [2], keepdims=1)
+    divergence = op.ReduceSum(op.Mul(slopes, weights), [3], keepdims=1)
     budget = op.Div(per_sample(op, inputs.kappa, 4), rows.unit)
     allowed = op.Cast(op.Less(divergence, budget), to=int(FLOAT))
     alpha_k = op.Mul(last_step, op.ReduceMean(allowed, [1, 2, 3], keepdims=0))
@@ -94,13 +99,41 @@ def means_guard(
 
 
 def _divergence_weights(steps: int) -> npt.NDArray[np.float32]:
-    """Weights [1, 1, 3, steps - 1] of L K'(0), L K'(L/2) and L K'(L) in KL at the steps 1 to steps - 1.
+    """Weights [1, 1, steps - 1, 5] of the slopes (see `Rows`) in KL at the steps 1 to steps - 1.
 
-    With x = t / L and K' = K'(0) + c1 x + c2 x^2, KL = L (c1 x^2 / 2 + 2 c2 x^3 / 3).
+    With x = t / L and K' = K'(0) + c1 x + c2 x^2, KL = L (c1 x^2 / 2 + 2 c2 x^3 / 3). The curvature is
+    -c2 / 4, and K'(L) - K'(0) is c1 + c2.
     """
     x = np.arange(1, steps) / (steps - 1)
-    middle, last = 2 * x**2 - 8 * x**3 / 3, -(x**2) / 2 + 4 * x**3 / 3
-    return np.stack([-middle - last, middle, last]).astype(np.float32)[None, None]
+    change, curvature = x**2 / 2, 2 * x**2 - 8 * x**3 / 3
+    weights = [-change, -curvature / 2, change, -curvature / 2, curvature]
+    return np.stack(weights, axis=1).astype(np.float32)[None, None]
+
+
+class _CurvatureRows:
+    """The rows that the curvature of K' is the mean of: every n-th one.
+
+    n is odd, so that they are in all columns of a grid whose width is a power of two.
+    """
+
+    def __init__(self, op: Op, rows: Any) -> None:
+        """Append their indices [N] int64, of `rows` [1] int64."""
+        stride = op.Add(op.Mul(op.Div(rows, [2 * CURVATURE_ROWS]), [2]), [1])
+        start, every = op.Squeeze(op.Div(stride, [2]), [0]), op.Squeeze(stride, [0])
+        numbers = op.Range(0, op.Squeeze(rows, [0]), 1)
+        chosen = op.Cast(op.Equal(op.Mod(numbers, every), start), to=int(FLOAT))
+        columns = (op.Add(op.Mul(chosen, 0.0), 1.0), op.Div(chosen, op.ReduceMean(chosen, [0])))
+        # TensorRT casts indices that are not int32.
+        self._rows = op.Cast(op.Range(start, op.Squeeze(rows, [0]), every), to=int(ir.DataType.INT32))
+        self._weights = op.Concat(*(op.Unsqueeze(column, [0, 1, 3]) for column in columns), axis=3)
+
+    def of(self, op: Op, x: Any) -> Any:
+        """These rows of x [B, h, T', D]."""
+        return op.Gather(x, self._rows, axis=2)
+
+    def means(self, op: Op, x: Any) -> Any:
+        """Of x [B, h, T', 1] float32, the means over all rows and over these, [B, 1, 1, 2]."""
+        return op.ReduceMean(op.Mul(x, self._weights), [1, 2], keepdims=1)
 
 
 class AttentionRows:
@@ -153,13 +186,12 @@ class AttentionRows:
         self._query = op.Mul(self._q, self._factor)
         # The factor as it was rounded for the scaled queries, so that mean logits have the temperature of the
         # weights. It is positive, and an optimizer may remove a Cast together with the one back.
-        rounded = self._wide(op, op.Max(self._factor, self._constant(op, [0.0], "zero")))
-        self.unit = op.Mul(rounded, op.Cast(op.Shape(self._q, start=3, end=4), to=int(FLOAT)))
+        self.unit = self._wide(op, op.Max(self._factor, self._constant(op, [0.0], "zero")))
         self._keys = split_heads(op, keys)
         self._change = split_heads(op, change)
 
         mean = _attention(op, self._query, self._keys, self._keys)
-        mean_logit = op.Mul(self._dot(op, mean), self.unit)
+        mean_logit = op.Mul(self._dot(op, self._q, mean), self.unit)
 
         tokens = op.Shape(self._keys, start=2, end=3)
         log_tokens = cast(op, op.Log(op.Cast(tokens, to=int(FLOAT))), operands, FLOAT)
@@ -174,28 +206,30 @@ class AttentionRows:
             slope, self._q, self._query = (
                 op.Gather(x, kl_rows, axis=2) for x in (slope, self._q, self._query)
             )
-        self._initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
+        self._some = _CurvatureRows(op, op.Shape(self._q, start=2, end=3))
+        self._initial = self._some.means(op, slope)
 
-    def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
+    def slopes(self, op: Op, last: Any) -> Any:
         """See `Rows`. The values are the change L d as it was rounded for the keys."""
         # The output with the sentinel is not kept until the slopes are known. Also, an optimizer may remove a
         # Cast together with the one back.
-        initial_slope = cast(op, self._initial_slope, self._operands, FLOAT)
-        rounded = after(op, cast(op, last, self._operands, FLOAT), initial_slope, self._operands)
-        last = self._wide(op, rounded)
-        initial = op.Mul(last, self._initial_slope)
+        known = cast(op, op.ReduceMean(self._initial, [3], keepdims=1), self._operands, FLOAT)
+        rounded = after(op, cast(op, last, self._operands, FLOAT), known, self._operands)
+        initial = op.Mul(self._wide(op, rounded), self._initial)
         if self._scaled_change is None:
             change = op.Mul(self._change, rounded)
         else:
             change = split_heads(op, self._scaled_change(op.Squeeze(rounded, [3])))
-        middle = op.Mul(change, self._constant(op, [0.5], "half"))
-        middle_slope, last_slope = (
-            op.ReduceMean(self._product(op, mean), [1, 2, 3], keepdims=1)
-            for mean in (
-                _attention(op, self._query, op.Add(self._keys, step), change) for step in (middle, change)
-            )
+        end = _attention(op, self._query, op.Add(self._keys, change), change)
+        half = op.Mul(change, self._constant(op, [0.5], "half"))
+        q, query = (self._some.of(op, x) for x in (self._q, self._query))
+        middle = self._dot(op, q, _attention(op, query, op.Add(self._keys, half), change))
+        return op.Concat(
+            initial,
+            self._some.means(op, self._dot(op, self._q, end)),
+            op.ReduceMean(middle, [1, 2], keepdims=1),
+            axis=3,
         )
-        return initial, middle_slope, last_slope
 
     def _with_sentinel(self, op: Op, per_batch: Any, tokens: Any, level: Any) -> tuple[Any, Any, Any]:
         """The attention with a sentinel.
@@ -236,16 +270,15 @@ class AttentionRows:
         weight = op.Max(op.Sub(0.5, below_half), _MIN_WEIGHT)
         rest = op.Where(op.Greater(below_half, -0.25), op.Add(below_half, 0.5), rest)
         log_ratio = op.Clip(op.Log(op.Div(weight, rest)), -_LARGEST_LOG, _LARGEST_LOG)
-        return weight, log_ratio, self._dot(op, mean)
+        return weight, log_ratio, self._dot(op, self._q, mean)
 
-    def _dot(self, op: Op, x: Any) -> Any:
-        """Dot products of q and the vectors of x [B, h, T', D], divided by D: [B, h, T', 1] float32."""
-        return op.ReduceMean(self._product(op, x), [3], keepdims=1)
+    def _dot(self, op: Op, q: Any, x: Any) -> Any:
+        """Dot products of the vectors of q and x [B, h, T', D]: [B, h, T', 1] float32.
 
-    def _product(self, op: Op, x: Any) -> Any:
-        """q x in float32, multiplied in the dtype of the operands: a float32 copy of each operand would take
-        twice its memory. Rounding of products is as small as that of attention outputs."""
-        return self._wide(op, op.Mul(self._q, x))
+        Channels are multiplied in the dtype of the operands: a float32 copy of each operand would take twice
+        its memory. The rounding of a product is as small as that of an attention output.
+        """
+        return op.ReduceSum(self._wide(op, op.Mul(q, x)), [3], keepdims=1)
 
     def _wide(self, op: Op, value: Any) -> Any:
         return cast(op, value, FLOAT, self._operands)
@@ -295,33 +328,43 @@ class StoredRows:
         """
         self._small = small
         self._query, self._keys, self._change = float32_rows(op, inputs, dtype)
-        self.unit = op.Cast(op.Shape(self._query, start=3, end=4), to=int(FLOAT))
-        logits, weights = self._weights(op, self._keys)
+        self.unit = 1.0
+        logits, weights = self._weights(op, self._query, self._keys)
         highest, largest = (op.ReduceMax(rows, [3], keepdims=1) for rows in (logits, weights))
-        mean_logit = op.ReduceSum(op.Mul(self._query, op.MatMul(weights, self._keys)), [3], keepdims=1)
+        mean_logit = self._dot(op, self._query, op.MatMul(weights, self._keys))
         self.entropy = op.Sub(op.Sub(highest, op.Log(largest)), mean_logit)
-        slope = op.Mul(self._query, op.MatMul(weights, self._change))
+        slope = self._dot(op, self._query, op.MatMul(weights, self._change))
         if kl_rows is not None:
             slope, self._query = (op.Gather(x, kl_rows, axis=2) for x in (slope, self._query))
-        self._initial_slope = op.ReduceMean(slope, [1, 2, 3], keepdims=1)
+        self._some = _CurvatureRows(op, op.Shape(self._query, start=2, end=3))
+        self._initial = self._some.means(op, slope)
 
-    def slopes(self, op: Op, last: Any) -> tuple[Any, Any, Any]:
+    def slopes(self, op: Op, last: Any) -> Any:
         """See `Rows`."""
         if not self._small:
             # The weights of the plain rows are not kept until the slopes are known.
-            last = after(op, last, self._initial_slope)
+            last = after(op, last, op.ReduceMean(self._initial, [3], keepdims=1))
         change = op.Mul(self._change, last)
-        outputs = (
-            op.MatMul(self._weights(op, op.Add(self._keys, step))[1], change)
-            for step in (op.Mul(change, 0.5), change)
+        query = self._some.of(op, self._query)
+        middle, end = (
+            self._dot(op, q, op.MatMul(self._weights(op, q, op.Add(self._keys, step))[1], change))
+            for q, step in ((query, op.Mul(change, 0.5)), (self._query, change))
         )
-        middle, end = (op.ReduceMean(op.Mul(self._query, x), [1, 2, 3], keepdims=1) for x in outputs)
-        return op.Mul(last, self._initial_slope), middle, end
+        return op.Concat(
+            op.Mul(last, self._initial),
+            self._some.means(op, end),
+            op.ReduceMean(middle, [1, 2], keepdims=1),
+            axis=3,
+        )
 
-    def _weights(self, op: Op, keys: Any) -> tuple[Any, Any]:
+    def _weights(self, op: Op, q: Any, keys: Any) -> tuple[Any, Any]:
         # Not Transpose and MatMul: see decompose_metrics_attention.
-        logits = op.Einsum(self._query, keys, equation="bhqd,bhkd->bhqk")
+        logits = op.Einsum(q, keys, equation="bhqd,bhkd->bhqk")
         return logits, op.Softmax(logits, axis=-1)
+
+    def _dot(self, op: Op, q: Any, x: Any) -> Any:
+        """Dot products of the vectors of q and x [B, h, T', D]: [B, h, T', 1]."""
+        return op.ReduceSum(op.Mul(q, x), [3], keepdims=1)
 
 
 def _attention(op: Op, q: Any, k: Any, v: Any) -> Any:

@@ -155,7 +155,7 @@ def test_bfloat16_model() -> None:
 @pytest.mark.parametrize(("side", "heads", "size"), [(32, 4, 80), (32, 4, 64), (64, 2, 40), (64, 2, 64)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_step_at_the_sizes_of_models(dtype: ir.DataType, side: int, heads: int, size: int) -> None:
-    samples = five_kinds(side, side, heads, size, 384)
+    samples = five_kinds(side, side, heads, size, 768)
     assert_neighbours(moved_steps(emulated(heads, size, dtype), samples, heads, DTYPES[dtype]))
 
 

@@ -123,6 +123,6 @@ def test_step_is_the_exact_one_or_its_neighbour() -> None:
         transport=np.repeat(transport, count, axis=0),
         **levels,
     )
-    moved = np.rint(127 * within).astype(int) - expected
+    moved = np.rint(127 * within.ravel()).astype(int) - expected
     assert np.abs(moved).max() <= 1, moved
     assert np.count_nonzero(moved) <= 0.2 * len(moved), moved
