@@ -61,7 +61,7 @@ class Rows(Protocol):
     def slopes(self, op: Op, last: Any) -> Any:
         """L K'(s) for L = `last`, [B, 1, 1, 5] float32.
 
-        K'(0) as the mean over all rows and over those of the curvature (`_CurvatureRows`), K'(L) as both
+        K'(0) as the mean over all rows and over those of the curvature (`CurvatureRows`), K'(L) as both
         likewise, and K'(L/2) over those of the curvature. If the KL divergence is that of some rows, these
         are all rows. L is rounded alike everywhere, since differences matter: at a small L they are far
         smaller.
@@ -110,7 +110,7 @@ def _divergence_weights(steps: int) -> npt.NDArray[np.float32]:
     return np.stack(weights, axis=1).astype(np.float32)[None, None]
 
 
-class _CurvatureRows:
+class CurvatureRows:
     """The rows that the curvature of K' is the mean of: every n-th one.
 
     n is odd, so that they are in all columns of a grid whose width is a power of two.
@@ -206,7 +206,7 @@ class AttentionRows:
             slope, self._q, self._query = (
                 op.Gather(x, kl_rows, axis=2) for x in (slope, self._q, self._query)
             )
-        self._some = _CurvatureRows(op, op.Shape(self._q, start=2, end=3))
+        self._some = CurvatureRows(op, op.Shape(self._q, start=2, end=3))
         self._initial = self._some.means(op, slope)
 
     def slopes(self, op: Op, last: Any) -> Any:
@@ -336,7 +336,7 @@ class StoredRows:
         slope = self._dot(op, self._query, op.MatMul(weights, self._change))
         if kl_rows is not None:
             slope, self._query = (op.Gather(x, kl_rows, axis=2) for x in (slope, self._query))
-        self._some = _CurvatureRows(op, op.Shape(self._query, start=2, end=3))
+        self._some = CurvatureRows(op, op.Shape(self._query, start=2, end=3))
         self._initial = self._some.means(op, slope)
 
     def slopes(self, op: Op, last: Any) -> Any:

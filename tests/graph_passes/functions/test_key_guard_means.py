@@ -2,6 +2,7 @@
 
 import collections
 import functools
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from benchmarks.guard import misses_along_a_sampling
 from graph_passes.functions import STORED_LOGITS, build_functions
+from graph_passes.functions.building import Op, define_function
+from graph_passes.functions.key_guard_means import CurvatureRows
 from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
 from graph_passes.target import TARGETS
@@ -107,10 +110,17 @@ def assert_neighbours(moved: list[int], share: float = 0.2) -> None:
     assert np.count_nonzero(moved) <= share * len(moved), moved
 
 
-@pytest.mark.parametrize(("height", "width", "heads", "size"), [(12, 24, 2, 40), (16, 36, 2, 64)])
-def test_step_is_the_exact_one_or_its_neighbour(height: int, width: int, heads: int, size: int) -> None:
-    """Five samples with rows of five kinds in a batch, on grids that are not square."""
-    samples = five_kinds(height, width, heads, size, 192)
+@pytest.mark.parametrize(
+    ("height", "width", "heads", "size", "rows"), [(12, 24, 2, 40, 192), (16, 36, 1, 64, 576)]
+)
+def test_step_is_the_exact_one_or_its_neighbour(
+    height: int, width: int, heads: int, size: int, rows: int
+) -> None:
+    """Five samples with rows of five kinds in a batch, on grids that are not square.
+
+    Of 192 rows the curvature is the mean over all, of 576 over every fifth.
+    """
+    samples = five_kinds(height, width, heads, size, rows)
     assert_neighbours(moved_steps(emulated(heads, size), samples, heads, np.float16))
 
 
@@ -188,6 +198,25 @@ def test_the_emulation_rounds() -> None:
     found = fused_attention(q, k, v, 1.0)
     rounding = np.abs(exact - exact.astype(np.float16)).mean()
     assert rounding < np.abs(exact - found).mean() < 2 * rounding
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"), [(40, slice(None)), (255, slice(None)), (1000, slice(3, None, 7))]
+)
+def test_rows_of_the_curvature(rows: int, chosen: slice) -> None:
+    """Their mean is that of the gathered rows, beside the mean over all."""
+
+    def body(op: Op, x: Any) -> Any:
+        curvature = CurvatureRows(op, op.Shape(x, start=2, end=3))
+        return curvature.means(op, x), curvature.of(op, x)
+
+    function = define_function("Rows", body, {"x": FLOAT}, ["means", "some"])
+    call = Call({"Rows": function}, "Rows", {"x": ["batch", "heads", "rows", 1]}, FLOAT, {})
+    x = np.random.default_rng(0).standard_normal((2, 3, rows, 1), dtype=np.float32)
+    means, some = call(x=x)
+    np.testing.assert_array_equal(some, x[:, :, chosen])
+    expected = [y.mean((1, 2, 3)) for y in (x, some)]
+    np.testing.assert_allclose(means, np.stack(expected, axis=1)[:, None, None], atol=1e-6)
 
 
 def operators(call: Call) -> collections.Counter[str]:
