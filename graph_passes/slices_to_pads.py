@@ -70,10 +70,10 @@ def _constant(value: ir.Value | None) -> Sequence[int] | None:
 
 def _remove(graph: ir.Graph, node: ir.Node) -> bool:
     """Remove a node whose output is its first input; False if the output is one of the graph."""
-    (taken,) = node.outputs
-    if taken.is_graph_output():
+    (taken,), data = node.outputs, node.inputs[0]
+    if data is None or taken.is_graph_output():
         return False
-    ir.convenience.replace_all_uses_with(taken, node.inputs[0])
+    ir.convenience.replace_all_uses_with(taken, data)
     graph.remove(node, safe=True)
     return True
 
