@@ -6,12 +6,14 @@
 namespace sws {
 namespace {
 
-// Blocks on a multiprocessor for which the compiler limits the registers of survey and middle kernel. Four blocks leave
-// 128 registers for a thread, which suffice from compute capability 9.0 on; before, they would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kSurveyBlocks = 3;
-#else
+// Blocks on a multiprocessor for which the compiler limits the registers of survey and middle kernel: to 128 for each
+// thread with four blocks, 168 with three. With one block more they spill.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
 constexpr int kSurveyBlocks = 4;
+#elif __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
+constexpr int kSurveyBlocks = 2;
+#else
+constexpr int kSurveyBlocks = 3;
 #endif
 constexpr int kCandidateBlocks = 2;
 constexpr int kScalarBlocks = 2;
