@@ -98,6 +98,11 @@ def make_plan(source: Source, options: ExportOptions, out: Path, progress: Progr
         progress.log(remark)
     if artefact_kind(out) == "onnx":
         options.engine.require_defaults()
+        if options.keep_onnx:
+            raise OptionError(
+                "--keep-onnx has no meaning for an ONNX graph: it is what is written; leave it out, or "
+                "choose --out FILE.plan"
+            )
         target = options.sws.target(_graph_target(options))
         return ExportPlan(source, options, out, None, target, _static_sizes(source, options))
     engine = _configure_engine(source, options, progress)

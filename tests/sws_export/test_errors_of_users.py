@@ -186,6 +186,7 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
         (("--refit",), "--refit has no meaning for an ONNX graph: it is an option of engine builds"),
         (("--compute-capability", "8.9"), "--compute-capability has no meaning for an ONNX graph"),
         (("--max-gpu-memory", "8GB"), "--max-gpu-memory has no meaning for an ONNX graph"),
+        (("--keep-onnx",), "--keep-onnx has no meaning for an ONNX graph: it is what is written"),
         (
             ("--preset", "node", "--sites", "*.attn1"),
             "--sites '*.attn1' matches no attention site; there are",
