@@ -48,7 +48,6 @@ class Tiles:
         transport: Any,
         dtype: ir.DataType,
         tile: int = TILE,
-        indices: ir.DataType = ir.DataType.INT64,
     ) -> None:
         """Append the matrices.
 
@@ -57,14 +56,14 @@ class Tiles:
             transport: [B, 145, H, W] float32; entries for targets outside the grid must be 0.
             dtype: Of the tokens.
             tile: Rows and columns of a tile.
-            indices: Dtype of all indices. TensorRT casts those that are not int32.
         """
         self._op = op
         self._grid = _Grid(op, transport, tile)
         around = op.Constant(value=ir.tensor(_reached(tile), name="reached"))
         around = op.Gather(self._grid.tokens_around_tiles(), around, axis=1)
-        self._around = cast(op, around, indices, ir.DataType.INT64)
-        entries = op.Constant(value=ir.tensor(_entries(tile).astype(indices.numpy()), name="entries"))
+        # TensorRT casts indices that are not int32.
+        self._around = op.Cast(around, to=int(ir.DataType.INT32))
+        entries = op.Constant(value=ir.tensor(_entries(tile).astype(np.int32), name="entries"))
         self._matrices = _tile_matrices(op, cast(op, transport, dtype, FLOAT), self._grid, entries)
 
     def transported(self, x: Any) -> Any:

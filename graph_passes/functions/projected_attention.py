@@ -51,7 +51,7 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         tau_q = per_batch[0]
         # The rank of x; TensorRT's parser raises it in each product otherwise.
         key_weight, value_weight = (op.Unsqueeze(weight, [0]) for weight in (key_weight, value_weight))
-        moved = Tiles(op, transport, HALF, indices=ir.DataType.INT32).transported(x)
+        moved = Tiles(op, transport, HALF).transported(x)
         change = op.Sub(moved, x)
         # Queries, and with them all attentions, wait for the transport.
         mean = mean_token(op, moved, HALF)

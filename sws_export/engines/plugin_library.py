@@ -287,9 +287,13 @@ def _require_cmake() -> str:
 
 
 def _run(command: Sequence[str], log: Path) -> None:
+    # Without the number of jobs of a make that runs this.
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     with log.open("a", encoding="utf-8") as output:
         print("$", *command, file=output, flush=True)
-        result = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+        result = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, check=False, env=environment
+        )
     if result.returncode != 0:
         raise PluginError(f"the plugin library was not built: {_reason(log.read_text())} (log: {log})")
 

@@ -19,6 +19,7 @@ from graph_passes.guard import GuardOptions
 from graph_passes.insert_sws import StatePair, state_pair
 from graph_passes.parameters import SwsParameters
 from graph_passes.pipeline import plain_passes, sws_passes
+from graph_passes.plain_graph import require_plain
 from graph_passes.target import Target
 from sws_export.errors import ExportError, OptionError, SwsExportError
 from sws_export.onnx_files import declared_sizes
@@ -86,6 +87,9 @@ def rewrite(
     """
     with progress.stage("rewrite") as stage:
         stage.describe("finding attention sites")
+        with pass_errors():
+            # A graph with SWS may have no attention that is recognised as a site.
+            require_plain(model)
         sites, skipped = _select_sites(model, preset, patterns)
         stage.describe("inserting SWS and lowering it")
         with pass_errors():
