@@ -1,5 +1,6 @@
 """`sws.BandedTransport`: apply a banded transport to tokens."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class Tiles:
         around = op.Gather(self._grid.tokens_around_tiles(), around, axis=1)
         # TensorRT casts indices that are not int32.
         self._around = op.Cast(around, to=int(ir.DataType.INT32))
-        entries = op.Constant(value=ir.tensor(_entries(tile).astype(np.int32), name="entries"))
+        entries = op.Constant(value=ir.tensor(_entries(tile), name="entries"))
         self._matrices = _tile_matrices(op, cast(op, transport, dtype, FLOAT), self._grid, entries)
 
     def transported(self, x: Any) -> Any:
@@ -137,7 +138,8 @@ def _reached(tile: int) -> npt.NDArray[np.int64]:
     return np.flatnonzero(outside[:, None] + outside <= STATE_RADIUS)
 
 
-def _entries(tile: int) -> npt.NDArray[np.int64]:
+@functools.cache
+def _entries(tile: int) -> npt.NDArray[np.int32]:
     """Indices [tile^2, N] of a matrix's entries in the 145 offsets, and a zero, of each token of a tile."""
     offsets = diamond_offsets(STATE_RADIUS)
     numbers = dict(zip(offsets, range(len(offsets)), strict=True))
@@ -154,7 +156,7 @@ def _entries(tile: int) -> npt.NDArray[np.int64]:
             for y in range(tile)
             for x in range(tile)
         ],
-        np.int64,
+        np.int32,
     )
 
 
