@@ -43,13 +43,7 @@ class Tiles:
     matrices.
     """
 
-    def __init__(
-        self,
-        op: Op,
-        transport: Any,
-        dtype: ir.DataType,
-        tile: int = TILE,
-    ) -> None:
+    def __init__(self, op: Op, transport: Any, dtype: ir.DataType, tile: int = TILE) -> None:
         """Append the matrices.
 
         Args:
@@ -64,8 +58,7 @@ class Tiles:
         around = op.Gather(self._grid.tokens_around_tiles(), around, axis=1)
         # TensorRT casts indices that are not int32.
         self._around = op.Cast(around, to=int(ir.DataType.INT32))
-        entries = op.Constant(value=ir.tensor(_entries(tile), name="entries"))
-        self._matrices = _tile_matrices(op, cast(op, transport, dtype, FLOAT), self._grid, entries)
+        self._matrices = _tile_matrices(op, cast(op, transport, dtype, FLOAT), self._grid)
 
     def transported(self, x: Any) -> Any:
         """The transported tokens of `x` [B, T, C]."""
@@ -118,17 +111,17 @@ class _Grid:
         return op.Reshape(grid, op.Concat([0], op.Mul(*self.sides), [-1], axis=0))
 
 
-def _tile_matrices(op: Op, band: Any, grid: _Grid, entries: Any) -> Any:
+def _tile_matrices(op: Op, band: Any, grid: _Grid) -> Any:
     """The band as [B, tiles, tile^2, N]: for each tile, the matrix from the N tokens that it reaches.
 
-    Its entries are gathered from those of the tile's tokens, and a zero for each, by `entries` (`_entries`).
+    Its entries are gathered from those of the tile's tokens, and a zero for each (`_entries`).
     """
     (rows, columns), tile = grid.tiles, grid.tile
     padded = op.Pad(band, op.Concat([0, 0, 0, 1], grid.excess, axis=0), None, [1, 2, 3])
     split = op.Reshape(padded, op.Concat([0, 0], rows, [tile], columns, [tile], axis=0))
     by_token = op.Transpose(split, perm=[0, 2, 4, 3, 5, 1])
     by_tile = op.Reshape(by_token, [0, -1, tile * tile * (len(diamond_offsets(STATE_RADIUS)) + 1)])
-    return op.Gather(by_tile, entries, axis=2)
+    return op.Gather(by_tile, op.Constant(value=ir.tensor(_entries(tile), name="entries")), axis=2)
 
 
 def _reached(tile: int) -> npt.NDArray[np.int64]:
