@@ -32,6 +32,11 @@ ShapesOnnx = Callable[[Precision], Path]
 ShapesModel = Callable[[Precision], ir.Model]
 
 
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections, which would search all of it each time."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_cache() -> Iterator[None]:
     """Tests run without a cache, also in subprocesses, unless they configure one."""

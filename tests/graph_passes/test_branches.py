@@ -11,8 +11,8 @@ import pytest
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
-from tests.conftest import RunOnnx, ShapesModel
-from tests.graph_passes.small_models import feeds, graph_bytes, op_counts
+from tests.conftest import RunOnnx
+from tests.graph_passes.small_models import feeds, graph_bytes
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
 # Each step of the search adds branches of the same nodes.
@@ -23,20 +23,6 @@ def with_branches(branches: bool = True) -> ir.Model:
     """A graph with the fused guard, or with the literal one, which has no branches."""
     form = "fused" if branches else "literal"
     return inserted(two_grids(), form=form, target="onnxruntime", parameters=PARAMETERS)
-
-
-def example(model: ir.Model) -> ir.Model:
-    """The example with SWS at one site of each grid, lowered and cleaned: all sites are alike."""
-    names = ("down_blocks.1", "mid_block")
-    taken = inserted(
-        model,
-        take=lambda name: name.startswith(names),
-        form="fused",
-        target="onnxruntime",
-        parameters=PARAMETERS,
-    )
-    assert op_counts(taken)["sws.Attention"] == len(names)
-    return cleaned(taken)
 
 
 def cleaned(model: ir.Model) -> ir.Model:
@@ -149,8 +135,3 @@ def test_a_serialized_copy_is_equal(run_onnx: RunOnnx) -> None:
 
 def test_a_float32_graph_is_valid_onnx() -> None:
     onnx.checker.check_model(ir.to_proto(finished()), full_check=True)
-
-
-def test_the_example_is_valid_onnx(shapes_model: ShapesModel) -> None:
-    """In float16, with casts to the float32 of the statistics."""
-    onnx.checker.check_model(ir.to_proto(example(shapes_model("fp16"))), full_check=True)

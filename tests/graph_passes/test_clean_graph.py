@@ -6,7 +6,7 @@ import pytest
 
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.lower_functions import LowerFunctions
-from tests.conftest import RunOnnx, ShapesModel
+from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import SiteSpec, build_model, float_input, graph_bytes, op_counts
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
@@ -175,13 +175,3 @@ def test_used_nodes_of_a_plain_graph_are_kept() -> None:
         "Add": 1,
         "Concat": 1,
     }
-
-
-def test_the_example_keeps_its_weights_and_loses_plain_attention(shapes_model: ShapesModel) -> None:
-    model = inserted(shapes_model("fp16"))
-    weights = {name for name in model.graph.initializers if name.endswith((".weight", ".bias"))}
-    LowerFunctions()(model)
-    CleanGraph()(model)
-    assert op_counts(model)["Attention"] == 14
-    assert weights <= model.graph.initializers.keys()
-    assert not CleanGraph()(model).modified

@@ -7,7 +7,6 @@ import pytest
 
 from graph_passes.find_sites import find_sites
 from graph_passes.grids import TEXT, Grid
-from tests.conftest import ShapesModel
 from tests.graph_passes.small_models import (
     CHANNELS,
     HEADS,
@@ -145,18 +144,3 @@ def test_the_grid_follows_from_the_block(levels: int, factors: dict[str, int]) -
     assert {site.name: site.factor for site in sites} == {
         site_name(block): factor for block, factor in factors.items()
     }
-
-
-def test_self_attention_of_the_example_is_found(shapes_model: ShapesModel) -> None:
-    sites, skipped = find_sites(shapes_model("fp16"))
-    assert {site.name: (site.factor, site.heads) for site in sites} == {
-        site_name("down_blocks.1"): (2, 2),
-        site_name("down_blocks.2"): (4, 3),
-        site_name("mid_block"): (4, 3),
-        site_name("up_blocks.0"): (4, 3),
-        "up_blocks.0.attentions.1.transformer_blocks.0.attn1": (4, 3),
-        site_name("up_blocks.1"): (2, 2),
-        "up_blocks.1.attentions.1.transformer_blocks.0.attn1": (2, 2),
-    }
-    assert [skip.name for skip in skipped] == [site.name.replace("attn1", "attn2") for site in sites]
-    assert {skip.reason.partition(":")[0] for skip in skipped} == {"cross-attention"}

@@ -15,7 +15,7 @@ from graph_passes.guard import GuardForm, GuardOptions
 from graph_passes.insert_sws import BAND, InsertSws, StatePair, state_pair
 from graph_passes.parameters import SwsParameters
 from graph_passes.target import TARGETS
-from tests.conftest import RunOnnx, ShapesModel
+from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import (
     SiteSpec,
     build_model,
@@ -246,18 +246,3 @@ def test_a_graph_with_an_input_called_sigma_is_refused() -> None:
     model.graph.inputs.append(float_input("sigma", ["batch"]))
     with pytest.raises(GraphError, match="sigma"):
         inserted(model)
-
-
-def test_the_example_gets_one_state_per_grid(shapes_model: ShapesModel) -> None:
-    model = inserted(shapes_model("fp16"))
-    counts = op_counts(model)
-    assert {name: counts[name] for name in counts if name.startswith("sws.")} == {
-        "sws.Schedule": 1,
-        "sws.Transport": 2,
-        "sws.Attention": 7,
-    }
-    assert [(value.name, value.dtype) for value in model.graph.outputs] == [
-        ("out_sample", ir.DataType.FLOAT16),
-        ("sws_state_d2_out", ir.DataType.FLOAT),
-        ("sws_state_d4_out", ir.DataType.FLOAT),
-    ]

@@ -10,7 +10,7 @@ from graph_passes.lower_functions import LowerFunctions
 from graph_passes.parameters import SwsParameters
 from graph_passes.plain_graph import require_plain
 from graph_passes.target import PLUGIN_OPERATORS
-from tests.conftest import RunOnnx, ShapesModel
+from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import SiteSpec, build_model, feeds, graph_bytes, op_counts
 from tests.graph_passes.test_insert_sws import inserted, sws_feeds, two_grids
 
@@ -133,11 +133,3 @@ def test_operators_of_other_domains_are_allowed() -> None:
 def test_branches_are_allowed() -> None:
     require_plain(_with_node("If"))
     LowerFunctions().ensures(_with_node("If"))
-
-
-def test_the_example_is_lowered_to_standard_operators(shapes_model: ShapesModel) -> None:
-    model = inserted(shapes_model("fp16"))
-    LowerFunctions()(model)
-    assert {node.domain for node in model.graph} == {""}
-    # 14 of the plain export, 7 of which a clean-up removes, and those of the 7 sites with SWS.
-    assert op_counts(model)["Attention"] == 21

@@ -4,7 +4,7 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.name_nodes import NameNodes
-from tests.conftest import RunOnnx, ShapesModel
+from tests.conftest import RunOnnx
 from tests.graph_passes.small_models import SiteSpec, build_model, feeds, graph_bytes, op_counts
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -69,15 +69,3 @@ def test_a_second_run_changes_nothing() -> None:
     before = graph_bytes(model)
     assert not NameNodes()(model).modified
     assert graph_bytes(model) == before
-
-
-def test_node_names_of_the_example_are_unique(shapes_model: ShapesModel) -> None:
-    model = shapes_model("fp16")
-    names = [node.name for node in model.graph]
-    assert len(set(names)) == len(names)
-    attention = [node.name for node in model.graph if node.op_type == "Attention"]
-    assert attention[:2] == [
-        "down_blocks.1.attentions.0.transformer_blocks.0.attn1/Attention",
-        "down_blocks.1.attentions.0.transformer_blocks.0.attn2/Attention",
-    ]
-    assert not NameNodes()(model).modified

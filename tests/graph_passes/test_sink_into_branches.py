@@ -53,8 +53,15 @@ def executed(model: ir.Model, inputs: dict[str, np.ndarray]) -> collections.Coun
     )
 
 
-@pytest.mark.parametrize("rows", [Fraction(1), Fraction(1, 8)])
-@pytest.mark.parametrize("sizes", [{}, STATIC])
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ({}, Fraction(1, 8)),
+        (STATIC, Fraction(1)),
+        pytest.param({}, Fraction(1), marks=pytest.mark.slow),
+        pytest.param(STATIC, Fraction(1, 8), marks=pytest.mark.slow),
+    ],
+)
 def test_a_site_adds_one_attention_at_intensity_zero(sizes: dict[str, int], rows: Fraction) -> None:
     """The product of a transport with keys and values, and its gathers, are those of active steps."""
     model = made(rows, **sizes)

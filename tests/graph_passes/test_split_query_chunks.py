@@ -23,7 +23,7 @@ FOUR_CHUNKS = 8 * 12 * 8 * 12 // 4
 def fused(sizes: dict[str, int], rows: Fraction | str = Fraction(1), cap: float = 0.3) -> ir.Model:
     """A site on a grid of 8 x 12 and one on 4 x 6, with branches, not yet lowered."""
     # Each step of the search adds branches of the same nodes.
-    parameters = SwsParameters(key_cap=cap, kl_floor=1e-3, kl_slope=0.0, bisection_steps=3)
+    parameters = SwsParameters(key_cap=cap, kl_floor=1e-3, kl_slope=0.0, bisection_steps=2)
     model = inserted(
         two_grids(),
         take=lambda name: name.startswith(("down_blocks", "mid_block")),

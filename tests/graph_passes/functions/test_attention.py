@@ -20,13 +20,15 @@ from tests.graph_passes.functions.calls import FLOAT, Array, Call
 
 HEIGHT, WIDTH, CHANNELS = 12, 8, 16
 TOKENS = HEIGHT * WIDTH
+# Each step of the search adds branches of the same nodes.
+PARAMETERS = SwsParameters(bisection_steps=4)
 
 
 @cache
 def site(rows: Fraction, form: GuardForm = "fused") -> Call:
     tokens = ["batch", "tokens", CHANNELS]
     shapes = {"q": tokens, "k": tokens, "v": tokens, "transport": ["batch", 145, "height", "width"]}
-    functions = build_functions(SwsParameters(), FLOAT, TARGETS["onnxruntime"], GuardOptions(form, rows))
+    functions = build_functions(PARAMETERS, FLOAT, TARGETS["onnxruntime"], GuardOptions(form, rows))
     return Call(functions, "Attention", shapes, FLOAT, {"num_heads": 2, "scale": 8**-0.5})
 
 
@@ -136,7 +138,7 @@ def cross_site(rows: Fraction, form: GuardForm = "literal") -> Call:
         "query_grid": [2],
     }
     functions = build_functions(
-        SwsParameters(), FLOAT, TARGETS["onnxruntime"], GuardOptions(form, rows), cross_attention=True
+        PARAMETERS, FLOAT, TARGETS["onnxruntime"], GuardOptions(form, rows), cross_attention=True
     )
     return Call(functions, "CrossAttention", shapes, FLOAT, {"num_heads": 2, "scale": 8**-0.5})
 
