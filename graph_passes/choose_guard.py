@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
+from graph_passes.conditions import ensure_defined
 from graph_passes.functions import DOMAIN, STORED_LOGITS
 from graph_passes.set_static_shapes import static_dimension
 
@@ -41,6 +42,10 @@ class ChooseGuard(InPlacePass):
                 node.overload = _with_stored_logits(model, node.op_type)
                 modified = True
         return PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """The model has the functions that sites call now, and the guards that these call."""
+        ensure_defined(model)
 
     def _stores_logits(self, node: ir.Node) -> bool:
         query, transport = node.inputs[0], node.inputs[3]

@@ -7,7 +7,7 @@ order than `pipeline.py` has.
 from collections.abc import Set
 
 import onnx_ir as ir
-from onnx_ir.passes import PreconditionError
+from onnx_ir.passes import PostconditionError, PreconditionError
 
 from graph_passes.functions import DOMAIN
 from graph_passes.functions.building import OPSET
@@ -41,6 +41,21 @@ def require_lowered(model: ir.Model, allowed: Set[str] = frozenset()) -> None:
     node = remaining_call(model, allowed)
     if node is not None:
         raise PreconditionError(f"node {node.name}: {DOMAIN}.{node.op_type} is not lowered")
+
+
+def ensure_defined(model: ir.Model) -> None:
+    """Each call of a function of domain `sws`, in the graph and in functions, is of one that the model has.
+
+    Raises:
+        PostconditionError: Names the first call of another function or overload.
+    """
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            if node.domain == DOMAIN and node.op_identifier() not in model.functions:
+                overload = f" with the overload {node.overload}" if node.overload else ""
+                raise PostconditionError(
+                    f"node {node.name}: the model has no function {DOMAIN}.{node.op_type}{overload}"
+                )
 
 
 def remaining_constant(model: ir.Model) -> ir.Node | None:

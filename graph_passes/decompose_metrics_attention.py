@@ -1,7 +1,7 @@
 """Decompose the attention of site metrics, for a runtime that cannot build it."""
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 from graph_passes.functions import DOMAIN
 
@@ -18,8 +18,7 @@ class DecomposeMetricsAttention(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite the function, if the model has it."""
-        function = model.functions.get((DOMAIN, "SiteMetrics", ""))
-        nodes = [node for node in function or () if node.op_type == "Attention"]
+        function, nodes = _attentions(model)
         for node in nodes:
             assert function is not None
             replacement = _decomposed(node)
@@ -27,6 +26,22 @@ class DecomposeMetricsAttention(InPlacePass):
             ir.convenience.replace_all_uses_with(node.outputs[0], replacement[-1].outputs[0])
             function.remove(node, safe=True)
         return PassResult(model, modified=bool(nodes))
+
+    def ensures(self, model: ir.Model) -> None:
+        """`sws.SiteMetrics` has no `Attention`.
+
+        Raises:
+            PostconditionError: It has.
+        """
+        _, nodes = _attentions(model)
+        if nodes:
+            raise PostconditionError(f"{len(nodes)} Attention nodes are left in {DOMAIN}.SiteMetrics")
+
+
+def _attentions(model: ir.Model) -> tuple[ir.Function | None, list[ir.Node]]:
+    """`sws.SiteMetrics`, if the model has it, and its `Attention` nodes."""
+    function = model.functions.get((DOMAIN, "SiteMetrics", ""))
+    return function, [node for node in function or () if node.op_type == "Attention"]
 
 
 def _decomposed(node: ir.Node) -> list[ir.Node]:

@@ -4,6 +4,9 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnxscript import optimizer
 
+from graph_passes.conditions import require_lowered
+from graph_passes.target import PLUGIN_OPERATORS
+
 LARGEST = 2**23
 """Elements of the largest constant that is folded: three scales of a band on 128 x 128 tokens."""
 
@@ -16,6 +19,13 @@ class FoldConstants(InPlacePass):
     initializers: floating-point initializers are weights here, and nodes that read them are not folded.
     Neither are nodes with several outputs.
     """
+
+    def requires(self, model: ir.Model) -> None:
+        """All functions of domain `sws` but plugin operators are lowered (`require_lowered`).
+
+        Arithmetic on sizes inside a function cannot be folded.
+        """
+        require_lowered(model, PLUGIN_OPERATORS)
 
     def call(self, model: ir.Model) -> PassResult:
         """Fold until nothing changes."""

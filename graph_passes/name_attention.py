@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
+from graph_passes.conditions import require_lowered
 from graph_passes.functions import DOMAIN
 from graph_passes.functions.building import OPSET
 
@@ -24,6 +25,10 @@ class NameAttention(InPlacePass):
     Run it at the end. Attentions with other inputs, attributes or ranks are not changed.
     """
 
+    def requires(self, model: ir.Model) -> None:
+        """All other functions of domain `sws` are lowered (`require_lowered`): they may hold attention."""
+        require_lowered(model, {OPERATOR})
+
     def call(self, model: ir.Model) -> PassResult:
         """Replace the nodes of the main graph, and add the function."""
         modified = False
@@ -38,6 +43,18 @@ class NameAttention(InPlacePass):
             model.functions[function.identifier()] = function
             model.graph.opset_imports[DOMAIN] = 1
         return PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No `Attention` of 4-D tensors with three inputs and no attribute but a scale is left.
+
+        Raises:
+            PostconditionError: Names the first such node.
+        """
+        for node in model.graph:
+            if _scale(node) is not None:
+                raise PostconditionError(
+                    f"node {node.name}: an Attention is not called as {DOMAIN}.{OPERATOR}"
+                )
 
 
 def _scale(node: ir.Node) -> float | None:

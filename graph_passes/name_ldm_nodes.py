@@ -3,7 +3,7 @@
 import re
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 # `input_blocks.3.1`, or `input_blocks.3` and below it `input_blocks.3.1`: torch repeats the name of a
 # Sequential that is called as a module.
@@ -20,7 +20,7 @@ class NameLdmNodes(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Rename in graph order; other graphs stay as they are."""
-        parts = {node: (node.name or "").strip("/").replace("/", ".") for node in model.graph}
+        parts = {node: _dotted(node) for node in model.graph}
         found = {node: match for node, name in parts.items() if (match := _BLOCK.fullmatch(name))}
         if not found:
             return PassResult(model, modified=False)
@@ -39,6 +39,21 @@ class NameLdmNodes(InPlacePass):
                 kind = f"attentions.{int(index) // 2}" if int(index) % 2 else f"resnets.{int(index) // 2}"
                 node.name = _with_operator(f"mid_block.{kind}.{rest}")
         return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No node is named after a layer of `input_blocks` or `output_blocks`.
+
+        Raises:
+            PostconditionError: Names the first such node.
+        """
+        for node in model.graph:
+            if _BLOCK.fullmatch(_dotted(node)):
+                raise PostconditionError(f"node {node.name} is named after a block of the original layout")
+
+
+def _dotted(node: ir.Node) -> str:
+    """The name of a node with dots between its parts."""
+    return (node.name or "").strip("/").replace("/", ".")
 
 
 def _with_operator(name: str) -> str:

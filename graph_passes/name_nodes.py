@@ -4,7 +4,7 @@ import ast
 import collections
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -31,6 +31,21 @@ class NameNodes(InPlacePass):
             modified |= node.name != name
             node.name = name
         return PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Nodes with a module path have distinct names.
+
+        Raises:
+            PostconditionError: Names the first two that have not.
+        """
+        named: dict[str | None, ir.Node] = {}
+        for node in model.graph:
+            if _SCOPES not in node.metadata_props:
+                continue
+            other = named.setdefault(node.name, node)
+            # Scopes are parsed for equal names only: those of all nodes would take as long as the pass.
+            if other is not node and _module_path(node) is not None and _module_path(other) is not None:
+                raise PostconditionError(f"two nodes have the name {node.name}")
 
 
 def _module_path(node: ir.Node) -> str | None:

@@ -3,8 +3,9 @@
 from fractions import Fraction
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
+from graph_passes.conditions import ensure_defined
 from graph_passes.functions import DOMAIN
 from graph_passes.grids import static_tokens
 
@@ -34,18 +35,32 @@ class SplitQueryChunks(InPlacePass):
         modified = False
         for node in model.graph:
             if (node.domain, node.op_type, node.overload) == (DOMAIN, "Attention", ""):
-                node.overload = self._partitioned_function(
-                    model, node.op_type, static_tokens(node.inputs[3]) ** 2
-                )
+                node.overload = self._partitioned_function(model, node.op_type, _logits(node))
                 modified |= node.overload != ""
         return PassResult(model, modified=modified)
+
+    def ensures(self, model: ir.Model) -> None:
+        """No self-attention site has more logits than a chunk, as far as its shapes are static, and the model
+        has all functions that are called.
+
+        Raises:
+            PostconditionError: Names the first call of another kind.
+        """
+        for node in model.graph:
+            if node.op_identifier() == (DOMAIN, "Attention", "") and self._chunks(_logits(node)) > 1:
+                raise PostconditionError(f"node {node.name}: its query rows are not partitioned")
+        ensure_defined(model)
+
+    def _chunks(self, logits: float) -> int:
+        """Chunks of a site with so many logits per head."""
+        return min(round(logits / self.chunk_logits), MAX_CHUNKS)
 
     def _partitioned_function(self, model: ir.Model, name: str, logits: float) -> str:
         """The overload of `sws.<name>` with its query rows partitioned, added to the model if it is missing.
 
         The empty overload, the function itself, if a single chunk is enough.
         """
-        chunks = min(round(logits / self.chunk_logits), MAX_CHUNKS)
+        chunks = self._chunks(logits)
         if chunks <= 1:
             return ""
         overload = f"query_chunks_{chunks}"
@@ -61,6 +76,11 @@ class SplitQueryChunks(InPlacePass):
                     )
             model.functions[function.identifier()] = function
         return overload
+
+
+def _logits(site: ir.Node) -> int:
+    """Logits of a head of a site, T²; 0 if its grid has dynamic shapes."""
+    return static_tokens(site.inputs[3]) ** 2
 
 
 def _partition(node: ir.Node, chunks: int) -> None:
