@@ -36,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with missing_extras_as_errors(), _warnings_as_lines():
             return int(importlib.import_module(f"sws_export.commands.{verb}").run(given))
     except SwsExportError as error:
-        # Libraries that we quote break their messages into lines, and names in files may be of any length.
+        # Messages of libraries have several lines, and names in files can be of any length.
         message = " ".join(str(error).split())
         cut = f"{message[:_LONGEST_MESSAGE]}…" if len(message) > _LONGEST_MESSAGE else message
         print_line(f"sws-export: {cut}")
     except BrokenPipeError:
-        # Whoever read our output has enough. Keep Python from failing once more when it flushes.
+        # The reader of the pipe has closed it. Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as error:
         print_line(f"sws-export: {str(error) or 'interrupted; nothing was written'}")

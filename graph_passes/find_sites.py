@@ -106,7 +106,7 @@ def _read_site(node: ir.Node, name: str, levels: int) -> Site:
     attends_text = _attends_text(q, k, v)
     others = node.inputs[0].consumers() if node.inputs[0] is not None else ()
     if any(other.op_type == "Attention" and other is not node for other in others):
-        raise _Skipped("cross-attention with an IP-Adapter: its queries attend images, too")
+        raise _Skipped("cross-attention with an IP-Adapter: its queries also attend to images")
     if not name:
         raise _Skipped("its name does not contain the block of the UNet that it belongs to")
     factor = _downsampling(name, levels)

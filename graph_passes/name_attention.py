@@ -16,11 +16,11 @@ OPERATOR = "TRT_Attention"
 class NameAttention(InPlacePass):
     """Replace `Attention` of 4-D tensors by calls of the function `sws.TRT_Attention`, whose scale is 1.
 
-    TensorRT's parser makes up to eighteen layers of an `Attention`: those that multiply queries and keys by
-    the square root of the scale, in their own dtype. It has an operator `TRT_Attention` without a scale, of
-    two layers, and takes an operator of its own before a function of the model, whatever the domain. All
-    other runtimes, and parsers without the operator, use the function, which is an `Attention`. Here queries
-    are multiplied by the scale, unless it is 1.
+    TensorRT's parser converts an `Attention` to up to eighteen layers, most of which multiply queries and
+    keys by the square root of the scale, in their own dtype. Its own operator `TRT_Attention` has no scale
+    and becomes two layers. The parser prefers its own operators to functions of the model that have the same
+    name, whatever their domain. All other runtimes, and parsers without the operator, use the function, which
+    is an `Attention`. The pass multiplies queries by the scale, unless it is 1.
 
     Run it at the end. Attentions with other inputs, attributes or ranks are not changed.
     """

@@ -12,8 +12,8 @@ class SinkIntoBranches(InPlacePass):
     """Move nodes of the main graph whose results only one branch of an `If` uses into that branch.
 
     They are then computed only if the branch is taken: the transported keys and values of a site if a sample
-    has an amplitude. Nodes that several sites share stay in the main graph. Run it last: other passes know
-    shapes, and find common subexpressions, in the main graph only.
+    has an amplitude. Nodes that several sites share stay in the main graph. Run it last: shape
+    inference and the elimination of common subexpressions act on the main graph only.
     """
 
     def requires(self, model: ir.Model) -> None:

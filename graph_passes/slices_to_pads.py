@@ -35,13 +35,13 @@ class SlicesToPads(InPlacePass):
                 continue
             modified = True
         if modified:
-            # Bounds that no other Slice has are left.
+            # The bounds of the removed Slice nodes may have no other consumer.
             common.RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=modified)
 
 
 def _pads(node: ir.Node) -> list[int] | None:
-    """The pads that leave what a Slice takes; None if it is of another kind."""
+    """The pads [2 * rank] of the Pad that replaces a Slice, all <= 0; None for any other node."""
     data = node.inputs[0] if node.op_type == "Slice" and len(node.inputs) > 3 else None
     if data is None or data.shape is None:
         return None

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-# How many inputs of an operator are arithmetic.
+# Number of inputs that the value depends on; further ones are axes, shapes and the like.
 _OPERANDS = {
     "Sqrt": 1,
     "Mul": 2,

@@ -7,7 +7,7 @@ from onnxscript import version_converter
 from graph_passes.errors import GraphError
 
 OLDEST = 17
-"""The first opset with LayerNormalization; older exports spread it over many nodes."""
+"""The first opset with LayerNormalization; older exports decompose it into many nodes."""
 
 # Operators whose axes became an input with opset 18.
 _REDUCTIONS = frozenset(

@@ -63,7 +63,7 @@ class SWSUNet:
         return f"{type(self).__name__}({self.session.contract.path.name})"
 
     def __getattr__(self, name: str) -> Any:
-        """Name the reason in the error for what a torch UNet has and an exported one has not.
+        """Raise an error that gives the reason, for attributes that only a torch UNet has.
 
         Raises:
             AttributeError: Always, so that `hasattr` is False.

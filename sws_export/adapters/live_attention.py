@@ -34,8 +34,8 @@ _HEAD_MULTIPLE = 8
 _ROW_STRIDE = 7
 _LARGE = 512
 _CLEARLY_WITHIN = 0.7
-# What the estimate from some rows may be wrong by: this part of the difference of two steps, for each step
-# of distance.
+# Bound of the error of the estimate from some rows, for each step of distance: this fraction of the
+# difference between two steps.
 _UNSURE = 0.1
 _TINY = 1e-30
 

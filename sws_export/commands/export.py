@@ -1,4 +1,4 @@
-"""`sws-export MODEL --out PATH`: the main job."""
+"""`sws-export MODEL --out PATH`: export a UNet."""
 
 import argparse
 import dataclasses
@@ -31,7 +31,7 @@ other commands:
   sws-export plugins build|info        the library of TensorRT plugins
   sws-export cache list|clear          results of earlier runs
 
-Exit codes: 0 done, 1 something about the input or the machine, 2 wrong usage.
+Exit codes: 0 done, 1 an error in the input or of the machine, 2 wrong usage.
 """
 
 

@@ -262,7 +262,7 @@ def _report(outcome: Outcome, out_path: Path, options: BuildOptions, seconds: fl
 
 
 def log_warnings(report: EngineReport, progress: Progress) -> None:
-    """Report the first few warnings of the library, and what it warns of without need."""
+    """Report the first few warnings of the library, and log those that need no action."""
     warnings = []
     for text, count in report.warnings.items():
         line = f"{report.backend}: {text}" + (f" ({count} times)" if count > 1 else "")

@@ -81,7 +81,7 @@ class StageCache:
 
     def known(self) -> tuple[str, ...]:
         """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
-        if not self.check.is_remembered:
+        if not self.check.has_stored_digest:
             return ()
         entry = self._get("graph", self._key("graph"))
         if entry is None:
@@ -103,7 +103,7 @@ class StageCache:
                 self._log.log(f"validation: from the cache ({entry.key[:12]})")
                 self._replay(entry)
                 return _read_validation(entry.metadata["report"])
-            # What the making of the graph logs is recorded by the graph, not here.
+            # Messages about the graph are recorded by the graph itself, outside of the block below.
             self.check.start()
             graph.write()
             with self._log.record() as making:
@@ -178,7 +178,7 @@ class StageCache:
         """Write a graph from the cache to `path`; None if it is damaged or was removed, with a warning.
 
         Raises:
-            CheckpointError: The source does not have its remembered digest.
+            CheckpointError: The source does not have its stored digest.
         """
         skeleton = path.parent / f"skeleton-{SKELETON}"
         if not self._cache.extract(entry, SKELETON, skeleton):
@@ -195,7 +195,7 @@ class StageCache:
             if unchanged:
                 return WrittenGraph(path, model, files, entry.metadata["remark"])
         self._cache.evict(entry)
-        self.check.forget()
+        self.check.discard_digest()
         raise CheckpointError(changed_unnoticed(self._plan.source.path))
 
     @property
@@ -299,7 +299,7 @@ class _CachedGraph(Graph):
         if written is not None:
             return written
         recorded = Recorded.from_json(self._entry.metadata["making"])
-        self._log.forget({timing.name for timing in recorded.timings})
+        self._log.discard({timing.name for timing in recorded.timings})
         written = self._made.write()
         self._cache.keep_graph(self._made)
         return written

@@ -80,7 +80,7 @@ class RunLog:
         finally:
             self._recordings = around
 
-    def forget(self, names: Collection[str]) -> None:
+    def discard(self, names: Collection[str]) -> None:
         """Remove the timings of cached results of the stages `names`: they could not be used."""
         self.timings = [timing for timing in self.timings if not (timing.cached and timing.name in names)]
 

@@ -257,7 +257,7 @@ def read_cache(folder: Path) -> None:
 
 
 def read_digest(folder: Path) -> None:
-    """A remembered digest."""
+    """A stored digest."""
     file = folder / "weights"
     put(file, b"weights")
     name = f"{cache_key({'files': [str(file.resolve())]})}.json"

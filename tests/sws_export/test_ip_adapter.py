@@ -98,7 +98,7 @@ def test_two_adapters_and_their_sites(random_unet: Path, tmp_path: Path) -> None
     assert result.manifest is not None
     assert list(result.manifest["sites"]) == ["d2"]
     skipped = {site["reason"] for site in result.manifest["skipped_sites"] if "attn2" in site["name"]}
-    assert "cross-attention with an IP-Adapter: its queries attend images, too" in skipped
+    assert "cross-attention with an IP-Adapter: its queries also attend to images" in skipped
     inputs = {
         "sample": draw(2, 4, 8, 6),
         "timestep": torch.tensor([500.0, 20.0]),

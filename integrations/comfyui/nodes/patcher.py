@@ -29,7 +29,7 @@ _HAS_NO_EFFECT = "it has no effect on an engine"
 class SwsModelPatcher(comfy.model_patcher.ModelPatcher):
     """Reports to ComfyUI's memory management what an engine needs, and loads and unloads it on its request.
 
-    An engine is loaded as a whole or not at all. What would patch weights is warned about.
+    An engine is loaded as a whole or not at all. Patches of weights give a warning.
     """
 
     @property

@@ -28,7 +28,7 @@ class ConditionStates:
         return len(self._streams)
 
     def clear(self) -> None:
-        """Forget all states and release the streams."""
+        """Drop all states and release the streams."""
         self._streams.clear()
         self._owners.clear()
 

@@ -105,7 +105,7 @@ def filled(_validation: None, middle_unet: Path, tmp_path_factory: pytest.TempPa
 def configure(patch: pytest.MonkeyPatch, directory: Path) -> None:
     patch.setenv("SWS_EXPORT_CACHE_DIR", str(directory))
     patch.setenv("SWS_EXPORT_CACHE_SIZE", "1GB")
-    # Digests of files that were written a moment ago are not remembered.
+    # Digests of files that were written a moment ago are not stored.
     patch.setattr("time.time", lambda: time.time_ns() / 1e9 + 10)
 
 
@@ -389,7 +389,7 @@ def test_a_damaged_graph_is_exported_again(model: Path, out: Path, cache: Cache)
 
 
 def test_changed_weights_behind_a_stale_digest_are_found(model: Path, out: Path, cache: Cache) -> None:
-    """The remembered digest is wrong: the weights themselves are checked before a graph is used."""
+    """The stored digest is wrong: the weights themselves are checked before a graph is used."""
     export(model, out / "graph.onnx", GRAPH)
     files = [model / WEIGHTS]
     known = cache.digests.get(files)
@@ -397,7 +397,7 @@ def test_changed_weights_behind_a_stale_digest_are_found(model: Path, out: Path,
     change_weights(model)
     cache.digests.put(files, *file_stamps(files), known)
     before = listing(out)
-    with pytest.raises(CheckpointError, match="was changed and has the size and times of before"):
+    with pytest.raises(CheckpointError, match="was changed, and its size and times are the same as before"):
         export(model, out / "graph.onnx", GRAPH)
     assert listing(out) == before
     report = export(model, out / "graph.onnx", GRAPH)
