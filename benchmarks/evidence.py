@@ -3,7 +3,7 @@
     python -m benchmarks.evidence
     python -m benchmarks.evidence --examples examples/shapes --pairs 24
 
-Each variant is an export of an example's UNet, run in ONNX Runtime in batches of pictures. Finished variants
+Each variant is an export of an example's UNet, run in ONNX Runtime in batches of images. Finished variants
 are kept in `--scratch`, so that the command continues where it was interrupted. It writes
 `benchmarks/results/evidence.json`, and the table and figure of `docs/evidence.md`.
 """
@@ -29,12 +29,12 @@ from sws_export.calibration.pipeline_class import import_code
 from sws_export.evaluation.adherence import pipeline_checker
 from sws_export.evaluation.measure import METRICS, measure_pair, summarize_metric
 from sws_export.evaluation.page import number, percent
-from sws_export.evaluation.pairs import PairPictures, walk
+from sws_export.evaluation.pairs import PairImages, walk
 from sws_export.evaluation.statistics import Figure
 from sws_export.files import file_digest, publish, staged_directory
 from sws_export.progress import SilentProgress
 from sws_export.sampling.draw import attach_artefact, load_pipeline
-from sws_export.sampling.predicted_picture import recorded_steps
+from sws_export.sampling.predicted_image import recorded_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = tuple(ROOT / "examples" / name for name in ("shapes", "textures"))
@@ -42,7 +42,7 @@ PAGE, FIGURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "eviden
 START, END = "<!-- ablations: written by benchmarks/evidence.py -->\n", "<!-- end of ablations -->\n"
 
 BATCH = 32
-"""Pictures of a batch; twice as many samples with guidance."""
+"""Images of a batch; twice as many samples with guidance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def run_example(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         # Each pair as the two intensities of an evaluation: plain, and this variant.
         measured = [
             measure_pair(
-                PairPictures(*(np.stack(both) for both in zip(one, other, strict=True))),
+                PairImages(*(np.stack(both) for both in zip(one, other, strict=True))),
                 prompt,
                 {"check": checker},
             )
@@ -155,7 +155,7 @@ Drawn = list[tuple[np.ndarray, np.ndarray]]
 
 
 def pictures_of(variant: Variant, folder: Path, prompts: list[str], arguments: argparse.Namespace) -> Drawn:
-    """Pictures [frames, H, W, C] and changes of the predicted picture [steps - 1] of each prompt."""
+    """Images [frames, H, W, C] and changes of the predicted image [steps - 1] of each prompt."""
     weights = [file_digest(file).sha256 for file in sorted((folder / "unet").glob("*.safetensors"))]
     basis = [prompts, weights, arguments.frames, arguments.steps, arguments.guidance]
     key = hashlib.sha256(json.dumps([basis, repr(variant)]).encode()).hexdigest()[:16]
@@ -191,7 +191,7 @@ def exported(variant: Variant, folder: Path, scratch: Path, weights: list[str]) 
 def draw_all(
     graph: Path, folder: Path, prompts: list[str], intensity: float, arguments: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 [prompts, frames, H, W, C], changes float32 [prompts, steps - 1]."""
+    """Images uint8 [prompts, frames, H, W, C], changes float32 [prompts, steps - 1]."""
     import torch
 
     pipe = load_pipeline(folder, trust_code=True)
@@ -201,7 +201,7 @@ def draw_all(
     noises = [
         torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))
     ]
-    # A state that the batch shares would mix the pictures.
+    # A state that the batch shares would mix the images.
     batch = BATCH if unet.session.contract.resets_per_image else 1
     jobs = [(seed, frame) for seed in range(len(prompts)) for frame in range(arguments.frames)]
     pictures, changes = [], []

@@ -8,7 +8,7 @@
 Each figure is one that `sws-export` reports. `engine` exports to an engine for compute capabilities 8.9 and
 12.0, without validation: the memory is what the builder reports for the profile. `error` exports to a graph,
 with validation: the largest difference of the prediction from the reference, over five steps of two small
-pictures. With `--pixels` the graph has static shapes for one picture of this size, and `sws-export validate`
+images. With `--pixels` the graph has static shapes for one image of this size, and `sws-export validate`
 compares it at this size. Random weights are written to a temporary directory (`--scratch`), which is deleted
 afterwards. The report is written after each run, and figures of other runs in it are kept.
 """
@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="directory of the UNet; default: see above")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--measure", nargs="+", choices=MEASURES, help="default: both")
-    parser.add_argument("--pixels", type=int, help="height and width of the picture for the error")
+    parser.add_argument("--pixels", type=int, help="height and width of the image for the error")
     parser.add_argument("--plain", action="store_true", help="without SWS, for less time")
     parser.add_argument(
         "--cache",

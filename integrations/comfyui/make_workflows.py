@@ -1,4 +1,4 @@
-"""Writes example_workflows/: each workflow as JSON, and as a picture that holds it.
+"""Writes example_workflows/: each workflow as JSON, and as an image that holds it.
 
     python integrations/comfyui/make_workflows.py
 
@@ -79,7 +79,7 @@ class Workflow:
         return node
 
     def sample(self, model: tuple[dict[str, Any], str], loader: dict[str, Any], side: int) -> None:
-        """Prompts, sampler, VAE and picture, from column 2 on."""
+        """Prompts, sampler, VAE and image, from column 2 on."""
         prompts = [
             self.add("CLIPTextEncode", (2, y), [text], clip=(loader, "CLIP"))
             for y, text in ((180, "a lighthouse on a cliff at dusk, detailed"), (300, "blurry, low quality"))
@@ -111,7 +111,7 @@ class Workflow:
         }
 
     def draw(self) -> Image.Image:
-        """A picture of the nodes and links."""
+        """An image of the nodes and links."""
         right = max(node["pos"][0] + node["size"][0] for node in self.nodes) + 20
         bottom = max(node["pos"][1] + node["size"][1] for node in self.nodes) + 20
         picture = Image.new("RGB", (int(right * SCALE) + 10, int(bottom * SCALE) + 10), (32, 32, 32))

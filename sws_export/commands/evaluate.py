@@ -1,4 +1,4 @@
-"""`sws-export evaluate ARTEFACT PIPELINE`: metrics of pictures with and without SWS, with intervals."""
+"""`sws-export evaluate ARTEFACT PIPELINE`: metrics of images with and without SWS, with intervals."""
 
 import argparse
 from pathlib import Path
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def run(arguments: list[str]) -> int:
-    """Draw pairs of pictures that differ in the intensity, measure them, and write JSON and a page."""
+    """Draw pairs of images that differ in the intensity, measure them, and write JSON and a page."""
     parser = argparse.ArgumentParser(
         prog="sws-export evaluate",
-        description="Measure what SWS changes in the pictures of a pipeline: sharpness, spectrum, structure, "
+        description="Measure what SWS changes in the images of a pipeline: sharpness, spectrum, structure, "
         "stability over steps and frames, prompt adherence. An interrupted run is continued by the same "
         "command.",
     )

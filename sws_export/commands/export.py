@@ -24,8 +24,8 @@ examples:
 other commands:
   sws-export inspect FILE              what an engine, ONNX graph, manifest or checkpoint is
   sws-export validate MODEL.onnx MODEL compare an exported graph with its checkpoint again
-  sws-export sample ARTEFACT PIPELINE  pictures with and without SWS, side by side
-  sws-export evaluate ARTEFACT PIPELINE what SWS changes in pictures, measured over many pairs
+  sws-export sample ARTEFACT PIPELINE  images with and without SWS, side by side
+  sws-export evaluate ARTEFACT PIPELINE what SWS changes in images, measured over many pairs
   sws-export report ARTEFACT [MODEL]   what SWS does at each site and step, as one HTML page
   sws-export triton ARTEFACT           a model repository for Triton Inference Server
   sws-export plugins build|info        the library of TensorRT plugins

@@ -45,7 +45,7 @@ def add_host_code_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    """Add what determines a picture beside prompt and seed: steps, guidance, sizes and `--no-pad`."""
+    """Add what determines an image beside prompt and seed: steps, guidance, sizes and `--no-pad`."""
     parser.add_argument("--steps", type=int, default=25, help="sampling steps; default: %(default)s")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale; default: %(default)s")
     parser.add_argument("--height", type=int, help="height in pixels; default: the training size of the UNet")

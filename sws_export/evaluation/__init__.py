@@ -1,1 +1,1 @@
-"""What SWS changes in the pictures of a pipeline: metrics of pairs, with intervals, as JSON and a page."""
+"""What SWS changes in the images of a pipeline: metrics of pairs, with intervals, as JSON and a page."""

@@ -1,4 +1,4 @@
-"""How well pictures obey their prompts."""
+"""How well images match their prompts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +9,18 @@ import numpy as np
 from sws_export.calibration.pipeline_class import import_code
 from sws_export.checkpoint.config import read_json
 from sws_export.errors import CheckpointError
-from sws_export.evaluation.metrics import Picture
+from sws_export.evaluation.metrics import ImageArray
 
 CHECKER = "check.py"
 
-Scorer = Callable[[str, Picture], float]
-"""The score of a picture, float32 [H, W, C] in [0, 1], for its prompt."""
+Scorer = Callable[[str, ImageArray], float]
+"""The score of an image, float32 [H, W, C] in [0, 1], for its prompt."""
 
 
 def pipeline_checker(pipeline: Path, *, trust_code: bool) -> Scorer | None:
-    """`adherence(prompt, picture)` of the pipeline's own `check.py`: the share of the prompt that is obeyed.
+    """`adherence(prompt, image)` of the pipeline's own `check.py`: the share of the prompt in the image.
 
-    The function gets the picture as float32 [C, H, W] in [-1, 1].
+    The function gets the image as float32 [C, H, W] in [-1, 1].
 
     Args:
         pipeline: A pipeline directory.
@@ -34,13 +34,13 @@ def pipeline_checker(pipeline: Path, *, trust_code: bool) -> Scorer | None:
     check = getattr(import_code(pipeline, CHECKER), "adherence", None)
     if check is None:
         return None
-    return lambda prompt, picture: float(
-        check(prompt, np.asarray(picture.transpose(2, 0, 1) * 2 - 1, np.float32))
+    return lambda prompt, image: float(
+        check(prompt, np.asarray(image.transpose(2, 0, 1) * 2 - 1, np.float32))
     )
 
 
 def check_clip(folder: Path) -> None:
-    """Refuse what is no CLIP model, before pictures are drawn.
+    """Refuse a directory that is not a CLIP model, before images are drawn.
 
     Raises:
         CheckpointError: The directory has no configuration, or that of another model.
@@ -54,7 +54,7 @@ def check_clip(folder: Path) -> None:
 
 
 def clip_scorer(folder: Path) -> Scorer:
-    """The CLIP score: 100 max(cos, 0) of the embeddings of picture and prompt.
+    """The CLIP score: 100 max(cos, 0) of the embeddings of image and prompt.
 
     Hessel et al., "CLIPScore: a reference-free evaluation metric for image captioning", 2021, with w = 100 as
     in torchmetrics. Prompts are truncated to the length that the model takes.
@@ -80,8 +80,8 @@ def clip_scorer(folder: Path) -> Scorer:
     longest = model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
-    def score(prompt: str, picture: Picture) -> float:
-        pixels = np.clip(picture * 255.0, 0, 255).round().astype(np.uint8)
+    def score(prompt: str, image: ImageArray) -> float:
+        pixels = np.clip(image * 255.0, 0, 255).round().astype(np.uint8)
         inputs = processor(
             text=[prompt], images=[pixels], return_tensors="pt", truncation=True, max_length=longest
         )

@@ -18,7 +18,7 @@ from sws_export.evaluation.adherence import Scorer, check_clip, clip_scorer, pip
 from sws_export.evaluation.measure import METRICS, PairMetrics, Summary, measure_pair, summarize
 from sws_export.evaluation.options import INTENSITIES, EvaluationOptions
 from sws_export.evaluation.page import Extreme, render
-from sws_export.evaluation.pairs import PairPictures, PairStore, basis_of, check_walk, draw_pair
+from sws_export.evaluation.pairs import PairImages, PairStore, basis_of, check_walk, draw_pair
 from sws_export.evaluation.statistics import CONFIDENCE, RESAMPLES
 from sws_export.files import output_errors, publish_together, staged_directory
 from sws_export.progress import Progress, SilentProgress
@@ -40,7 +40,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], Summary]:
     """Draw every pair at all intensities, and write `evaluation.json` and `evaluation.html`.
 
-    The pictures of each pair are kept in `pairs/`, so that a later run reads back the pairs that are
+    The images of each pair are kept in `pairs/`, so that a later run reads back the pairs that are
     finished. At any time one pair is in memory; CLIP is loaded after the pipeline was released.
 
     Args:
@@ -48,7 +48,7 @@ def evaluate(
         pipeline: A diffusers pipeline directory; its UNet is not loaded, and nothing is downloaded.
         out: Directory of the results; created if its parent exists.
         options: What to draw and measure.
-        progress: Receives each picture.
+        progress: Receives each image.
 
     Returns:
         The content of `evaluation.json`, and its figures.
@@ -134,9 +134,9 @@ def _draw_missing(
         verify=False,
         engine_host_code_allowed=options.engine_host_code_allowed,
     )
-    pictures = len(INTENSITIES) * options.frames
-    with progress.stage("evaluate", total=len(pairs) * pictures) as stage:
-        stage.advance(finished * pictures)
+    images = len(INTENSITIES) * options.frames
+    with progress.stage("evaluate", total=len(pairs) * images) as stage:
+        stage.advance(finished * images)
         for pair in missing:
             start = time.monotonic()
             store.save(pair, draw_pair(pipe, unet, pair, options, stage))
@@ -157,11 +157,11 @@ def _measure(
     return measured
 
 
-def _stored(store: PairStore, pair: Any) -> PairPictures:
+def _stored(store: PairStore, pair: Any) -> PairImages:
     found = store.load(pair)
     if found is None:
         raise OutputError(
-            f"the pictures of '{pair.prompt}', seed {pair.seed}, were removed while they were evaluated; run "
+            f"the images of '{pair.prompt}', seed {pair.seed}, were removed while they were evaluated; run "
             "the command again"
         )
     return found
@@ -170,7 +170,7 @@ def _stored(store: PairStore, pair: Any) -> PairPictures:
 def _extremes(
     store: PairStore, options: EvaluationOptions, measured: list[PairMetrics]
 ) -> tuple[list[Extreme], list[Extreme]]:
-    """The pairs whose pictures differ most from the plain ones at intensity 1, and the least."""
+    """The pairs whose images differ most from the plain ones at intensity 1, and the least."""
     moved = np.array([pair.values["difference"][-1] for pair in measured])
     order = np.argsort(-moved, kind="stable")
     # With few pairs none is in both lists.
@@ -178,8 +178,8 @@ def _extremes(
 
     def extreme(index: int) -> Extreme:
         pair = options.pairs[index]
-        pictures = _stored(store, pair).pictures[:, 0]
-        return Extreme(pair.prompt, pair.seed, float(moved[index]), pictures)
+        images = _stored(store, pair).images[:, 0]
+        return Extreme(pair.prompt, pair.seed, float(moved[index]), images)
 
     most = [extreme(index) for index in order[:count]]
     return most, [extreme(index) for index in order[count:][-count:][::-1]]

@@ -1,4 +1,4 @@
-"""Metrics of the pictures of each pair, and of all pairs together."""
+"""Metrics of the images of each pair, and of all pairs together."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from sws_export.evaluation import metrics
 from sws_export.evaluation.adherence import Scorer
 from sws_export.evaluation.options import INTENSITIES
-from sws_export.evaluation.pairs import PairPictures
+from sws_export.evaluation.pairs import PairImages
 from sws_export.evaluation.statistics import Figure, mean, mean_difference, relative_change
 
 Floats = npt.NDArray[np.float64]
@@ -24,7 +24,7 @@ class Metric:
     Attributes:
         title: Short name.
         meaning: One sentence.
-        comparison: How pictures with SWS are compared with the plain ones: by the relative change of the
+        comparison: How images with SWS are compared with the plain ones: by the relative change of the
             mean, by the difference of the means, or not, for a metric that compares by itself.
     """
 
@@ -43,17 +43,17 @@ METRICS: Mapping[str, Metric] = {
     ),
     "structure": Metric(
         "Structure: SSIM after a low-pass",
-        "Large forms and colours, compared with the plain picture; 1 is the same.",
+        "Large forms and colours, compared with the plain image; 1 is the same.",
         "none",
     ),
     "difference": Metric(
         "Difference",
-        "Root mean square difference from the plain picture, of values in [0, 1].",
+        "Root mean square difference from the plain image, of values in [0, 1].",
         "none",
     ),
     "step_change": Metric(
         "Step-to-step change",
-        "Root mean square change of the predicted picture from one step to the next, in latents, mean of all "
+        "Root mean square change of the predicted image from one step to the next, in latents, mean of all "
         "steps.",
     ),
     "flicker": Metric(
@@ -62,10 +62,10 @@ METRICS: Mapping[str, Metric] = {
         "frames do not move.",
     ),
     "clip_score": Metric(
-        "Prompt adherence: CLIP score", "100 times the cosine of picture and prompt.", "difference"
+        "Prompt adherence: CLIP score", "100 times the cosine of image and prompt.", "difference"
     ),
     "check": Metric(
-        "Prompt adherence: the pipeline's check.py", "Share of the prompt that is obeyed.", "difference"
+        "Prompt adherence: the pipeline's check.py", "Share of the prompt that the image shows.", "difference"
     ),
 }
 
@@ -77,7 +77,7 @@ class PairMetrics:
     Attributes:
         values: Of each intensity, by the names of `METRICS`; NaN where a metric has no value.
         spectrum: Radial power spectrum, [intensities, rings].
-        changes: Change of the predicted picture, [intensities, steps - 1].
+        changes: Change of the predicted image, [intensities, steps - 1].
     """
 
     values: Mapping[str, Floats]
@@ -85,21 +85,21 @@ class PairMetrics:
     changes: Floats
 
 
-def measure_pair(found: PairPictures, prompt: str, scorers: Mapping[str, Scorer]) -> PairMetrics:
+def measure_pair(found: PairImages, prompt: str, scorers: Mapping[str, Scorer]) -> PairMetrics:
     """Metrics of the first frame of each intensity, and the flicker of its frames.
 
     Args:
-        found: The pictures.
+        found: The images.
         prompt: The prompt.
         scorers: Measures of prompt adherence, by the names of `METRICS`.
     """
-    frames = found.pictures.astype(np.float32) / np.float32(255.0)
+    frames = found.images.astype(np.float32) / np.float32(255.0)
     first, plain = frames[:, 0], frames[0, 0]
     values = {
-        "laplacian_variance": [metrics.laplacian_variance(picture) for picture in first],
-        "gradient_energy": [metrics.gradient_energy(picture) for picture in first],
-        "structure": [metrics.structure(picture, plain) for picture in first],
-        "difference": [metrics.difference(picture, plain) for picture in first],
+        "laplacian_variance": [metrics.laplacian_variance(image) for image in first],
+        "gradient_energy": [metrics.gradient_energy(image) for image in first],
+        "structure": [metrics.structure(image, plain) for image in first],
+        "difference": [metrics.difference(image, plain) for image in first],
     }
     if found.changes.size:
         values["step_change"] = [float(changes.mean()) for changes in found.changes]
@@ -107,10 +107,10 @@ def measure_pair(found: PairPictures, prompt: str, scorers: Mapping[str, Scorer]
         still = metrics.still_pixels(frames[0])
         values["flicker"] = [metrics.flicker(walk, still) for walk in frames]
     for name, scorer in scorers.items():
-        values[name] = [scorer(prompt, picture) for picture in first]
+        values[name] = [scorer(prompt, image) for image in first]
     return PairMetrics(
         {name: np.asarray(each, np.float64) for name, each in values.items()},
-        np.stack([metrics.radial_power_spectrum(picture) for picture in first]),
+        np.stack([metrics.radial_power_spectrum(image) for image in first]),
         found.changes.astype(np.float64),
     )
 
@@ -121,7 +121,7 @@ class MetricSummary:
 
     Attributes:
         values: Means.
-        changes: Compared with the plain pictures by `Metric.comparison`; empty for `none`.
+        changes: Compared with the plain images by `Metric.comparison`; empty for `none`.
     """
 
     values: tuple[Figure, ...]
@@ -135,7 +135,7 @@ class Summary:
     Attributes:
         metrics: By the names of `METRICS`, without those that were not measured.
         spectrum: Relative change of the power in each ring, by intensity.
-        steps: Change of the predicted picture after each step but the first, by intensity.
+        steps: Change of the predicted image after each step but the first, by intensity.
     """
 
     metrics: Mapping[str, MetricSummary]

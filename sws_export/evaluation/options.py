@@ -11,7 +11,7 @@ INTENSITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Pictures that differ in the intensity only; the pictures of one prompt and seed."""
+    """Images that differ in the intensity only; the images of one prompt and seed."""
 
     prompt: str
     seed: int
@@ -25,7 +25,7 @@ class EvaluationOptions:
         prompts: Each is drawn with every seed.
         seeds: Number of seeds: 0, 1, ….
         frames: Frames of a slow walk through the noise of each pair, for the flicker; 1 for none.
-        clip: Directory of a CLIP model, to measure how well prompts are obeyed.
+        clip: Directory of a CLIP model, to measure how well images match their prompts.
         drawing: Steps, guidance and size.
         pad: Pad latents to the next size that the UNet takes, and crop.
         trust_code: Import `pipeline.py` of the pipeline directory if diffusers does not have its class, and

@@ -1,4 +1,4 @@
-"""The results as one HTML page, with its styles, charts and pictures embedded.
+"""The results as one HTML page, with its styles, charts and images embedded.
 
 Its template is `evaluation.html`; the styles are those of the report.
 """
@@ -39,14 +39,14 @@ class Extreme:
     Attributes:
         prompt: Its prompt.
         seed: Its seed.
-        moved: Difference between the pictures at intensities 1 and 0.
-        pictures: uint8 [intensities, H, W, C].
+        moved: Difference between the images at intensities 1 and 0.
+        images: uint8 [intensities, H, W, C].
     """
 
     prompt: str
     seed: int
     moved: float
-    pictures: npt.NDArray[np.uint8]
+    images: npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _curves(summary: Summary) -> list[Chart]:
         charts.append(
             _chart(
                 "Step-to-step change",
-                "Root mean square change of the predicted picture since the step before.",
+                "Root mean square change of the predicted image since the step before.",
                 "step",
                 shown,
                 _thinned(steps),
@@ -253,15 +253,15 @@ def _thinned(ticks: Sequence[str]) -> list[str]:
 
 
 def _images(extreme: Extreme) -> list[str]:
-    """PNG in base64 of the pictures, and of the change from the first to the last, enlarged."""
-    change = extreme.pictures[-1].astype(np.float32) - extreme.pictures[0]
+    """PNG in base64 of the images, and of the change from the first to the last, enlarged."""
+    change = extreme.images[-1].astype(np.float32) - extreme.images[0]
     largest = max(float(np.quantile(np.abs(change), _SHOWN_QUANTILE)), 1.0)
     shown = np.clip(127.5 + change * (102.0 / largest), 0, 255).round().astype(np.uint8)
-    return [_png(picture) for picture in (*extreme.pictures, shown)]
+    return [_png(pixels) for pixels in (*extreme.images, shown)]
 
 
-def _png(picture: npt.NDArray[np.uint8]) -> str:
-    image = Image.fromarray(picture if picture.shape[-1] == 3 else picture[..., 0])
+def _png(pixels: npt.NDArray[np.uint8]) -> str:
+    image = Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
     scale = max(1, _SMALLEST_SIDE // min(image.size))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))

@@ -1,4 +1,4 @@
-"""The pictures of a pair: drawn, kept in a file, and read back by a later run."""
+"""The images of a pair: drawn, kept in a file, and read back by a later run."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from sws_export.progress import Stage
 from sws_export.runtime.contract import Contract
 from sws_export.sampling.draw import draw
 from sws_export.sampling.effects import Floats
-from sws_export.sampling.predicted_picture import recorded_steps
+from sws_export.sampling.predicted_image import recorded_steps
 
 FRAME_ANGLE = 0.05
 """Angle in radians between the noises of consecutive frames, which differ by 5 % of their norm."""
@@ -33,16 +33,16 @@ _WALK_SEED = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
-class PairPictures:
-    """The pictures of a pair.
+class PairImages:
+    """The images of a pair.
 
     Attributes:
-        pictures: uint8 [intensities, frames, H, W, C], as a PNG would have them.
-        changes: Change of the predicted picture from step to step in the first frame, float32
+        images: uint8 [intensities, frames, H, W, C], as a PNG would have them.
+        changes: Change of the predicted image from step to step in the first frame, float32
             [intensities, steps - 1].
     """
 
-    pictures: npt.NDArray[np.uint8]
+    images: npt.NDArray[np.uint8]
     changes: npt.NDArray[np.float32]
 
 
@@ -59,9 +59,9 @@ def check_walk(pipe: Any) -> None:
         )
 
 
-def draw_pair(pipe: Any, unet: Any, pair: Pair, options: EvaluationOptions, stage: Stage) -> PairPictures:
-    """Draw all intensities and frames of a pair, one picture at a time, each from a zero state."""
-    pictures, changes = [], []
+def draw_pair(pipe: Any, unet: Any, pair: Pair, options: EvaluationOptions, stage: Stage) -> PairImages:
+    """Draw all intensities and frames of a pair, one image at a time, each from a zero state."""
+    images, changes = [], []
     for intensity in INTENSITIES:
         stage.describe(f"intensity {intensity:g}: {pair.prompt}")
         unet.reset()
@@ -71,16 +71,16 @@ def draw_pair(pipe: Any, unet: Any, pair: Pair, options: EvaluationOptions, stag
         for number in range(1, options.frames):
             unet.reset()
             noise = walk(record.noise, pair.seed, number)
-            picture = draw(pipe, pair.prompt, pair.seed, intensity, options.drawing, latents=noise)
-            frames.append(_eight_bit(picture))
+            image = draw(pipe, pair.prompt, pair.seed, intensity, options.drawing, latents=noise)
+            frames.append(_eight_bit(image))
             stage.advance()
-        pictures.append(np.stack(frames))
+        images.append(np.stack(frames))
         changes.append([float(moved[0]) for moved in record.changes])
-    return PairPictures(np.stack(pictures), np.asarray(changes, np.float32))
+    return PairImages(np.stack(images), np.asarray(changes, np.float32))
 
 
-def _eight_bit(picture: Floats) -> npt.NDArray[np.uint8]:
-    pixels: npt.NDArray[np.uint8] = np.clip(picture * 255.0, 0.0, 255.0).round().astype(np.uint8)
+def _eight_bit(image: Floats) -> npt.NDArray[np.uint8]:
+    pixels: npt.NDArray[np.uint8] = np.clip(image * 255.0, 0.0, 255.0).round().astype(np.uint8)
     return pixels
 
 
@@ -101,27 +101,27 @@ def walk(noise: Any, seed: int, frame: int) -> Any:
 
 
 class PairStore:
-    """A folder with the pictures of finished pairs, under the digest of everything that they depend on."""
+    """A folder with the images of finished pairs, under the digest of everything that they depend on."""
 
     def __init__(self, folder: Path, basis: dict[str, Any]) -> None:
         self._folder = folder
         self._basis = basis
 
-    def load(self, pair: Pair) -> PairPictures | None:
-        """The pictures of a pair; None if they were not drawn yet, or the file is damaged."""
+    def load(self, pair: Pair) -> PairImages | None:
+        """The images of a pair; None if they were not drawn yet, or the file is damaged."""
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             with self._path(pair).open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                found = PairPictures(stored["pictures"], stored["changes"])
-            if found.pictures.ndim == 5 and len(found.pictures) == len(found.changes) == len(INTENSITIES):
+                found = PairImages(stored["pictures"], stored["changes"])
+            if found.images.ndim == 5 and len(found.images) == len(found.changes) == len(INTENSITIES):
                 return found
         return None
 
     def has(self, pair: Pair) -> bool:
-        """Whether a file with the pictures of a pair exists."""
+        """Whether a file with the images of a pair exists."""
         return self._path(pair).is_file()
 
-    def save(self, pair: Pair, pictures: PairPictures) -> None:
-        """Write the pictures of a pair.
+    def save(self, pair: Pair, images: PairImages) -> None:
+        """Write the images of a pair.
 
         Raises:
             OutputError: The folder is not writable, or the disk is full.
@@ -131,7 +131,8 @@ class PairStore:
             self._folder.mkdir(exist_ok=True)
         with staged_directory(path) as scratch:
             staged = scratch / path.name
-            np.savez_compressed(staged, pictures=pictures.pictures, changes=pictures.changes)
+            # The name in the files of earlier versions, whose pairs are read back.
+            np.savez_compressed(staged, pictures=images.images, changes=images.changes)
             publish(staged, path)
 
     def _path(self, pair: Pair) -> Path:
@@ -140,7 +141,7 @@ class PairStore:
 
 
 def basis_of(contract: Contract, pipeline: Path, options: EvaluationOptions) -> dict[str, Any]:
-    """What the pictures of every pair depend on, as JSON values.
+    """What the images of every pair depend on, as JSON values.
 
     The artefact counts by the sha256 of its files, and the pipeline by names, sizes and times of its files.
     """

@@ -48,12 +48,12 @@ def mean(values: Sequence[float] | Floats) -> Figure:
 
 
 def mean_difference(values: Sequence[float] | Floats, plain: Sequence[float] | Floats) -> Figure:
-    """The mean of the differences from the plain pictures of the same pairs; NaN are left out."""
+    """The mean of the differences from the plain images of the same pairs; NaN are left out."""
     return mean(np.asarray(values, np.float64) - np.asarray(plain, np.float64))
 
 
 def relative_change(values: Sequence[float] | Floats, plain: Sequence[float] | Floats) -> Figure:
-    """Mean over pairs relative to the mean of the plain pictures of the same pairs, minus 1.
+    """Mean over pairs relative to the mean of the plain images of the same pairs, minus 1.
 
     Unlike a mean of ratios it is not dominated by pairs whose plain value is close to 0. Pairs with NaN are
     left out.

@@ -1,4 +1,4 @@
-"""A diffusers pipeline with an artefact as its UNet, and one picture of it."""
+"""A diffusers pipeline with an artefact as its UNet, and one image of it."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How a picture is drawn.
+    """How an image is drawn.
 
     Attributes:
         steps: Steps of the scheduler.
@@ -103,7 +103,7 @@ def draw(
     *,
     latents: Any = None,
 ) -> Floats:
-    """One picture [H, W, C] in [0, 1].
+    """One image [H, W, C] in [0, 1].
 
     Args:
         pipe: A pipeline with an artefact as its UNet.
@@ -120,7 +120,7 @@ def draw(
 
     noise = {} if latents is None else {"latents": latents}
     try:
-        (image,) = pipe(
+        (drawn,) = pipe(
             prompt,
             num_inference_steps=drawing.steps,
             guidance_scale=drawing.guidance,
@@ -134,5 +134,5 @@ def draw(
     except ValueError as error:
         # Pipelines raise it for invalid sizes, prompts and numbers of steps.
         raise OptionError(f"the pipeline rejects the options: {error}") from error
-    picture: Floats = image
-    return picture
+    image: Floats = drawn
+    return image

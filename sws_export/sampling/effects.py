@@ -14,14 +14,14 @@ class Sampled:
 
     Attributes:
         intensity: Strength of SWS.
-        pictures: Images, [N, C, H, W] in [-1, 1].
-        changes: Root mean square change of the predicted picture from one step to the next, [steps - 1, N],
+        images: Images, [N, C, H, W] in [-1, 1].
+        changes: Root mean square change of the predicted image from one step to the next, [steps - 1, N],
             in the units of the latents; None if it is unknown.
         artefact: File name of the artefact if there are several; else empty.
     """
 
     intensity: float
-    pictures: Floats
+    images: Floats
     changes: Floats | None
     artefact: str = ""
 
@@ -49,20 +49,20 @@ def measure(run: Sampled, plain: Sampled) -> Effect:
     """Metrics of `run`; `plain` was sampled from the same noise and prompts at intensity 0."""
     return Effect(
         intensity=run.intensity,
-        difference=float(_rms(run.pictures - plain.pictures).mean()),
-        sharpness=sharpness(run.pictures),
+        difference=float(_rms(run.images - plain.images).mean()),
+        sharpness=sharpness(run.images),
         step_change=None if run.changes is None or run.changes.size == 0 else float(run.changes.mean()),
         artefact=run.artefact,
     )
 
 
-def sharpness(pictures: Floats) -> float:
+def sharpness(images: Floats) -> float:
     """Mean length of the gradient, from differences to the right and lower neighbour."""
-    right = np.diff(pictures, axis=-1)[..., :-1, :]
-    down = np.diff(pictures, axis=-2)[..., :, :-1]
+    right = np.diff(images, axis=-1)[..., :-1, :]
+    down = np.diff(images, axis=-2)[..., :, :-1]
     return float(np.hypot(right, down).mean())
 
 
-def _rms(pictures: Floats) -> Floats:
+def _rms(images: Floats) -> Floats:
     """Root mean square of each image, [N]."""
-    return np.asarray(np.sqrt(np.square(pictures).mean(axis=(1, 2, 3))), np.float32)
+    return np.asarray(np.sqrt(np.square(images).mean(axis=(1, 2, 3))), np.float32)

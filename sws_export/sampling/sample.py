@@ -16,8 +16,8 @@ from sws_export.progress import Progress, SilentProgress, Stage
 from sws_export.runtime.contract import Contract
 from sws_export.sampling.draw import Drawing, attach_artefact, check_pixels, draw, load_pipeline
 from sws_export.sampling.effects import Effect, Floats, Sampled, measure
-from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
-from sws_export.sampling.predicted_picture import check_prediction, recorded_steps
+from sws_export.sampling.image_grid import draw_grid, save_image, to_image
+from sws_export.sampling.predicted_image import check_prediction, recorded_steps
 
 _LARGEST_SHOWN = 0.8
 # The largest changes are clipped, so that the others are visible.
@@ -66,7 +66,7 @@ class SampleOptions:
 
     @property
     def drawing(self) -> Drawing:
-        """How each picture is drawn."""
+        """How each image is drawn."""
         return Drawing(self.steps, self.guidance, self.height, self.width)
 
 
@@ -114,7 +114,7 @@ def sample_pipeline(
             runs += _sample(pipe, unet, file.name if options.beside else "", options, measured, stage)
     effects = [measure(run, runs[0]) for run in runs]
     sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
-    save_picture(sheet, out)
+    save_image(sheet, out)
     return effects
 
 
@@ -124,16 +124,16 @@ def _sample(
     """The images of one artefact, a run for each intensity; with `measured`, also the step-to-step change."""
     runs = []
     for intensity in options.intensities:
-        pictures, changes = [], []
+        images, changes = [], []
         for prompt, seed in itertools.product(options.prompts, options.seeds):
             stage.describe(f"{name} intensity {intensity:g}: {prompt}".strip())
             unet.reset()
-            picture, moved = _one(pipe, prompt, seed, intensity, options.drawing, measured)
-            pictures.append(picture)
+            image, moved = _one(pipe, prompt, seed, intensity, options.drawing, measured)
+            images.append(image)
             changes += [] if moved is None else [moved]
             stage.advance()
         runs.append(
-            Sampled(intensity, np.stack(pictures), np.stack(changes, axis=1) if changes else None, name)
+            Sampled(intensity, np.stack(images), np.stack(changes, axis=1) if changes else None, name)
         )
     return runs
 
@@ -162,10 +162,10 @@ def comparison_sheet(
         steps: Number of steps, for the title.
         zero: Label of a run at intensity 0.
     """
-    scale = max(1, _NARROWEST // runs[0].pictures.shape[-1])
-    change = runs[-1].pictures - runs[0].pictures
+    scale = max(1, _NARROWEST // runs[0].images.shape[-1])
+    change = runs[-1].images - runs[0].images
     enlarged = max(1, int(_LARGEST_SHOWN / max(float(np.quantile(np.abs(change), _SHOWN_QUANTILE)), 1e-6)))
-    shown = [*(run.pictures for run in runs), change * enlarged]
+    shown = [*(run.images for run in runs), change * enlarged]
     rows = []
     for row, prompt in enumerate(prompts):
         numbers = range(row * len(seeds), (row + 1) * len(seeds))
@@ -183,8 +183,8 @@ def comparison_sheet(
     return draw_grid(rows, [*labels, f"change x {enlarged}"], groups, title, notes)
 
 
-def _shown(picture: Floats, scale: int) -> Image.Image:
-    image = to_image(picture, scale)
+def _shown(values: Floats, scale: int) -> Image.Image:
+    image = to_image(values, scale)
     image.thumbnail((_WIDEST, _WIDEST))
     return image
 
@@ -192,7 +192,7 @@ def _shown(picture: Floats, scale: int) -> Image.Image:
 def _one(
     pipe: Any, prompt: str, seed: int, intensity: float, drawing: Drawing, measured: bool
 ) -> tuple[Floats, Floats | None]:
-    """One image [3, H, W] in [-1, 1], and the change of the predicted picture at each step but the first."""
+    """One image [3, H, W] in [-1, 1], and the change of the predicted image at each step but the first."""
     with recorded_steps(pipe.scheduler) if measured else contextlib.nullcontext() as record:
         image = draw(pipe, prompt, seed, intensity, drawing)
     moved = None if record is None else np.asarray([change[0] for change in record.changes], np.float32)
@@ -200,7 +200,7 @@ def _one(
 
 
 def _is_measured(pipe: Any, progress: Progress) -> bool:
-    """Whether the predicted picture of a step is known; a warning if not: the images are drawn anyway."""
+    """Whether the predicted image of a step is known; a warning if not: the images are drawn anyway."""
     try:
         check_prediction(pipe.scheduler)
     except OptionError as error:

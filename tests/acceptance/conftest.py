@@ -58,7 +58,7 @@ def tight_graph(export_trained: ExportTrained) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Five steps from noise to picture; members differ in latent, text, noise level and intensity.
+    """Five steps from noise to image; members differ in latent, text, noise level and intensity.
 
     Attributes:
         steps: Inputs of each step.

@@ -79,7 +79,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def call(pipe: Any, seed: int = 0, intensity: float | None = 0.0, **arguments: Any) -> Any:
-    """Latents or pictures of one call, as an array."""
+    """Latents or images of one call, as an array."""
     given = {
         "prompt_embeds": draw(1, TOKENS, 16, seed=11),
         "negative_prompt_embeds": draw(1, TOKENS, 16, seed=12),

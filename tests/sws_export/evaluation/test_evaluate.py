@@ -20,7 +20,7 @@ from sws_export.errors import CheckpointError, OptionError, SwsExportError
 from sws_export.evaluation.adherence import check_clip, clip_scorer
 from sws_export.evaluation.evaluate import evaluate
 from sws_export.evaluation.options import EvaluationOptions, Pair
-from sws_export.evaluation.pairs import FRAME_ANGLE, PairPictures, PairStore, basis_of, walk
+from sws_export.evaluation.pairs import FRAME_ANGLE, PairImages, PairStore, basis_of, walk
 from sws_export.runtime.contract import read_contract
 from sws_export.sampling.draw import Drawing
 from tests.export_runs import error_line, shared
@@ -96,7 +96,7 @@ def test_it_measures(
         if metric["comparison"] != "none":
             assert metric["changes"][0]["value"] == 0
             assert metric["changes"][-1]["value"] != 0
-    # SWS moves the pictures the more the stronger it is, and leaves the layout.
+    # SWS moves the images the more the stronger it is, and leaves the layout.
     moved = [figure["value"] for figure in metrics["difference"]["values"]]
     assert 0 == moved[0] < moved[1] < moved[2] < moved[4]
     assert metrics["structure"]["values"][0]["value"] == pytest.approx(1.0)
@@ -147,14 +147,14 @@ def test_an_interrupted_run_continues(
     assert drawn(capsys.readouterr().err) == ["a cow"]
 
 
-def test_pictures_of_other_runs_are_not_mixed_in(
+def test_images_of_other_runs_are_not_mixed_in(
     sws_graph: Path, text_graph: Path, pipeline: Path, tmp_path: Path
 ) -> None:
     options = EvaluationOptions(prompts=("a cat",), drawing=Drawing(steps=STEPS))
     contract, (pair,) = read_contract(sws_graph), options.pairs
-    pictures = PairPictures(np.zeros((5, 1, 4, 4, 3), np.uint8), np.zeros((5, STEPS - 1), np.float32))
+    images = PairImages(np.zeros((5, 1, 4, 4, 3), np.uint8), np.zeros((5, STEPS - 1), np.float32))
     store = PairStore(tmp_path / "pairs", basis_of(contract, pipeline, options))
-    store.save(pair, pictures)
+    store.save(pair, images)
     assert store.load(pair) is not None
     assert store.load(Pair("a cat", 1)) is store.load(Pair("a cow", 0)) is None
     copy = Path(shutil.copytree(pipeline, tmp_path / "pipeline"))
@@ -211,14 +211,14 @@ def test_the_clip_score_is_the_cosine(clip: Path) -> None:
 
     score = clip_scorer(clip)
     random = np.random.default_rng(0)
-    pictures = [random.random((16, 16, 3)).astype(np.float32) for _ in range(3)]
+    images = [random.random((16, 16, 3)).astype(np.float32) for _ in range(3)]
     model, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
-    for picture in pictures:
-        pixels = (picture * 255).round().astype(np.uint8)
+    for image in images:
+        pixels = (image * 255).round().astype(np.uint8)
         inputs = processor(text=["a cat"], images=[pixels], return_tensors="pt")
         expected = float((model(**inputs).logits_per_image / model.logit_scale.exp()).detach())
-        assert score("a cat", picture) == pytest.approx(100 * max(expected, 0.0), abs=1e-3)
-    assert score("a cat " * 50, pictures[0]) >= 0.0
+        assert score("a cat", image) == pytest.approx(100 * max(expected, 0.0), abs=1e-3)
+    assert score("a cat " * 50, images[0]) >= 0.0
 
 
 def test_what_is_no_clip_model(pipeline: Path, random_unet: Path, clip: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Metrics on pictures whose values are known."""
+"""Metrics on images whose values are known."""
 
 from typing import Any
 
@@ -17,18 +17,18 @@ def stripes(period: int, side: int = 64) -> Any:
     return np.broadcast_to(row[None, :, None], (side, side, 3)).astype(np.float32)
 
 
-def blurred(picture: Any) -> Any:
-    return gaussian(picture, sigma=1.0, channel_axis=-1)
+def blurred(image: Any) -> Any:
+    return gaussian(image, sigma=1.0, channel_axis=-1)
 
 
 @pytest.mark.parametrize("metric", [metrics.laplacian_variance, metrics.gradient_energy])
-def test_a_blurred_picture_is_less_sharp(metric: Any) -> None:
-    picture = RANDOM.random((32, 32, 3)).astype(np.float32)
-    assert metric(blurred(picture)) < 0.2 * metric(picture)
+def test_a_blurred_image_is_less_sharp(metric: Any) -> None:
+    image = RANDOM.random((32, 32, 3)).astype(np.float32)
+    assert metric(blurred(image)) < 0.2 * metric(image)
     assert metric(np.full((32, 32, 3), 0.3, np.float32)) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_sharpness_of_known_pictures() -> None:
+def test_sharpness_of_known_images() -> None:
     ramp = np.broadcast_to(0.01 * np.arange(20)[None, :, None], (10, 20, 1))
     assert metrics.gradient_energy(ramp) == pytest.approx(0.01**2)
     checks = (np.indices((16, 16)).sum(axis=0) % 2)[..., None] * 0.1
@@ -59,13 +59,13 @@ def test_the_spectrum_of_white_noise_is_its_variance() -> None:
 
 
 def test_structure() -> None:
-    picture = gaussian(RANDOM.random((64, 96, 3)), sigma=3, channel_axis=-1)
-    noise = RANDOM.normal(0, 0.05, picture.shape)
-    assert metrics.structure(picture, picture) == pytest.approx(1.0)
+    image = gaussian(RANDOM.random((64, 96, 3)), sigma=3, channel_axis=-1)
+    noise = RANDOM.normal(0, 0.05, image.shape)
+    assert metrics.structure(image, image) == pytest.approx(1.0)
     # Fine noise is below the low-pass, a shift by a quarter is not.
-    assert metrics.structure(picture + noise, picture) > 0.97
-    assert metrics.structure(np.roll(picture, 16, axis=0), picture) < 0.9
-    assert np.isnan(metrics.structure(picture[:8], picture[:8]))
+    assert metrics.structure(image + noise, image) > 0.97
+    assert metrics.structure(np.roll(image, 16, axis=0), image) < 0.9
+    assert np.isnan(metrics.structure(image[:8], image[:8]))
 
 
 def test_difference() -> None:

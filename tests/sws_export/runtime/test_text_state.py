@@ -59,7 +59,7 @@ class TestDiffusers:
         assert unet.session.state()[TEXT].any()
 
     def test_prompts_of_other_lengths_one_after_the_other(self, unet: SWSUNet, vae: Any) -> None:
-        """Each picture is what it is alone, whatever was sampled before."""
+        """Each image is what it is alone, whatever was sampled before."""
         pipe = build(StableDiffusionPipeline, vae, None)
         unet.attach(pipe)
         prompts = {

@@ -1,4 +1,4 @@
-"""What is measured of sampled pictures, and the sheet that shows them."""
+"""What is measured of sampled images, and the sheet that shows them."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 from sws_export.errors import OutputError
 from sws_export.sampling.effects import Sampled, measure, sharpness
-from sws_export.sampling.picture_grid import draw_grid, save_picture, to_image
+from sws_export.sampling.image_grid import draw_grid, save_image, to_image
 
 
 def test_what_is_measured() -> None:
@@ -34,9 +34,9 @@ def test_sharpness_of_a_ramp_is_its_slope() -> None:
     )
 
 
-def test_a_picture_keeps_its_pixels() -> None:
-    picture = np.array([[[-1.0, 1.0]], [[0.0, 0.0]], [[1.0, 3.0]]])
-    image = to_image(picture, 2)
+def test_a_image_keeps_its_pixels() -> None:
+    values = np.array([[[-1.0, 1.0]], [[0.0, 0.0]], [[1.0, 3.0]]])
+    image = to_image(values, 2)
     assert image.size == (4, 2)
     assert [image.getpixel(place) for place in ((0, 0), (1, 1), (2, 0))] == [
         (0, 128, 255),
@@ -45,10 +45,10 @@ def test_a_picture_keeps_its_pixels() -> None:
     ]
 
 
-def test_a_sheet_shows_every_picture_once() -> None:
+def test_a_sheet_shows_every_image_once() -> None:
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
-    pictures = [Image.new("RGB", (10, 20), colour) for colour in colours]
-    rows = [("a long label that needs more than one line", pictures), ("b", pictures)]
+    images = [Image.new("RGB", (10, 20), colour) for colour in colours]
+    rows = [("a long label that needs more than one line", images), ("b", images)]
     sheet = draw_grid(rows, ["x", "y"], ["one", "two"], "title")
     counts = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
     assert [counts[colour] for colour in colours] == [2 * 10 * 20] * 4
@@ -68,9 +68,9 @@ def test_labels_of_columns_stay_above_their_column() -> None:
 
 def test_a_sheet_is_written_whole_or_not(tmp_path: Path) -> None:
     image = Image.new("RGB", (3, 3), (1, 2, 3))
-    save_picture(image, tmp_path / "x.png")
+    save_image(image, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as written:
         assert written.getpixel((0, 0)) == (1, 2, 3)
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
     with pytest.raises(OutputError):
-        save_picture(image, tmp_path / "missing" / "x.png")
+        save_image(image, tmp_path / "missing" / "x.png")

@@ -18,7 +18,7 @@ from sws_export.cli import main
 
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.sampling.effects import Sampled, measure
-from sws_export.sampling.predicted_picture import recorded_steps
+from sws_export.sampling.predicted_image import recorded_steps
 from sws_export.sampling.sample import SampleOptions, comparison_sheet, sample_pipeline
 
 pytestmark = [
@@ -30,7 +30,7 @@ pytestmark = [
 OPTIONS = SampleOptions(prompts=("a cat", ""), seeds=(1, 2), steps=3, height=16, width=16)
 
 
-def test_pictures_and_effect(sws_graph: Path, pipeline: Path, tmp_path: Path) -> None:
+def test_images_and_effect(sws_graph: Path, pipeline: Path, tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
     effects = sample_pipeline(sws_graph, pipeline, out, OPTIONS)
     assert [effect.intensity for effect in effects] == [0.0, 0.5, 1.0]
@@ -40,7 +40,7 @@ def test_pictures_and_effect(sws_graph: Path, pipeline: Path, tmp_path: Path) ->
         assert sheet.height > 2 * 16
 
 
-def test_a_scheduler_whose_predicted_picture_is_unknown(
+def test_a_scheduler_whose_predicted_image_is_unknown(
     sws_graph: Path, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The images are drawn, and a warning states that the step-to-step change is not measured."""
@@ -72,10 +72,10 @@ def test_another_artefact_beside_it(sws_graph: Path, pipeline: Path, tmp_path: P
     assert [(effect.artefact, effect.difference) for effect in effects] == 2 * [(sws_graph.name, 0.0)]
 
 
-def test_every_picture_begins_from_an_empty_state(
+def test_every_image_begins_from_an_empty_state(
     node_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the node's, too, whose state is persistent: one picture twice is the same picture."""
+    """Of the node's, too, whose state is persistent: one image twice is the same image."""
     named: list[Any] = []
 
     def note(*arguments: Any) -> Image.Image:
@@ -90,7 +90,7 @@ def test_every_picture_begins_from_an_empty_state(
     assert named == ["SWS 0"]
 
 
-def test_plain_pictures_are_the_pipelines_own(
+def test_plain_images_are_the_pipelines_own(
     sws_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Sampled] = []
@@ -103,7 +103,7 @@ def test_plain_pictures_are_the_pipelines_own(
     sample_pipeline(sws_graph, pipeline, tmp_path / "sheet.png", OPTIONS)
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
-    pictures, changes = [], []
+    images, changes = [], []
     for prompt, seed in itertools.product(OPTIONS.prompts, OPTIONS.seeds):
         with recorded_steps(pipe.scheduler) as record:
             done = pipe(
@@ -115,12 +115,12 @@ def test_plain_pictures_are_the_pipelines_own(
                 generator=torch.Generator().manual_seed(seed),
                 output_type="np",
             )
-        pictures.append(done.images[0])
+        images.append(done.images[0])
         changes.append(np.concatenate(record.changes))
     plain = drawn[0]
     assert plain.changes is not None
     np.testing.assert_allclose(
-        plain.pictures.transpose(0, 2, 3, 1) / 2 + 0.5, np.stack(pictures), rtol=0, atol=1e-4
+        plain.images.transpose(0, 2, 3, 1) / 2 + 0.5, np.stack(images), rtol=0, atol=1e-4
     )
     np.testing.assert_allclose(plain.changes, np.stack(changes, axis=1), rtol=1e-3)
 
@@ -129,7 +129,7 @@ def test_the_change_is_enlarged(tmp_path: Path) -> None:
     grey, brighter = np.zeros((1, 3, 8, 8), np.float32), np.full((1, 3, 8, 8), 0.01, np.float32)
     runs = [Sampled(0.0, grey, np.zeros((1, 1))), Sampled(1.0, brighter, np.zeros((1, 1)))]  # type: ignore[arg-type]
     sheet = comparison_sheet(runs, [measure(run, runs[0]) for run in runs], ["x"], [3], steps=2)
-    # 0.01 in [-1, 1], 80 times: 0.8, which is 230 of 255; each pixel of the small picture 12 by 12.
+    # 0.01 in [-1, 1], 80 times: 0.8, which is 230 of 255; each pixel of the small image 12 by 12.
     counts = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
     assert counts[(230, 230, 230)] == 64 * 12 * 12
 

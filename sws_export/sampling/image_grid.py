@@ -53,25 +53,25 @@ def draw_grid(
             draw.text((left, _MARGIN + _LINE + 4), groups[number // len(columns)], _INK, small)
         place = (left, _MARGIN + 2 * _LINE + 4)
         draw.multiline_text(place, heads[number % len(columns)], _FAINT, small, spacing=_LINE - 13)
-    for row, (label, pictures) in enumerate(rows):
+    for row, (label, images) in enumerate(rows):
         y = top + row * (height + _GAP)
         text = _wrapped(label, small, _LABEL_WIDTH - 10)
         draw.multiline_text((_MARGIN, y + height // 2), text, _INK, small, anchor="lm", spacing=3)
-        for left, picture in zip(lefts, pictures, strict=True):
-            sheet.paste(picture, (left, y))
+        for left, image in zip(lefts, images, strict=True):
+            sheet.paste(image, (left, y))
     for number, note in enumerate(notes):
         draw.text((_MARGIN, bottom + number * _LINE), note, _INK, small)
     return sheet
 
 
-def to_image(picture: npt.NDArray[np.floating], scale: int = 1) -> Image.Image:
+def to_image(values: npt.NDArray[np.floating], scale: int = 1) -> Image.Image:
     """RGB image of values [3, H, W] in [-1, 1], each pixel repeated `scale` by `scale` times."""
-    pixels = np.clip((picture.transpose(1, 2, 0) + 1.0) * 127.5, 0.0, 255.0).round().astype(np.uint8)
+    pixels = np.clip((values.transpose(1, 2, 0) + 1.0) * 127.5, 0.0, 255.0).round().astype(np.uint8)
     image = Image.fromarray(pixels)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write `image` as PNG, atomically.
 
     Raises:

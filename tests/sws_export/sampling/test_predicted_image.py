@@ -1,4 +1,4 @@
-"""The predicted picture, compared with what schedulers compute themselves."""
+"""The predicted image, compared with what schedulers compute themselves."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from sws_export.errors import OptionError
-from sws_export.sampling.predicted_picture import predicted_picture, recorded_steps
+from sws_export.sampling.predicted_image import predicted_image, recorded_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
@@ -45,7 +45,7 @@ def test_it_is_what_the_scheduler_predicts(kind: Any, prediction: str) -> None:
     expected = own_prediction(scheduler, output, timestep, sample)
     # Schedulers interpolate sigma in slightly different ways.
     torch.testing.assert_close(
-        predicted_picture(scheduler, output, timestep, sample), expected, rtol=2e-3, atol=2e-3
+        predicted_image(scheduler, output, timestep, sample), expected, rtol=2e-3, atol=2e-3
     )
 
 
@@ -56,7 +56,7 @@ def test_edm() -> None:
     timestep = scheduler.timesteps[4]
     scheduler._init_step_index(timestep)
     expected = scheduler.step(output, timestep, sample).pred_original_sample
-    torch.testing.assert_close(predicted_picture(scheduler, output, timestep, sample), expected)
+    torch.testing.assert_close(predicted_image(scheduler, output, timestep, sample), expected)
 
 
 def test_unknown_predictions_are_named() -> None:
@@ -65,11 +65,11 @@ def test_unknown_predictions_are_named() -> None:
         OptionError,
         match="DDIMScheduler: expected a prediction type of epsilon, v_prediction, sample, found 'flow'",
     ):
-        predicted_picture(scheduler, torch.ones(1), torch.tensor(5), torch.ones(1))
+        predicted_image(scheduler, torch.ones(1), torch.tensor(5), torch.ones(1))
 
 
 def test_steps_are_recorded() -> None:
-    """A model that always predicts the same noise predicts the same picture along its trajectory."""
+    """A model that always predicts the same noise predicts the same image along its trajectory."""
     scheduler = EulerDiscreteScheduler(**STABLE)
     scheduler.set_timesteps(4)
     noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -79,7 +79,7 @@ def test_steps_are_recorded() -> None:
             output = noise + (0.5 if number == 2 else 0.0)
             latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     torch.testing.assert_close(record.noise, noise)
-    # At step 3 the noise is larger by 0.5, and the picture smaller by 0.5 sigma. At step 4 the noise is as
+    # At step 3 the noise is larger by 0.5, and the image smaller by 0.5 sigma. At step 4 the noise is as
     # before, but the latents are those after step 3.
     sigmas = scheduler.sigmas
     assert [float(moved[0]) for moved in record.changes] == pytest.approx(

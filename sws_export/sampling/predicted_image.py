@@ -1,4 +1,4 @@
-"""How much the predicted picture changes from step to step while a pipeline samples."""
+"""How much the predicted image changes from step to step while a pipeline samples."""
 
 import contextlib
 import functools
@@ -15,11 +15,11 @@ _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class StepRecord:
-    """What the scheduler of a pipeline was given while it drew a batch of pictures.
+    """What the scheduler of a pipeline was given while it drew a batch of images.
 
     Attributes:
         noise: Initial latents divided by their standard deviation, [B, C, H, W].
-        changes: Root mean square change of each predicted picture from one step to the next, [B], in the
+        changes: Root mean square change of each predicted image from one step to the next, [B], in the
             units of the latents; one less than there are steps.
     """
 
@@ -32,7 +32,7 @@ class StepRecord:
         """Record one step; arguments as of the scheduler's `step`."""
         if self.noise is None:
             self.noise = sample.float().cpu() / float(scheduler.init_noise_sigma)
-        predicted = predicted_picture(scheduler, output, timestep, sample)
+        predicted = predicted_image(scheduler, output, timestep, sample)
         if self._last is not None:
             moved = (predicted - self._last).square().flatten(1).mean(dim=1).sqrt()
             self.changes.append(moved.cpu().numpy())
@@ -57,8 +57,8 @@ def recorded_steps(scheduler: Any) -> Iterator[StepRecord]:
         del scheduler.step
 
 
-def predicted_picture(scheduler: Any, output: Any, timestep: Any, sample: Any) -> Any:
-    """The picture that the model predicts at a step (x0), in latents, float32 [B, C, H, W].
+def predicted_image(scheduler: Any, output: Any, timestep: Any, sample: Any) -> Any:
+    """The image that the model predicts at a step (x0), in latents, float32 [B, C, H, W].
 
     With x = x0 + sigma n: x0 = x - sigma output for `epsilon`, x / (sigma² + 1) - sigma / sqrt(sigma² + 1)
     output for `v_prediction` (Salimans and Ho, "Progressive distillation", 2022, appendix D, in the scale of
@@ -91,7 +91,7 @@ def predicted_picture(scheduler: Any, output: Any, timestep: Any, sample: Any) -
 
 
 def check_prediction(scheduler: Any) -> None:
-    """Check that `predicted_picture` can convert what the model of `scheduler` predicts.
+    """Check that `predicted_image` can convert what the model of `scheduler` predicts.
 
     Raises:
         OptionError: The scheduler has another type of prediction.
