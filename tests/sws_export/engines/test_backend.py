@@ -1,10 +1,10 @@
 import argparse
+import ctypes
 import importlib.util
 import sys
 
 import pytest
 
-from sws_export.engines import choice
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import choose_backend, engine_memory_estimate, get_backend
 from sws_export.errors import EngineError, OptionError
@@ -14,12 +14,34 @@ RTX = get_backend("tensorrt-rtx")
 TENSORRT = get_backend("tensorrt")
 
 
+class Driver:
+    """The calls of the CUDA driver API with which GPUs are counted."""
+
+    def __init__(self, gpus):
+        self._gpus = gpus
+
+    def cuInit(self, _):  # noqa: N802
+        return 0
+
+    def cuDeviceGetCount(self, count):  # noqa: N802
+        count._obj.value = self._gpus
+        return 0
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Simulates a machine with a number of GPUs and installed packages."""
 
     def pretend(gpus, *packages):
-        monkeypatch.setattr(choice, "gpu_count", lambda: gpus)
+        def open_library(name, *arguments, **options):
+            if name not in ("libcuda.so.1", "nvcuda.dll"):
+                return load(name, *arguments, **options)
+            if not gpus:
+                raise OSError(f"{name}: cannot open shared object file")
+            return Driver(gpus)
+
+        load = ctypes.CDLL
+        monkeypatch.setattr(ctypes, "CDLL", open_library)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
         for package in ("tensorrt", "tensorrt_rtx"):
             # The installed library replaces the other one, which is not installed on this machine.
