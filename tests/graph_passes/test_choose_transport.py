@@ -1,5 +1,7 @@
 """Small grids of static size get the dense product, others keep the tiles."""
 
+import functools
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -15,12 +17,18 @@ SIZES = {"height": 8, "width": 12}
 TILES, DENSE = "sws.BandedTransport", "sws.DenseTransport"
 
 
-def opened(sizes: dict[str, int]) -> ir.Model:
+@functools.cache
+def lowered(**sizes: int) -> ir.Model:
     """Two sites on the latent's grid and one on half of it; transports are function calls."""
     model = inserted(two_grids())
     SetStaticShapes(sizes)(model)
     LowerFunctions(frozenset({"BandedTransport"}))(model)
     return model
+
+
+def opened(sizes: dict[str, int]) -> ir.Model:
+    """A copy of the lowered model, which the test may change."""
+    return lowered(**sizes).clone()
 
 
 def calls(model: ir.Model) -> tuple[int, int]:

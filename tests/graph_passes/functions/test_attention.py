@@ -57,7 +57,13 @@ def queries_alike_in_cells(rows: int, columns: int) -> Array:
 
 
 @pytest.mark.parametrize(
-    ("share", "cell"), [("1/2", (1, 2)), ("1/4", (2, 2)), ("1/8", (4, 2)), ("1/16", (4, 4))]
+    ("share", "cell"),
+    [
+        ("1/2", (1, 2)),
+        pytest.param("1/4", (2, 2), marks=pytest.mark.slow),
+        pytest.param("1/8", (4, 2), marks=pytest.mark.slow),
+        ("1/16", (4, 4)),
+    ],
 )
 def test_the_lattice_has_one_row_of_each_cell(share: str, cell: tuple[int, int]) -> None:
     """The longest and the shortest query are added, which changes means slightly."""

@@ -59,7 +59,7 @@ def tables(draw: st.DrawFn) -> tuple[int, Array, Array]:
     return halvings, np.array(rows, np.float32), np.array(budgets, np.float32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(tables())
 def test_the_step_of_any_rising_divergence(case: tuple[int, Array, Array]) -> None:
     halvings, table, kappa = case
