@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -42,6 +43,26 @@ def _no_cache() -> Iterator[None]:
     """Tests run without a cache, also in subprocesses, unless they configure one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWS_EXPORT_CACHE_SIZE", "0")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_signature_per_operator() -> Iterator[None]:
+    """Keep the signatures of operators, which onnxscript derives from their schemas again for each node.
+
+    Functions of domain `sws` have up to two thousand nodes: it is a tenth of the time of the tests of passes.
+    """
+    derive = ir.schemas.OpSignature.from_op_schema
+    signatures: dict[tuple[str, str, int], ir.schemas.OpSignature] = {}
+
+    def kept(schema: onnx.defs.OpSchema) -> ir.schemas.OpSignature:
+        key = schema.domain, schema.name, schema.since_version
+        if key not in signatures:
+            signatures[key] = derive(schema)
+        return signatures[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ir.schemas.OpSignature, "from_op_schema", kept)
         yield
 
 
