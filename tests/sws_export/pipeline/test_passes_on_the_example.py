@@ -13,6 +13,7 @@ from graph_passes.name_nodes import NameNodes
 from graph_passes.parameters import SwsParameters
 from graph_passes.set_static_shapes import SetStaticShapes
 from graph_passes.target import TARGETS
+from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from sws_export.pipeline.rewrite import rewrite
 from sws_export.progress import SilentProgress
 from tests.conftest import RunOnnx, ShapesModel
@@ -98,16 +99,35 @@ def test_static_shapes_are_folded_and_weights_are_kept(shapes_model: ShapesModel
     assert not ON_SIZES - {"Min"} & op_counts(model).keys()
 
 
-def test_branches_in_float16_are_valid_onnx(shapes_model: ShapesModel) -> None:
-    """With casts to the float32 of the statistics."""
+def with_branches(model: ir.Model) -> ir.Model:
+    """The example with the fused guard at one site of each grid, lowered and cleaned."""
+    # Each step of the search adds branches of the same nodes.
     parameters = SwsParameters(bisection_steps=2)
-    model = inserted(
-        shapes_model("fp16"), one_site_a_grid, form="fused", target="onnxruntime", parameters=parameters
-    )
+    inserted(model, one_site_a_grid, form="fused", target="onnxruntime", parameters=parameters)
     assert op_counts(model)["sws.Attention"] == len(ONE_A_GRID)
     LowerFunctions()(model)
     CleanGraph()(model)
+    return model
+
+
+def test_branches_in_float16_are_valid_onnx(shapes_model: ShapesModel) -> None:
+    """With casts to the float32 of the statistics."""
+    onnx.checker.check_model(ir.to_proto(with_branches(shapes_model("fp16"))), full_check=True)
+
+
+def test_the_float32_copy_has_bfloat16_weights_only(shapes_model: ShapesModel) -> None:
+    model = with_branches(shapes_model("bf16"))
+    bfloat16 = ir.DataType.BFLOAT16
+    assert any(value.dtype == bfloat16 for value in model.graph.initializers.values())
+    UpcastBfloat16()(model)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    casts = [node for node in model.graph.all_nodes() if node.op_type == "Cast"]
+    assert all(node.attributes["to"].value != bfloat16 for node in casts)
+    values = [value for node in model.graph.all_nodes() for value in node.outputs]
+    assert all(value.dtype != bfloat16 for value in values)
+    weights = [value for value in model.graph.initializers.values() if value.dtype == bfloat16]
+    assert weights
+    assert all(node.op_type == "Cast" for value in weights for node in value.consumers())
 
 
 def test_no_product_of_all_tokens_is_stored(shapes_model: ShapesModel) -> None:

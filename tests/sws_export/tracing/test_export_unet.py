@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from graph_passes.clean_graph import CleanGraph
 from graph_passes.find_sites import find_sites
-from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from sws_export.checkpoint import Checkpoint, open_checkpoint
 from sws_export.checkpoint.unet_module import call_unet, load_unet
 from sws_export.errors import ExportError
@@ -27,7 +25,6 @@ from sws_export.progress import SilentProgress
 from sws_export.tracing.export_unet import export_plain
 from tests.conftest import ROOT, SHAPES, RunOnnx, ShapesModel, ShapesOnnx
 from tests.graph_passes.small_models import graph_bytes
-from tests.graph_passes.test_branches import example
 
 TinyModel = Callable[[Any], ir.Model]
 # Batch, height, width, tokens; the UNet halves its input twice.
@@ -279,19 +276,3 @@ def test_an_unsupported_input_is_refused_before_tracing(tiny: Checkpoint) -> Non
     odd = dataclasses.replace(tiny, config={**tiny.config, "encoder_hid_dim_type": "text_proj"})
     with pytest.raises(ExportError, match="encoder_hid_dim_type"):
         export_plain(odd)
-
-
-def test_the_float32_copy_has_bfloat16_weights_only(shapes_model: ShapesModel) -> None:
-    """Here, since a bfloat16 export imports torch, which tests of passes do without."""
-    model = example(shapes_model("bf16"))
-    bfloat16 = ir.DataType.BFLOAT16
-    assert any(value.dtype == bfloat16 for value in model.graph.initializers.values())
-    UpcastBfloat16()(model)
-    onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    casts = [node for node in model.graph.all_nodes() if node.op_type == "Cast"]
-    assert all(node.attributes["to"].value != bfloat16 for node in casts)
-    values = [value for node in model.graph.all_nodes() for value in node.outputs]
-    assert all(value.dtype != bfloat16 for value in values)
-    weights = [value for value in model.graph.initializers.values() if value.dtype == bfloat16]
-    assert weights
-    assert all(node.op_type == "Cast" for value in weights for node in value.consumers())
