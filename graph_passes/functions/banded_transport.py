@@ -13,7 +13,6 @@ from graph_passes.parameters import STATE_RADIUS, diamond_offsets
 FLOAT = ir.DataType.FLOAT
 TILE = 8
 """Rows and columns of a tile."""
-_WINDOW = 2 * STATE_RADIUS + 1
 
 
 def build_banded_transport(dtype: ir.DataType) -> ir.Function:
@@ -153,11 +152,15 @@ def _entries(tile: int) -> npt.NDArray[np.int32]:
     )
 
 
-def band_window(op: Op, band: Any) -> Any:
-    """A band [B, 145, H, W] as [B, 17, 17, H, W]: (dy, dx) from -8 to 8, zeros outside the diamond."""
+def band_window(op: Op, band: Any, border: int = 0) -> Any:
+    """A band [B, 145, H, W] as [B, 17, 17, H, W]: (dy, dx) from -8 to 8, zeros outside the diamond.
+
+    With a border, that many further offsets on each side, all zeros.
+    """
     padded = op.Pad(band, [0, 1], None, [1])
     offsets = diamond_offsets(STATE_RADIUS)
-    planes = np.full((_WINDOW, _WINDOW), len(offsets), np.int64)
+    reach = STATE_RADIUS + border
+    planes = np.full((2 * reach + 1, 2 * reach + 1), len(offsets), np.int64)
     for j, (dy, dx) in enumerate(offsets):
-        planes[dy + STATE_RADIUS, dx + STATE_RADIUS] = j
+        planes[dy + reach, dx + reach] = j
     return op.Gather(padded, op.Constant(value=ir.tensor(planes, name="planes")), axis=1)

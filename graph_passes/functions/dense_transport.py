@@ -9,6 +9,8 @@ from graph_passes.functions.building import Op, cast, define_function
 from graph_passes.parameters import STATE_RADIUS
 
 FLOAT = ir.DataType.FLOAT
+_OFFSETS = 2 * STATE_RADIUS + 3
+"""Offsets along one side, from -9 to 9; the outermost are zeros."""
 
 
 def build_dense_transport(dtype: ir.DataType, *, joined: bool) -> ir.Function:
@@ -24,14 +26,14 @@ def build_dense_transport(dtype: ir.DataType, *, joined: bool) -> ir.Function:
 
     def body(op: Op, transport: Any, k: Any, v: Any) -> Any:
         height, width = (op.Shape(transport, start=axis, end=axis + 1) for axis in (2, 3))
-        window = band_window(op, cast(op, transport, dtype, FLOAT))
-        columns = _places(op, op.Transpose(window, perm=[0, 3, 1, 4, 2]), 4, width, [0, 0, 0], [])
-        pairs = op.Mul(width, width)
-        rows = _places(op, op.Reshape(columns, op.Concat([0, 0, 0], pairs, axis=0)), 2, height, [0], [pairs])
-        split = op.Reshape(rows, op.Concat([0, 0, 0], width, width, axis=0))
-        by_token = op.Transpose(split, perm=[0, 1, 3, 2, 4])
+        # Offsets become targets: those of the columns, [B, dy, H, W, W], then of the rows, [B, H, H, W, W].
+        window = band_window(op, cast(op, transport, dtype, FLOAT), border=1)
+        by_column = op.Reshape(op.Transpose(window, perm=[0, 1, 3, 4, 2]), [0, 0, 0, -1])
+        columns = op.Gather(by_column, _entries(op, width, [_OFFSETS], [1]), axis=3)
+        by_row = op.Reshape(columns, op.Concat([0, -1], width, width, axis=0))
+        rows = op.Gather(by_row, _entries(op, height, [1], height), axis=1)
         tokens = op.Mul(height, width)
-        matrix = op.Reshape(by_token, op.Concat([0], tokens, tokens, axis=0))
+        matrix = op.Reshape(op.Transpose(rows, perm=[0, 1, 3, 2, 4]), op.Concat([0], tokens, tokens, axis=0))
         if not joined:
             return op.MatMul(matrix, k), op.MatMul(matrix, v)
         moved = op.MatMul(matrix, op.Concat(k, v, axis=2))
@@ -41,17 +43,15 @@ def build_dense_transport(dtype: ir.DataType, *, joined: bool) -> ir.Function:
     return define_function("DenseTransport", body, inputs, ["k_perm", "v_perm"])
 
 
-def _places(op: Op, x: Any, axis: int, side: Any, before: list[int], behind: list[Any]) -> Any:
-    """Replace the 17 offsets along `axis` by the `side` target positions of the grid.
+def _entries(op: Op, side: Any, place_stride: Any, offset_stride: Any) -> Any:
+    """Indices [side, side] int32 of the entries for each place and target along one side of the grid.
 
-    Rows of 17 offsets are padded to side + 17; the same memory with rows of side + 16 has each row shifted by
-    one more. The tokens are in the axis before. `before` and `behind` are the sizes around both axes, in the
-    form of the shape input of Reshape.
+    An entry is at place x `place_stride` + offset x `offset_stride`, with offsets from -9 to 9. The outermost
+    two are those of zeros.
     """
-    reach = op.Add(side, [2 * STATE_RADIUS])
-    length = op.Mul(side, reach)
-    padded = op.Pad(x, op.Concat([0], side, axis=0), None, [axis])
-    flat = op.Reshape(padded, op.Concat([*before, -1], *behind, axis=0) if behind else [*before, -1])
-    cut = op.Slice(flat, [0], length, [axis - 1])
-    shifted = op.Reshape(cut, op.Concat(*[[size] for size in before], side, reach, *behind, axis=0))
-    return op.Slice(shifted, [STATE_RADIUS], op.Add(side, [STATE_RADIUS]), [axis])
+    places = op.Unsqueeze(op.Range(0, op.Squeeze(side, [0]), 1), [1])
+    offsets = op.Add(op.Sub(op.Transpose(places, perm=[1, 0]), places), [STATE_RADIUS + 1])
+    offsets = op.Max(op.Min(offsets, [_OFFSETS - 1]), [0])
+    entries = op.Add(op.Mul(places, place_stride), op.Mul(offsets, offset_stride))
+    # TensorRT casts indices that are not int32.
+    return op.Cast(entries, to=int(ir.DataType.INT32))
