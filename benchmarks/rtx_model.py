@@ -2,9 +2,9 @@
 
 The layers are those of TensorRT for RTX after parsing, with the shapes that the parser infers, so no figure
 of a layer is put in by hand. Not a measurement: launch overhead and caches are ignored, and a layer takes the
-longer of its arithmetic and its traffic at the rates given for the GPU. Elementwise operations, reductions
-and concatenations have the traffic of one kernel: they read what other layers wrote, and write what others
-read.
+longer of its arithmetic and its traffic at the rates given for the GPU. Elementwise operations, reductions,
+concatenations and slices have the traffic of one kernel: they read what other layers wrote, and write what
+others read. A reshape without a transposition moves nothing.
 """
 
 import collections
@@ -42,7 +42,7 @@ GPUS = {
 }
 
 _FUSED = {"ELEMENTWISE", "UNARY", "CAST", "ACTIVATION", "SELECT", "REDUCE", "SHUFFLE", "UNSQUEEZE", "SQUEEZE"}
-_FUSED |= {"IDENTITY", "CONSTANT", "CONCATENATION"}
+_FUSED |= {"IDENTITY", "CONSTANT", "CONCATENATION", "SLICE"}
 """Layers that are computed where their operands are read, as one kernel with their neighbours."""
 
 
@@ -98,22 +98,34 @@ def _parsed(path: Path) -> Iterator[tuple[Any, Any]]:
 def _works(trt: Any, layers: list[Any], outputs: set[str]) -> Iterable[Work]:
     producers: dict[str, Any] = {}
     unfused_uses: collections.Counter[str] = collections.Counter()
+    stored: dict[str, Any] = {}
+    """By the name of a reshaped tensor, the one that it is a view of."""
     for layer in layers:
         kind = _kind(layer)
         for tensor in _outputs(layer):
             producers[tensor.name] = layer
-        if kind not in _FUSED:
-            unfused_uses.update({tensor.name for tensor in _inputs(layer)})
+        if _is_reshape(trt, layer):
+            (view,), source = _outputs(layer), layer.get_input(0)
+            stored[view.name] = stored.get(source.name, source)
+        elif kind not in _FUSED:
+            unfused_uses.update({stored.get(x.name, x).name for x in _inputs(layer)})
     kinds = {name: _kind(layer) for name, layer in producers.items()}
     for layer in layers:
         kind = _kind(layer)
+        if layer.get_output(0).name in stored:
+            continue
         if kind in _FUSED:
             # A chain of fused layers reads what others wrote, and writes what others read.
-            read = [x for x in _inputs(layer) if kinds.get(x.name) not in _FUSED]
+            read = [stored.get(x.name, x) for x in _inputs(layer)]
+            read = [x for x in read if kinds.get(x.name) not in _FUSED]
             written = [x for x in _outputs(layer) if unfused_uses[x.name] or x.name in outputs]
+            traffic = _bytes(trt, read)
             if kind == "CONSTANT":
-                read, written = [], []
-            yield Work("fused elementwise", "float32", 0.0, _bytes(trt, [*read, *written]))
+                traffic, written = 0.0, []
+            elif kind == "SLICE":
+                # It reads no more than it gives.
+                traffic = min(traffic, _bytes(trt, _outputs(layer)))
+            yield Work("fused elementwise", "float32", 0.0, traffic + _bytes(trt, written))
         elif kind == "ATTENTION_OUTPUT":
             continue
         else:
@@ -130,8 +142,8 @@ def _work(trt: Any, layer: Any, kind: str) -> Work:
         # Its output is as large as its queries.
         traffic = _bytes(trt, [*inputs[:3], inputs[0]])
         return Work(f"Attention {_text(q)} over {k[2]} keys", "attention", operations, traffic)
-    if kind in ("SLICE", "GATHER"):
-        # They read what they write, and no more than there is.
+    if kind == "GATHER":
+        # It reads what it writes, and no more than there is.
         read = min(_bytes(trt, inputs[:1]), _bytes(trt, outputs))
         return Work(kind.lower(), "float32", 0.0, read + _bytes(trt, outputs))
     if kind in ("MATRIX_MULTIPLY", "EINSUM"):
@@ -150,6 +162,17 @@ def _work(trt: Any, layer: Any, kind: str) -> Work:
         channels = x[1] if kind == "CONVOLUTION" else y[1]
         return Work(f"{kind.lower()} {_text(y)}", unit, 2.0 * positions * channels * window, traffic)
     return Work(kind.lower(), "float32", 0.0, traffic)
+
+
+def _is_reshape(trt: Any, layer: Any) -> bool:
+    """Whether the output has the elements of the input in the same order."""
+    kind = _kind(layer)
+    if kind != "SHUFFLE":
+        return kind in ("SQUEEZE", "UNSQUEEZE")
+    layer.__class__ = trt.IShuffleLayer
+    in_order = list(range(trt.Dims.MAX_DIMS))
+    permutations = (list(layer.first_transpose), list(layer.second_transpose))
+    return all(order == in_order[: len(order)] for order in permutations)
 
 
 def _kind(layer: Any) -> str:
