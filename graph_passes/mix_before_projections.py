@@ -4,6 +4,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.choose_transport import DENSE_TOKENS
+from graph_passes.conditions import ensure_defined
 from graph_passes.functions import DOMAIN
 from graph_passes.grids import static_tokens
 
@@ -11,7 +12,7 @@ from graph_passes.grids import static_tokens
 class MixBeforeProjections(InPlacePass):
     """Replace `sws.Attention` by `sws.ProjectedAttention` at sites with many tokens.
 
-    At a site of up to `DENSE_TOKENS` tokens, the two further projections cost more than the second transport.
+    At a site of up to `DENSE_TOKENS` tokens, a transport costs about as much as the further projection.
     Keys and values must be products of one tensor with matrices: a site whose projections have a bias, or
     that adds a LoRA to them, is not changed, and neither is one whose guard stores its logits. A grid with
     dynamic shapes has many tokens.
@@ -19,6 +20,10 @@ class MixBeforeProjections(InPlacePass):
     Run it after `ChooseGuard` and before functions are lowered, on a model that has `sws.ProjectedAttention`;
     others are not changed.
     """
+
+    def ensures(self, model: ir.Model) -> None:
+        """The model has the functions that sites call now."""
+        ensure_defined(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Replace the calls."""

@@ -14,6 +14,7 @@ from graph_passes.decompose_metrics_attention import DecomposeMetricsAttention
 from graph_passes.fold_constants import FoldConstants
 from graph_passes.insert_qdq import InsertQdq
 from graph_passes.match_ranks import MatchRanks
+from graph_passes.mix_before_projections import MixBeforeProjections
 from graph_passes.name_attention import NameAttention
 from graph_passes.name_ldm_nodes import NameLdmNodes
 from graph_passes.name_nodes import NameNodes
@@ -147,7 +148,7 @@ def test_postconditions(checked: InPlacePass, model: Callable[[], ir.Model], mes
     checked.ensures(checked(model()).model)
 
 
-@pytest.mark.parametrize("checked", [ChooseGuard({}), SplitQueryChunks()])
+@pytest.mark.parametrize("checked", [ChooseGuard({}), MixBeforeProjections(), SplitQueryChunks()])
 @pytest.mark.parametrize("function", ["Attention", "KeyGuard"])
 def test_functions_that_are_called_are_defined(checked: InPlacePass, function: str) -> None:
     """Those that a site calls and those that a function calls."""
