@@ -150,9 +150,7 @@ class _Site:
     def attend(self, op: Op, keys: Any, values: Any) -> Any:
         """The output of the site for `keys` and `values`, [B, T, C] each."""
         if self.target.unscaled_attention:
-            factor = cast(op, logit_factor(op, self.tau_q), self.dtype, FLOAT)
-            q, k, v = (split_heads(op, x) for x in (self.q, keys, values))
-            return join_heads(op, op.Attention(op.Mul(q, factor), k, v, scale=1.0))
+            return self._attend_unscaled(op, split_heads(op, keys), split_heads(op, values))
         scale = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)
         temperature = cast(op, per_sample(op, self.tau_q, 3), self.dtype, FLOAT)
         operands = (op.Div(self.q, temperature), keys, values)
@@ -167,9 +165,20 @@ class _Site:
 
     def attend_mixed(self, op: Op, key_share: Any, value_share: Any) -> Any:
         """The output of the site with mixed keys and values; shares are [B]."""
-        keys = mixed(op, self.k, self.k_perm, cast(op, key_share, self.dtype, FLOAT))
-        values = mixed(op, self.v, self.v_perm, cast(op, value_share, self.dtype, FLOAT))
-        return self.attend(op, keys, values)
+        key_share, value_share = (cast(op, x, self.dtype, FLOAT) for x in (key_share, value_share))
+        values = mixed(op, self.v, self.v_perm, value_share)
+        if not self.target.unscaled_attention:
+            return self.attend(op, mixed(op, self.k, self.k_perm, key_share), values)
+        # Keys and their change are those of the guard: with their heads split, as it has them.
+        keys, change = split_heads(op, self.k), split_heads(op, op.Sub(self.k_perm, self.k))
+        keys = op.Add(keys, op.Mul(per_sample(op, key_share, 4), change))
+        return self._attend_unscaled(op, keys, split_heads(op, values))
+
+    def _attend_unscaled(self, op: Op, keys: Any, values: Any) -> Any:
+        """The output for `keys` and `values` [B, h, T, D], with the scale in the queries."""
+        factor = cast(op, logit_factor(op, self.tau_q), self.dtype, FLOAT)
+        query = op.Mul(split_heads(op, self.q), factor)
+        return join_heads(op, op.Attention(query, keys, values, scale=1.0))
 
 
 def _site_metrics(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any, a_v: Any) -> Any:
@@ -186,15 +195,13 @@ def _site_metrics(op: Op, q: Any, k: Any, k_perm: Any, tau_q: Any, alpha_k: Any,
 def sampled_rows(op: Op, q: Any, size: Any, strides: tuple[int, int], dtype: ir.DataType) -> Any:
     """Some rows of the queries q [B, T, C] on the grid of `size` [2] int64, as [B, T', C].
 
-    First a lattice with the given strides. It starts at the second row and column of the grid, so the border
-    is not overrepresented. A lattice preserves means over rows, but not the lowest and highest entropy. Rows
-    of long queries have a low entropy and rows of short ones a high entropy; therefore the longest and the
-    shortest query of each head are appended. They have the same weight in means as other rows.
+    First those of `lattice_rows`. A lattice preserves means over rows, but not the lowest and highest
+    entropy. Rows of long queries have a low entropy and rows of short ones a high entropy; therefore the
+    longest and the shortest query of each head are appended. They have the same weight in means as other
+    rows.
     """
-    grid = op.Reshape(q, op.Concat([0], size, [-1], axis=0))
-    starts = [min(stride - 1, 1) for stride in strides]
-    some = op.Slice(grid, starts, [2**31, 2**31], [1, 2], list(strides))
-    lattice = op.Reshape(some, op.Concat([0, -1], op.Shape(q, start=2, end=3), axis=0))
+    # Not a Slice with steps, whose bounds are 28 layers in TensorRT.
+    lattice = op.Gather(q, op.Cast(lattice_rows(op, size, strides), to=int(ir.DataType.INT32)), axis=1)
 
     heads = op.Reshape(q, op.Concat([0, 0], attribute_int(op, "num_heads"), [-1], axis=0))
     squared = op.ReduceSumSquare(cast(op, heads, FLOAT, dtype), [3], keepdims=1)
@@ -207,7 +214,7 @@ def sampled_rows(op: Op, q: Any, size: Any, strides: tuple[int, int], dtype: ir.
 def lattice_rows(op: Op, size: Any, strides: tuple[int, int]) -> Any:
     """Indices [N] int64 of the rows of a lattice with the given strides on a grid of `size` [2] int64.
 
-    It is that of `sampled_rows`, except that a grid with a single row or column is never left without one.
+    It starts at the second row and column, where there are so many, so the border is not overrepresented.
     """
     tokens = op.Reshape(op.Range(0, op.ReduceProd(size, keepdims=0), 1), size)
     starts = op.Min([min(stride - 1, 1) for stride in strides], op.Sub(size, [1, 1]))

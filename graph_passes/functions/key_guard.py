@@ -9,7 +9,6 @@ from graph_passes.functions.building import (
     Op,
     cast,
     define_function,
-    mean_token,
     per_sample,
     split_heads,
 )
@@ -94,11 +93,10 @@ def _rows(
         return StoredRows(op, inputs, dtype, kl_rows, small=bool(overload))
     narrow = target.float16_attention and dtype != FLOAT
     operands = ir.DataType.FLOAT16 if narrow else FLOAT
-    k = cast(op, inputs.k, operands, dtype)
-    keys = op.Sub(k, mean_token(op, k, operands))
-    # The site mixes keys with the same difference.
-    change = cast(op, op.Sub(inputs.k_perm, inputs.k), operands, dtype)
-    return AttentionRows(op, inputs.q, keys, change, inputs.tau_q, dtype, operands, kl_rows=kl_rows)
+    # The site mixes the same keys with the same difference.
+    keys, change = split_heads(op, inputs.k), split_heads(op, op.Sub(inputs.k_perm, inputs.k))
+    keys, change = (cast(op, x, operands, dtype) for x in (keys, change))
+    return AttentionRows(op, inputs.q, keys, change, inputs.tau_q, dtype, operands, kl_rows)
 
 
 def _literal_guard(

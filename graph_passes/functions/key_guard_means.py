@@ -10,14 +10,14 @@ Neither a log-sum-exp nor a stored logit is needed, and the rounding of 16-bit o
 docs/method.md, third identity.
 
 The curvature of K', K'(L/2) - (K'(0) + K'(L)) / 2, is a correction of a few percent. It is the mean over
-about `CURVATURE_ROWS` rows, which makes the attention at L/2 nearly free.
+about `CURVATURE_ROWS` rows of all heads, which makes the attention at L/2 nearly free.
 
 `AttentionRows` uses fused attention: float16 on a GPU, in a bfloat16 model too, since float16 has three more
 bits and keys and queries are far from its range. `StoredRows` computes the same in float32 from stored
 logits, for sites with few tokens and for runtimes without float32 attention.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,8 +41,9 @@ FLOAT = ir.DataType.FLOAT
 
 KEY_CHANNELS = 8
 """Channels added to keys and values of the attention with a sentinel; head sizes are multiples of 8."""
-CURVATURE_ROWS = 128
-"""Rows, about, that the curvature of K' is the mean of, if there are more."""
+CURVATURE_ROWS = 1024
+"""Rows of all heads together, about, that the curvature of K' is the mean of, if there are more."""
+_FIRST = [1] + [0] * (KEY_CHANNELS - 1)
 _MIN_WEIGHT = 1e-4
 _LARGEST_LOG = 40.0
 
@@ -117,8 +118,9 @@ class CurvatureRows:
     """
 
     def __init__(self, op: Op, rows: Any) -> None:
-        """Append their indices [N] int64, of `rows` [1] int64."""
-        stride = op.Add(op.Mul(op.Div(rows, [2 * CURVATURE_ROWS]), [2]), [1])
+        """Append their indices [N] int32, of `rows` [1] int64. The function has the attribute `num_heads`."""
+        of_all_heads = op.Mul(rows, attribute_int(op, "num_heads"))
+        stride = op.Add(op.Mul(op.Div(of_all_heads, [2 * CURVATURE_ROWS]), [2]), [1])
         start, every = op.Squeeze(op.Div(stride, [2]), [0]), op.Squeeze(stride, [0])
         numbers = op.Range(0, op.Squeeze(rows, [0]), 1)
         chosen = op.Cast(op.Equal(op.Mod(numbers, every), start), to=int(FLOAT))
@@ -139,15 +141,15 @@ class CurvatureRows:
 class AttentionRows:
     """Rows from fused attention: two here, and one for each further node.
 
-    Keys are centred: a vector added to all keys does not change the weights, and the mean logit is then 0.
     The first attention gives the mean logit E_0[S] of each row under its weights. The second has one more
     key, the sentinel, whose logit is a level c of the row, and more value channels, which give the weight w
     of the real keys. log(w / (1 - w)) = LSE - c, and with it the entropy LSE - E_0[S].
 
-    LSE lies between E_0[S] and that plus log T. The level is log T + E_0[S] / 2, the value for normally
-    distributed logits, or the lower bound if that is higher. There are channels 1/2 - w, which keeps its
-    relative precision where w is near 1/2, and 1 - w, which keeps it where w is near 1. The lowest of them is
-    1/2 - w, the highest is 1 - w.
+    LSE lies between E_0[S] and that plus log T. The level is in the middle, so that w and 1 - w are at least
+    about T^-1/2, far from the smallest float16 numbers. In a flat row, whose logits are equal, w / (1 - w) is
+    r = T^1/2. There are channels -w, which has its relative precision in peaked rows, and r (1 - w) - w,
+    which has it in flat ones: their entropies are nearly equal, and the entropy factor is relative to the
+    difference. They are the lowest and the highest of all channels.
     """
 
     def __init__(
@@ -159,7 +161,6 @@ class AttentionRows:
         tau_q: Any,
         dtype: ir.DataType,
         operands: ir.DataType,
-        scaled_change: Callable[[Any], Any] | None = None,
         kl_rows: Any = None,
     ) -> None:
         """Append both attentions.
@@ -167,17 +168,14 @@ class AttentionRows:
         Args:
             op: Builder of a function with the attributes `num_heads` and `scale`.
             q: Queries before their temperature, [B, T', C] of `dtype`.
-            keys: Centred keys, [B, T, C] of `operands`.
+            keys: [B, h, T, D] of `operands`.
             change: d, as `keys`.
             tau_q: Temperature of the queries, [B] float32.
             dtype: Of the model's activations.
             operands: Dtype of the attentions, float16 or float32.
-            scaled_change: Computes s d, as `change`, for s [B, 1, 1] of `operands`. Without, the change
-                split into heads is kept for it until s is known.
             kl_rows: Indices of the rows that K' is the mean of, [N] int64; None for all.
         """
         self._operands = operands
-        self._scaled_change = scaled_change
         factor = logit_factor(op, tau_q)
         # Products have q instead of the scaled queries. These are then operands of attentions only, and an
         # engine keeps no second copy of them in another layout.
@@ -187,19 +185,22 @@ class AttentionRows:
         # The factor as it was rounded for the scaled queries, so that mean logits have the temperature of the
         # weights. It is positive, and an optimizer may remove a Cast together with the one back.
         self.unit = self._wide(op, op.Max(self._factor, self._constant(op, [0.0], "zero")))
-        self._keys = split_heads(op, keys)
-        self._change = split_heads(op, change)
+        self._keys = keys
+        self._change = change
 
         mean = _attention(op, self._query, self._keys, self._keys)
-        mean_logit = op.Mul(self._dot(op, self._q, mean), self.unit)
+        # Multiplied in float32: a peaked row has large logits and a low entropy, and the entropy factor is
+        # relative to the lowest one.
+        products = op.Mul(self._wide(op, self._q), self._wide(op, mean))
+        mean_logit = op.Mul(op.ReduceSum(products, [3], keepdims=1), self.unit)
 
         tokens = op.Shape(self._keys, start=2, end=3)
-        log_tokens = cast(op, op.Log(op.Cast(tokens, to=int(FLOAT))), operands, FLOAT)
-        least = cast(op, mean_logit, operands, FLOAT)
+        root = op.Sqrt(op.Cast(tokens, to=int(FLOAT)))
+        half_log, root = (cast(op, x, operands, FLOAT) for x in (op.Log(root), root))
         # Computed in the dtype of the operands, not rounded by a Cast, which an optimizer may remove together
         # with the one back.
-        level = op.Max(least, op.Add(op.Mul(least, self._constant(op, [0.5], "half")), log_tokens))
-        weight, log_ratio, change_logit = self._with_sentinel(op, tau_q, tokens, level)
+        level = op.Add(cast(op, mean_logit, operands, FLOAT), half_log)
+        weight, log_ratio, change_logit = self._with_sentinel(op, tau_q, level, root)
         self.entropy = op.Add(op.Sub(self._wide(op, level), mean_logit), log_ratio)
         slope = op.Div(change_logit, weight)
         if kl_rows is not None:
@@ -216,10 +217,7 @@ class AttentionRows:
         known = cast(op, op.ReduceMean(self._initial, [3], keepdims=1), self._operands, FLOAT)
         rounded = after(op, cast(op, last, self._operands, FLOAT), known, self._operands)
         initial = op.Mul(self._wide(op, rounded), self._initial)
-        if self._scaled_change is None:
-            change = op.Mul(self._change, rounded)
-        else:
-            change = split_heads(op, self._scaled_change(op.Squeeze(rounded, [3])))
+        change = op.Mul(self._change, rounded)
         end = _attention(op, self._query, op.Add(self._keys, change), change)
         half = op.Mul(change, self._constant(op, [0.5], "half"))
         q, query = (self._some.of(op, x) for x in (self._q, self._query))
@@ -231,21 +229,21 @@ class AttentionRows:
             axis=3,
         )
 
-    def _with_sentinel(self, op: Op, per_batch: Any, tokens: Any, level: Any) -> tuple[Any, Any, Any]:
+    def _with_sentinel(self, op: Op, per_batch: Any, level: Any, root: Any) -> tuple[Any, Any, Any]:
         """The attention with a sentinel.
 
         Args:
             op: Builder.
-            per_batch: Any tensor [B]. Shapes are made of it, so that all sites of a size share the marks.
-            tokens: Number of keys, [1] int64.
+            per_batch: Any tensor [B]. Shapes are made of it, so that all sites of a size share the sentinel.
             level: c, [B, h, T', 1].
+            root: r, [1].
 
         Returns:
             The weight w of the real keys, log(w / (1 - w)), and the sum of q . d over the real keys under
             the weights of all keys, in `unit`; [B, h, T', 1] float32 each.
         """
         outer = op.Concat(op.Shape(per_batch), attribute_int(op, "num_heads"), axis=0)
-        raised = op.Mul(level, self._mark_constant(op, [1], "level"))
+        raised = op.Mul(level, self._constant(op, _FIRST, "first"))
         # Not the scaled queries: a runtime would keep them in one more layout for this.
         channels = op.Concat([1, 1, 1], op.Shape(self._q, start=3, end=4), axis=0)
         ones = self._constant(op, [1.0] * KEY_CHANNELS, "unscaled")
@@ -254,23 +252,35 @@ class AttentionRows:
         query = op.Mul(op.Concat(self._q, raised, axis=3), factors)
         size = op.Concat(outer, [1], op.Shape(self._keys, start=3, end=4), axis=0)
         nothing = op.Expand(self._constant(op, [0], "nothing"), size)
-        marks = self._marks(op, outer, tokens, [], [1])
-        keys = op.Concat(op.Concat(self._keys, nothing, axis=2), marks, axis=3)
-        real, sentinel = [-0.5, 0.0], [0.5, 1.0]
-        marks = self._marks(op, outer, tokens, real * (KEY_CHANNELS // 2), sentinel * (KEY_CHANNELS // 2))
+
+        def marked(marks: Any, tokens: Any) -> Any:
+            return op.Expand(marks, op.Concat(outer, tokens, [KEY_CHANNELS], axis=0))
+
+        # Not Concat: the zeros would be a constant of the graph. With the marks of the values by Pad, too, an
+        # engine keeps more tensors.
+        sentinel = op.Concat(nothing, marked(self._constant(op, _FIRST, "first"), [1]), axis=3)
+        keys = op.Concat(op.Pad(self._keys, [0] * 7 + [KEY_CHANNELS]), sentinel, axis=2)
+        # -1 for the real keys; 0 and r in turn for the sentinel.
+        marks = op.Mul(root, self._constant(op, [0, 1] * (KEY_CHANNELS // 2), "every_second"))
+        real = marked(self._constant(op, [-1], "minus_one"), op.Shape(self._keys, start=2, end=3))
+        marks = op.Concat(real, marked(marks, [1]), axis=2)
         values = op.Concat(op.Concat(self._change, nothing, axis=2), marks, axis=3)
 
         out = _attention(op, query, keys, values)
         sizes = op.Concat(op.Shape(self._keys, start=3, end=4), [KEY_CHANNELS], axis=0)
         mean, marks = op.Split(out, sizes, axis=3, _outputs=2)
+        marks = self._wide(op, marks)
         # Not Split into channels, for which an engine copies the output.
-        below_half, rest = (
-            self._wide(op, reduce(marks, [3], keepdims=1)) for reduce in (op.ReduceMin, op.ReduceMax)
+        lowest, highest = (reduce(marks, [3], keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
+        root = self._wide(op, root)
+        # w and 1 - w, both times 1 + r.
+        scale = op.Add(root, 1.0)
+        weight = op.Where(
+            op.Less(highest, op.Mul(root, 0.5)), op.Sub(root, highest), op.Mul(lowest, op.Neg(scale))
         )
-        weight = op.Max(op.Sub(0.5, below_half), _MIN_WEIGHT)
-        rest = op.Where(op.Greater(below_half, -0.25), op.Add(below_half, 0.5), rest)
+        weight, rest = op.Max(weight, _MIN_WEIGHT), op.Add(highest, 1.0)
         log_ratio = op.Clip(op.Log(op.Div(weight, rest)), -_LARGEST_LOG, _LARGEST_LOG)
-        return weight, log_ratio, self._dot(op, self._q, mean)
+        return op.Div(weight, scale), log_ratio, self._dot(op, self._q, mean)
 
     def _dot(self, op: Op, q: Any, x: Any) -> Any:
         """Dot products of the vectors of q and x [B, h, T', D]: [B, h, T', 1] float32.
@@ -283,26 +293,7 @@ class AttentionRows:
     def _wide(self, op: Op, value: Any) -> Any:
         return cast(op, value, FLOAT, self._operands)
 
-    def _marks(self, op: Op, outer: Any, tokens: Any, real: list[float], sentinel: list[float]) -> Any:
-        """[B, h, T + 1, KEY_CHANNELS]: `real` for each of the T keys, then `sentinel` for the last one.
-
-        `outer` is B and h, [2] int64; `tokens` is T, [1] int64.
-        """
-        return op.Concat(
-            *(
-                op.Expand(
-                    self._mark_constant(op, marks, "marks"), op.Concat(outer, count, [KEY_CHANNELS], axis=0)
-                )
-                for marks, count in ((real, tokens), (sentinel, [1]))
-            ),
-            axis=2,
-        )
-
-    def _mark_constant(self, op: Op, marks: list[float], name: str) -> Any:
-        """`marks`, and zeros in the other channels, [1, 1, 1, KEY_CHANNELS]."""
-        return self._constant(op, marks + [0.0] * (KEY_CHANNELS - len(marks)), name)
-
-    def _constant(self, op: Op, values: list[float], name: str) -> Any:
+    def _constant(self, op: Op, values: Sequence[float], name: str) -> Any:
         """A constant [1, 1, 1, n] of the dtype of the operands."""
         array = np.array(values, self._operands.numpy())
         return op.Constant(value=ir.tensor(array[None, None, None], name=name))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from graph_passes.functions.attention import lattice_rows, sampled_rows
@@ -13,14 +15,13 @@ from graph_passes.functions.building import (
     define_function,
     join_heads,
     logit_factor,
-    mean_token,
     per_sample,
     split_heads,
 )
 from graph_passes.functions.key_guard_inputs import GuardInputs
 from graph_passes.functions.key_guard_means import AttentionRows, means_guard
 from graph_passes.guard import ROW_STRIDES, GuardOptions
-from graph_passes.parameters import SwsParameters
+from graph_passes.parameters import STATE_RADIUS, SwsParameters, diamond_offsets
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -34,7 +35,9 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         P (x W) = (P x) W,    P (x W) - x W = (P x - x) W:
 
     one tensor is transported instead of two, and the change of the keys is not a difference of rounded keys.
-    Mixed keys and values are projections of x + share (P x - x), with share 0 exactly those of x.
+    The transport less the identity gives P x - x in one product.
+    Mixed keys are the sum x W + share (P x - x) W, since the guard has both products; mixed values are the
+    projection of x + share (P x - x). With share 0 both are exactly those of x.
 
     On a GPU this also orders the work. An engine computes a tensor as early as it can, and keeps it. Here the
     guard depends on the transport, and mixed keys and values depend on the guard. Queries are made to depend
@@ -51,11 +54,10 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         tau_q = per_batch[0]
         # The rank of x; TensorRT's parser raises it in each product otherwise.
         key_weight, value_weight = (op.Unsqueeze(weight, [0]) for weight in (key_weight, value_weight))
-        moved = Tiles(op, transport, HALF).transported(x)
-        change = op.Sub(moved, x)
+        identity = op.Constant(value=ir.tensor(_identity(), name="identity"))
+        change = Tiles(op, op.Sub(transport, identity), HALF).transported(x)
         # Queries, and with them all attentions, wait for the transport.
-        mean = mean_token(op, moved, HALF)
-        q = after(op, q, mean, HALF)
+        q = after(op, q, op.ReduceMax(change, [1], keepdims=1), HALF)
         rows, kl_rows = q, None
         if guard.rows != 1:
             size, strides = op.Shape(transport, start=2, end=4), ROW_STRIDES[guard.rows]
@@ -64,40 +66,23 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
             else:
                 rows = sampled_rows(op, q, size, strides, HALF)
 
-        def projected_change(share: Any = None) -> Any:
-            # The weight is scaled, which is smaller than the change.
-            weight = key_weight
-            if share is not None:
-                weight = op.Mul(weight, share)
-            return op.MatMul(change, weight)
-
-        statistics = AttentionRows(
-            op,
-            rows,
-            op.MatMul(op.Sub(x, mean), key_weight),
-            projected_change(),
-            tau_q,
-            HALF,
-            HALF,
-            projected_change,
-            kl_rows,
-        )
+        keys, key_change = (split_heads(op, op.MatMul(tokens, key_weight)) for tokens in (x, change))
+        statistics = AttentionRows(op, rows, keys, key_change, tau_q, HALF, HALF, kl_rows)
         inputs = GuardInputs(rows, None, None, *per_batch)
         alpha_k, a_v = means_guard(op, parameters, inputs, statistics)
 
-        def mixed_projection(share: Any, weight: Any) -> Any:
-            factor = cast(op, per_sample(op, share, 3), HALF, FLOAT)
-            return op.MatMul(op.Add(x, op.Mul(factor, change)), weight)
+        def mixed(x: Any, change: Any, share: Any, rank: int) -> Any:
+            return op.Add(x, op.Mul(cast(op, per_sample(op, share, rank), HALF, FLOAT), change))
 
         # Heads are split here, as for the guard, so that an engine keeps the queries in one layout. The scale
         # is in the queries for the same reason.
-        mixed = [
+        operands = [
             op.Mul(split_heads(op, q), cast(op, logit_factor(op, tau_q), HALF, FLOAT)),
-            split_heads(op, mixed_projection(alpha_k, key_weight)),
+            mixed(keys, key_change, alpha_k, 4),
             # Mixed values wait for the guard.
-            split_heads(op, mixed_projection(after(op, a_v, alpha_k), value_weight)),
+            split_heads(op, op.MatMul(mixed(x, change, after(op, a_v, alpha_k), 3), value_weight)),
         ]
-        return join_heads(op, op.Attention(*mixed, scale=1.0))
+        return join_heads(op, op.Attention(*operands, scale=1.0))
 
     inputs = dict.fromkeys(("q", "x", "key_weight", "value_weight"), HALF)
     inputs |= dict.fromkeys(("transport", *GuardInputs._fields[3:]), FLOAT)
@@ -106,3 +91,10 @@ def build_projected_attention(parameters: SwsParameters, guard: GuardOptions) ->
         ir.Attr("scale", ir.AttributeType.FLOAT, None),
     ]
     return define_function("ProjectedAttention", body, inputs, ["y"], attributes)
+
+
+def _identity() -> npt.NDArray[np.float32]:
+    """The band of the transport that moves nothing, for all tokens: [1, 145, 1, 1]."""
+    offsets = diamond_offsets(STATE_RADIUS)
+    band = np.array([offset == (0, 0) for offset in offsets], np.float32)
+    return band[None, :, None, None]

@@ -95,7 +95,7 @@ def test_rows_are_the_lattice_and_two_of_each_head(
     q = (200 * rng.standard_normal((2, grid[0] * grid[1], CHANNELS))).astype(dtype)
     call = sampling(ir.DataType.from_numpy(np.dtype(dtype)), strides)
     (rows,) = call(q=q, grid=np.zeros(grid, np.float32))
-    starts = [min(stride - 1, 1) for stride in strides]
+    starts = [min(stride - 1, side - 1, 1) for stride, side in zip(strides, grid, strict=True)]
     lattice = q.reshape(2, *grid, CHANNELS)[:, starts[0] :: strides[0], starts[1] :: strides[1]]
     lattice = lattice.reshape(2, -1, CHANNELS)
     assert (rows[:, :-2] == lattice).all()
