@@ -272,7 +272,8 @@ class AttentionRows:
         marks = self._wide(op, marks)
         # Not Split into channels, for which an engine copies the output.
         lowest, highest = (reduce(marks, [3], keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
-        root = self._wide(op, root)
+        # As it was rounded for the marks: see `unit`.
+        root = self._wide(op, op.Max(root, self._constant(op, [0], "zero")))
         # w and 1 - w, both times 1 + r.
         scale = op.Add(root, 1.0)
         weight = op.Where(
