@@ -98,8 +98,8 @@ def _parsed(path: Path) -> Iterator[tuple[Any, Any]]:
 def _works(trt: Any, layers: list[Any], outputs: set[str]) -> Iterable[Work]:
     producers: dict[str, Any] = {}
     unfused_uses: collections.Counter[str] = collections.Counter()
+    # By the name of a reshaped tensor, the one that it is a view of.
     stored: dict[str, Any] = {}
-    """By the name of a reshaped tensor, the one that it is a view of."""
     for layer in layers:
         kind = _kind(layer)
         for tensor in _outputs(layer):

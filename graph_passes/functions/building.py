@@ -147,12 +147,6 @@ def per_sample(op: Op, vector: Any, rank: int) -> Any:
     return op.Unsqueeze(vector, list(range(1, rank)))
 
 
-def mean_token(op: Op, x: Any, dtype: ir.DataType) -> Any:
-    """The mean over the tokens of `x` [B, T, C], of `dtype`: [B, 1, C], summed in float32."""
-    mean = op.ReduceMean(cast(op, x, ir.DataType.FLOAT, dtype), [1], keepdims=1)
-    return cast(op, mean, dtype, ir.DataType.FLOAT)
-
-
 def logit_factor(op: Op, tau_q: Any) -> Any:
     """What queries are multiplied by, for an attention with a scale of 1: [B, 1, 1, 1] float32.
 
