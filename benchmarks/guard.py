@@ -300,6 +300,7 @@ def costs_of_float32() -> list[dict[str, Any]]:
 
 
 def _misses_at_a_size(guard: Any, side: int, heads: int, size: int, dtype: str) -> list[dict[str, Any]]:
+    from graph_passes.parameters import SwsParameters
     from tests.graph_passes.functions.oracle import Oracle
     from tests.graph_passes.functions.rows import KINDS, site_rows
 
@@ -307,9 +308,7 @@ def _misses_at_a_size(guard: Any, side: int, heads: int, size: int, dtype: str) 
     for kind in KINDS:
         tokens = site_rows(kind, side, side, heads, size, 0, min(1152, side**2))
         oracle = Oracle(*tokens, heads, 1.37)
-        last = oracle.divergence(0.3 * oracle.entropy_factor() * 127 / 128)
-        pairs = ((0.09, 0.9), (0.06, 0.7), (0.03, 0.5), (0.02, 0.3), (0.01, 0.15))
-        budgets = sorted({budget if budget < last else max(last * share, 1e-3) for budget, share in pairs})
+        budgets = oracle.binding_budgets(oracle.entropy_factor(), SwsParameters())
         found = miss_of_float16(guard, tokens, heads, dtype, 1.37, 1.0, budgets)
         results.append(_summary(found) | {"rows": kind, "tokens": side**2, "size": size, "dtype": dtype})
     return results

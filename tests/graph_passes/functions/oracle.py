@@ -57,6 +57,12 @@ class Oracle:
         """Mean over heads and rows."""
         return float(self.row_divergences(share).mean())
 
+    def binding_budgets(self, mix: float, parameters: SwsParameters) -> list[float]:
+        """Budgets of the default schedule, or ones that bind under the cap: up to 5, each once, ascending."""
+        last = self.divergence(parameters.key_cap * mix * 127 / 128)
+        pairs = ((0.09, 0.9), (0.06, 0.7), (0.03, 0.5), (0.02, 0.3), (0.01, 0.15))
+        return sorted({budget if budget < last else max(last * share, 1e-3) for budget, share in pairs})
+
     def largest_step(self, mix: float, kappa: float, parameters: SwsParameters) -> int:
         """The step that the bisection ends at."""
         low, high = 0, 2**parameters.bisection_steps

@@ -64,7 +64,7 @@ def moved_steps(
         q, k, k_perm = (x.astype(narrow) for x in sample)
         oracle = Oracle(*(x.astype(np.float64) for x in (q, k, k_perm)), heads, float(tau_q[i]))
         exact = float(amplitude[i]) * oracle.entropy_factor()
-        kappa = binding_budgets(oracle, exact)
+        kappa = np.array(oracle.binding_budgets(exact, PARAMETERS), np.float32)
         alpha, mix = run(
             call, [q[None], k[None], k_perm[None]], tau_q[i : i + 1], amplitude[i : i + 1], kappa
         )
@@ -91,14 +91,6 @@ def run(
     named = {"tau_q": tau_q, "amplitude": amplitude, "key_gate": ones, "value_gain": ones, "kappa": kappa}
     alpha, mix = call(**dict(zip(("q", "k", "k_perm"), tokens, strict=True)), **named)
     return alpha, mix
-
-
-def binding_budgets(oracle: Oracle, mix: float) -> Array:
-    """The budgets of the default schedule, or ones that bind: up to 5, each once."""
-    last = oracle.divergence(PARAMETERS.key_cap * mix * 127 / 128)
-    pairs = ((0.09, 0.9), (0.06, 0.7), (0.03, 0.5), (0.02, 0.3), (0.01, 0.15))
-    budgets = [budget if budget < last else max(last * share, 1e-3) for budget, share in pairs]
-    return np.unique(np.array(budgets, np.float32))
 
 
 def five_kinds(height: int, width: int, heads: int, size: int, rows: int | None = None) -> list[Sample]:
