@@ -81,8 +81,8 @@ def _entropy_and_slope(
     mark = out[..., size].clamp(-0.9999, 0.9999)
     log_sum_exp = known.float() + 2 * torch.atanh(mark)
     share = (1 + mark) / 2  # of the real keys
-    drift = _dot(queries, out[..., :size]) / share
-    return (log_sum_exp - expected).flatten(1), drift.flatten(1).mean(1)
+    mean_delta = _dot(queries, out[..., :size]) / share
+    return (log_sum_exp - expected).flatten(1), mean_delta.flatten(1).mean(1)
 
 
 def _slope(queries: torch.Tensor, keys: torch.Tensor, change: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ int sws_key_guard(const void* q, const void* k, const void* k_perm, const float*
   sws::GuardProblem problem = {};
   problem.queries = q;
   problem.keys = k;
-  problem.moved_keys = k_perm;
+  problem.permuted_keys = k_perm;
   problem.query_temperature = scalars[0];
   problem.amplitude = scalars[1];
   problem.budget = scalars[2];

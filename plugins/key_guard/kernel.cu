@@ -104,7 +104,7 @@ template <typename Element>
 cudaError_t prepare_tensor_cores(Plan* plan) {
   GuardProblem const& problem = plan->problem;
   const bool whole_vectors = problem.head_size % 8 == 0 && is_aligned(problem.queries) && is_aligned(problem.keys) &&
-                             is_aligned(problem.moved_keys);
+                             is_aligned(problem.permuted_keys);
   if (!whole_vectors) return cudaSuccess;
   const void* survey = address_of(survey_tensor_core_kernel<Element>);
   for (const void* kernel :
@@ -133,8 +133,8 @@ cudaError_t launch_fast_rounds(Plan const& plan) {
 template <typename Element>
 cudaError_t launch_search_round(Plan const& plan, int round) {
   const dim3 grid = plan.resident_grid(plan.tiles.of(round), kScalarBlocks);
-  search_scalar_kernel<Element><<<grid, kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(
-      plan.problem, plan.workspace, plan.tiles, round);
+  search_scalar_kernel<Element>
+      <<<grid, kScalarGuardThreads, kScalarGuardBytes, plan.stream>>>(plan.problem, plan.workspace, plan.tiles, round);
   return cudaGetLastError();
 }
 

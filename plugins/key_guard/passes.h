@@ -29,7 +29,7 @@ SWS_HD AlphaNodes probe_nodes(SearchState const& state, int bisection_steps) {
 struct SurveyPass {
   using Row = SharedPeakRow<1, Moment::kLevel>;
   static constexpr int kResults = 6;
-  enum Result { kEntropySum, kEntropyLeast, kEntropyGreatest, kKl, kDrift, kReliable };
+  enum Result { kEntropySum, kEntropyLeast, kEntropyGreatest, kKl, kMeanDelta, kReliable };
 
   static SWS_HD Combine how(int result) {
     if (result == kEntropyLeast || result == kReliable) return Combine::kLeast;
@@ -42,7 +42,7 @@ struct SurveyPass {
     result[kEntropyLeast] = entropy;
     result[kEntropyGreatest] = entropy;
     result[kKl] = row_kl(row, 0, nodes.at(0), scale);
-    result[kDrift] = row_node_drift(row, 0, scale);
+    result[kMeanDelta] = row_node_mean_delta(row, 0, scale);
     result[kReliable] = is_reliable(row, scale, nodes) ? 1.0f : 0.0f;
   }
 };
@@ -51,14 +51,14 @@ struct SurveyPass {
 struct MiddlePass {
   using Row = SharedPeakRow<1, Moment::kDelta>;
   static constexpr int kResults = 4;
-  enum Result { kKl, kDrift, kZeroDrift, kReliable };
+  enum Result { kKl, kMeanDelta, kZeroMeanDelta, kReliable };
 
   static SWS_HD Combine how(int result) { return result == kReliable ? Combine::kLeast : Combine::kSum; }
 
   static SWS_HD void measure(Row const& row, float scale, AlphaNodes nodes, float (&result)[kResults]) {
     result[kKl] = row_kl(row, 0, nodes.at(0), scale);
-    result[kDrift] = row_node_drift(row, 0, scale);
-    result[kZeroDrift] = row_drift(row, scale);
+    result[kMeanDelta] = row_node_mean_delta(row, 0, scale);
+    result[kZeroMeanDelta] = row_mean_delta(row, scale);
     result[kReliable] = is_reliable(row, scale, nodes) ? 1.0f : 0.0f;
   }
 };

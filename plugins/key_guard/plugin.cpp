@@ -23,7 +23,7 @@ constexpr float kLargestScale = 1e4f;
 enum Input : size_t {
   kQueries,
   kKeys,
-  kMovedKeys,
+  kPermutedKeys,
   kQueryTemperature,
   kAmplitude,
   kBudget,
@@ -68,7 +68,7 @@ int KeyGuardPlugin::input_count() const { return static_cast<int>(kInputs); }
 
 int KeyGuardPlugin::output_count() const noexcept { return static_cast<int>(kOutputs); }
 
-bool KeyGuardPlugin::input_has_model_type(int index) const { return static_cast<size_t>(index) <= kMovedKeys; }
+bool KeyGuardPlugin::input_has_model_type(int index) const { return static_cast<size_t>(index) <= kPermutedKeys; }
 
 int KeyGuardPlugin::output_shape_source(int, int* rank) const {
   *rank = 1;
@@ -84,7 +84,7 @@ void KeyGuardPlugin::check_shapes(TensorShapes const& shapes) const {
     throw std::invalid_argument("q " + describe_shape(queries) + ": the last axis is no multiple of num_heads = " +
                                 std::to_string(attributes_.num_heads));
   }
-  for (size_t input : {kKeys, kMovedKeys}) {
+  for (size_t input : {kKeys, kPermutedKeys}) {
     require_rank(shapes.inputs[input], 3, kInputNames[input]);
     // Queries may be a subset of rows, or those of cross-attention; keys and permuted keys have the same tokens.
     const int64_t tokens = input == kKeys ? -1 : shapes.inputs[kKeys].dims[1];
@@ -115,7 +115,7 @@ cudaError_t KeyGuardPlugin::launch(TensorShapes const& shapes, void const* const
   GuardProblem problem = {};
   problem.queries = inputs[kQueries];
   problem.keys = inputs[kKeys];
-  problem.moved_keys = inputs[kMovedKeys];
+  problem.permuted_keys = inputs[kPermutedKeys];
   problem.query_temperature = scalar(kQueryTemperature);
   problem.amplitude = scalar(kAmplitude);
   problem.budget = scalar(kBudget);

@@ -15,7 +15,7 @@ namespace sws {
 struct GuardProblem {
   const void* queries;
   const void* keys;
-  const void* moved_keys;
+  const void* permuted_keys;
   const float* query_temperature;
   const float* amplitude;
   const float* budget;
@@ -119,7 +119,9 @@ SWS_HD TokenRows query_rows(GuardProblem const& problem) { return TokenRows{prob
 
 SWS_HD TokenRows key_rows(GuardProblem const& problem) { return TokenRows{problem.keys, problem.tokens}; }
 
-SWS_HD TokenRows moved_key_rows(GuardProblem const& problem) { return TokenRows{problem.moved_keys, problem.tokens}; }
+SWS_HD TokenRows permuted_key_rows(GuardProblem const& problem) {
+  return TokenRows{problem.permuted_keys, problem.tokens};
+}
 
 // Index of the first element of a token and head.
 SWS_HD int64_t head_start(GuardProblem const& problem, TokenRows rows, int sample, int token, int head) {

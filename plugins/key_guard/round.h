@@ -33,15 +33,15 @@ SWS_HD SurveyTotals survey_totals(Totals const& total, double rows) {
   totals.entropy_min = total(SurveyPass::kEntropyLeast);
   totals.entropy_max = total(SurveyPass::kEntropyGreatest);
   totals.kl = total(SurveyPass::kKl) / rows;
-  totals.drift = total(SurveyPass::kDrift) / rows;
+  totals.mean_delta = total(SurveyPass::kMeanDelta) / rows;
   totals.reliable = total(SurveyPass::kReliable) >= 1.0;
   return totals;
 }
 
 template <typename Totals>
 SWS_HD MiddleTotals middle_totals(Totals const& total, double rows) {
-  return MiddleTotals{total(MiddlePass::kKl) / rows, total(MiddlePass::kDrift) / rows,
-                      total(MiddlePass::kZeroDrift) / rows, total(MiddlePass::kReliable) >= 1.0};
+  return MiddleTotals{total(MiddlePass::kKl) / rows, total(MiddlePass::kMeanDelta) / rows,
+                      total(MiddlePass::kZeroMeanDelta) / rows, total(MiddlePass::kReliable) >= 1.0};
 }
 
 // The state after a probing round; `total(i)` is the sum of KL at probe i over all rows, total(kProbes) reliability.

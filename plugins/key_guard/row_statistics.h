@@ -158,7 +158,7 @@ SWS_HD float row_entropy(SharedPeakRow<kNodes, Moment::kLevel> const& row) {
 
 // E_alpha[Delta] in nats.
 template <int kNodes, Moment kMoment>
-SWS_HD float row_node_drift(SharedPeakRow<kNodes, kMoment> const& row, int node, float scale) {
+SWS_HD float row_node_mean_delta(SharedPeakRow<kNodes, kMoment> const& row, int node, float scale) {
   using Row = SharedPeakRow<kNodes, kMoment>;
   return kLn2 * scale * (row.field[Row::kNodeDelta + node] / row.field[Row::kNodeMass + node]);
 }
@@ -168,12 +168,12 @@ template <int kNodes, Moment kMoment>
 SWS_HD float row_kl(SharedPeakRow<kNodes, kMoment> const& row, int node, float alpha, float scale) {
   using Row = SharedPeakRow<kNodes, kMoment>;
   const float node_mass = row.field[Row::kNodeMass + node];
-  return alpha * row_node_drift(row, node, scale) - kLn2 * log2f(node_mass / row.field[Row::kMass]);
+  return alpha * row_node_mean_delta(row, node, scale) - kLn2 * log2f(node_mass / row.field[Row::kMass]);
 }
 
 // E_0[Delta] in nats.
 template <int kNodes>
-SWS_HD float row_drift(SharedPeakRow<kNodes, Moment::kDelta> const& row, float scale) {
+SWS_HD float row_mean_delta(SharedPeakRow<kNodes, Moment::kDelta> const& row, float scale) {
   using Row = SharedPeakRow<kNodes, Moment::kDelta>;
   return kLn2 * scale * (row.field[Row::kMomentSum] / row.field[Row::kMass]);
 }
@@ -207,7 +207,7 @@ struct OwnPeakRow {
   static constexpr int kFields = 3 * kSums;
   static constexpr int kPeak = 0;
   static constexpr int kMass = kSums;
-  static constexpr int kDrift = 2 * kSums;  // sum of weight times x1 - x0
+  static constexpr int kDeltaSum = 2 * kSums;  // sum of weight times x1 - x0
 
   float field[kFields];
 };
@@ -224,7 +224,7 @@ SWS_HD void raise_peak(OwnPeakRow<kNodes>& row, int sum, float peak) {
   using Row = OwnPeakRow<kNodes>;
   const float factor = fast_exp2(row.field[Row::kPeak + sum] - peak);
   row.field[Row::kMass + sum] *= factor;
-  row.field[Row::kDrift + sum] *= factor;
+  row.field[Row::kDeltaSum + sum] *= factor;
   row.field[Row::kPeak + sum] = peak;
 }
 
@@ -251,7 +251,7 @@ SWS_HD void absorb(OwnPeakRow<kNodes>& row, const float (&y0)[kCount], const flo
     for (int i = 0; i < kCount; ++i) {
       const float weight = fast_exp2((x0[i] + alpha * delta[i]) - peak);
       row.field[Row::kMass + sum] += weight;
-      row.field[Row::kDrift + sum] += weight * delta[i];
+      row.field[Row::kDeltaSum + sum] += weight * delta[i];
     }
   }
 }
@@ -265,7 +265,7 @@ SWS_HD void merge(OwnPeakRow<kNodes>& row, OwnPeakRow<kNodes> other) {
     raise_peak(row, sum, peak);
     raise_peak(other, sum, peak);
     row.field[Row::kMass + sum] += other.field[Row::kMass + sum];
-    row.field[Row::kDrift + sum] += other.field[Row::kDrift + sum];
+    row.field[Row::kDeltaSum + sum] += other.field[Row::kDeltaSum + sum];
   }
 }
 
@@ -276,7 +276,7 @@ SWS_HD float row_kl(OwnPeakRow<kNodes> const& row, int node, float alpha) {
   const int sum = node + 1;
   const float rise = (row.field[Row::kPeak + sum] - row.field[Row::kPeak]) +
                      log2f(row.field[Row::kMass + sum] / row.field[Row::kMass]);
-  return kLn2 * (alpha * (row.field[Row::kDrift + sum] / row.field[Row::kMass + sum]) - rise);
+  return kLn2 * (alpha * (row.field[Row::kDeltaSum + sum] / row.field[Row::kMass + sum]) - rise);
 }
 
 }  // namespace sws

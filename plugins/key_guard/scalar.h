@@ -44,11 +44,11 @@ SWS_KERNEL_BODY void load_rows(BlockType& block, GuardProblem const& problem, in
 
 struct ScalarLogits {
   float base[kLaneRows][kLaneKeys];
-  float moved[kLaneRows][kLaneKeys];
+  float permuted[kLaneRows][kLaneKeys];
 };
 
 // Adds the products over the channels in shared memory.
-SWS_KERNEL_BODY void add_products(Shared<float> queries, Shared<float> keys, Shared<float> moved, int thread,
+SWS_KERNEL_BODY void add_products(Shared<float> queries, Shared<float> keys, Shared<float> permuted, int thread,
                                   ScalarLogits& logits) {
   const int first_row = thread / kLanes * kLaneRows;
   const int first_key = thread % kLanes;
@@ -61,11 +61,11 @@ SWS_KERNEL_BODY void add_products(Shared<float> queries, Shared<float> keys, Sha
     for (int i = 0; i < kLaneKeys; ++i) {
       const int at = (first_key + i * kLanes) * kScalarStride + d;
       const float key = keys.load(at, thread);
-      const float moved_key = moved.load(at, thread);
+      const float permuted_key = permuted.load(at, thread);
       SWS_UNROLL
       for (int r = 0; r < kLaneRows; ++r) {
         logits.base[r][i] += q[r] * key;
-        logits.moved[r][i] += q[r] * moved_key;
+        logits.permuted[r][i] += q[r] * permuted_key;
       }
     }
   }
@@ -86,9 +86,9 @@ SWS_KERNEL_BODY void absorb_scalar_logits(ScalarLogits& logits, float scale, int
     for (int i = 0; i < kLaneKeys; ++i) {
       if (thread % kLanes + i * kLanes < keys_left) continue;
       logits.base[r][i] = kPaddedLogit / scale;
-      logits.moved[r][i] = kPaddedLogit / scale;
+      logits.permuted[r][i] = kPaddedLogit / scale;
     }
-    absorb(rows.row[r], logits.base[r], logits.moved[r], scale, nodes);
+    absorb(rows.row[r], logits.base[r], logits.permuted[r], scale, nodes);
   }
 }
 
@@ -117,7 +117,8 @@ SWS_KERNEL_BODY void measure_scalar_tile(BlockType& block, GuardProblem const& p
   using Row = typename Pass::Row;
   Shared<float> queries = block.template shared<float>(0, kScalarRows * kScalarStride);
   Shared<float> keys = block.template shared<float>(kScalarQueryBytes, kScalarKeys * kScalarStride);
-  Shared<float> moved = block.template shared<float>(kScalarQueryBytes + kScalarKeyBytes, kScalarKeys * kScalarStride);
+  Shared<float> permuted =
+      block.template shared<float>(kScalarQueryBytes + kScalarKeyBytes, kScalarKeys * kScalarStride);
   const float scale = logit_scale(problem, sample);
   PerThread<LaneRowSums<Row>, kScalarGuardThreads> rows;
   PerThread<ScalarLogits, kScalarGuardThreads> logits;
@@ -131,9 +132,10 @@ SWS_KERNEL_BODY void measure_scalar_tile(BlockType& block, GuardProblem const& p
     for (int depth = 0; depth < problem.head_size; depth += kScalarDepth) {
       load_rows<Element>(block, problem, sample, head, query_rows(problem), first_row, depth, kScalarRows, queries);
       load_rows<Element>(block, problem, sample, head, key_rows(problem), first_key, depth, kScalarKeys, keys);
-      load_rows<Element>(block, problem, sample, head, moved_key_rows(problem), first_key, depth, kScalarKeys, moved);
+      load_rows<Element>(block, problem, sample, head, permuted_key_rows(problem), first_key, depth, kScalarKeys,
+                         permuted);
       block.sync();
-      block.each_thread([&](int thread) { add_products(queries, keys, moved, thread, logits[thread]); });
+      block.each_thread([&](int thread) { add_products(queries, keys, permuted, thread, logits[thread]); });
       block.sync();
     }
     block.each_thread([&](int thread) {

@@ -29,8 +29,8 @@ struct SearchState {
   int stride;  // distance to the next one
   float cap;   // largest alpha, key_cap * a
   float value_mix;
-  double limit_kl;     // measured by the survey at its limit: mean KL, in nats
-  double limit_drift;  // and mean E[Delta], in nats
+  double limit_kl;          // measured by the survey at its limit: mean KL, in nats
+  double limit_mean_delta;  // and mean E[Delta], in nats
 };
 
 // Grid points measured in one search round, and around a candidate by the tensor-core kernel.
@@ -67,15 +67,15 @@ struct SurveyTotals {
   double entropy_min;
   double entropy_max;
   double kl;
-  double drift;  // E[Delta]
+  double mean_delta;  // E[Delta]
   bool reliable;
 };
 
 // Means measured at half the survey's limit.
 struct MiddleTotals {
   double kl;
-  double drift;
-  double zero_drift;  // E[Delta] at alpha = 0
+  double mean_delta;
+  double zero_mean_delta;  // E[Delta] at alpha = 0
   bool reliable;
 };
 
@@ -87,8 +87,8 @@ struct GrowthPolynomial {
 
 // The slope of growth is E_alpha[Delta] - E_0[Delta], and KL = alpha slope - growth gives its value.
 SWS_HD GrowthPolynomial fit_growth(SearchState const& state, MiddleTotals const& middle, double limit) {
-  const double d1 = (middle.drift - middle.zero_drift) * limit;
-  const double d2 = (state.limit_drift - middle.zero_drift) * limit;
+  const double d1 = (middle.mean_delta - middle.zero_mean_delta) * limit;
+  const double d2 = (state.limit_mean_delta - middle.zero_mean_delta) * limit;
   const double v1 = 0.5 * d1 - middle.kl;
   const double v2 = d2 - state.limit_kl;
   return GrowthPolynomial{-8 * d1 - d2 + 16 * v1 + 7 * v2, 32 * d1 + 5 * d2 - 32 * v1 - 34 * v2,
@@ -135,7 +135,7 @@ SWS_HD SearchState decide_after_survey(SurveyTotals const& totals, SampleLimits 
   state.below = 0;
   state.above = 1 << limits.bisection_steps;
   state.limit_kl = totals.kl;
-  state.limit_drift = totals.drift;
+  state.limit_mean_delta = totals.mean_delta;
   finish_or_spread(state);
   if (!(state.cap > 0.0f) || limits.key_gate == 0.0f) {
     state.mode = SearchMode::kDone;

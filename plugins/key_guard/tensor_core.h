@@ -67,8 +67,8 @@ SWS_HD int result_row(int thread, GuardTiling tiling, int r) {
   return warp_row(thread, tiling) + r / 2 * 16 + r % 2 * 8 + lane_place(thread).group;
 }
 
-constexpr int kCopyRows = 64;       // rows that are copied at a time
-constexpr int kRowLanes = 8;        // threads that copy one row
+constexpr int kCopyRows = 64;  // rows that are copied at a time
+constexpr int kRowLanes = 8;   // threads that copy one row
 constexpr int kCopyRowStep = kGuardThreads / kRowLanes;
 
 // Starts copying 64 rows of one head into shared memory, from `first_row` on, of which `rows_left` exist; the others
@@ -111,7 +111,7 @@ SWS_KERNEL_BODY void clear_padding(BlockType& block, int head_size, int rows) {
 // q . k and q . kp for 32 rows and 32 keys of a warp; [row tile][key tile][register].
 struct LogitPairs {
   float base[kRowTiles][kKeyTiles][4];
-  float moved[kRowTiles][kKeyTiles][4];
+  float permuted[kRowTiles][kKeyTiles][4];
 };
 
 struct QueryFragments {
@@ -120,14 +120,14 @@ struct QueryFragments {
 
 struct KeyFragments {
   uint32_t base[4];
-  uint32_t moved[4];
+  uint32_t permuted[4];
 };
 
 // Products over 16 channels from `depth` on, for the 32 keys from first_key_of(thread) on. kFirst: they
 // become the logits, else they are added to them.
 template <typename Element, bool kFirst, typename BlockType, typename FirstKey>
 SWS_KERNEL_BODY void multiply_depth(BlockType& block, int stride, GuardTiling tiling, FirstKey first_key_of, int depth,
-                                    Shared<Element> queries, Shared<Element> keys, Shared<Element> moved,
+                                    Shared<Element> queries, Shared<Element> keys, Shared<Element> permuted,
                                     PerThread<LogitPairs, kGuardThreads>& logits) {
   PerThread<QueryFragments, kGuardThreads> a;
   PerThread<KeyFragments, kGuardThreads> b;
@@ -148,7 +148,7 @@ SWS_KERNEL_BODY void multiply_depth(BlockType& block, int stride, GuardTiling ti
       return (first_key_of(thread) + pair * 16 + lane / 16 * 8 + lane % 8) * stride + depth + lane / 8 % 2 * 8;
     };
     block.template load_matrices<false>(keys, row_index, [&](int t) { return b[t].base; });
-    block.template load_matrices<false>(moved, row_index, [&](int t) { return b[t].moved; });
+    block.template load_matrices<false>(permuted, row_index, [&](int t) { return b[t].permuted; });
     SWS_UNROLL
     for (int m = 0; m < kRowTiles; ++m) {
       SWS_UNROLL
@@ -156,15 +156,15 @@ SWS_KERNEL_BODY void multiply_depth(BlockType& block, int stride, GuardTiling ti
         const int n = 2 * pair + half;
         auto query = [&](int t) { return a[t].tile[m]; };
         auto base = [&](int t) { return logits[t].base[m][n]; };
-        auto moved_base = [&](int t) { return logits[t].moved[m][n]; };
+        auto permuted_base = [&](int t) { return logits[t].permuted[m][n]; };
         auto key = [&](int t) { return b[t].base + 2 * half; };
-        auto moved_key = [&](int t) { return b[t].moved + 2 * half; };
+        auto permuted_key = [&](int t) { return b[t].permuted + 2 * half; };
         if constexpr (kFirst) {
           block.template multiply<Element>(base, query, key);
-          block.template multiply<Element>(moved_base, query, moved_key);
+          block.template multiply<Element>(permuted_base, query, permuted_key);
         } else {
           block.template multiply_add<Element>(base, query, key);
-          block.template multiply_add<Element>(moved_base, query, moved_key);
+          block.template multiply_add<Element>(permuted_base, query, permuted_key);
         }
       }
     }
@@ -187,7 +187,7 @@ SWS_KERNEL_BODY void mask_logits(LogitPairs& logits, float scale, int place, int
       for (int i = 0; i < 4; ++i) {
         if (n * 8 + 2 * place + i % 2 < keys_left) continue;
         logits.base[m][n][i] = padded;
-        logits.moved[m][n][i] = padded;
+        logits.permuted[m][n][i] = padded;
       }
     }
   }
@@ -199,13 +199,13 @@ SWS_KERNEL_BODY void absorb_logits(LogitPairs const& logits, float scale, AlphaN
   SWS_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
     float base[kThreadKeys];
-    float moved[kThreadKeys];
+    float permuted[kThreadKeys];
     SWS_UNROLL
     for (int i = 0; i < kThreadKeys; ++i) {
       base[i] = logits.base[r / 2][i / 2][r % 2 * 2 + i % 2];
-      moved[i] = logits.moved[r / 2][i / 2][r % 2 * 2 + i % 2];
+      permuted[i] = logits.permuted[r / 2][i / 2][r % 2 * 2 + i % 2];
     }
-    absorb(rows.row[r], base, moved, scale, nodes);
+    absorb(rows.row[r], base, permuted, scale, nodes);
   }
 }
 
@@ -234,8 +234,7 @@ template <typename Row, typename BlockType>
 SWS_KERNEL_BODY void merge_warps(BlockType& block, GuardTiling tiling,
                                  PerThread<ThreadRows<Row>, kGuardThreads>& rows) {
   if (tiling.key_warps() == 1) return;
-  Shared<float> exchange =
-      block.template shared<float>(kRowResultBytes + kPartBytes, kFewestGuardRows * Row::kFields);
+  Shared<float> exchange = block.template shared<float>(kRowResultBytes + kPartBytes, kFewestGuardRows * Row::kFields);
   block.each_thread([&](int thread) {
     if (lane_place(thread).place != 0 || tiling.key_warp(thread) == 0) return;
     SWS_UNROLL
@@ -276,8 +275,7 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
     return block.template shared<Element>(query_bytes + stage_of(tile) * 2 * key_bytes, kGuardKeys * stride);
   };
   auto moved_of = [&](int tile) {
-    return block.template shared<Element>(query_bytes + (stage_of(tile) * 2 + 1) * key_bytes,
-                                          kGuardKeys * stride);
+    return block.template shared<Element>(query_bytes + (stage_of(tile) * 2 + 1) * key_bytes, kGuardKeys * stride);
   };
   auto rows_of = [&](TokenRows tensor, int token) {
     return static_cast<const Element*>(tensor.data) + head_start(problem, tensor, sample, token, head);
@@ -287,7 +285,7 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
     const int token = tile * kGuardKeys;
     const int left = problem.tokens - token;
     start_rows_copy(block, problem, rows_of(key_rows(problem), token), left, keys_of(tile), 0);
-    start_rows_copy(block, problem, rows_of(moved_key_rows(problem), token), left, moved_of(tile), 0);
+    start_rows_copy(block, problem, rows_of(permuted_key_rows(problem), token), left, moved_of(tile), 0);
   };
 
   PerThread<ThreadRows<Row>, kGuardThreads> rows;
@@ -303,8 +301,8 @@ SWS_KERNEL_BODY void measure_row_tile(BlockType& block, GuardProblem const& prob
       multiply_depth<Element, true>(block, stride, tiling, first_key, 0, queries, keys_of(tile), moved_of(tile),
                                     logits);
       for (int depth = 16; depth < padded_head_size(problem.head_size); depth += 16) {
-        multiply_depth<Element, false>(block, stride, tiling, first_key, depth, queries, keys_of(tile),
-                                       moved_of(tile), logits);
+        multiply_depth<Element, false>(block, stride, tiling, first_key, depth, queries, keys_of(tile), moved_of(tile),
+                                       logits);
       }
       block.each_thread([&](int thread) {
         if constexpr (decltype(masked)::value) {

@@ -12,8 +12,7 @@ namespace sws {
 // Two stages overlap the copy of the next keys with the products of the present ones. They are chosen unless fewer
 // blocks would then be resident than the problem has for each multiprocessor: resident blocks hide the latency of
 // copies as well, and that of everything else.
-inline cudaError_t choose_tiling(const void* kernel, GuardProblem const& problem, int processors,
-                                 GuardTiling* tiling) {
+inline cudaError_t choose_tiling(const void* kernel, GuardProblem const& problem, int processors, GuardTiling* tiling) {
   auto blocks_each = [&](int rows) {
     const int row_tiles = (problem.query_tokens + rows - 1) / rows;
     const int64_t tiles = static_cast<int64_t>(row_tiles) * problem.heads * problem.batch;

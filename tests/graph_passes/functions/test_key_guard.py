@@ -99,7 +99,7 @@ def unrelated(tokens: Tokens) -> Tokens:
     return 2 * q, k, np.random.default_rng(7).standard_normal(k.shape, dtype=np.float32)
 
 
-def needles(tokens: Tokens) -> Tokens:
+def long_keys(tokens: Tokens) -> Tokens:
     """Three keys eight times as long as the others."""
     q, k, _ = tokens
     k = k.copy()
@@ -129,7 +129,7 @@ CASES: dict[str, Callable[[Tokens], Tokens]] = {
     "one-hot rows": one_hot,
     "equal rows": equal_rows,
     "unrelated keys": unrelated,
-    "needles": needles,
+    "long keys": long_keys,
     "few rows": few_rows,
     "offset": offset,
 }
@@ -278,7 +278,7 @@ def test_nan_stays_in_its_sample() -> None:
     assert found[1] == pytest.approx(expected[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["usual", "large logits", "needles"])
+@pytest.mark.parametrize("case", ["usual", "large logits", "long keys"])
 def test_graph_optimisations_change_no_step(case: str) -> None:
     parameters = SwsParameters(key_cap=1.0)
     q, k, k_perm = CASES[case](noise(64))
@@ -388,7 +388,7 @@ def rounded(tokens: Tokens, dtype: type) -> list[np.ndarray]:
     return [array.astype(dtype) for array in tokens]
 
 
-@pytest.mark.parametrize("case", ["flat", "usual", "peaked", "one-hot rows", "equal rows", "needles"])
+@pytest.mark.parametrize("case", ["flat", "usual", "peaked", "one-hot rows", "equal rows", "long keys"])
 def test_float16_inputs(case: str) -> None:
     """float32 statistics on a float16 model: the step of its own rounded tensors."""
     narrow = rounded(CASES[case](noise(128)), np.float16)
@@ -402,7 +402,7 @@ def test_float16_inputs(case: str) -> None:
 
 
 @pytest.mark.parametrize("kappa", [0.09, 0.02, 0.003])
-@pytest.mark.parametrize("case", ["usual", "peaked", "large logits", "needles"])
+@pytest.mark.parametrize("case", ["usual", "peaked", "large logits", "long keys"])
 def test_bfloat16_inputs(case: str, kappa: float) -> None:
     """ONNX Runtime has no bfloat16: its numbers in float32, whose products are exact, as in the model."""
     tokens = tuple(as_bfloat16(x) for x in CASES[case](noise(64)))

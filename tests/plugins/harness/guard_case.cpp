@@ -49,7 +49,7 @@ void run_guard_case(const Case& test) {
   }
   problem.queries = tensors[0].data();
   problem.keys = tensors[1].data();
-  problem.moved_keys = tensors[2].data();
+  problem.permuted_keys = tensors[2].data();
   problem.query_temperature = floats(tensors[3]);
   problem.amplitude = floats(tensors[4]);
   problem.budget = floats(tensors[5]);

@@ -73,7 +73,7 @@ void disturb_middle(const Launches& run) {
   const double change = run.disturbance * run.problem.heads * run.problem.query_tokens / run.tiles.fast;
   for (int sample = 0; sample < run.problem.batch; ++sample) {
     for (int tile = 0; tile < run.tiles.fast; ++tile) {
-      record_of(run.workspace, kMiddleRound, sample, tile)[MiddlePass::kDrift] += change;
+      record_of(run.workspace, kMiddleRound, sample, tile)[MiddlePass::kMeanDelta] += change;
     }
   }
 }
