@@ -21,11 +21,7 @@ from benchmarks.gpu.references import (
     one_hot_guard_inputs,
 )
 
-GRIDS = ((1, 1), (5, 7), (8, 8), (16, 16), (17, 33), (64, 24), (64, 64))
-RADII = (2, 4, 8)
-CHANNELS = (8, 40, 320, 33)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-BUDGETS = (1e-3, 5e-3, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +38,37 @@ class GuardShape:
         return f"B {self.batch} Tq {self.query_tokens} T {self.tokens} heads {self.heads} D {self.head_size}"
 
 
-GUARD_SHAPES = (
-    GuardShape(64, 8, 160, 64),
-    GuardShape(100, 2, 40, 100),
-    GuardShape(256, 8, 160, 256),
-    GuardShape(300, 3, 64, 300),
-    GuardShape(1024, 2, 80, 1024),
-    GuardShape(77, 2, 41, 77),
-    # Cross-attention; the largest sites, where a block of the later rounds processes several row tiles.
-    GuardShape(77, 8, 40, 1024),
-    GuardShape(4096, 2, 40, 4096),
-    GuardShape(4096, 1, 64, 4096),
-    GuardShape(300, 8, 40, 300, batch=40),
-)
-FUSED_SHAPES = (GuardShape(1024, 2, 80, 1024), GuardShape(4096, 2, 40, 4096), GuardShape(1024, 4, 64, 1024))
-SEARCH_LOGITS = (700.0, 3000.0)
-"""Sizes of one-hot logits that the fast rounds cannot measure, so the search rounds must."""
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The values that each comparison combines; those of a full run by default."""
+
+    grids: tuple[tuple[int, int], ...] = ((1, 1), (5, 7), (8, 8), (16, 16), (17, 33), (64, 24), (64, 64))
+    radii: tuple[int, ...] = (2, 4, 8)
+    channels: tuple[int, ...] = (8, 40, 320, 33)
+    budgets: tuple[float, ...] = (1e-3, 5e-3, 0.5)
+    guard_shapes: tuple[GuardShape, ...] = (
+        GuardShape(64, 8, 160, 64),
+        GuardShape(100, 2, 40, 100),
+        GuardShape(256, 8, 160, 256),
+        GuardShape(300, 3, 64, 300),
+        GuardShape(1024, 2, 80, 1024),
+        GuardShape(77, 2, 41, 77),
+        # Cross-attention; the largest sites, where a block of the later rounds processes several row tiles.
+        GuardShape(77, 8, 40, 1024),
+        GuardShape(4096, 2, 40, 4096),
+        GuardShape(4096, 1, 64, 4096),
+        GuardShape(300, 8, 40, 300, batch=40),
+    )
+    fused_shapes: tuple[GuardShape, ...] = (
+        GuardShape(1024, 2, 80, 1024),
+        GuardShape(4096, 2, 40, 4096),
+        GuardShape(1024, 4, 64, 1024),
+    )
+    search_logits: tuple[float, ...] = (700.0, 3000.0)
+    """Sizes of one-hot logits that the fast rounds cannot measure, so the search rounds must."""
+
+
+FULL_SWEEP = Sweep()
 
 # Rounding a result costs half a unit in the last place; smaller errors are not compared.
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-22}
@@ -88,12 +99,12 @@ class Finding:
         return dataclasses.asdict(self) | {"passed": self.passed}
 
 
-def check_transport(kernels: Kernels, device: str) -> Iterator[Finding]:
+def check_transport(kernels: Kernels, device: str, sweep: Sweep = FULL_SWEEP) -> Iterator[Finding]:
     """Every grid, radius, number of channels and number format; keys and values in one launch."""
-    for grid, radius in itertools.product(GRIDS, RADII):
+    for grid, radius in itertools.product(sweep.grids, sweep.radii):
         weights = make_weights(2, grid, radius, device)
         dense = dense_transport(weights, radius).double()
-        for channels, dtype in itertools.product(CHANNELS, DTYPES):
+        for channels, dtype in itertools.product(sweep.channels, DTYPES):
             keys, values = torch.randn(2, 2, grid[0] * grid[1], channels, device=device).to(dtype)
             case = f"{grid[0]}x{grid[1]} radius {radius} channels {channels} {dtype}"
             runs = [
@@ -112,9 +123,9 @@ def check_transport(kernels: Kernels, device: str) -> Iterator[Finding]:
             yield _same_bits("banded_transport", case, runs)
 
 
-def check_guard(kernels: Kernels, device: str) -> Iterator[Finding]:
+def check_guard(kernels: Kernels, device: str, sweep: Sweep = FULL_SWEEP) -> Iterator[Finding]:
     """Every shape and number format, with budgets that bind and that do not; then the search rounds."""
-    for shape, dtype, kappa in itertools.product(GUARD_SHAPES, DTYPES, BUDGETS):
+    for shape, dtype, kappa in itertools.product(sweep.guard_shapes, DTYPES, sweep.budgets):
         q, k, k_perm, scalars = make_guard_inputs(
             shape.batch, shape.tokens, shape.heads * shape.head_size, dtype, device, sharpness=2, kappa=kappa
         )
@@ -125,14 +136,15 @@ def check_guard(kernels: Kernels, device: str) -> Iterator[Finding]:
         yield from _check_guard_case(
             kernels, (q, k, k_perm), scalars, shape.heads, f"{shape} {dtype} kappa {kappa}"
         )
-    for size, dtype in itertools.product(SEARCH_LOGITS, DTYPES):
+    for size, dtype in itertools.product(sweep.search_logits, DTYPES):
         q, k, k_perm, scalars = one_hot_guard_inputs(size, dtype, device)
         yield from _check_guard_case(kernels, (q, k, k_perm), scalars, 1, f"one-hot logits {size} {dtype}")
 
 
-def check_fused_guard(_kernels: Kernels, device: str) -> Iterator[Finding]:
+def check_fused_guard(_kernels: Kernels, device: str, sweep: Sweep = FULL_SWEEP) -> Iterator[Finding]:
     """The guard of the GPU lowering, in 16-bit formats: the literal step or a neighbour of it."""
-    for shape, dtype, kappa in itertools.product(FUSED_SHAPES, (torch.float16, torch.bfloat16), BUDGETS):
+    formats = (torch.float16, torch.bfloat16)
+    for shape, dtype, kappa in itertools.product(sweep.fused_shapes, formats, sweep.budgets):
         q, k, k_perm, scalars = make_guard_inputs(
             shape.batch, shape.tokens, shape.heads * shape.head_size, dtype, device, sharpness=2, kappa=kappa
         )

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +55,17 @@ PARTS = (
 """In order of importance for a run that is cut short."""
 
 
-def run_parts(names: list[str], out: Path, seconds: float, work: Mapping[str, Work]) -> dict[str, Any]:
+def run_parts(parts: Iterable[Part], out: Path, seconds: float, work: Mapping[str, Work]) -> dict[str, Any]:
     """Run parts one after the other and write `out` after each; results of a failed part are kept.
 
     A part is a forked process and the leader of its own process group: torch is imported once, by this
     process, which must not have used CUDA, and everything that a part has started ends with it.
 
     Args:
-        names: Names in PARTS.
+        parts: What to run, in this order.
         out: The results file.
         seconds: Time for everything; a part that does not finish in what is left is stopped.
-        work: What each part does.
+        work: What each part does, by its name.
 
     Returns:
         The results. `parts` has a line for each part; those of successful parts begin with `done`.
@@ -73,9 +73,7 @@ def run_parts(names: list[str], out: Path, seconds: float, work: Mapping[str, Wo
     end = time.monotonic() + seconds
     results: dict[str, Any] = {"parts": {}}
     out.parent.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        if part.name not in names:
-            continue
+    for part in parts:
         left = min(part.seconds, end - time.monotonic())
         print(f"--- {part.name}, at most {max(left, 0):.0f} s", flush=True)
         results["parts"][part.name] = _run_part(work[part.name], out.with_suffix(".part"), left, results)

@@ -15,7 +15,6 @@ from benchmarks.gpu.references import make_guard_inputs, make_weights, one_hot_g
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _FOUND = 9
-_LEAST_SECONDS = 5.0
 
 
 def run_small_case(kernels: Kernels, device: str) -> None:
@@ -39,8 +38,11 @@ def run_small_case(kernels: Kernels, device: str) -> None:
     torch.cuda.synchronize()
 
 
-def sanitize(seconds: float) -> Iterator[tuple[str, str]]:
-    """Each tool and its verdict on the small case, all of them within `seconds`."""
+def sanitize(seconds: float, least: float = 5.0) -> Iterator[tuple[str, str]]:
+    """Each tool and its verdict on the small case, all of them within `seconds`.
+
+    A tool with less than `least` seconds left is not run.
+    """
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
     program = shutil.which("compute-sanitizer", path=search)
     deadline = time.monotonic() + seconds
@@ -49,7 +51,7 @@ def sanitize(seconds: float) -> Iterator[tuple[str, str]]:
             yield tool, "not run: compute-sanitizer is not installed"
             continue
         left = (deadline - time.monotonic()) / (len(TOOLS) - done)
-        yield tool, _verdict(program, tool, left) if left >= _LEAST_SECONDS else "not run: no time left"
+        yield tool, _verdict(program, tool, left) if left >= least else "not run: no time left"
 
 
 def _verdict(program: str, tool: str, seconds: float) -> str:

@@ -6,11 +6,15 @@ from benchmarks.gpu.references import dense_transport, literal_guard
 
 
 class PlainKernels:
-    """Multiplies each result by `spoil`; `repeats` is False for results that differ from call to call."""
+    """Multiplies each result by `spoil`.
 
-    def __init__(self, spoil: float = 1.0, *, repeats: bool = True) -> None:
+    `repeats` is False for results that differ from call to call, `writes` for outputs that are not written.
+    """
+
+    def __init__(self, spoil: float = 1.0, *, repeats: bool = True, writes: bool = True) -> None:
         self.spoil = spoil
         self.repeats = repeats
+        self.writes = writes
         self.calls = 0
 
     def guard_workspace(self, *_):
@@ -31,6 +35,8 @@ class PlainKernels:
         return self.spoil if self.repeats else self.spoil * (1 + 1e-7 * self.calls)
 
     def _write(self, results, outputs):
+        if not self.writes:
+            return outputs
         for output, result in zip(outputs or [], results, strict=bool(outputs)):
             output.copy_(result)
         return outputs or results

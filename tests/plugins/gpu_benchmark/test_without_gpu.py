@@ -13,9 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import correctness, parts, sanitizer, site_timings, unet_step
+from benchmarks.gpu import parts, sanitizer, site_timings, unet_step
 from benchmarks.gpu import run as gpu_run
-from benchmarks.gpu.correctness import GuardShape, check_fused_guard, check_guard, check_transport
+from benchmarks.gpu.correctness import (
+    FULL_SWEEP,
+    GuardShape,
+    Sweep,
+    check_fused_guard,
+    check_guard,
+    check_transport,
+)
 from benchmarks.gpu.example_engine import check_example_engine, compare_steps
 from benchmarks.gpu.kernels import KernelError, Kernels, compile_kernels
 from benchmarks.gpu.ptxas_report import as_table, parse_ptxas_log
@@ -28,7 +35,7 @@ from benchmarks.gpu.references import (
     plain_attention,
     rebalance_band,
 )
-from benchmarks.gpu.sites import SITES
+from benchmarks.gpu.sites import SITES, Site
 from benchmarks.gpu.summary import as_markdown, summarize
 from benchmarks.gpu.timing import input_sets
 from sws_export import export
@@ -39,6 +46,16 @@ from tests.plugins.banded_transport import reference as transport_reference
 from tests.plugins.gpu_benchmark.plain_kernels import PlainKernels
 from tests.plugins.key_guard.reference import GuardCase, bisection_step, value_mix
 from tests.plugins.toolchain import BUILDS, ROOT, build_emulated_kernels
+
+# Small, with budgets that bind and that do not.
+FEW = Sweep(
+    grids=((5, 7),),
+    channels=(8, 33),
+    budgets=(1e-3, 0.5),
+    guard_shapes=(GuardShape(40, 2, 24, 70),),
+    fused_shapes=(GuardShape(300, 2, 40, 300),),
+    search_logits=(700.0,),
+)
 
 
 def test_dense_transport_is_the_literal_one() -> None:
@@ -91,8 +108,8 @@ def compiled() -> Kernels:
 
 
 @pytest.mark.parametrize("check", [check_transport, check_guard])
-def test_the_kernels_pass_the_comparisons_on_the_cpu(check, emulated: Kernels, few_cases) -> None:
-    findings = list(check(emulated, "cpu"))
+def test_the_kernels_pass_the_comparisons_on_the_cpu(check, emulated: Kernels) -> None:
+    findings = list(check(emulated, "cpu", FEW))
     assert len(findings) >= 18
     assert [finding for finding in findings if not finding.passed] == []
 
@@ -200,15 +217,6 @@ def test_the_command_says_that_there_is_no_gpu() -> None:
     assert "no GPU" in result.stderr
 
 
-@pytest.fixture
-def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correctness, "GRIDS", ((5, 7),))
-    monkeypatch.setattr(correctness, "GUARD_SHAPES", (GuardShape(40, 2, 24, 70),))
-    monkeypatch.setattr(correctness, "CHANNELS", (8, 33))
-    monkeypatch.setattr(correctness, "BUDGETS", (1e-3, 0.5))
-    monkeypatch.setattr(correctness, "SEARCH_LOGITS", (700.0,))
-
-
 @pytest.mark.parametrize("check", [check_transport, check_guard])
 @pytest.mark.parametrize(
     ("kernels", "passes"),
@@ -220,41 +228,49 @@ def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["right", "wrong", "nan", "not repeatable"],
 )
-def test_the_comparisons_pass_right_results_only(check, kernels, passes, few_cases) -> None:
-    findings = list(check(kernels, "cpu"))
+def test_the_comparisons_pass_right_results_only(check, kernels, passes) -> None:
+    findings = list(check(kernels, "cpu", FEW))
 
     assert len(findings) >= 18
     assert all(finding.passed for finding in findings) == passes
     json.dumps([finding.as_json() for finding in findings], allow_nan=False)
 
 
-def test_an_output_that_is_not_written_fails(few_cases, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = PlainKernels()
-    monkeypatch.setattr(kernels, "_write", lambda _, outputs: outputs)
+def test_an_output_that_is_not_written_fails() -> None:
     for check in (check_transport, check_guard):
-        assert not all(finding.passed for finding in check(kernels, "cpu"))
+        assert not all(finding.passed for finding in check(PlainKernels(writes=False), "cpu", FEW))
 
 
-def test_the_sweep_has_the_cases_of_the_models() -> None:
-    shapes = correctness.GUARD_SHAPES
+def test_the_full_sweep_has_the_cases_of_the_models() -> None:
+    shapes = FULL_SWEEP.guard_shapes
     assert {4096} <= {shape.tokens for shape in shapes}
     assert any(shape.query_tokens > shape.tokens for shape in shapes)
     # The later rounds have 2 x 132 / batch blocks on an H100: some of these must process several row tiles.
     assert any(shape.heads * -(-shape.query_tokens // 128) > 264 // shape.batch for shape in shapes)
-    assert (64, 64) in correctness.GRIDS
+    assert (64, 64) in FULL_SWEEP.grids
 
 
-def test_the_guard_of_four_attentions_finds_the_literal_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correctness, "FUSED_SHAPES", (GuardShape(300, 2, 40, 300),))
-    findings = list(check_fused_guard(PlainKernels(), "cpu"))
-    assert len(findings) == 2 * 2 * len(correctness.BUDGETS)
+def test_the_guard_of_four_attentions_finds_the_literal_step() -> None:
+    sweep = dataclasses.replace(FEW, budgets=FULL_SWEEP.budgets)
+    findings = list(check_fused_guard(PlainKernels(), "cpu", sweep))
+    assert len(findings) == 2 * 2 * len(sweep.budgets)
     assert [finding for finding in findings if not finding.passed] == []
+
+
+def set_cache(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with a cache of this size."""
+    properties = dataclasses.make_dataclass("Properties", [("L2_cache_size", int)])(nbytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+def fill_with_three_sets(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU whose cache, twice over, is filled by three sets of the float16 inputs of a site."""
+    set_cache(3 * 3 * site.batch * site.tokens * site.channels * 2 // 2, monkeypatch)
 
 
 def test_inputs_rotate_through_more_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = 50 * 2**20
-    properties = dataclasses.make_dataclass("Properties", [("L2_cache_size", int)])(cache)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    set_cache(cache, monkeypatch)
     for nbytes in (10**5, 3 * 10**6, 10**7, 10**9):
         count = input_sets(nbytes)
         assert count * nbytes >= 2 * cache or count == 64
@@ -271,8 +287,8 @@ def test_a_site_is_timed_in_every_respect(monkeypatch: pytest.MonkeyPatch) -> No
         return 1.0
 
     monkeypatch.setattr(site_timings, "time_graph", run_once)
-    monkeypatch.setattr(site_timings, "input_sets", lambda _: 3)
     site = SITES[3]
+    fill_with_three_sets(site, monkeypatch)
     row = site_timings.time_site(PlainKernels(), site, "cpu").as_json()
 
     assert row.pop("site") == site.name
@@ -283,7 +299,7 @@ def test_a_site_is_timed_in_every_respect(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_sets_of_inputs_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site_timings, "input_sets", lambda _: 3)
+    fill_with_three_sets(SITES[3], monkeypatch)
     sets = site_timings.make_site_inputs(PlainKernels(), SITES[3], "cpu", torch.float16)
     tensors = [
         tensor
@@ -338,7 +354,7 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
     work = {
         "build": succeed,
         "transport": crash,
@@ -348,10 +364,9 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: 
         "engine": fail,
         "sanitizer": succeed,
     }
-    limits = tuple(parts.Part(part.name, 1 if part.name == "guard" else 30) for part in parts.PARTS)
-    monkeypatch.setattr(parts, "PARTS", limits)
+    limited = [parts.Part(name, 1 if name == "guard" else 30) for name in work]
 
-    results = parts.run_parts(list(work), tmp_path / "gpu.json", 100, work)
+    results = parts.run_parts(limited, tmp_path / "gpu.json", 100, work)
 
     how = results["parts"]
     assert how["build"].startswith("done in")
@@ -366,7 +381,7 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path, monkeypatch: 
     # What a part has started ends with it.
     assert not is_alive(results["helper"])
     assert json.loads((tmp_path / "gpu.json").read_text()) == results
-    late = parts.run_parts(["unet"], tmp_path / "late.json", 0, work)
+    late = parts.run_parts([parts.Part("unet", 30)], tmp_path / "late.json", 0, work)
     assert late["parts"] == {"unet": "not run: no time left"}
 
 
@@ -392,10 +407,9 @@ def test_verdicts_of_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     program.write_text(SANITIZER.replace("FOLDER", str(tmp_path)))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(sanitizer, "_LEAST_SECONDS", 0.5)
     started = time.monotonic()
 
-    verdicts = dict(sanitizer.sanitize(4))
+    verdicts = dict(sanitizer.sanitize(4, least=0.5))
 
     assert time.monotonic() - started < 4
     assert verdicts["memcheck"] == "exit 0: ERROR SUMMARY: 0 errors"
@@ -404,7 +418,7 @@ def test_verdicts_of_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not is_alive(int((tmp_path / "helper").read_text()))
     assert [sanitizer.found_nothing(verdict) for verdict in verdicts.values()] == [True, False, True, False]
     assert (tmp_path / "allocator").read_text() == "1\n"
-    assert set(dict(sanitizer.sanitize(0.1)).values()) == {"not run: no time left"}
+    assert set(dict(sanitizer.sanitize(0.1, least=0.5)).values()) == {"not run: no time left"}
 
 
 DRY_SANITIZER = """#!/bin/sh

@@ -103,13 +103,17 @@ sites.SITES = tuple(
     dataclasses.replace(site, side=site.side // 8, heads=2, head_size=8 * (site.head_size // 40))
     for site in sites.SITES
 )
-correctness.GRIDS = ((5, 7),)
-correctness.RADII = (2, 8)
-correctness.CHANNELS = (8, 33)
-correctness.BUDGETS = (5e-3,)
-correctness.GUARD_SHAPES = (correctness.GuardShape(24, 2, 16, 40),)
-correctness.FUSED_SHAPES = (correctness.GuardShape(256, 2, 40, 256),)
-correctness.SEARCH_LOGITS = (700.0,)
+few = correctness.Sweep(
+    grids=((5, 7),),
+    radii=(2, 8),
+    channels=(8, 33),
+    budgets=(5e-3,),
+    guard_shapes=(correctness.GuardShape(24, 2, 16, 40),),
+    fused_shapes=(correctness.GuardShape(256, 2, 40, 256),),
+    search_logits=(700.0,),
+)
+for check in (correctness.check_transport, correctness.check_guard, correctness.check_fused_guard):
+    check.__defaults__ = (few,)
 timing.SAMPLES = 1
 timing.MAX_SETS = 3
 timing.copy_bandwidth.__defaults__ = (2**10,)
