@@ -141,9 +141,9 @@ def start_or_resume(saved: Path) -> Run:
     return run
 
 
-def take_step(run: Run, batch: int, rate: float) -> tuple[float, float]:
+def take_step(run: Run, batch: int, rate: float, sharpen_from: int) -> tuple[float, float]:
     """One step of AdamW and of the averaged weights; the loss and the entropy penalty of its batch."""
-    if run.done >= SHARPEN_FROM and not run.recorders:
+    if run.done >= sharpen_from and not run.recorders:
         run.recorders = list(record_self_attention(run.unet).values())
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -170,14 +170,16 @@ def save(run: Run, saved: Path, folder: Path) -> None:
     save_weights(run.average, folder)
 
 
-def train(steps: int, batch: int, peak: float, folder: Path, every: int) -> None:
+def train(
+    steps: int, batch: int, peak: float, folder: Path, every: int, sharpen_from: int = SHARPEN_FROM
+) -> None:
     """Run or resume the training; write averaged weights to `folder` every `every` steps and at the end."""
     saved = folder / "training" / "state.pt"
     run = start_or_resume(saved)
     first, started = run.done, time.monotonic()
     shown: list[tuple[float, float]] = []
     while run.done < steps:
-        shown.append(take_step(run, batch, learning_rate(run.done, steps, peak)))
+        shown.append(take_step(run, batch, learning_rate(run.done, steps, peak), sharpen_from))
         if run.done % 50 == 0:
             pace = (time.monotonic() - started) / (run.done - first)
             loss, flatness = np.mean(shown, axis=0)

@@ -218,17 +218,20 @@ def test_grid_shows_each_picture_in_its_cell() -> None:
 def test_interrupted_training_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "SHARPEN_FROM", 2)
-    train.train(3, 2, 1e-3, tmp_path / "whole", every=1)
+    def run(folder: Path) -> None:
+        train.train(3, 2, 1e-3, folder, every=1, sharpen_from=1)
+
+    def interrupted(state: dict[str, Any], file: Path) -> None:
+        if state["step"] == 2:
+            raise KeyboardInterrupt
+        save(state, file)
+
+    run(tmp_path / "whole")
+    save = torch.save
     with monkeypatch.context() as patch:
-        made = train.make_batch
-        patch.setattr(train, "make_batch", lambda step, size: made(step, size) if step < 2 else interrupt())
+        patch.setattr(torch, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train.train(3, 2, 1e-3, tmp_path / "halves", every=1)
-    train.train(3, 2, 1e-3, tmp_path / "halves", every=1)
+            run(tmp_path / "halves")
+    run(tmp_path / "halves")
     files = [tmp_path / name / "unet" / WEIGHTS.name for name in ("whole", "halves")]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def interrupt() -> Any:
-    raise KeyboardInterrupt
