@@ -18,12 +18,14 @@ class Sampled:
         changes: Root mean square change of the predicted image from one step to the next, [steps - 1, N],
             in the units of the latents; None if it is unknown.
         artefact: File name of the artefact if there are several; else empty.
+        label: How this run is called beside others.
     """
 
     intensity: float
     images: Floats
     changes: Floats | None
     artefact: str = ""
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

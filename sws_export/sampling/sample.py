@@ -73,10 +73,7 @@ class SampleOptions:
 def sample_pipeline(
     artefact: Path, pipeline: Path, out: Path, options: SampleOptions, progress: Progress | None = None
 ) -> list[Effect]:
-    """Write a PNG with the images of every prompt, seed and intensity, and measure the effect of SWS.
-
-    Images of one prompt and seed start from the same noise. They are sampled one at a time, each with a zero
-    state, also if the state of the artefact is persistent.
+    """Write a PNG with the images of `sample_images`, and measure the effect of SWS.
 
     Args:
         artefact: Exported from the UNet of `pipeline`.
@@ -92,12 +89,28 @@ def sample_pipeline(
         SwsExportError: A file is missing, the artefact does not fit the pipeline, or the PNG cannot be
             written.
     """
+    runs = sample_images(artefact, pipeline, options, progress)
+    effects = [measure(run, runs[0]) for run in runs]
+    save_image(comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps), out)
+    return effects
+
+
+def sample_images(
+    artefact: Path, pipeline: Path, options: SampleOptions, progress: Progress | None = None
+) -> list[Sampled]:
+    """The images of every prompt, seed and intensity: a run for each artefact and intensity.
+
+    Images of one prompt and seed start from the same noise. They are sampled one at a time, each with a zero
+    state, also if the state of the artefact is persistent. See `sample_pipeline` for the arguments.
+
+    Raises:
+        SwsExportError: A file is missing, or the artefact does not fit the pipeline.
+    """
     progress = progress or SilentProgress()
     pipe = load_pipeline(pipeline, trust_code=options.trust_code)
     files = (artefact, *options.beside)
     total = len(files) * len(options.prompts) * len(options.seeds) * len(options.intensities)
     runs: list[Sampled] = []
-    zero = ""
     check_pixels(pipe, options.drawing)
     with progress.stage("sample", total=total) as stage:
         for file in files:
@@ -110,12 +123,8 @@ def sample_pipeline(
                 engine_host_code_allowed=options.engine_host_code_allowed,
             )
             measured = _is_measured(pipe, progress)
-            zero = zero or ("plain" if is_plain_at_zero(unet.session.contract) else "SWS 0")
             runs += _sample(pipe, unet, file.name if options.beside else "", options, measured, stage)
-    effects = [measure(run, runs[0]) for run in runs]
-    sheet = comparison_sheet(runs, effects, options.prompts, options.seeds, options.steps, zero)
-    save_image(sheet, out)
-    return effects
+    return runs
 
 
 def _sample(
@@ -123,6 +132,7 @@ def _sample(
 ) -> list[Sampled]:
     """The images of one artefact, a run for each intensity; with `measured`, also the step-to-step change."""
     runs = []
+    plain_at_zero = is_plain_at_zero(unet.session.contract)
     for intensity in options.intensities:
         images, changes = [], []
         for prompt, seed in itertools.product(options.prompts, options.seeds):
@@ -132,9 +142,9 @@ def _sample(
             images.append(image)
             changes += [] if moved is None else [moved]
             stage.advance()
-        runs.append(
-            Sampled(intensity, np.stack(images), np.stack(changes, axis=1) if changes else None, name)
-        )
+        label = "plain" if intensity == 0 and plain_at_zero else f"SWS {intensity:g}"
+        moves = np.stack(changes, axis=1) if changes else None
+        runs.append(Sampled(intensity, np.stack(images), moves, name, label))
     return runs
 
 
@@ -150,7 +160,6 @@ def comparison_sheet(
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int,
-    zero: str = "plain",
 ) -> Image.Image:
     """Images of `runs` side by side, with the amplified change from the first run to the last.
 
@@ -160,7 +169,6 @@ def comparison_sheet(
         prompts: One row each.
         seeds: One group of columns each.
         steps: Number of steps, for the title.
-        zero: Label of a run at intensity 0.
     """
     scale = max(1, _NARROWEST // runs[0].images.shape[-1])
     change = runs[-1].images - runs[0].images
@@ -170,9 +178,7 @@ def comparison_sheet(
     for row, prompt in enumerate(prompts):
         numbers = range(row * len(seeds), (row + 1) * len(seeds))
         rows.append((prompt or "(no prompt)", [_shown(each[n], scale) for n in numbers for each in shown]))
-    labels = [
-        f"{run.artefact} {zero if run.intensity == 0 else f'SWS {run.intensity:g}'}".strip() for run in runs
-    ]
+    labels = [f"{run.artefact} {run.label}".strip() for run in runs]
     groups = [f"seed {seed}" for seed in seeds]
     title = f"The same seeds without and with SWS, {steps} steps"
     notes = [

@@ -19,7 +19,7 @@ from sws_export.cli import main
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.sampling.effects import Sampled, measure
 from sws_export.sampling.predicted_image import recorded_steps
-from sws_export.sampling.sample import SampleOptions, comparison_sheet, sample_pipeline
+from sws_export.sampling.sample import SampleOptions, comparison_sheet, sample_images, sample_pipeline
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
@@ -72,35 +72,18 @@ def test_another_artefact_beside_it(sws_graph: Path, pipeline: Path, tmp_path: P
     assert [(effect.artefact, effect.difference) for effect in effects] == 2 * [(sws_graph.name, 0.0)]
 
 
-def test_every_image_begins_from_an_empty_state(
-    node_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_image_begins_from_an_empty_state(node_graph: Path, pipeline: Path) -> None:
     """Of the node's, too, whose state is persistent: one image twice is the same image."""
-    named: list[Any] = []
-
-    def note(*arguments: Any) -> Image.Image:
-        named.append(arguments[-1])
-        return comparison_sheet(*arguments)
-
-    monkeypatch.setattr("sws_export.sampling.sample.comparison_sheet", note)
-    options = dataclasses.replace(OPTIONS, intensities=(1.0, 0.0, 1.0))
-    effects = sample_pipeline(node_graph, pipeline, tmp_path / "sheet.png", options)
-    assert effects[0].difference == effects[2].difference == 0 < effects[1].difference
+    runs = sample_images(node_graph, pipeline, dataclasses.replace(OPTIONS, intensities=(1.0, 0.0, 1.0)))
+    np.testing.assert_array_equal(runs[0].images, runs[2].images)
+    assert (runs[0].images != runs[1].images).any()
     # Its intensity 0 is not the plain UNet.
-    assert named == ["SWS 0"]
+    assert [run.label for run in runs] == ["SWS 1", "SWS 0", "SWS 1"]
 
 
-def test_plain_images_are_the_pipelines_own(
-    sws_graph: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Sampled] = []
-
-    def note(runs: list[Sampled], *arguments: Any) -> Image.Image:
-        drawn.extend(runs)
-        return comparison_sheet(runs, *arguments)
-
-    monkeypatch.setattr("sws_export.sampling.sample.comparison_sheet", note)
-    sample_pipeline(sws_graph, pipeline, tmp_path / "sheet.png", OPTIONS)
+def test_plain_images_are_the_pipelines_own(sws_graph: Path, pipeline: Path) -> None:
+    plain = sample_images(sws_graph, pipeline, dataclasses.replace(OPTIONS, intensities=(0.0,)))[0]
+    assert plain.label == "plain"
     pipe = StableDiffusionPipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
     images, changes = [], []
@@ -117,7 +100,6 @@ def test_plain_images_are_the_pipelines_own(
             )
         images.append(done.images[0])
         changes.append(np.concatenate(record.changes))
-    plain = drawn[0]
     assert plain.changes is not None
     np.testing.assert_allclose(
         plain.images.transpose(0, 2, 3, 1) / 2 + 0.5, np.stack(images), rtol=0, atol=1e-4
