@@ -93,7 +93,7 @@ def _rtx_devices(runtime: Any) -> list[Any]:
             "pip install 'sws-export[ort-rtx]'"
         ) from error
     try:
-        _register(runtime, package)
+        _register(runtime, package.get_ep_name(), package.get_library_path())
     except Exception as error:  # ONNX Runtime's own exceptions share no base class
         raise EngineError(
             f"ONNX Runtime {runtime.__version__} cannot load the provider of TensorRT for RTX ({error}); it "
@@ -109,6 +109,6 @@ def _rtx_devices(runtime: Any) -> list[Any]:
 
 
 @functools.cache
-def _register(runtime: Any, package: Any) -> None:
+def _register(runtime: Any, name: str, library: str) -> None:
     """Register the provider, once in a process."""
-    runtime.register_execution_provider_library(package.get_ep_name(), package.get_library_path())
+    runtime.register_execution_provider_library(name, library)

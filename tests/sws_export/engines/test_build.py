@@ -1,5 +1,6 @@
 """Builds with TensorRT for RTX in the child process, and every way in which a build can end."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import onnx
 import psutil
 import pytest
 
-from sws_export.engines import build, header
+from sws_export.engines import build
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.build import EngineReport, build_engine, log_warnings
 from sws_export.engines.choice import get_backend
@@ -68,9 +69,18 @@ def test_an_engine_with_two_profiles(graph, plan, shapes):
     assert 0 < first.activations < second.activations
 
 
-def test_a_complete_engine_with_an_unknown_header_is_kept(graph, plan, shapes, recorder, monkeypatch):
-    monkeypatch.setattr(header, "_MAGIC", {b"next": "tensorrt-rtx"})
-    progress = recorder()
+def test_a_complete_engine_with_an_unknown_header_is_kept(graph, plan, shapes, recorder):
+    class NextFormat(recorder):
+        """Replaces the first bytes of the complete plan."""
+
+        @contextlib.contextmanager
+        def stage(self, name, total=None):
+            with super().stage(name, total):
+                yield self
+            with plan.open("r+b") as file:
+                file.write(b"next")
+
+    progress = NextFormat()
     report = build_engine(graph, plan, [shapes], OPTIONS, progress)
     assert plan.stat().st_size == report.size > 0
     assert report.compute_capabilities == OPTIONS.targets

@@ -15,7 +15,6 @@ from sws_export.engines import child, monitor, network
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import get_backend
 from sws_export.errors import EngineError
-from sws_export.runtime import tensorrt_backend
 from sws_export.runtime.tensorrt_backend import TensorRtBackend
 from tests.sws_export.engines.recorded_tensorrt import VERSIONS, RecordedLibrary
 from tests.sws_export.engines.tensorrt_api import record
@@ -23,6 +22,7 @@ from tests.sws_export.engines.tensorrt_api import record
 TENSORRT = get_backend("tensorrt")
 PLUGIN = Path("/opt/libsws_plugins.so")
 PLAN = b"ftrt" + bytes(40)
+INPUTS, OUTPUTS = {"x": ["n", 4], "state": [1, 8]}, {"y": ["n", 4], "state_out": [1, 8]}
 
 
 @pytest.fixture(params=VERSIONS)
@@ -214,8 +214,13 @@ def contract(tmp_path):
     plan = tmp_path / "g.plan"
     plan.write_bytes(b"ftrt" + bytes(20) + struct.pack("<4B", 10, 16, 1, 11) + bytes(16))
     state = SimpleNamespace(spec=SimpleNamespace(name="state"), output="state_out")
-    profiles = tuple({"x": ((size, 4),) * 3} for size in (1, 2))
-    return SimpleNamespace(path=plan, manifest={"target": "tensorrt"}, states=[state], profiles=profiles)
+    profiles = tuple({"x": ((size, 4),) * 3, "state": ((1, 8),) * 3} for size in (1, 2))
+    inputs, outputs = (
+        [{"name": name, "dtype": "float32", "shape": shape} for name, shape in tensors.items()]
+        for tensors in (INPUTS, OUTPUTS)
+    )
+    manifest = {"target": "tensorrt", "inputs": inputs, "outputs": outputs}
+    return SimpleNamespace(path=plan, manifest=manifest, states=[state], profiles=profiles)
 
 
 @pytest.fixture
@@ -227,10 +232,29 @@ def device():
     return gpu
 
 
-def test_an_engine_is_run_by_calls_that_the_release_has(library, contract, device, monkeypatch):
-    # The recorded engine has no tensors.
-    monkeypatch.setattr(tensorrt_backend, "check_tensors", MagicMock())
-    monkeypatch.setattr(tensorrt_backend, "check_profiles", MagicMock())
+@pytest.fixture
+def engine_tensors(library, contract):
+    """Gives the recorded engine the tensors and profiles of `contract`."""
+    entries = contract.manifest["inputs"] + contract.manifest["outputs"]
+    shapes = {
+        entry["name"]: tuple(-1 if size == "n" else size for size in entry["shape"]) for entry in entries
+    }
+    modes = library.TensorIOMode
+    library.answers |= {
+        ("ICudaEngine", "num_io_tensors"): lambda _: len(shapes),
+        ("ICudaEngine", "get_tensor_name"): lambda _, index: list(shapes)[index],
+        ("ICudaEngine", "get_tensor_mode"): lambda _, name: modes.INPUT if name in INPUTS else modes.OUTPUT,
+        ("ICudaEngine", "get_tensor_dtype"): lambda *_, **__: library.DataType.FLOAT,
+        ("ICudaEngine", "get_tensor_shape"): lambda _, name: shapes[name],
+        ("ICudaEngine", "num_optimization_profiles"): lambda _: len(contract.profiles),
+        ("ICudaEngine", "get_tensor_profile_shape"): lambda _, name, profile_index: list(
+            contract.profiles[profile_index][name]
+        ),
+    }
+
+
+@pytest.mark.usefixtures("engine_tensors")
+def test_an_engine_is_run_by_calls_that_the_release_has(library, contract, device):
     array = MagicMock(shape=(2, 4), nbytes=32)
     loop = TensorRtBackend(contract, library, device, cuda_graphs=False).loop({"state": (1, 8)})
     loop.run({"x": array}, {"y": array})
