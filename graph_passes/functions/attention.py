@@ -205,7 +205,8 @@ def sampled_rows(op: Op, q: Any, size: Any, strides: tuple[int, int], dtype: ir.
 
     heads = op.Reshape(q, op.Concat([0, 0], attribute_int(op, "num_heads"), [-1], axis=0))
     squared = op.ReduceSumSquare(cast(op, heads, FLOAT, dtype), [3], keepdims=1)
-    places = op.Concat(op.ArgMax(squared, axis=1), op.ArgMin(squared, axis=1), axis=1)
+    # Of both signs, since each ArgMax has two layers of casts in TensorRT.
+    places = op.Transpose(op.ArgMax(op.Mul(squared, [1.0, -1.0]), axis=1), perm=[0, 3, 2, 1])
     channels = op.Concat([1, 1, 1], op.Shape(heads, start=3, end=4), axis=0)
     extremes = op.GatherElements(heads, op.Expand(places, channels), axis=1)
     return op.Concat(lattice, op.Reshape(extremes, [0, 0, -1]), axis=1)
