@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -132,6 +133,50 @@ def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
     return subprocess.run(
         [COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=500
     )
+
+
+BUILDER = """#!{python} -SE
+import json, os, sys
+spec = json.load(sys.stdin)
+folder = os.path.dirname(__file__)
+number = len(os.listdir(folder))
+assert os.path.isfile(spec["onnx"])
+with open(os.path.join(folder, f"{number:03}.json"), "w") as file:
+    json.dump(spec, file)
+with open(spec["out"], "wb") as file:
+    # Its size at byte 16, 1.7.1.116, compute capability 8.9; see sws_export/engines/header.py.
+    file.write(b"vtrt" + bytes(12) + bytes([40, *bytes(7), 1, 7, 1, 116, *bytes(4), 8, *bytes(3)]))
+    file.write(number.to_bytes(4, "little"))
+figures = {"layers": 3, "decomposed_attentions": 0, "parse_seconds": 0.5, "build_seconds": 0.5}
+figures |= {"library_version": "1.7", "peak_memory": 10**6, "gpu_memory": None}
+print(json.dumps({"event": "log", "severity": "warning", "text": "slow"}))
+print(json.dumps({"event": "built", **figures}))
+"""
+
+
+class Builds:
+    """Engine builds in whose process a program takes the place of TensorRT.
+
+    The last four bytes of an engine are its number, from 1 on.
+    """
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        """Until the end of `patch`, engines are built by a program in `folder`, which does not exist yet."""
+        folder.mkdir()
+        self._folder = folder
+        program = folder / "builder"
+        program.write_text(BUILDER.replace("{python}", sys.executable))
+        program.chmod(0o755)
+        # The Python that runs the build process.
+        patch.setattr(sys, "executable", str(program))
+
+    @property
+    def specifications(self) -> list[dict[str, Any]]:
+        """What each build process was told."""
+        return [json.loads(file.read_text()) for file in sorted(self._folder.glob("*.json"))]
+
+    def __len__(self) -> int:
+        return len(self.specifications)
 
 
 def error_line(stderr: str) -> str:

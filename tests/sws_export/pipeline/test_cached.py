@@ -24,13 +24,11 @@ from sws_export import (
 )
 from sws_export.cache import Cache, open_cache
 from sws_export.cache.digests import file_stamps
-from sws_export.engines.build import EngineReport, log_warnings
 from sws_export.errors import CheckpointError, ValidationError
-from sws_export.pipeline import engine as engine_stage
 from sws_export.pipeline.run import ExportReport
 from sws_export.progress import RecordingProgress, SilentProgress
 from sws_export.validation import OutputDifference, ValidationReport
-from tests.export_runs import ONE_SITE, AtStage, listing, with_options
+from tests.export_runs import ONE_SITE, AtStage, Builds, listing, with_options
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -61,20 +59,9 @@ def model(middle_unet: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The shapes of each engine that was built; engines are a few bytes."""
-    calls: list[Any] = []
-
-    def build(graph: Path, out: Path, shapes: Any, options: Any, progress: Any) -> EngineReport:
-        assert graph.is_file()
-        calls.append(shapes)
-        out.write_bytes(b"plan %d" % len(calls))
-        report = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 6, 1.0, 0.5, 0.5, 10**6, 3, 0, {"slow": 2})
-        log_warnings(report, progress)
-        return report
-
-    monkeypatch.setattr(engine_stage, "build_engine", build)
-    return calls
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builds:
+    """The engines that were built, which are a few bytes."""
+    return Builds(tmp_path / "builds", monkeypatch)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -203,13 +190,13 @@ def test_an_onnx_source_is_cached(traced: Path, out: Path) -> None:
     assert (out / "a.onnx").read_bytes() == (out / "b.onnx").read_bytes()
 
 
-def test_a_second_export_restores_the_engine(model: Path, out: Path, built: list[Any]) -> None:
+def test_a_second_export_restores_the_engine(model: Path, out: Path, built: Builds) -> None:
     progress, again = RecordingProgress(SilentProgress()), RecordingProgress(SilentProgress())
     first = export(model, out / "e.plan", PLAN, progress)
     second = export(model, out / "e.plan", PLAN, again)
     assert len(built) == 1
     assert cached(second) == [*STAGES, "build"]
-    assert (out / "e.plan").read_bytes() == b"plan 1"
+    assert (out / "e.plan").read_bytes()[-4:] == b"\1\0\0\0"
     assert second.engine == first.engine
     assert second.manifest | {"stages": []} == first.manifest | {"stages": []}
     assert any("engine: from the cache" in text for _, text in again.lines)
@@ -217,7 +204,7 @@ def test_a_second_export_restores_the_engine(model: Path, out: Path, built: list
     assert warnings == [text for warning, text in again.lines if warning] != []
 
 
-def test_a_changed_profile_builds_only_the_engine(model: Path, out: Path, built: list[Any]) -> None:
+def test_a_changed_profile_builds_only_the_engine(model: Path, out: Path, built: Builds) -> None:
     export(model, out / "e.plan", PLAN)
     for number, change in enumerate(
         [{"batch": "1:2:4"}, {"height": "16:32:32"}, {"width": "16:16:64"}, {"tokens": "1:7:77"}], 2
@@ -230,7 +217,7 @@ def test_a_changed_profile_builds_only_the_engine(model: Path, out: Path, built:
 
 
 def test_a_static_size_makes_another_graph_with_the_same_validation(
-    model: Path, out: Path, built: list[Any]
+    model: Path, out: Path, built: Builds
 ) -> None:
     export(model, out / "e.plan", PLAN)
     progress = RecordingProgress(SilentProgress())
@@ -246,7 +233,7 @@ def test_a_static_size_makes_another_graph_with_the_same_validation(
     assert again.validation == report.validation
 
 
-def test_keep_onnx_with_a_cached_engine(model: Path, out: Path, built: list[Any]) -> None:
+def test_keep_onnx_with_a_cached_engine(model: Path, out: Path, built: Builds) -> None:
     export(model, out / "e.plan", PLAN)
     export(model, out / "e.plan", with_options(PLAN, keep_onnx=True))
     assert len(built) == 1
@@ -254,7 +241,7 @@ def test_keep_onnx_with_a_cached_engine(model: Path, out: Path, built: list[Any]
 
 
 def test_log_and_json_name_cached_stages(
-    model: Path, out: Path, built: list[Any], capsys: pytest.CaptureFixture[str]
+    model: Path, out: Path, built: Builds, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(model), "--out", str(out / "e.plan"), "--vae-scale", "1", "--json"]
     command += ["--sites", *ONE_SITE.sites, "--guard", "literal"]
@@ -348,7 +335,7 @@ def test_a_changed_lora_or_scale_is_a_miss(model: Path, out: Path, tmp_path: Pat
     "change", [{"optimization_level": 1}, {"weight_streaming": True}, {"compute_capabilities": ("8.6",)}]
 )
 def test_a_changed_build_option_builds_again(
-    model: Path, out: Path, built: list[Any], change: dict[str, Any]
+    model: Path, out: Path, built: Builds, change: dict[str, Any]
 ) -> None:
     options = with_options(PLAN, validate=False)
     export(model, out / "e.plan", options)
@@ -358,7 +345,7 @@ def test_a_changed_build_option_builds_again(
     assert len(built) == 2
 
 
-def test_a_disabled_cache_stores_nothing(model: Path, out: Path, built: list[Any], cache: Cache) -> None:
+def test_a_disabled_cache_stores_nothing(model: Path, out: Path, built: Builds, cache: Cache) -> None:
     options = with_options(PLAN, cache=False, validate=False)
     export(model, out / "e.plan", options)
     assert not (cache.root or Path()).exists()
@@ -405,18 +392,18 @@ def test_changed_weights_behind_a_stale_digest_are_found(model: Path, out: Path,
     assert report.manifest["source"]["sha256"] != known
 
 
-def test_a_damaged_engine_is_built_again(model: Path, out: Path, built: list[Any], cache: Cache) -> None:
+def test_a_damaged_engine_is_built_again(model: Path, out: Path, built: Builds, cache: Cache) -> None:
     export(model, out / "e.plan", PLAN)
     (entry,) = (entry for entry in cache.entries() if entry.kind == "engine")
     (entry.directory / "e.plan").write_bytes(b"plan X")
     report = export(model, out / "e.plan", PLAN)
     assert len(built) == 2
     assert cached(report) == STAGES
-    assert (out / "e.plan").read_bytes() == b"plan 2"
+    assert (out / "e.plan").read_bytes()[-4:] == b"\2\0\0\0"
 
 
 def test_an_engine_removed_during_the_run_is_built_again(
-    model: Path, out: Path, built: list[Any], cache: Cache
+    model: Path, out: Path, built: Builds, cache: Cache
 ) -> None:
     export(model, out / "e.plan", PLAN)
     entries = (cache.root or Path()) / "entries"
@@ -427,7 +414,7 @@ def test_an_engine_removed_during_the_run_is_built_again(
 
 @pytest.mark.parametrize("function", ["pathlib.Path.rename", "pathlib.Path.write_text", "onnx_ir.save"])
 def test_an_interrupt_leaves_no_partial_entry(
-    model: Path, out: Path, built: list[Any], cache: Cache, function: str
+    model: Path, out: Path, built: Builds, cache: Cache, function: str
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -466,7 +453,7 @@ def test_an_unwritable_cache_is_a_warning(model: Path, out: Path, tmp_path: Path
 
 
 def test_list_and_clear(
-    model: Path, out: Path, built: list[Any], cache: Cache, capsys: pytest.CaptureFixture[str]
+    model: Path, out: Path, built: Builds, cache: Cache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export(model, out / "e.plan", with_options(PLAN, validate=False))
     assert main(["cache", "list"]) == 0
@@ -504,7 +491,7 @@ def test_a_checkpoint_replaced_while_it_is_exported(
     model: Path,
     out: Path,
     cache: Cache,
-    built: list[Any],
+    built: Builds,
 ) -> None:
     """Nothing is written, and the replacement never gets results of the first file from the cache."""
     replacement = Path(shutil.copytree(model, model.with_name("replacement")))

@@ -20,31 +20,28 @@ from sws_export import (
     SwsParameters,
     export,
 )
-from sws_export.engines.build import EngineReport
 from sws_export.errors import ValidationError
-from sws_export.pipeline import engine as engine_stage
 from sws_export.progress import SilentProgress
 from sws_export.runtime.contract import read_contract
-from tests.export_runs import ONE_SITE, AtStage, Session, difference, error_line, listing, with_options
+from tests.export_runs import (
+    ONE_SITE,
+    AtStage,
+    Builds,
+    Session,
+    difference,
+    error_line,
+    listing,
+    with_options,
+)
 
-ENGINE = EngineReport("tensorrt-rtx", "1.7", ("8.9",), 4, 1.0, 0.5, 0.5, 10**6, 3, 0, {})
 VALIDATED = ExportOptions(sws=ONE_SITE)
 FAST = with_options(VALIDATED, validate=False)
 
 
 @pytest.fixture
-def fake_engine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Engines are four bytes; the list has the arguments of each build."""
-    calls: list[tuple[Any, ...]] = []
-
-    def build(graph: Path, out: Path, profiles: Any, options: Any, progress: Any) -> EngineReport:
-        assert graph.is_file()
-        calls.append((graph, out, profiles, options))
-        out.write_bytes(b"plan")
-        return ENGINE
-
-    monkeypatch.setattr(engine_stage, "build_engine", build)
-    return calls
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builds:
+    """The engines that were built, which are a few bytes."""
+    return Builds(tmp_path / "builds", monkeypatch)
 
 
 def inputs(batch: int = 2) -> dict[str, Any]:
@@ -73,14 +70,15 @@ class TestFiles:
         assert names[:5] == ["export", "rewrite", "check", "save", "validate"]
         assert all(timing.peak_memory > 10**7 for timing in report.stages)
 
-    def test_an_engine_alone(self, middle_unet: Path, out: Path, fake_engine: list[Any]) -> None:
+    def test_an_engine_alone(self, middle_unet: Path, out: Path, built: Builds) -> None:
         options = with_options(FAST, vae_scale=1, tokens="1:8:77", compute_capabilities=("8.9",))
         report = export(middle_unet, out / "e.engine", options)
         assert sorted(listing(out)) == ["e.engine", "e.engine.json"]
-        ((_, _, (shapes,), build),) = fake_engine
-        assert build.compute_capabilities == ("8.9",)
-        assert shapes["sample"] == ((1, 4, 16, 16), (2, 4, 16, 16), (2, 4, 16, 16))
-        assert shapes["sws_state_d2"][0] == (1, 145, 8, 8)
+        (specification,) = built.specifications
+        assert specification["options"]["compute_capabilities"] == ["8.9"]
+        (shapes,) = specification["profiles"]
+        assert shapes["sample"] == [[1, 4, 16, 16], [2, 4, 16, 16], [2, 4, 16, 16]]
+        assert shapes["sws_state_d2"][0] == [1, 145, 8, 8]
         assert report.manifest["profiles"][0]["encoder_hidden_states"] == {
             "min": [1, 1, 16],
             "opt": [2, 8, 16],
@@ -88,7 +86,7 @@ class TestFiles:
         }
         assert report.manifest["engine"]["library_version"] == "1.7"
 
-    @pytest.mark.usefixtures("fake_engine")
+    @pytest.mark.usefixtures("built")
     def test_an_engine_and_its_graph(self, middle_unet: Path, out: Path) -> None:
         options = with_options(FAST, keep_onnx=True, vae_scale=1)
         report = export(middle_unet, out / "e.plan", options)
@@ -232,7 +230,7 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.usefixtures("quick_trace", "fake_engine")
+@pytest.mark.usefixtures("quick_trace", "built")
 @pytest.mark.parametrize("stage", ["open", "check tensors", "rewrite", "Check weights", "validate", "hash"])
 def test_an_interrupt_in_each_stage(middle_unet: Path, out: Path, stage: str) -> None:
     for name in EARLIER:
@@ -244,7 +242,7 @@ def test_an_interrupt_in_each_stage(middle_unet: Path, out: Path, stage: str) ->
     assert listing(out) == before
 
 
-@pytest.mark.usefixtures("quick_trace", "fake_engine")
+@pytest.mark.usefixtures("quick_trace", "built")
 @pytest.mark.parametrize("function", ["onnx_ir.save", "json.dump", "os.fsync"])
 def test_an_interrupt_while_a_file_is_written(
     middle_unet: Path,
@@ -271,7 +269,7 @@ def test_an_interrupt_while_a_file_is_written(
     assert listing(out) == before
 
 
-@pytest.mark.usefixtures("quick_trace", "fake_engine")
+@pytest.mark.usefixtures("quick_trace", "built")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_during_publishing_is_ignored(
     middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
