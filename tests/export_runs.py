@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +52,19 @@ def make_unet(directory: Path, **changes: Any) -> Path:
     )
     unet.save_pretrained(directory)
     return directory
+
+
+def changed_copy(model: Path, folder: Path, changes: Mapping[str, Callable[[Array], Array]]) -> Path:
+    """A copy of a UNet in `folder`, with the weights that `changes` names replaced by functions of them."""
+    from safetensors.numpy import load_file, save_file
+
+    copy = Path(shutil.copytree(model, folder / "changed"))
+    file = copy / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for name, change in changes.items():
+        weights[name] = change(weights[name]).astype(weights[name].dtype)
+    save_file(weights, file)
+    return copy
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -20,13 +20,17 @@ def save_skeleton(model: ir.Model, weights: Mapping[str, ir.TensorProtocol], scr
     kept = {}
     for name, value in model.graph.initializers.items():
         tensor, original = value.const_value, _source_tensor(value, weights)
-        unchanged = tensor is original or isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
-        if tensor is None or original is None or not unchanged:
+        stored_elsewhere = isinstance(tensor, ir.ExternalTensor | ir.LazyTensor)
+        if original is None and isinstance(tensor, ir.ExternalTensor):
+            # A constant that a static graph reads from the data of the dynamic one.
+            (value.const_value,) = ir.external_data.convert_tensors_from_external([tensor])
+        elif original is not None and tensor is not None and (tensor is original or stored_elsewhere):
+            value.const_value = ir.ExternalTensor(
+                _PLACEHOLDER, 0, tensor.nbytes, tensor.dtype, shape=value.shape or ir.Shape([]), name=name
+            )
+        else:
             continue
         kept[name] = tensor
-        value.const_value = ir.ExternalTensor(
-            _PLACEHOLDER, 0, tensor.nbytes, tensor.dtype, shape=value.shape or ir.Shape([]), name=name
-        )
     directory = scratch / "skeleton"
     directory.mkdir(exist_ok=True)
     try:

@@ -20,13 +20,12 @@ from sws_export.calibration import Calibration, calibrate, recorded_steps
 from sws_export.errors import CheckpointError, ExportError, OptionError, ValidationError
 from sws_export.inspection import inspect_file
 from sws_export.onnx_files import graph_specs, load_onnx
-from sws_export.pipeline.quantize import calibrated_layers, quantize
+from sws_export.pipeline.quantize import LARGEST_ERROR, calibrated_layers, quantize
 from sws_export.pipeline.validate import validate
 from sws_export.progress import RecordingProgress, SilentProgress
 from sws_export.report.explanation import Explanation
 from sws_export.report.tables import quantization_facts, validation_table
 from sws_export.tensors import concrete_shape
-from sws_export.validation import ValidationReport
 from tests.conftest import RunOnnx
 from tests.export_runs import TRAINED, difference, listing, open_session, with_options
 from tests.graph_passes.layer_models import QUANTIZED, layer_feeds, layer_model
@@ -127,7 +126,7 @@ def test_a_graph_over_its_tolerance_is_not_written(
 ) -> None:
     """Values of 3 bits instead of 8, at layers that are not left out for their errors."""
     monkeypatch.setitem(FORMATS, "int8", dataclasses.replace(FORMATS["int8"], largest=3.0))
-    monkeypatch.setattr("sws_export.pipeline.quantize.LARGEST_ERROR", {"int8": 9.0})
+    monkeypatch.setitem(LARGEST_ERROR, "int8", 9.0)  # type: ignore[arg-type]
     options = with_options(INT8, validate=True, **PLAIN | {"weights": None} | {option: "int8"})
     message = (
         f"out_sample by .* allowed is {allowed}; nothing was written. Without 8 bits it .*: use {remedy}"
@@ -266,25 +265,6 @@ def data(initializers: Mapping[str, ir.Value], name: str) -> Any:
     tensor = initializers[name].const_value
     assert tensor is not None
     return tensor.numpy().astype(np.float64)
-
-
-def test_static_and_dynamic_graphs_share_the_weights(
-    middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sws_export.onnx_files.EMBED_LIMIT", 2**18)
-    passed = ValidationReport("the reference", (), 5, {}, (), 1.0)
-    monkeypatch.setattr("sws_export.sources.checkpoint.validate_against_reference", lambda *_: passed)
-    sizes = SizeOptions(batch="2", height="8", width="6", tokens="7", vae_scale=1)
-    export(
-        middle_unet,
-        out / "graph.onnx",
-        ExportOptions(sws=INT8.sws, sizes=sizes, quantization=INT8.quantization),
-    )
-    assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.data", "graph.onnx.json"]
-    export(middle_unet, out / "dynamic.onnx", INT8)
-    # Above intensity 0, rounding can move the result of the bisection by one interval.
-    static, dynamic = (prediction(out / f"{name}.onnx", intensity=0.0) for name in ("graph", "dynamic"))
-    assert difference(static, dynamic) < 1e-5
 
 
 def test_a_plain_quantized_graph_as_the_source(middle_unet: Path, out: Path) -> None:

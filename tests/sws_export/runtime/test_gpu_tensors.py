@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from sws_export.errors import StepError
-from sws_export.runtime import Session, onnxruntime_backend
+from sws_export.runtime import Session
 from sws_export.runtime.contract import Contract, read_contract
 from sws_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 from sws_export.runtime.session import Stream
@@ -95,7 +96,21 @@ def library(sws_graph: Path, device: HostDevice) -> FakeLibrary:
 @pytest.fixture
 def graph_on_gpu(sws_graph: Path, monkeypatch: pytest.MonkeyPatch) -> Stream:
     """A graph in ONNX Runtime whose GPU is the memory of the host."""
-    monkeypatch.setattr(onnxruntime_backend, "_GPU", "cpu")
+
+    def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: function(
+            *(
+                "cpu" if isinstance(argument, str) and argument == "cuda" else argument
+                for argument in arguments
+            )
+        )
+
+    for owner, name in (
+        (onnxruntime.IOBinding, "bind_input"),
+        (onnxruntime.IOBinding, "bind_output"),
+        (onnxruntime.OrtValue, "ortvalue_from_numpy"),
+    ):
+        monkeypatch.setattr(owner, name, on_host(getattr(owner, name)))
     contract = read_contract(sws_graph)
     backend = OnnxRuntimeBackend(contract, "cpu", 1)
     backend.device = "cuda"
@@ -136,8 +151,6 @@ def test_an_engine_reads_and_writes_tensors_in_place(
 def test_a_graph_reads_and_writes_tensors_in_place(
     graph_on_gpu: Stream, sws_graph: Path, inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnxruntime
-
     def refuse(*_: Any) -> None:
         raise AssertionError("a copy to the GPU")
 
