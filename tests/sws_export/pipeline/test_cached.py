@@ -27,8 +27,7 @@ from sws_export.cache.digests import file_stamps
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.pipeline.run import ExportReport
 from sws_export.progress import RecordingProgress, SilentProgress
-from sws_export.validation import OutputDifference, ValidationReport
-from tests.export_runs import ONE_SITE, AtStage, Builds, listing, with_options
+from tests.export_runs import ONE_SITE, ROUNDED_AWAY, AtStage, Builds, changed_copy, listing, with_options
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -40,9 +39,12 @@ PLAN = ExportOptions(
     sws=ONE_SITE,
     sizes=SizeOptions(vae_scale=1, height=SIDE, width=SIDE, tokens="1:77:77"),
     engine=EngineOptions(compute_capabilities=("8.9",)),
+    validate=False,
 )
-STAGES = ["check", "validate", "export", "rewrite", "save", "digest"]
+VALIDATED_PLAN = with_options(PLAN, validate=True)
+STAGES = ["check", "export", "rewrite", "save", "digest"]
 """In the order in which the cache returns them."""
+VALIDATED_STAGES = ["check", "validate", *STAGES[1:]]
 
 
 @pytest.fixture
@@ -64,23 +66,8 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builds:
     return Builds(tmp_path / "builds", monkeypatch)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _validation(quick_trace: None) -> Iterator[None]:
-    """Exports load a trace, and the result of their validation is made up."""
-
-    def compare(graph: Path, *_: Any) -> ValidationReport:
-        assert graph.is_file()
-        sizes = {"batch": 2, "height": 8, "width": 6, "tokens": 7}
-        outputs = (OutputDifference("out_sample", 1.25e-6, 1e-7, 1e-6, 2e-4),)
-        return ValidationReport("the reference", ("a remark",), 5, sizes, outputs, 0.123456)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sws_export.sources.checkpoint.validate_against_reference", compare)
-        yield
-
-
 @pytest.fixture(scope="module")
-def filled(_validation: None, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def filled(quick_trace: None, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache directory with the graph of `middle_unet` for `UNVALIDATED`."""
     directory = tmp_path_factory.mktemp("filled")
     with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +83,7 @@ def configure(patch: pytest.MonkeyPatch, directory: Path) -> None:
     patch.setattr("time.time", lambda: time.time_ns() / 1e9 + 10)
 
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = pytest.mark.usefixtures("quick_trace", "cache")
 
 
 def cached(report: ExportReport) -> list[str]:
@@ -130,7 +117,7 @@ def test_a_second_export_restores_the_graph(model: Path, out: Path) -> None:
     assert cached(first) == []
     progress = AtStage()
     second = export(model, out / "graph.onnx", GRAPH, progress)
-    assert cached(second) == STAGES
+    assert cached(second) == VALIDATED_STAGES
     assert progress.stages == ["open", "hash"]
     after = listing(out)
     assert after["graph.onnx"] == before["graph.onnx"]
@@ -175,10 +162,10 @@ def test_an_onnx_source_is_cached(traced: Path, out: Path) -> None:
 
 def test_a_second_export_restores_the_engine(model: Path, out: Path, built: Builds) -> None:
     progress, again = RecordingProgress(SilentProgress()), RecordingProgress(SilentProgress())
-    first = export(model, out / "e.plan", PLAN, progress)
-    second = export(model, out / "e.plan", PLAN, again)
+    first = export(model, out / "e.plan", VALIDATED_PLAN, progress)
+    second = export(model, out / "e.plan", VALIDATED_PLAN, again)
     assert len(built) == 1
-    assert cached(second) == [*STAGES, "build"]
+    assert cached(second) == [*VALIDATED_STAGES, "build"]
     assert (out / "e.plan").read_bytes()[-4:] == b"\1\0\0\0"
     assert second.engine == first.engine
     assert second.manifest | {"stages": []} == first.manifest | {"stages": []}
@@ -188,23 +175,23 @@ def test_a_second_export_restores_the_engine(model: Path, out: Path, built: Buil
 
 
 def test_a_changed_profile_builds_only_the_engine(model: Path, out: Path, built: Builds) -> None:
-    export(model, out / "e.plan", PLAN)
+    export(model, out / "e.plan", VALIDATED_PLAN)
     for number, change in enumerate(
         [{"batch": "1:2:4"}, {"height": "16:32:32"}, {"width": "16:16:64"}, {"tokens": "1:7:77"}], 2
     ):
-        report = export(model, out / "e.plan", with_options(PLAN, **change))
-        assert cached(report) == STAGES
+        report = export(model, out / "e.plan", with_options(VALIDATED_PLAN, **change))
+        assert cached(report) == VALIDATED_STAGES
         assert report.validation is not None
         assert len(built) == number
-    assert "build" in cached(export(model, out / "e.plan", PLAN))
+    assert "build" in cached(export(model, out / "e.plan", VALIDATED_PLAN))
 
 
 def test_a_static_size_makes_another_graph_with_the_same_validation(
     model: Path, out: Path, built: Builds
 ) -> None:
-    export(model, out / "e.plan", PLAN)
+    export(model, out / "e.plan", VALIDATED_PLAN)
     progress = RecordingProgress(SilentProgress())
-    fixed = with_options(PLAN, tokens="7")
+    fixed = with_options(VALIDATED_PLAN, tokens="7")
     report = export(model, out / "e.plan", fixed, progress)
     assert cached(report) == ["check", "validate"]
     assert any(text.startswith("validation: from the cache") for _, text in progress.lines)
@@ -212,7 +199,7 @@ def test_a_static_size_makes_another_graph_with_the_same_validation(
     assert any("tokens was set to 7" in remark for remark in report.validation.remarks)
     assert len(built) == 2
     again = export(model, out / "e.plan", fixed)
-    assert cached(again) == [*STAGES[:-1], "static shapes", "digest", "build"]
+    assert cached(again) == [*VALIDATED_STAGES[:-1], "static shapes", "digest", "build"]
     assert again.validation == report.validation
 
 
@@ -233,8 +220,8 @@ def test_log_and_json_name_cached_stages(
     assert json.loads(capsys.readouterr().out)["cached"] == []
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["cached"] == [*STAGES, "build"]
-    assert printed.err.count("from the cache") == 3 + len(STAGES) + 1
+    assert json.loads(printed.out)["cached"] == [*VALIDATED_STAGES, "build"]
+    assert printed.err.count("from the cache") == 3 + len(VALIDATED_STAGES) + 1
 
 
 # Misses
@@ -336,16 +323,15 @@ def test_a_changed_lora_or_scale_is_a_miss(model: Path, out: Path, tmp_path: Pat
 def test_a_changed_build_option_builds_again(
     model: Path, out: Path, built: Builds, change: dict[str, Any]
 ) -> None:
-    options = with_options(PLAN, validate=False)
-    export(model, out / "e.plan", options)
-    export(model, out / "e.plan", with_options(options, **change))
+    export(model, out / "e.plan", PLAN)
+    export(model, out / "e.plan", with_options(PLAN, **change))
     assert len(built) == 2
-    export(model, out / "e.plan", options)
+    export(model, out / "e.plan", PLAN)
     assert len(built) == 2
 
 
 def test_a_disabled_cache_stores_nothing(model: Path, out: Path, built: Builds, cache: Cache) -> None:
-    options = with_options(PLAN, cache=False, validate=False)
+    options = with_options(PLAN, cache=False)
     export(model, out / "e.plan", options)
     assert not (cache.root or Path()).exists()
     export(model, out / "e.plan", with_options(options, cache=True))
@@ -376,7 +362,7 @@ def test_a_damaged_graph_is_exported_again(model: Path, out: Path, cache: Cache)
 
 def test_changed_weights_behind_a_stale_digest_are_found(model: Path, out: Path, cache: Cache) -> None:
     """The stored digest is wrong: the weights themselves are checked before a graph is used."""
-    export(model, out / "graph.onnx", GRAPH)
+    export(model, out / "graph.onnx", UNVALIDATED)
     files = [model / WEIGHTS]
     known = cache.digests.get(files)
     assert known is not None
@@ -384,9 +370,9 @@ def test_changed_weights_behind_a_stale_digest_are_found(model: Path, out: Path,
     cache.digests.put(files, *file_stamps(files), known)
     before = listing(out)
     with pytest.raises(CheckpointError, match="was changed, and its size and times are the same as before"):
-        export(model, out / "graph.onnx", GRAPH)
+        export(model, out / "graph.onnx", UNVALIDATED)
     assert listing(out) == before
-    report = export(model, out / "graph.onnx", GRAPH)
+    report = export(model, out / "graph.onnx", UNVALIDATED)
     assert cached(report) == []
     assert report.manifest["source"]["sha256"] != known
 
@@ -408,7 +394,7 @@ def test_an_engine_removed_during_the_run_is_built_again(
     entries = (cache.root or Path()) / "entries"
     report = export(model, out / "e.plan", PLAN, AtStage("read cache", lambda: shutil.rmtree(entries)))
     assert len(built) == 2
-    assert cached(report) == ["check", "validate"]
+    assert cached(report) == ["check"]
 
 
 @pytest.mark.parametrize("function", ["pathlib.Path.rename", "pathlib.Path.write_text", "onnx_ir.save"])
@@ -425,17 +411,15 @@ def test_an_interrupt_leaves_no_partial_entry(
     assert listing(out) == {}
     entries = (cache.root or Path()) / "entries"
     assert len(cache.entries()) == len(list(entries.glob("*")))
-    report = export(model, out / "e.plan", PLAN)
-    assert report.validation is not None
+    export(model, out / "e.plan", PLAN)
     assert (out / "e.plan").is_file()
 
 
 def test_a_graph_over_tolerance_is_not_stored(
-    model: Path, out: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+    middle_unet: Path, out: Path, tmp_path: Path, cache: Cache
 ) -> None:
-    report = ValidationReport("reference", (), 5, {}, (OutputDifference("out_sample", 1, 1, 1, 0.1),), 1.0)
-    monkeypatch.setattr("sws_export.sources.checkpoint.validate_against_reference", lambda *_: report)
-    with pytest.raises(ValidationError, match="nothing was written"):
+    model = changed_copy(middle_unet, tmp_path, ROUNDED_AWAY)
+    with pytest.raises(ValidationError, match=r"out_sample by .* allowed is 2e-04; nothing was written"):
         export(model, out / "graph.onnx", GRAPH)
     assert cache.entries() == []
 
@@ -454,7 +438,7 @@ def test_an_unwritable_cache_is_a_warning(model: Path, out: Path, tmp_path: Path
 def test_list_and_clear(
     model: Path, out: Path, built: Builds, cache: Cache, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export(model, out / "e.plan", with_options(PLAN, validate=False))
+    export(model, out / "e.plan", PLAN)
     assert main(["cache", "list"]) == 0
     printed = capsys.readouterr()
     kinds = [line.split()[0] for line in printed.out.splitlines()]
@@ -479,7 +463,7 @@ def test_list_and_clear(
     [
         ("check tensors", PLAN, set()),
         ("rewrite", PLAN, set()),
-        ("hash", PLAN, {"validation"}),
+        ("hash", VALIDATED_PLAN, {"validation"}),
         ("hash", with_options(PLAN, cache=False), set()),
     ],
 )
@@ -503,7 +487,7 @@ def test_a_checkpoint_replaced_while_it_is_exported(
         export(model, out / "e.plan", options, AtStage(stage, replace))
     assert listing(out) == {}
     assert {entry.kind for entry in cache.entries()} == kept
-    assert cached(export(model, out / "e.plan", PLAN)) == []
+    assert cached(export(model, out / "e.plan", with_options(options, cache=True))) == []
 
 
 def test_a_lora_replaced_while_it_is_exported(model: Path, out: Path, tmp_path: Path) -> None:
