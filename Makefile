@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 demo: $(VENV)/.installed
 	mkdir -p $(OUT)
 	$(BIN)/sws-export examples/shapes --out $(OUT)/engine.plan --tokens 8 --keep-onnx
-	$(BIN)/sws-export sample $(OUT)/engine.onnx examples/shapes --trust-code --out $(OUT)/pictures.png \
+	$(BIN)/sws-export sample $(OUT)/engine.onnx examples/shapes --trust-code --out $(OUT)/images.png \
 		--prompt "red circle center" --prompt "blue cross top and white square bottom" \
 		--prompt "green triangle left and yellow circle right" --prompt "" \
 		--seed 2 --seed 3 --steps 16 --guidance 3

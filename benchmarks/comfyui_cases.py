@@ -223,7 +223,7 @@ def _patch_case(twin: Twin, engine: Any, sampler: str, add: Any) -> None:
     expected = twin.sample(engine, sampler)
     add("a LoRA, without effect", sampler, twin.sample(patched, sampler), expected)
     add("a weight hook, without effect", sampler, with_hook, expected)
-    for refused, message in (
+    for rejected, message in (
         (
             lambda: comfy_extras.nodes_sag.SelfAttentionGuidance.execute(engine, 0.5, 2.0),
             "Self-Attention Guidance reads the attention weights of the UNet",
@@ -233,7 +233,7 @@ def _patch_case(twin: Twin, engine: Any, sampler: str, add: Any) -> None:
             f"{engine.unet.engine.contract.path.name} is an engine, whose weights cannot be merged",
         ),
     ):
-        assert _refusal(refused).startswith(message)
+        assert _rejection(rejected).startswith(message)
 
 
 class _Warnings(logging.Handler):
@@ -254,12 +254,12 @@ class _Warnings(logging.Handler):
         logging.getLogger().removeHandler(self)
 
 
-def _refusal(call: Callable[[], Any]) -> str:
+def _rejection(call: Callable[[], Any]) -> str:
     try:
         call()
     except ValueError as error:
         return str(error)
-    return "not refused"
+    return "not rejected"
 
 
 def _float16_cases(twin: Twin, sampler: str, add: Any) -> None:
@@ -358,7 +358,7 @@ def _convert_cases(twin: Twin, sampler: str, add: Any) -> None:
         assert again.unet.engine is converted.unet.engine
         assert path.stat().st_mtime_ns == written
         assert len(list(folder.glob("*.onnx"))) == number
-        assert bool(converted.unet.engine.contract.fixed_sizes) == (kind == "static")
+        assert bool(converted.unet.engine.contract.static_sizes) == (kind == "static")
         add(
             f"converted with the LoRA, {kind} sizes",
             sampler,

@@ -126,10 +126,10 @@ def run_example(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = [check.prompts.describe(scene) for scene in check.random_scenes(arguments.pairs, 0)]
     checker = pipeline_checker(folder, trust_code=True)
     assert checker is not None
-    plain = pictures_of(PLAIN, folder, prompts, arguments)
+    plain = images_of(PLAIN, folder, prompts, arguments)
     rows: dict[str, dict[str, Any]] = {"plain": {}}
     for variant in VARIANTS:
-        found = pictures_of(variant, folder, prompts, arguments)
+        found = images_of(variant, folder, prompts, arguments)
         # Each pair as the two intensities of an evaluation: plain, and this variant.
         measured = [
             measure_pair(
@@ -154,7 +154,7 @@ def run_example(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 Drawn = list[tuple[np.ndarray, np.ndarray]]
 
 
-def pictures_of(variant: Variant, folder: Path, prompts: list[str], arguments: argparse.Namespace) -> Drawn:
+def images_of(variant: Variant, folder: Path, prompts: list[str], arguments: argparse.Namespace) -> Drawn:
     """Images [frames, H, W, C] and changes of the predicted image [steps - 1] of each prompt."""
     weights = [file_digest(file).sha256 for file in sorted((folder / "unet").glob("*.safetensors"))]
     basis = [prompts, weights, arguments.frames, arguments.steps, arguments.guidance]
@@ -165,13 +165,13 @@ def pictures_of(variant: Variant, folder: Path, prompts: list[str], arguments: a
     if not kept.exists():
         start = time.monotonic()
         graph = exported(variant, folder, scratch, weights)
-        pictures, changes = draw_all(graph, folder, prompts, variant.intensity, arguments)
+        images, changes = draw_all(graph, folder, prompts, variant.intensity, arguments)
         with staged_directory(kept) as staging:
-            np.savez_compressed(staging / kept.name, pictures=pictures, changes=changes)
+            np.savez_compressed(staging / kept.name, images=images, changes=changes)
             publish(staging / kept.name, kept)
         print(f"{folder.name}: {variant.name}, {time.monotonic() - start:.0f} s", flush=True)
     with np.load(kept) as stored:
-        return list(zip(stored["pictures"], stored["changes"], strict=True))
+        return list(zip(stored["images"], stored["changes"], strict=True))
 
 
 def exported(variant: Variant, folder: Path, scratch: Path, weights: list[str]) -> Path:
@@ -204,7 +204,7 @@ def draw_all(
     # A state that the batch shares would mix the images.
     batch = BATCH if unet.session.contract.resets_per_image else 1
     jobs = [(seed, frame) for seed in range(len(prompts)) for frame in range(arguments.frames)]
-    pictures, changes = [], []
+    parts, changes = [], []
     for start in range(0, len(jobs), batch):
         some = jobs[start : start + batch]
         unet.reset()
@@ -217,10 +217,10 @@ def draw_all(
                 cross_attention_kwargs={"intensity": intensity},
                 output_type="np",
             ).images
-        pictures.append(np.clip(images * 255, 0, 255).round().astype(np.uint8))
+        parts.append(np.clip(images * 255, 0, 255).round().astype(np.uint8))
         changes.append(np.stack(record.changes, axis=1))
     by_pair = (len(prompts), arguments.frames)
-    drawn, moved = np.concatenate(pictures), np.concatenate(changes)
+    drawn, moved = np.concatenate(parts), np.concatenate(changes)
     return drawn.reshape(*by_pair, *drawn.shape[1:]), moved.reshape(*by_pair, -1)[:, 0]
 
 

@@ -6,11 +6,11 @@
 which each fused form ends at another step of 128 than the literal form.
 `products`: by how many steps the result moves if queries and mixed keys are rounded to 16 bit before each
 product, with float32 or wider accumulation.
-`float16`: the guard of the GPU targets with fused float16 attention emulated (stored float32 logits at 256
-tokens): by how many steps of 128 it misses the exact one, and the error of its entropy factor. Rows of five
-kinds at up to five budgets each (those of the default schedule, or ones that bind), and the model's own
+`float16`: the guard of the GPU targets with fused float16 attention emulated (materialized float32 logits at
+256 tokens): by how many steps of 128 it misses the exact one, and the error of its entropy factor. Rows of
+five kinds at up to five budgets each (those of the default schedule, or ones that bind), and the model's own
 queries and keys along a sampling.
-`float32`: the same for a float32 model, from stored logits (TensorRT for RTX) and from attention whose
+`float32`: the same for a float32 model, from materialized logits (TensorRT for RTX) and from attention whose
 operands are pairs of float16.
 `cost`: CPU time of a site of 64 x 64 tokens, 8 heads of 40 channels, in ONNX Runtime without the cost of the
 transport, relative to its plain attention.
@@ -205,8 +205,8 @@ def emulated_guard(
     """
     import onnx_ir as ir
 
-    from graph_passes.choose_guard import STORED_TOKENS
-    from graph_passes.functions import STORED_LOGITS, build_functions
+    from graph_passes.choose_guard import MATERIALIZED_TOKENS
+    from graph_passes.functions import MATERIALIZED_LOGITS, build_functions
     from graph_passes.guard import GuardOptions
     from graph_passes.parameters import SwsParameters
     from graph_passes.target import TARGETS
@@ -217,8 +217,8 @@ def emulated_guard(
     functions = build_functions(SwsParameters(), model_dtype, TARGETS[target], GuardOptions("fused"))
     shapes = {name: ["batch", name, heads * size] for name in ("q", "k", "k_perm")}
     attributes = {"num_heads": heads, "scale": size**-0.5}
-    stored = tokens <= STORED_TOKENS and dtype != "float32"
-    name = f"KeyGuard.{STORED_LOGITS}" if stored else "KeyGuard"
+    stored = tokens <= MATERIALIZED_TOKENS and dtype != "float32"
+    name = f"KeyGuard.{MATERIALIZED_LOGITS}" if stored else "KeyGuard"
     model = Call(functions, name, shapes, ir.DataType.FLOAT, attributes).model
     return Emulation(model, PairAttention if pairs else Attention)
 
@@ -265,10 +265,10 @@ def misses_of_kinds() -> list[dict[str, Any]]:
 
 
 def misses_of_float32() -> list[dict[str, Any]]:
-    """As `misses_of_kinds`, for a float32 model: stored float32 logits, and pairs of float16."""
+    """As `misses_of_kinds`, for a float32 model: materialized float32 logits, and pairs of float16."""
     results = []
     for side, heads, size in ((32, 4, 64), (64, 2, 40)):
-        for form, target in (("stored logits", "tensorrt-rtx"), ("float16 pairs", "onnxruntime-cuda")):
+        for form, target in (("materialized logits", "tensorrt-rtx"), ("float16 pairs", "onnxruntime-cuda")):
             pairs = form == "float16 pairs"
             guard = emulated_guard(heads, size, "float32", side**2, target, pairs=pairs)
             found = _misses_at_a_size(guard, side, heads, size, "float32")
@@ -293,7 +293,7 @@ def costs_of_float32() -> list[dict[str, Any]]:
         pairs = {gpu: 4 * 2 * logits * 6 * size / rates.attention for gpu, rates in GPUS.items()}
         site = {"site": f"64 x 64, {heads} x {size}, batch 2"}
         results += [
-            site | {"form": "stored logits", "seconds": stored, "bytes": 2 * 4 * logits},
+            site | {"form": "materialized logits", "seconds": stored, "bytes": 2 * 4 * logits},
             site | {"form": "float16 pairs", "seconds": pairs, "bytes": 4 * 2 * 3 * size * rows},
         ]
     return results

@@ -124,7 +124,7 @@ def _rtx(group: str, model: str) -> list[Case]:
 CASES = [
     *_graphs("SD1.5 512, batch 1", "sd15", 1, 2),
     *_steps("SD1.5 512, batch 1", "sd15", 1, 2),
-    *_rtx("TensorRT-RTX, SD1.5 512", "sd15-rtx"),
+    *_rtx("TensorRT for RTX, SD1.5 512", "sd15-rtx"),
     *_graphs("SD1.5 512, batch 2", "sd15", 2, 2),
     *_steps("SD1.5 512, batch 2", "sd15", 2, 1),
     *_graphs("SDXL 512, batch 1", "sdxl-512", 1, 0),
@@ -132,7 +132,7 @@ CASES = [
     *_steps("example, batch 2", "shapes", 2, 20),
     Case("example, batch 2", "graph", "shapes", "sws-literal", "sws-literal", 2, repeats=20),
     *_torch("example, batch 2", "shapes", 2, 20),
-    *_rtx("TensorRT-RTX, example", "shapes-rtx"),
+    *_rtx("TensorRT for RTX, example", "shapes-rtx"),
     *_torch("SD1.5 512, batch 1", "sd15", 1, 1),
     *_graphs("SDXL 1024, batch 1", "sdxl-1024", 1, 0),
     *_torch("SD1.5 512, batch 2", "sd15", 2, 1),

@@ -6,11 +6,11 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.conditions import ensure_defined
-from graph_passes.functions import DOMAIN, STORED_LOGITS
+from graph_passes.functions import DOMAIN, MATERIALIZED_LOGITS
 from graph_passes.set_static_shapes import static_dimension
 
-STORED_TOKENS = 256
-"""Most query rows, and most keys, of a site whose guard stores its logits."""
+MATERIALIZED_TOKENS = 256
+"""Most query rows, and most keys, of a site whose guard materializes its logits."""
 HEAD_SIZES = range(16, 257 - 8, 8)
 """Head sizes with fused attention, also with the 8 channels that the guard adds."""
 
@@ -18,11 +18,11 @@ _SITES = ("Attention", "CrossAttention")
 
 
 class ChooseGuard(InPlacePass):
-    """Use the guard with stored float32 logits at sites with few tokens, or without a fused attention.
+    """Use the guard with materialized float32 logits at sites with few tokens, or without a fused attention.
 
-    Run it before `sws.Attention` is inlined, on a model whose functions have a guard `STORED_LOGITS` beside
-    the one for fused attention. A model without it is not changed. A site with dynamic shapes has as many
-    tokens as the largest sizes allow; without these, it keeps the guard for fused attention.
+    Run it before `sws.Attention` is inlined, on a model whose functions have a guard `MATERIALIZED_LOGITS`
+    beside the one for fused attention. A model without it is not changed. A site with dynamic shapes has as
+    many tokens as the largest sizes allow; without these, it keeps the guard for fused attention.
     """
 
     def __init__(self, largest: Mapping[str, int]) -> None:
@@ -32,14 +32,14 @@ class ChooseGuard(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Replace the calls of functions of sites."""
-        if (DOMAIN, "KeyGuard", STORED_LOGITS) not in model.functions:
+        if (DOMAIN, "KeyGuard", MATERIALIZED_LOGITS) not in model.functions:
             return PassResult(model, modified=False)
         modified = False
         for node in model.graph:
             if (node.domain, node.overload) != (DOMAIN, "") or node.op_type not in _SITES:
                 continue
-            if self._stores_logits(node):
-                node.overload = _with_stored_logits(model, node.op_type)
+            if self._materializes_logits(node):
+                node.overload = _with_materialized_logits(model, node.op_type)
                 modified = True
         return PassResult(model, modified=modified)
 
@@ -47,7 +47,7 @@ class ChooseGuard(InPlacePass):
         """The model has the functions that sites call now, and the guards that these call."""
         ensure_defined(model)
 
-    def _stores_logits(self, node: ir.Node) -> bool:
+    def _materializes_logits(self, node: ir.Node) -> bool:
         query, transport = node.inputs[0], node.inputs[3]
         assert query is not None
         assert transport is not None
@@ -63,16 +63,16 @@ class ChooseGuard(InPlacePass):
             return False
         if node.op_type == "Attention":
             rows = height * width
-        return isinstance(rows, int) and max(rows, height * width) <= STORED_TOKENS
+        return isinstance(rows, int) and max(rows, height * width) <= MATERIALIZED_TOKENS
 
 
-def _with_stored_logits(model: ir.Model, name: str) -> str:
-    """The overload of `sws.<name>` whose guard stores its logits, added to the model if it is missing."""
-    if (DOMAIN, name, STORED_LOGITS) not in model.functions:
+def _with_materialized_logits(model: ir.Model, name: str) -> str:
+    """The overload of `sws.<name>` whose guard materializes its logits, added to the model if missing."""
+    if (DOMAIN, name, MATERIALIZED_LOGITS) not in model.functions:
         function = model.functions[DOMAIN, name, ""].clone()
-        function.overload = STORED_LOGITS
+        function.overload = MATERIALIZED_LOGITS
         for node in function:
             if (node.domain, node.op_type) == (DOMAIN, "KeyGuard"):
-                node.overload = STORED_LOGITS
+                node.overload = MATERIALIZED_LOGITS
         model.functions[function.identifier()] = function
-    return STORED_LOGITS
+    return MATERIALIZED_LOGITS

@@ -11,9 +11,9 @@ class DecomposeMetricsAttention(InPlacePass):
 
     Run it before the function is inlined. `Attention` elsewhere is not changed.
 
-    TensorRT-RTX 1.7 has no kernel for float32 attention, and its builder has ended with SIGSEGV if two such
-    nodes depend on each other and share an input, as those of the site metrics do (docs/engines.md). After
-    the pass the logits of one attention at a time are stored.
+    TensorRT for RTX 1.7 has no kernel for float32 attention, and its builder has ended with SIGSEGV if two
+    such nodes depend on each other and share an input, as those of the site metrics do (docs/engines.md).
+    After the pass the logits of one attention at a time are materialized.
     """
 
     def call(self, model: ir.Model) -> PassResult:

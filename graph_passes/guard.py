@@ -8,7 +8,8 @@ from typing import Literal
 from graph_passes.parameters import SwsParameters
 
 GuardForm = Literal["literal", "fused"]
-"""`literal` evaluates each step of the bisection on stored logits; `fused` needs three attentions at most."""
+"""`literal` evaluates each step of the bisection on materialized logits; `fused` finds the same step without
+them, from a few attentions."""
 
 ROW_STRIDES: Mapping[Fraction, tuple[int, int]] = {
     Fraction(1): (1, 1),

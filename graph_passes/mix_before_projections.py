@@ -14,8 +14,8 @@ class MixBeforeProjections(InPlacePass):
 
     At a site of up to `DENSE_TOKENS` tokens, a transport costs about as much as the further projection.
     Keys and values must be products of one tensor with matrices: a site whose projections have a bias, or
-    that adds a LoRA to them, is not changed, and neither is one whose guard stores its logits. A grid with
-    dynamic shapes has many tokens.
+    that adds a LoRA to them, is not changed, and neither is one whose guard materializes its logits. A grid
+    with dynamic shapes has many tokens.
 
     Run it after `ChooseGuard` and before functions are lowered, on a model that has `sws.ProjectedAttention`;
     others are not changed.

@@ -15,8 +15,8 @@ class SwsParameters:
         sigma_min: Noise level at and below which progress u is 1.
         sigma_max: Noise level at and above which progress u is 0.
         tau: Temperature of the transport kernel exp(-cost / tau).
-        sinkhorn_iters: Row/column normalisations of the transport of one scale.
-        rebalance_iters: Row/column normalisations after blending the scales, and after the momentum.
+        sinkhorn_iters: Row/column normalizations of the transport of one scale.
+        rebalance_iters: Row/column normalizations after blending the scales, and after the momentum.
         beta: Weight of the previous step's transport.
         bisection_steps: Halvings of [0, key_cap * a] in the search for the key mixing.
         key_cap: Largest key mixing at an amplitude of 1.

@@ -18,8 +18,8 @@ class Target:
             without branches as one CUDA graph.
         float16_attention: The runtime has fused float16 attention, which the guard without branches then
             uses in a float16 or bfloat16 model.
-        float32_attention: The runtime has float32 attention that stores no logits. Without, the guard of a
-            float32 model and the site metrics use products and a softmax.
+        float32_attention: The runtime has float32 attention that materializes no logits. Without, the guard
+            of a float32 model and the site metrics use products and a softmax.
         costly_shapes: The parser adds layers for the bounds of a Slice and for operands of lower rank. Pad
             and constants of full rank are used where all sizes are known.
         unscaled_attention: The parser has an operator for attention without a scale, see name_attention.py.

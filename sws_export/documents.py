@@ -55,7 +55,7 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading; a FIFO or device is refused instead of waited for.
+    """Open a regular file for reading; a FIFO or device is rejected instead of waited for.
 
     Raises:
         OSError: It cannot be opened, or is not a regular file.

@@ -98,7 +98,7 @@ def _inspect_graph(path: Path) -> dict[str, Any]:
             return facts | _shown(manifest) | {"warnings": [warning]}
         return facts | _shown(manifest) | _warnings(path, read_manifest(beside))
     with contextlib.suppress(ExportError):
-        # A graph that an export would refuse is described, too.
+        # A graph that an export would reject is described, too.
         NameNodes()(model)
         adapt(path, model, rename_inputs(model))
     sites, skipped = find_sites(model, cross_attention=True)

@@ -68,7 +68,7 @@ def load_onnx(path: Path) -> ir.Model:
 
 
 def _require_text(model: ir.Model) -> None:
-    """Refuse names that are not UTF-8, which protobuf returns as bytes.
+    """Reject names that are not UTF-8, which protobuf returns as bytes.
 
     Raises:
         ValueError: Names the first of them.
@@ -87,7 +87,7 @@ def _require_text(model: ir.Model) -> None:
 def _behind_links(path: Path, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     """`tensor` of the model at `path` with an absolute location.
 
-    onnx_ir refuses symbolic links that leave the model's directory and files with several hard links, both
+    onnx_ir rejects symbolic links that leave the model's directory and files with several hard links, both
     of which model caches consist of. With an absolute location and no base directory it makes no checks.
     """
     location = Path(tensor.location)
@@ -122,7 +122,7 @@ def copy_external(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
 def relocate_external_data(model: ir.Model) -> Path | None:
     """Make the external data of `model` relative to the directory that contains it, with links resolved.
 
-    ONNX Runtime reads the external data of a serialized model from one directory and refuses symbolic links
+    ONNX Runtime reads the external data of a serialized model from one directory and rejects symbolic links
     that leave it.
 
     Returns:

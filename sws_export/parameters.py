@@ -65,7 +65,7 @@ def _parse_value(name: str, text: str, default: object) -> object:
 
 
 def check_parameters(parameters: SwsParameters) -> None:
-    """Refuse values outside the range in which the mathematics is meaningful.
+    """Reject values outside the range in which the mathematics is meaningful.
 
     Raises:
         OptionError: Names the parameter, the value found and the range allowed.

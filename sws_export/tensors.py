@@ -106,7 +106,7 @@ class SizeRanges:
         """The ranges by symbol."""
         return {name: getattr(self, name) for name in SIZE_AXES}
 
-    def fixed(self) -> dict[str, int]:
+    def static_sizes(self) -> dict[str, int]:
         """The ranges of a single size, by symbol."""
         return {name: size.minimum for name, size in self.ranges().items() if size.minimum == size.maximum}
 

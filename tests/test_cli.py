@@ -155,7 +155,7 @@ def test_signals_end_it_with_one_line(
     assert error_line(capsys.readouterr().err) == "interrupted; nothing was written"
 
 
-def test_an_interrupt_during_the_summary_tells_what_is_complete(
+def test_an_interrupt_during_the_summary_lists_what_is_complete(
     traced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The summary has a table of the stages."""

@@ -21,7 +21,7 @@ FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class KernelError(RuntimeError):
-    """The kernels cannot be compiled, or CUDA refused a launch."""
+    """The kernels cannot be compiled, or CUDA rejected a launch."""
 
 
 def find_nvcc() -> str:

@@ -176,7 +176,7 @@ def measure(folder: Path, form: str) -> dict[str, Any]:
         graph = open_session(path, ("CUDAExecutionProvider", {"enable_cuda_graph": "1"}))
         figures["milliseconds_cuda_graph"] = time_steps(graph, values)[0]
         del graph
-    except Exception as error:  # ONNX Runtime's exceptions share no base class; its refusal is the result
+    except Exception as error:  # ONNX Runtime's exceptions share no base class; its rejection is the result
         figures["cuda_graph"] = str(error).splitlines()[0][:300]
     profiled = open_session(path, "CUDAExecutionProvider", profile=folder / "profile")
     profiled.run(None, values)

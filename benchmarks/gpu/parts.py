@@ -96,11 +96,11 @@ def _run_part(work: Work, file: Path, seconds: float, results: dict[str, Any]) -
     status = _wait(child, started + seconds)
     found = json.loads(file.read_text()) if file.exists() else {}
     file.unlink(missing_ok=True)
-    refused = found.pop("not_run", None)
+    rejected = found.pop("not_run", None)
     results |= found
     took = f"{time.monotonic() - started:.0f} s"
-    if refused is not None:
-        return f"not run: {refused}"
+    if rejected is not None:
+        return f"not run: {rejected}"
     if status is None:
         return f"stopped after {took}"
     return f"done in {took}" if status == 0 else f"failed with status {status} after {took}"

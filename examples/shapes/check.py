@@ -25,31 +25,31 @@ _HALF_CELL = 5
 
 
 class Accuracy(NamedTuple):
-    """Shares in [0, 1]; of the objects in the prompts, and (`exact`) of the whole pictures."""
+    """Shares in [0, 1]; of the objects in the prompts, and (`exact`) of the whole images."""
 
     position: float  # there is an object at the position of the prompt
     colour: float  # ... and has its colour
     shape: float  # ... and has its shape
-    exact: float  # every object of the picture is right, none is missing and none is too many
+    exact: float  # every object of the image is right, none is missing and none is too many
 
 
-def recognise(picture: Floats) -> frozenset[SceneObject]:
-    """What is on a picture, float32 [3, 32, 32] in [-1, 1]: at each place the nearest rendering, if any."""
+def recognise(image: Floats) -> frozenset[SceneObject]:
+    """What is on a image, float32 [3, 32, 32] in [-1, 1]: at each place the nearest rendering, if any."""
     found = []
     for position in scenes.POSITIONS:
         candidates, renderings = _renderings(position)
-        distance = np.square(renderings - _cell(picture, position).ravel()).sum(axis=1)
+        distance = np.square(renderings - _cell(image, position).ravel()).sum(axis=1)
         nearest = candidates[int(distance.argmin())]
         if nearest is not None:
             found.append(nearest)
     return frozenset(found)
 
 
-def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
-    """How far pictures float32 [N, 3, 32, 32] show the N scenes of their prompts."""
+def accuracy(wanted: Sequence[Scene], images: Floats) -> Accuracy:
+    """How far images float32 [N, 3, 32, 32] show the N scenes of their prompts."""
     position, colour, shape, exact = [], [], [], []
-    for scene, picture in zip(wanted, pictures, strict=True):
-        seen = recognise(picture)
+    for scene, image in zip(wanted, images, strict=True):
+        seen = recognise(image)
         there = {thing.position: thing for thing in seen}
         for thing in scene:
             other = there.get(thing.position)
@@ -60,14 +60,14 @@ def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
     return Accuracy(*(float(np.mean(share)) for share in (position, colour, shape, exact)))
 
 
-def adherence(prompt: str, picture: Floats) -> float:
-    """How far a picture float32 [3, 32, 32] in [-1, 1] obeys its prompt: 0 to 1.
+def adherence(prompt: str, image: Floats) -> float:
+    """How far a image float32 [3, 32, 32] in [-1, 1] obeys its prompt: 0 to 1.
 
     Objects that are both in the prompt and recognised, with colour, shape and position, as a share of those
     that are either.
     `sws-export evaluate` calls it.
     """
-    wanted, seen = frozenset(prompts.parse(prompt)), recognise(picture)
+    wanted, seen = frozenset(prompts.parse(prompt)), recognise(image)
     return len(wanted & seen) / len(wanted | seen) if wanted | seen else 1.0
 
 
@@ -97,9 +97,9 @@ def _renderings(position: str) -> tuple[list[SceneObject | None], Floats]:
     return candidates, np.stack(renderings)
 
 
-def _cell(picture: Floats, position: str) -> Floats:
+def _cell(image: Floats, position: str) -> Floats:
     x, y = (int(centre) for centre in scenes.POSITIONS[position])
-    return picture[:, max(0, y - _HALF_CELL) : y + _HALF_CELL, max(0, x - _HALF_CELL) : x + _HALF_CELL]
+    return image[:, max(0, y - _HALF_CELL) : y + _HALF_CELL, max(0, x - _HALF_CELL) : x + _HALF_CELL]
 
 
 def load_artefact(path: Path) -> Any:
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, help="also write the samples to this PNG")
+    parser.add_argument("--image", type=Path, help="also write the samples to this PNG")
     parser.add_argument("--artefact", type=Path, help="an exported graph in place of the torch UNet")
     arguments = parser.parse_args()
 
@@ -130,10 +130,10 @@ def main() -> None:
     unet = load_artefact(arguments.artefact) if arguments.artefact else load_unet()
     wanted = random_scenes(arguments.prompts, arguments.seed)
     texts = [prompts.describe(scene) for scene in wanted]
-    pictures = sample(unet, texts, arguments.steps, arguments.guidance, arguments.seed)
-    if arguments.picture:
-        to_grid(pictures).save(arguments.picture)
-    report: dict[str, object] = {"accuracy": accuracy(wanted, pictures)._asdict()}
+    images = sample(unet, texts, arguments.steps, arguments.guidance, arguments.seed)
+    if arguments.image:
+        to_grid(images).save(arguments.image)
+    report: dict[str, object] = {"accuracy": accuracy(wanted, images)._asdict()}
     if not arguments.artefact:
         report["entropy"] = {
             "trained": entropy.self_attention_entropy(unet),

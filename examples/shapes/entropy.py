@@ -64,14 +64,14 @@ def self_attention_entropy(unet: Any, timesteps: tuple[int, ...] = (100, 400, 70
     recorders = record_self_attention(unet)
     rng = np.random.default_rng(1)
     drawn = [scenes.random_scene(rng) for _ in range(8)]
-    pictures = torch.from_numpy(np.stack([scenes.render(scene, rng) for scene in drawn]))
+    images = torch.from_numpy(np.stack([scenes.render(scene, rng) for scene in drawn]))
     words = torch.from_numpy(prompts.embed_all([prompts.describe(scene) for scene in drawn]))
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     try:
         for timestep in timesteps:
             when = torch.tensor([timestep])
-            unet(scheduler.add_noise(pictures, noise, when), when, words)
+            unet(scheduler.add_noise(images, noise, when), when, words)
     finally:
         unet.set_attn_processor(before)
     return {name: recorder.take().mean().item() for name, recorder in recorders.items()}

@@ -36,7 +36,7 @@ class ShapesPipeline(DiffusionPipeline):
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """One picture for each prompt, `height` by `width` pixels, multiples of 4.
+        """One image for each prompt, `height` by `width` pixels, multiples of 4.
 
         `latents` is the noise [B, 3, height, width], instead of that of `generator`.
 
@@ -61,5 +61,5 @@ class ShapesPipeline(DiffusionPipeline):
             conditional, unconditional = both[0].chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-        pictures = (latents / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
-        return ImagePipelineOutput(self.numpy_to_pil(pictures) if output_type == "pil" else pictures)
+        images = (latents / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
+        return ImagePipelineOutput(self.numpy_to_pil(images) if output_type == "pil" else images)

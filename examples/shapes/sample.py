@@ -1,4 +1,4 @@
-"""Draw pictures from prompts, in the repository root:
+"""Draw images from prompts, in the repository root:
 
     python -m examples.shapes.sample "red circle left" "blue cross top and white square right"
 
@@ -39,7 +39,7 @@ def sample(
     seed: int = 0,
     folder: Path = HERE,
 ) -> npt.NDArray[np.float32]:
-    """Pictures of prompts: float32 [len(texts), 3, 32, 32] in [-1, 1].
+    """Images of prompts: float32 [len(texts), 3, 32, 32] in [-1, 1].
 
     `steps` Euler steps with the scheduler of `folder/scheduler`; `guidance` is the scale of classifier-free
     guidance (1 is none). The initial noise of prompt i depends on `seed` and i only. Raises PromptError where
@@ -60,18 +60,18 @@ def sample(
         conditional, unconditional = both.chunk(2)
         prediction = unconditional + guidance * (conditional - unconditional)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-    pictures: npt.NDArray[np.float32] = latents.clamp(-1.0, 1.0).numpy()
-    return pictures
+    images: npt.NDArray[np.float32] = latents.clamp(-1.0, 1.0).numpy()
+    return images
 
 
-def to_grid(pictures: npt.NDArray[np.float32], columns: int = 8, scale: int = 4) -> Image.Image:
-    """One RGB image of pictures [N, 3, H, W] in [-1, 1], row by row, enlarged `scale` times."""
-    count, _, height, width = pictures.shape
+def to_grid(images: npt.NDArray[np.float32], columns: int = 8, scale: int = 4) -> Image.Image:
+    """One RGB image that shows images [N, 3, H, W] in [-1, 1], row by row, enlarged `scale` times."""
+    count, _, height, width = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 24, dtype=np.uint8)
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         top, left = (index // columns) * (height + 1) + 1, (index % columns) * (width + 1) + 1
-        pixels = np.clip((picture.transpose(1, 2, 0) + 1.0) * 127.5, 0.0, 255.0).round().astype(np.uint8)
+        pixels = np.clip((image.transpose(1, 2, 0) + 1.0) * 127.5, 0.0, 255.0).round().astype(np.uint8)
         sheet[top : top + height, left : left + width] = pixels
     image = Image.fromarray(sheet)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
@@ -87,10 +87,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
-        pictures = sample(load_unet(), arguments.prompt, arguments.steps, arguments.guidance, arguments.seed)
+        images = sample(load_unet(), arguments.prompt, arguments.steps, arguments.guidance, arguments.seed)
     except prompts.PromptError as error:
         sys.exit(f"sample: {error}")
-    to_grid(pictures, columns=min(8, len(pictures))).save(arguments.out)
+    to_grid(images, columns=min(8, len(images))).save(arguments.out)
     print(arguments.out)
 
 

@@ -48,19 +48,19 @@ Scene = tuple[SceneObject, ...]
 
 
 def render(scene: Scene, rng: np.random.Generator | None = None) -> npt.NDArray[np.float32]:
-    """Picture of a scene: float32 [3, SIZE, SIZE] in [-1, 1].
+    """Image of a scene: float32 [3, SIZE, SIZE] in [-1, 1].
 
     Without `rng` every object sits exactly at its position with radius RADIUS; with it, place and radius vary
     by up to JITTER and RADIUS_JITTER pixels. Later objects are drawn over earlier ones.
     """
-    picture = np.zeros((3, SIZE, SIZE), dtype=np.float32)
+    image = np.zeros((3, SIZE, SIZE), dtype=np.float32)
     for thing in scene:
         dx, dy, dr = (0.0, 0.0, 0.0) if rng is None else rng.uniform(-1.0, 1.0, 3)
         x, y = POSITIONS[thing.position]
         cover = coverage(thing.shape, x + JITTER * dx, y + JITTER * dy, RADIUS + RADIUS_JITTER * dr)
         colour = np.array(COLOURS[thing.colour], dtype=np.float32)[:, None, None]
-        picture += cover * (colour - picture)
-    return picture
+        image += cover * (colour - image)
+    return image
 
 
 def coverage(shape: str, x: float, y: float, radius: float) -> npt.NDArray[np.float32]:

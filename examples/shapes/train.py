@@ -3,7 +3,7 @@
 Deterministic: every random number of step k comes from (seed, k), so an interrupted run that resumes takes
 the same steps as one that was never interrupted. The learning rate is flat, then falls at the end.
 
-Scenes this simple can be drawn with nearly flat self-attention, unlike the pictures that large models are
+Scenes this simple can be drawn with nearly flat self-attention, unlike the images that large models are
 trained on. So once the layout is learned, from step SHARPEN_FROM on, rows of self-attention pay for entropy
 above a target.
 """
@@ -64,12 +64,12 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def make_batch(step: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures float32 [size, 3, 32, 32] and encoder_hidden_states float32 [size, 8, 64] of a step."""
+    """Images float32 [size, 3, 32, 32] and encoder_hidden_states float32 [size, 8, 64] of a step."""
     rng = np.random.default_rng((SEED, step))
     drawn = [scenes.random_scene(rng) for _ in range(size)]
-    pictures = np.stack([scenes.render(scene, rng) for scene in drawn])
+    images = np.stack([scenes.render(scene, rng) for scene in drawn])
     texts = ["" if rng.random() < EMPTY_PROMPT_RATE else prompts.describe(scene) for scene in drawn]
-    return torch.from_numpy(pictures), torch.from_numpy(prompts.embed_all(texts))
+    return torch.from_numpy(images), torch.from_numpy(prompts.embed_all(texts))
 
 
 def loss_of_step(unet: UNet2DConditionModel, step: int, size: int) -> torch.Tensor:
@@ -79,13 +79,13 @@ def loss_of_step(unet: UNet2DConditionModel, step: int, size: int) -> torch.Tens
     max(1, sigma) is ours: the layout is decided above sigma 1, where errors in epsilon are sigma-fold in x0.
     """
     alphas = DDIMScheduler(**NOISE).alphas_cumprod
-    pictures, words = make_batch(step, size)
+    images, words = make_batch(step, size)
     draw = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-    noise = torch.randn(pictures.shape, generator=draw)
+    noise = torch.randn(images.shape, generator=draw)
     # Stratified: one timestep from each of `size` equal slices, which steadies the loss.
     timesteps = ((torch.arange(size) + torch.rand(size, generator=draw)) * (len(alphas) / size)).long()
     alpha = alphas[timesteps]
-    noisy = alpha.sqrt()[:, None, None, None] * pictures + (1 - alpha).sqrt()[:, None, None, None] * noise
+    noisy = alpha.sqrt()[:, None, None, None] * images + (1 - alpha).sqrt()[:, None, None, None] * noise
     with torch.autocast("cpu", torch.bfloat16):
         predicted = unet(noisy, timesteps, words, return_dict=False)[0]
     error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))

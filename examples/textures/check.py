@@ -38,7 +38,7 @@ FAR = 12.0
 
 
 class Accuracy(NamedTuple):
-    """Shares in [0, 1] of the objects and backgrounds in the prompts, all words, and whole pictures."""
+    """Shares in [0, 1] of the objects and backgrounds in the prompts, all words, and whole images."""
 
     position: float  # there is an object at the position of the prompt
     colour: float  # ... and has its colour
@@ -49,24 +49,24 @@ class Accuracy(NamedTuple):
     exact: float  # every object and the background are right, no object is missing and none is too many
 
 
-def recognise(picture: Floats) -> Scene:
-    """What is on a picture [3, 64, 64] in [-1, 1]; words that nothing fits are `unknown`."""
+def recognise(image: Floats) -> Scene:
+    """What is on a image [3, 64, 64] in [-1, 1]; words that nothing fits are `unknown`."""
     objects, free = [], np.ones((scenes.SIZE, scenes.SIZE), bool)
     for position, (x, y) in scenes.POSITIONS.items():
         cell = (slice(int(y) - HALF // 2, int(y) + HALF // 2), slice(int(x) - HALF // 2, int(x) + HALF // 2))
-        found = _recognise_object(np.asarray(picture[:, *cell] / 2 + 0.5, np.float32))
+        found = _recognise_object(np.asarray(image[:, *cell] / 2 + 0.5, np.float32))
         if found is not None:
             colour, texture, shape, covered = found
             objects.append(SceneObject(colour, texture, shape, position))
             free[cell] &= ~covered
-    return Scene(tuple(objects), _recognise_background(picture, free))
+    return Scene(tuple(objects), _recognise_background(image, free))
 
 
-def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
-    """How far pictures [N, 3, 64, 64] in [-1, 1] show the N scenes of their prompts."""
+def accuracy(wanted: Sequence[Scene], images: Floats) -> Accuracy:
+    """How far images [N, 3, 64, 64] in [-1, 1] show the N scenes of their prompts."""
     objects, backgrounds, exact = [], [], []
-    for scene, picture in zip(wanted, pictures, strict=True):
-        seen = recognise(picture)
+    for scene, image in zip(wanted, images, strict=True):
+        seen = recognise(image)
         there = {thing.position: thing for thing in seen.objects}
         for thing in scene.objects:
             other = there.get(thing.position)
@@ -81,13 +81,13 @@ def accuracy(wanted: Sequence[Scene], pictures: Floats) -> Accuracy:
     return Accuracy(*np.mean(objects, axis=0).tolist(), float(named), float(words), float(np.mean(exact)))
 
 
-def adherence(prompt: str, picture: Floats) -> float:
-    """How far a picture [3, 64, 64] in [-1, 1] obeys its prompt: 0 to 1.
+def adherence(prompt: str, image: Floats) -> float:
+    """How far a image [3, 64, 64] in [-1, 1] obeys its prompt: 0 to 1.
 
     Objects (and the background, if the prompt names it) that are asked for and seen, with all their words, as
     a share of those that are either. `sws-export evaluate` calls it.
     """
-    asked, found = prompts.parse(prompt), recognise(picture)
+    asked, found = prompts.parse(prompt), recognise(image)
     wanted, seen = set[object](asked.objects), set[object](found.objects)
     if asked.background:
         wanted.add(asked.background)
@@ -101,15 +101,15 @@ def random_scenes(count: int, seed: int) -> list[Scene]:
     return [scenes.random_scene(rng) for _ in range(count)]
 
 
-def rates_by_kind(wanted: Sequence[Scene], pictures: Floats) -> dict[str, dict[str, float]]:
-    """`accuracy` over all pictures, and for each number of objects and each background that is named."""
+def rates_by_kind(wanted: Sequence[Scene], images: Floats) -> dict[str, dict[str, float]]:
+    """`accuracy` over all images, and for each number of objects and each background that is named."""
     kinds = {"all": list(range(len(wanted)))}
     for number, scene in enumerate(wanted):
         for kind in (f"{len(scene.objects)} object(s)", f"on {scene.background or 'any'}"):
             kinds.setdefault(kind, []).append(number)
     rates = {}
     for kind, numbers in sorted(kinds.items()):
-        share = accuracy([wanted[number] for number in numbers], pictures[numbers])
+        share = accuracy([wanted[number] for number in numbers], images[numbers])
         rates[kind] = {
             name: round(value, 3) for name, value in share._asdict().items() if not math.isnan(value)
         }
@@ -151,25 +151,25 @@ def _recognise_texture(cell: Floats, colour: str, mask: npt.NDArray[np.bool_]) -
     return names[best] if correlation[best] >= CORRELATION else "unknown"
 
 
-def _recognise_background(picture: Floats, free: npt.NDArray[np.bool_]) -> str:
+def _recognise_background(image: Floats, free: npt.NDArray[np.bool_]) -> str:
     """The background whose features are nearest to those of the pixels that `free` marks."""
     means, inverse = _backgrounds()
-    away = means - _features(picture, free)
+    away = means - _features(image, free)
     distances = np.einsum("bf,fg,bg->b", away, inverse, away)
     nearest = int(distances.argmin())
     return scenes.BACKGROUNDS[nearest] if distances[nearest] < FAR * len(inverse) else "unknown"
 
 
-def _features(picture: Floats, free: npt.NDArray[np.bool_]) -> Floats:
+def _features(image: Floats, free: npt.NDArray[np.bool_]) -> Floats:
     """Logarithms of mean absolute differences of brightness at lags along x and y, and mean chroma."""
-    grey = picture.mean(axis=0)
+    grey = image.mean(axis=0)
     features = []
     for lag, axis in itertools.product((1, 3, 6), (0, 1)):
         first, second = slice(None, -lag), slice(lag, None)
         ends = (first, second) if axis == 0 else ((slice(None), first), (slice(None), second))
         both = free[ends[0]] & free[ends[1]]
         features.append(np.log(0.02 + np.abs(grey[ends[1]] - grey[ends[0]])[both].mean()))
-    chroma = np.abs(picture[0] - picture[2])[free].mean()
+    chroma = np.abs(image[0] - image[2])[free].mean()
     return np.array([*features, np.log(0.02 + chroma)])
 
 
@@ -230,8 +230,8 @@ def _backgrounds() -> tuple[Floats, Floats]:
     everywhere = np.ones((scenes.SIZE, scenes.SIZE), bool)
     features = []
     for background in scenes.BACKGROUNDS:
-        pictures = scenes.render([Scene((), background)] * 64, np.random.default_rng(1)).numpy()
-        features.append([_features(picture, everywhere) for picture in pictures])
+        images = scenes.render([Scene((), background)] * 64, np.random.default_rng(1)).numpy()
+        features.append([_features(image, everywhere) for image in images])
     means = np.mean(features, axis=1)
     spread = (np.array(features) - means[:, None]).reshape(-1, means.shape[1])
     # Samples differ from renderings by a little noise and blur: no direction is sharper than this.
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="another trained pipeline than that of this folder")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--picture", type=Path, help="also write the samples to this PNG")
+    parser.add_argument("--image", type=Path, help="also write the samples to this PNG")
     arguments = parser.parse_args()
 
     from examples.shapes.sample import to_grid
@@ -257,10 +257,10 @@ def main() -> None:
     pipe = load(arguments.folder or HERE, arguments.device)
     wanted = random_scenes(arguments.prompts, arguments.seed)
     texts = [prompts.describe(scene) for scene in wanted]
-    pictures = sample(pipe, texts, arguments.steps, arguments.guidance, arguments.seed)
-    if arguments.picture:
-        to_grid(pictures, scale=2).save(arguments.picture)
-    print(json.dumps(rates_by_kind(wanted, pictures), indent=2))
+    images = sample(pipe, texts, arguments.steps, arguments.guidance, arguments.seed)
+    if arguments.image:
+        to_grid(images, scale=2).save(arguments.image)
+    print(json.dumps(rates_by_kind(wanted, images), indent=2))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ PIXELS = 2
 CONTRAST = 2.5
 
 
-def to_latents(pictures: torch.Tensor) -> torch.Tensor:
-    """Latents [N, 12, H / 2, W / 2] of standard deviation near 1, of pictures [N, 3, H, W] in [-1, 1]."""
-    return CONTRAST * torch.nn.functional.pixel_unshuffle(pictures, PIXELS)
+def to_latents(images: torch.Tensor) -> torch.Tensor:
+    """Latents [N, 12, H / 2, W / 2] of standard deviation near 1, of images [N, 3, H, W] in [-1, 1]."""
+    return CONTRAST * torch.nn.functional.pixel_unshuffle(images, PIXELS)
 
 
-def to_pictures(latents: torch.Tensor) -> torch.Tensor:
+def to_images(latents: torch.Tensor) -> torch.Tensor:
     """The inverse of `to_latents`, clipped to [-1, 1]."""
     return (torch.nn.functional.pixel_shuffle(latents, PIXELS) / CONTRAST).clamp(-1, 1)
 
@@ -52,7 +52,7 @@ class TexturesPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """One picture for each prompt, `height` by `width` pixels, multiples of 8.
+        """One image for each prompt, `height` by `width` pixels, multiples of 8.
 
         `latents` is the noise [B, 12, height / 2, width / 2], instead of that of `generator`.
 
@@ -80,5 +80,5 @@ class TexturesPipeline(DiffusionPipeline):
             latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, number, timestep, {"latents": latents})["latents"]
-        pictures = (to_pictures(latents.float()) / 2 + 0.5).cpu().permute(0, 2, 3, 1).numpy()
-        return ImagePipelineOutput(self.numpy_to_pil(pictures) if output_type == "pil" else pictures)
+        images = (to_images(latents.float()) / 2 + 0.5).cpu().permute(0, 2, 3, 1).numpy()
+        return ImagePipelineOutput(self.numpy_to_pil(images) if output_type == "pil" else images)

@@ -1,4 +1,4 @@
-"""Draw pictures from prompts, in the repository root:
+"""Draw images from prompts, in the repository root:
 
 python -m examples.textures.sample "red striped circle top-left and blue plain cross bottom-left on wood"
 """
@@ -32,7 +32,7 @@ def load(folder: Path = HERE, device: str = "cpu") -> TexturesPipeline:
 def sample(
     pipe: TexturesPipeline, texts: Sequence[str], steps: int = 25, guidance: float = 3.0, seed: int = 0
 ) -> npt.NDArray[np.float32]:
-    """Pictures of prompts: float32 [N, 3, 64, 64] in [-1, 1]; noise i depends on (seed, i) only."""
+    """Images of prompts: float32 [N, 3, 64, 64] in [-1, 1]; noise i depends on (seed, i) only."""
     generator = [torch.Generator().manual_seed(seed * 1000 + number) for number in range(len(texts))]
     drawn = pipe(
         texts, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="np"
@@ -50,10 +50,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:
-        pictures = sample(load(), arguments.prompt, arguments.steps, arguments.guidance, arguments.seed)
+        images = sample(load(), arguments.prompt, arguments.steps, arguments.guidance, arguments.seed)
     except prompts.PromptError as error:
         sys.exit(f"sample: {error}")
-    to_grid(pictures, columns=min(8, len(pictures))).save(arguments.out)
+    to_grid(images, columns=min(8, len(images))).save(arguments.out)
     print(arguments.out)
 
 

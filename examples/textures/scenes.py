@@ -71,7 +71,7 @@ def random_scene(rng: np.random.Generator) -> Scene:
 def render(
     scenes: Sequence[Scene], rng: np.random.Generator, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Pictures of scenes: float32 [N, 3, SIZE, SIZE] in [-1, 1] on `device`.
+    """Images of scenes: float32 [N, 3, SIZE, SIZE] in [-1, 1] on `device`.
 
     Place, size, and angle, period and phase of textures are drawn from `rng`, equal on all devices.
     """
@@ -92,7 +92,7 @@ def render(
     chosen = [rng.integers(4) if s.background is None else BACKGROUNDS.index(s.background) for s in scenes]
     index = moved(chosen).long()
     everywhere = torch.arange(count, device=device)
-    picture = torch.stack([ground.expand(count, 3, SIZE, SIZE) for ground in grounds])[index, everywhere]
+    image = torch.stack([ground.expand(count, 3, SIZE, SIZE) for ground in grounds])[index, everywhere]
     for slot in range(2):
         things = [s.objects[slot] if slot < len(s.objects) else None for s in scenes]
         numbers = [
@@ -115,8 +115,8 @@ def render(
         colour = torch.stack([red, green, blue], dim=1)
         deep, light = tones(colour)
         ink = torch.where(texture[:, None] == 0, colour, deep + (light - deep) * share)
-        picture = picture + cover[:, None] * (ink - picture)
-    return 2 * picture - 1
+        image = image + cover[:, None] * (ink - image)
+    return 2 * image - 1
 
 
 def tones(colour: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -160,13 +160,13 @@ def weighted_error(
     alphas: torch.Tensor,
     noises: torch.Generator,
 ) -> torch.Tensor:
-    """Weighted square error of the predicted picture; a scalar.
+    """Weighted square error of the predicted image; a scalar.
 
-    The UNet predicts the picture and not the noise or the velocity: with 32 channels for 12 of latents it
+    The UNet predicts the image and not the noise or the velocity: with 32 channels for 12 of latents it
     learns to pass noise through late, and till then leaves it on flat backgrounds (Li and He 2025, arXiv
     2511.13720). The weight is min(SNR, 5) + 1: min-SNR-5 (Hang et al. 2023, arXiv 2303.09556) plus one for
     the layout, which is decided at high noise. Pixels of objects, the only coloured ones, count
-    OBJECT_WEIGHT times: most words are about objects, which cover an eighth of the picture.
+    OBJECT_WEIGHT times: most words are about objects, which cover an eighth of the image.
     """
     noise = torch.randn(latents.shape, generator=noises, device=alphas.device)
     alpha = alphas[timesteps][:, None, None, None]
@@ -288,9 +288,9 @@ def main() -> None:
 
         wanted = check.random_scenes(arguments.prompts, 0)
         texts = [prompts.describe(scene) for scene in wanted]
-        pictures = sample(load(arguments.out, arguments.device), texts)
-        to_grid(pictures, scale=2).save(arguments.out / "samples.png")
-        print(json.dumps(check.rates_by_kind(wanted, pictures), indent=2))
+        images = sample(load(arguments.out, arguments.device), texts)
+        to_grid(images, scale=2).save(arguments.out / "samples.png")
+        print(json.dumps(check.rates_by_kind(wanted, images), indent=2))
 
 
 if __name__ == "__main__":

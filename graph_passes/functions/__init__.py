@@ -31,10 +31,10 @@ from graph_passes.guard import GuardOptions
 from graph_passes.parameters import SwsParameters
 from graph_passes.target import Target
 
-__all__ = ["DOMAIN", "STORED_LOGITS", "build_comfyui_node_functions", "build_functions"]
+__all__ = ["DOMAIN", "MATERIALIZED_LOGITS", "build_comfyui_node_functions", "build_functions"]
 
 DOMAIN = "sws"
-STORED_LOGITS = "stored_logits"
+MATERIALIZED_LOGITS = "materialized_logits"
 """Overload of `KeyGuard` for sites with few tokens: `ChooseGuard` selects it."""
 
 
@@ -49,7 +49,7 @@ def build_functions(
 ) -> dict[str, ir.Function]:
     """All functions of the preset `sws` by name, for a model whose activations have `dtype`.
 
-    The overload `STORED_LOGITS` of a function has the name `<function>.stored_logits`.
+    The overload `MATERIALIZED_LOGITS` of a function has the name `<function>.materialized_logits`.
 
     Args:
         parameters: Constants of the method.
@@ -93,9 +93,9 @@ def _sws_functions(
         functions.append(build_site_metrics(dtype))
     if guard.form == "fused" and target.float16_attention and dtype != ir.DataType.FLOAT:
         functions.append(
-            build_key_guard(parameters, dtype, target, guard.form, STORED_LOGITS, kl_only=guard.kl_only)
+            build_key_guard(parameters, dtype, target, guard.form, MATERIALIZED_LOGITS, kl_only=guard.kl_only)
         )
-        # A bfloat16 model rounds keys too coarsely for the guard to ignore whether they or their input moved.
+        # In bfloat16, rounding before or after the transport changes the guard's result.
         if dtype == ir.DataType.FLOAT16 and not target.plugin_operators and not site_metrics:
             functions.append(build_projected_attention(parameters, guard))
     return tuple(functions)

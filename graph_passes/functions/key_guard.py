@@ -15,7 +15,7 @@ from graph_passes.functions.building import (
 from graph_passes.functions.entropy_factor import entropy_factor
 from graph_passes.functions.key_guard_fused import branching_guard
 from graph_passes.functions.key_guard_inputs import GuardInputs
-from graph_passes.functions.key_guard_means import AttentionRows, Rows, StoredRows, means_guard
+from graph_passes.functions.key_guard_means import AttentionRows, MaterializedRows, Rows, means_guard
 from graph_passes.guard import GuardForm, fused_guard_limit
 from graph_passes.parameters import SwsParameters
 from graph_passes.target import Target
@@ -90,7 +90,7 @@ def _rows(
     op: Op, inputs: GuardInputs, dtype: ir.DataType, target: Target, overload: str, kl_rows: Any
 ) -> Rows:
     if overload or (dtype == FLOAT and not target.float32_attention):
-        return StoredRows(op, inputs, dtype, kl_rows, small=bool(overload))
+        return MaterializedRows(op, inputs, dtype, kl_rows, small=bool(overload))
     narrow = target.float16_attention and dtype != FLOAT
     operands = ir.DataType.FLOAT16 if narrow else FLOAT
     # The site mixes the same keys with the same difference.

@@ -42,10 +42,10 @@ def float32_rows(op: Op, inputs: GuardInputs, dtype: ir.DataType) -> tuple[Any, 
         inputs: Queries, keys and temperature.
         dtype: Of the model's activations.
     """
-    wide_k = cast(op, inputs.k, ir.DataType.FLOAT, dtype)
+    float32_k = cast(op, inputs.k, ir.DataType.FLOAT, dtype)
     scale = op.Constant(value_float=ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
     factor = op.Div(scale, per_sample(op, inputs.tau_q, 3))
     query = split_heads(op, op.Mul(cast(op, inputs.q, ir.DataType.FLOAT, dtype), factor))
-    keys = split_heads(op, op.Sub(wide_k, op.ReduceMean(wide_k, [1], keepdims=1)))
-    change = split_heads(op, op.Sub(cast(op, inputs.k_perm, ir.DataType.FLOAT, dtype), wide_k))
+    keys = split_heads(op, op.Sub(float32_k, op.ReduceMean(float32_k, [1], keepdims=1)))
+    change = split_heads(op, op.Sub(cast(op, inputs.k_perm, ir.DataType.FLOAT, dtype), float32_k))
     return query, keys, change

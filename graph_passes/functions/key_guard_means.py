@@ -5,7 +5,8 @@ With K'(s) = E_s[Delta], the mean change of the logits under the weights of keys
     KL(t) = t K'(t) - integral of K'(s) from 0 to t.
 
 K' averaged over rows and heads is an attention output with values d, followed by a dot product with q. Three
-nodes s = 0, L/2 and L, with L the last step of the grid, give a quadratic K' and from it KL at every step.
+sample points s = 0, L/2 and L, with L the last step of the grid, give a quadratic K' and from it KL at every
+step.
 Neither a log-sum-exp nor a stored logit is needed, and the rounding of 16-bit outputs averages out. See
 docs/method.md, third identity.
 
@@ -13,7 +14,7 @@ The curvature of K', K'(L/2) - (K'(0) + K'(L)) / 2, is a correction of a few per
 about `CURVATURE_ROWS` rows of all heads, which makes the attention at L/2 nearly free.
 
 `AttentionRows` uses fused attention: float16 on a GPU, in a bfloat16 model too, since float16 has three more
-bits and keys and queries are far from its range. `StoredRows` computes the same in float32 from stored
+bits and keys and queries are far from its range. `MaterializedRows` computes the same in float32 from stored
 logits, for sites with few tokens and for runtimes without float32 attention.
 """
 
@@ -139,7 +140,7 @@ class CurvatureRows:
 
 
 class AttentionRows:
-    """Rows from fused attention: two here, and one for each further node.
+    """Rows from fused attention: two here, and one for each further sample point.
 
     The first attention gives the mean logit E_0[S] of each row under its weights. The second has one more
     key, the sentinel, whose logit is a level c of the row, and more value channels, which give the weight w
@@ -184,14 +185,14 @@ class AttentionRows:
         self._query = op.Mul(self._q, self._factor)
         # The factor as it was rounded for the scaled queries, so that mean logits have the temperature of the
         # weights. It is positive, and an optimizer may remove a Cast together with the one back.
-        self.unit = self._wide(op, op.Max(self._factor, self._constant(op, [0.0], "zero")))
+        self.unit = self._upcast(op, op.Max(self._factor, self._constant(op, [0.0], "zero")))
         self._keys = keys
         self._change = change
 
         mean = _attention(op, self._query, self._keys, self._keys)
         # Multiplied in float32: a peaked row has large logits and a low entropy, and the entropy factor is
         # relative to the lowest one.
-        products = op.Mul(self._wide(op, self._q), self._wide(op, mean))
+        products = op.Mul(self._upcast(op, self._q), self._upcast(op, mean))
         mean_logit = op.Mul(op.ReduceSum(products, [3], keepdims=1), self.unit)
 
         tokens = op.Shape(self._keys, start=2, end=3)
@@ -201,7 +202,7 @@ class AttentionRows:
         # with the one back.
         level = op.Add(cast(op, mean_logit, operands, FLOAT), half_log)
         weight, log_ratio, change_logit = self._with_sentinel(op, tau_q, level, root)
-        self.entropy = op.Add(op.Sub(self._wide(op, level), mean_logit), log_ratio)
+        self.entropy = op.Add(op.Sub(self._upcast(op, level), mean_logit), log_ratio)
         slope = op.Div(change_logit, weight)
         if kl_rows is not None:
             slope, self._q, self._query = (
@@ -216,7 +217,7 @@ class AttentionRows:
         # Cast together with the one back.
         known = cast(op, op.ReduceMean(self._initial, [3], keepdims=1), self._operands, FLOAT)
         rounded = after(op, cast(op, last, self._operands, FLOAT), known, self._operands)
-        initial = op.Mul(self._wide(op, rounded), self._initial)
+        initial = op.Mul(self._upcast(op, rounded), self._initial)
         change = op.Mul(self._change, rounded)
         end = _attention(op, self._query, op.Add(self._keys, change), change)
         half = op.Mul(change, self._constant(op, [0.5], "half"))
@@ -269,11 +270,11 @@ class AttentionRows:
         out = _attention(op, query, keys, values)
         sizes = op.Concat(op.Shape(self._keys, start=3, end=4), [KEY_CHANNELS], axis=0)
         mean, marks = op.Split(out, sizes, axis=3, _outputs=2)
-        marks = self._wide(op, marks)
+        marks = self._upcast(op, marks)
         # Not Split into channels, for which an engine copies the output.
         lowest, highest = (reduce(marks, [3], keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
         # As it was rounded for the marks: see `unit`.
-        root = self._wide(op, op.Max(root, self._constant(op, [0], "zero")))
+        root = self._upcast(op, op.Max(root, self._constant(op, [0], "zero")))
         # w and 1 - w, both times 1 + r.
         scale = op.Add(root, 1.0)
         weight = op.Where(
@@ -289,9 +290,9 @@ class AttentionRows:
         Channels are multiplied in the dtype of the operands: a float32 copy of each operand would take twice
         its memory. The rounding of a product is as small as that of an attention output.
         """
-        return op.ReduceSum(self._wide(op, op.Mul(q, x)), [3], keepdims=1)
+        return op.ReduceSum(self._upcast(op, op.Mul(q, x)), [3], keepdims=1)
 
-    def _wide(self, op: Op, value: Any) -> Any:
+    def _upcast(self, op: Op, value: Any) -> Any:
         return cast(op, value, FLOAT, self._operands)
 
     def _constant(self, op: Op, values: Sequence[float], name: str) -> Any:
@@ -300,8 +301,8 @@ class AttentionRows:
         return op.Constant(value=ir.tensor(array[None, None, None], name=name))
 
 
-class StoredRows:
-    """Rows from float32 products and a softmax, which store the logits of one attention at a time.
+class MaterializedRows:
+    """Rows from float32 products and a softmax, which materialize the logits of one attention at a time.
 
     No sentinel is needed: with m the largest logit of a row and w its weight, LSE = m - log w.
     """

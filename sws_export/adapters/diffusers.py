@@ -241,7 +241,7 @@ class SWSUNet:
         Raises:
             StepError: An argument has no input in the graph, or a wrong shape.
         """
-        _refuse_others(others)
+        _reject_others(others)
         intensity = _intensity(cross_attention_kwargs, self.intensity)
         scheduler = self.scheduler
         self._check_scheduler(scheduler)
@@ -296,7 +296,7 @@ class SWSUNet:
         return conditions
 
     def _check_scheduler(self, scheduler: Any) -> None:
-        """Refuse a scheduler that was set after `attach` and does not fit what the UNet predicts."""
+        """Reject a scheduler that was set after `attach` and does not fit what the UNet predicts."""
         if scheduler is None or scheduler is self._checked:
             return
         if missing := missing_settings(scheduler, self._source):
@@ -343,7 +343,7 @@ def _intensity(arguments: Mapping[str, Any] | None, default: float) -> Any:
     return intensity
 
 
-def _refuse_others(others: Mapping[str, Any]) -> None:
+def _reject_others(others: Mapping[str, Any]) -> None:
     for name, value in others.items():
         if name not in _NOT_IN_THE_GRAPH:
             raise TypeError(f"SWSUNet has no argument {name!r}")

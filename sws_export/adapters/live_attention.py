@@ -1,7 +1,7 @@
 """One self-attention with SWS in torch, from `scaled_dot_product_attention` alone.
 
-No logits are stored. The entropies and the KL divergence of the key guard come from outputs of attentions
-(docs/method.md, "SWS in a live model"):
+No logits are materialized. The entropies and the KL divergence of the key guard come from outputs of
+attentions (docs/method.md, "SWS in a live model"):
 
 * with the keys as values, the mean logit E_0[S] of each row;
 * with one more key of a known logit c and a channel that marks it, the log-sum-exp of each row, and with it
@@ -180,14 +180,14 @@ class _Rows:
         """
         count = estimate.shape[1] + 1
         estimate = F.pad(estimate, (1, 0))
-        allowed, refused = torch.zeros_like(kappa, dtype=torch.long), torch.full_like(kappa, count).long()
+        allowed, rejected = torch.zeros_like(kappa, dtype=torch.long), torch.full_like(kappa, count).long()
         scaled, computed = estimate, None
         while True:
             step = (scaled <= kappa[:, None]).sum(dim=1) - 1
-            step = torch.minimum(torch.maximum(step, allowed), refused - 1)
+            step = torch.minimum(torch.maximum(step, allowed), rejected - 1)
             pair = torch.stack([step, step + 1], dim=1)
             gap = (scaled.gather(1, pair.clamp(max=count - 1)) - kappa[:, None]).abs()
-            open_ = (pair > allowed[:, None]) & (pair < refused[:, None])
+            open_ = (pair > allowed[:, None]) & (pair < rejected[:, None])
             if computed is not None:
                 upper = step[:, None].clamp(min=1)
                 spacing = scaled.gather(1, upper) - scaled.gather(1, upper - 1)
@@ -199,7 +199,7 @@ class _Rows:
             exact = self._divergence(limit * computed / count)
             within = exact <= kappa
             allowed = torch.where(within, torch.maximum(allowed, computed), allowed)
-            refused = torch.where(within, refused, torch.minimum(refused, computed))
+            rejected = torch.where(within, rejected, torch.minimum(rejected, computed))
             at = estimate.gather(1, computed[:, None])[:, 0]
             scaled = estimate * (exact / at.clamp(min=_TINY))[:, None]
 

@@ -61,7 +61,7 @@ def pipeline_class(pipeline: Path, *, trust_code: bool) -> Any:
 
 
 def check_components(pipeline: Path, *, own_code: bool) -> None:
-    """Refuse components that diffusers would load from pickles, or whose class is unknown.
+    """Reject components that diffusers would load from pickles, or whose class is unknown.
 
     Args:
         pipeline: A pipeline directory; its UNet is not loaded, and not checked.

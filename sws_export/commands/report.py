@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> int:
         type=_position,
         metavar="DOWN,RIGHT",
         help="relative position of a token whose transport is drawn, such as 0.5,0.25; repeatable; "
-        "default: center, edge and corner",
+        "default: centre, edge and corner",
     )
     add_host_code_option(parser)
     add_output_options(parser)

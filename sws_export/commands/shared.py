@@ -53,7 +53,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-pad",
         action="store_true",
-        help="refuse sizes that are not multiples of what the UNet takes, instead of padding and cropping",
+        help="reject sizes that are not multiples of what the UNet takes, instead of padding and cropping",
     )
 
 

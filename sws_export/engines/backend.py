@@ -118,7 +118,7 @@ class BuildOptions(EngineOptions):
 
 
 FP8_CAPABILITY = (8, 9)
-"""First compute capability with float8; TensorRT-RTX refuses to build float8 graphs for earlier ones."""
+"""First compute capability with float8; TensorRT for RTX does not build float8 graphs for earlier ones."""
 
 
 def supports_fp8(capability: str) -> bool:

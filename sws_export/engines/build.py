@@ -174,7 +174,7 @@ def _listen(child: subprocess.Popen[bytes], reader: EventReader, outcome: Outcom
             event = reader.next_event(_POLL_SECONDS)
             outcome.peak_memory = max(outcome.peak_memory, peak_memory(child.pid))
             if event is not None:
-                _take(event, outcome)
+                _record_event(event, outcome)
             stage.describe(_progress_text(outcome))
     child.wait()
 
@@ -183,7 +183,7 @@ def _progress_text(outcome: Outcome) -> str:
     return f"{outcome.phase}, {outcome.peak_memory / 1e9:.1f} GB"
 
 
-def _take(event: dict[str, Any], outcome: Outcome) -> None:
+def _record_event(event: dict[str, Any], outcome: Outcome) -> None:
     match event["event"]:
         case "phase":
             outcome.phase = event["text"]

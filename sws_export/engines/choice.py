@@ -52,7 +52,7 @@ def get_backend(name: str) -> EngineBackend:
 def engine_memory_estimate(weights_bytes: int, backend: EngineBackend) -> int:
     """Estimated peak memory of a build in bytes.
 
-    Measured with TensorRT-RTX 1.7 on float16 UNets: 5.7 GB for a plain and 6.4 GB for an SWS graph of the
+    Measured with TensorRT for RTX 1.7 on float16 UNets: 5.7 GB for a plain and 6.4 GB for an SWS graph of the
     size of SD1.5 (weights 1.72 GB), 16.0 GB for a plain graph of the size of SDXL (5.14 GB), 0.9 GB for the
     SWS example (0.01 GB). This includes the memory-mapped weights file once, which the kernel can evict if
     memory is short. The factor of `tensorrt` is the same, not measured.

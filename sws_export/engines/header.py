@@ -1,8 +1,8 @@
 """Reads the header of a serialized engine (a plan), which needs no driver.
 
 NVIDIA does not document the layout, except for bytes 24 to 27 (NVIDIA/TensorRT issue 3073); the rest was
-found in plans of TensorRT-RTX 1.7. It identifies the file type and detects truncation. Whether a plan can be
-loaded is the runtime's decision.
+found in plans of TensorRT for RTX 1.7. It identifies the file type and detects truncation. Whether a plan can
+be loaded is the runtime's decision.
 
     0   4 bytes   magic: "vtrt" TensorRT for RTX, "ftrt" or "ptrt" TensorRT
     16  u64       size of the whole file in bytes

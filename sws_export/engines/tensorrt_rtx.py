@@ -3,7 +3,7 @@
 from sws_export.engines.backend import EngineBackend
 
 _NEEDS_GPU = (
-    "without a GPU, TensorRT-RTX 1.7 fails to build such an engine; "
+    "without a GPU, TensorRT for RTX 1.7 fails to build such an engine; "
     "use --backend tensorrt on a machine with the GPU"
 )
 
@@ -21,9 +21,9 @@ BACKEND = EngineBackend(
     unsupported={
         "refit": _NEEDS_GPU,
         "strip_weights": _NEEDS_GPU,
-        "version_compatible": "TensorRT-RTX has no lean runtime; use --backend tensorrt",
+        "version_compatible": "TensorRT for RTX has no lean runtime; use --backend tensorrt",
         "hardware_compatible": "set the target GPUs with --compute-capability, for example 8.6,8.9,12.0",
-        "timing_cache": "TensorRT-RTX selects kernels at run time and does not time them at build time",
-        "plugins": "TensorRT-RTX does not support plugins; the graph must be lowered to standard operators",
+        "timing_cache": "TensorRT for RTX selects kernels at run time and does not time them at build time",
+        "plugins": "TensorRT for RTX does not support plugins; lower the graph to standard operators",
     },
 )

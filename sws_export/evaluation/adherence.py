@@ -40,7 +40,7 @@ def pipeline_checker(pipeline: Path, *, trust_code: bool) -> Scorer | None:
 
 
 def check_clip(folder: Path) -> None:
-    """Refuse a directory that is not a CLIP model, before images are drawn.
+    """Reject a directory that is not a CLIP model, before images are drawn.
 
     Raises:
         CheckpointError: The directory has no configuration, or that of another model.

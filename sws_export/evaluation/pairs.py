@@ -47,7 +47,7 @@ class PairImages:
 
 
 def check_walk(pipe: Any) -> None:
-    """Refuse a pipeline whose noise cannot be given, before anything is drawn.
+    """Reject a pipeline whose noise cannot be given, before anything is drawn.
 
     Raises:
         OptionError: The pipeline has no argument `latents`.

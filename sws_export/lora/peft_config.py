@@ -122,7 +122,7 @@ def _expression(pattern: str) -> str:
 
 
 def _check_patterns(where: Path, config: Mapping[str, Any]) -> None:
-    """Refuse patterns that are no regular expressions, or may take very long to match.
+    """Reject patterns that are no regular expressions, or may take very long to match.
 
     Raises:
         CheckpointError: Names the pattern.

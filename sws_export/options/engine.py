@@ -14,10 +14,10 @@ _OPTIMIZATION_LEVELS = range(6)
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How an engine is built; the backend refuses what it cannot do.
+    """How an engine is built; the backend rejects what it cannot do.
 
     Attributes:
-        compute_capabilities: GPUs that a TensorRT-RTX engine is built for, such as `8.9`; empty for the
+        compute_capabilities: GPUs that a TensorRT for RTX engine is built for, such as `8.9`; empty for the
             backend's default.
         optimization_level: 0 (fast build) to 5 (fast engine); None for the library's default.
         timing_cache: File with kernel timings, read if it exists and written after the build (TensorRT).
@@ -60,7 +60,7 @@ class EngineOptions:
         return parse_bytes(given, f"--max-gpu-memory {given}") if given else None
 
     def require_defaults(self) -> None:
-        """Refuse options that have no meaning because no engine is built.
+        """Reject options that have no meaning because no engine is built.
 
         Raises:
             OptionError: Names the option.

@@ -203,7 +203,7 @@ def _parse_profile(text: str) -> dict[str, Any]:
 def check_static_dimensions(
     inputs: tuple[TensorSpec, ...], requested: Mapping[str, Range], vae_scale: int | None = None
 ) -> None:
-    """Refuse sizes that contradict a static dimension of the graph.
+    """Reject sizes that contradict a static dimension of the graph.
 
     Args:
         inputs: Inputs of the graph.

@@ -108,7 +108,7 @@ class SwsOptions:
         group.add_argument(
             "--guard-branches",
             choices=("on", "off"),
-            help="If nodes in the fused guard; default: on for ONNX Runtime, off for TensorRT",
+            help="If nodes in the fused guard; default: on for ONNX Runtime on the CPU, otherwise off",
         )
         group.add_argument(
             "--debug-outputs", action="store_true", help="add outputs with metrics of each site"

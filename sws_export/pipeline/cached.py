@@ -141,7 +141,7 @@ class StageCache:
         key = self._engine_key(graph, config)
         with self._cache.lock("engine", key, self._log), output_errors(self._plan.out):
             entry = self._get("engine", key)
-            if entry is not None and (engine := self._take_engine(entry, path)) is not None:
+            if entry is not None and (engine := self._restore_engine(entry, path)) is not None:
                 return engine
             graph.write()
             with self._log.record() as making:
@@ -270,7 +270,7 @@ class StageCache:
     def _engine_key(self, graph: Graph, config: EngineConfig) -> str:
         return _engine_key(self._content, profile_shapes(graph.description, config), config)
 
-    def _take_engine(self, entry: Entry, path: Path) -> BuiltEngine | None:
+    def _restore_engine(self, entry: Entry, path: Path) -> BuiltEngine | None:
         """The engine of `entry`, its plan put at `path`; None if it is damaged or was removed."""
         (name,) = entry.files
         with self._log.stage("read cache") as stage:

@@ -33,7 +33,7 @@ def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> 
     """Build the engine of `graph` and write its plan to `path`.
 
     Raises:
-        EngineError: The backend refused the graph, failed or was killed.
+        EngineError: The backend rejected the graph, failed or was killed.
         OptionError: The sizes do not fit the graph.
         OSError: `path` cannot be written.
     """
@@ -50,7 +50,7 @@ def make_engine(graph: Graph, config: EngineConfig, path: Path, log: RunLog) -> 
 
 
 def check_gpu_memory(report: EngineReport, config: EngineConfig) -> None:
-    """Refuse an engine that needs more GPU memory than `--max-gpu-memory` allows.
+    """Reject an engine that needs more GPU memory than `--max-gpu-memory` allows.
 
     Raises:
         EngineError: It needs more, or its needs are unknown.

@@ -44,10 +44,10 @@ PLAN_TURING = 1.2
 """With compute capability 7.5 among the targets."""
 
 # Values of activations per channel of the first level and pixel of the latent, both at their largest:
-# 84 MB for the plain SD1.5 in float16 at 2 x 512 x 512 pixels, 137 MB with SWS; 303 and
-# 380 MB for SDXL at 2 x 1024 x 1024 pixels (benchmarks/rtx.py). A float32
-# engine stores the logits of one attention twice: logits and weights.
-ACTIVATION_FACTOR = {"plain": 16.0, "sws": 25.0}
+# 84 MB for the plain SD1.5 in float16 at 2 x 512 x 512 pixels, 104 MB with SWS; 303 and 345 MB for SDXL at
+# 2 x 1024 x 1024 pixels (benchmarks/rtx.py). A float32 engine has the logits of one attention twice:
+# logits and weights.
+ACTIVATION_FACTOR = {"plain": 16.0, "sws": 18.5}
 ACTIVATION_BASE = {"plain": 0, "sws": 8_000_000}
 """Whatever the sizes: 12.5 and 16.6 MB for the example in float16 at 2 and 4 x 32 x 32."""
 ACTIVATION_SPREAD = 0.5

@@ -37,7 +37,7 @@ from sws_export.validation.static_shapes import STEPS, compare_static_shapes
 
 _RUNNABLE = 5e11
 """Parameters times latent pixels up to which a static graph is run: SD 1.5 at 192 x 192. At 512 x 512 that
-took two minutes and 2.4 times the weights, with the materialized logits that TensorRT-RTX needs."""
+took two minutes and 2.4 times the weights, with the materialized logits that TensorRT for RTX needs."""
 
 
 class WrittenGraph(NamedTuple):

@@ -29,7 +29,7 @@ class EngineConfig:
     @property
     def static_sizes(self) -> dict[str, int]:
         """The sizes, by symbol, that are one number, and the same one in all profiles."""
-        first, *others = (sizes.fixed() for sizes in self.profiles)
+        first, *others = (sizes.static_sizes() for sizes in self.profiles)
         return {
             name: size for name, size in first.items() if all(other.get(name) == size for other in others)
         }

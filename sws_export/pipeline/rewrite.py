@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import onnx_ir as ir
 
 from graph_passes.activation_dtype import activation_dtype
-from graph_passes.choose_guard import STORED_TOKENS
+from graph_passes.choose_guard import MATERIALIZED_TOKENS
 from graph_passes.debug_outputs import debug_order
 from graph_passes.errors import GraphError
 from graph_passes.find_sites import Site, SkippedSite
@@ -88,7 +88,7 @@ def rewrite(
     with progress.stage("rewrite") as stage:
         stage.describe("finding attention sites")
         with pass_errors():
-            # A graph with SWS may have no attention that is recognised as a site.
+            # A graph with SWS may have no attention that is recognized as a site.
             require_plain(model)
         sites, skipped = _select_sites(model, preset, patterns)
         stage.describe("inserting SWS and lowering it")
@@ -123,10 +123,11 @@ def _statistics(guard: GuardOptions, target: Target, dtype: ir.DataType) -> str:
     if guard.form != "fused" or not target.float16_attention:
         return ""
     if dtype != ir.DataType.FLOAT:
-        return f"; float16 attention, and stored float32 logits at sites of up to {STORED_TOKENS} tokens"
+        few = f"sites of up to {MATERIALIZED_TOKENS} tokens"
+        return f"; float16 attention, and materialized float32 logits at {few}"
     if target.float32_attention:
         return "; float32 attention (a float32 model)"
-    return f"; stored float32 logits: {target.name} has no float32 attention"
+    return f"; materialized float32 logits: {target.name} has no float32 attention"
 
 
 @contextlib.contextmanager

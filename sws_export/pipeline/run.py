@@ -82,7 +82,7 @@ def export(
     model, out, options = Path(model), Path(out), options or ExportOptions()
     log = RunLog(progress or SilentProgress())
 
-    # 1. Open: read headers, refuse what cannot be exported or written.
+    # 1. Open: read headers, reject what cannot be exported or written.
     options.sws.guard_options()
     _check_destination(model, out, options)
     inputs = InputFiles()
@@ -144,7 +144,7 @@ def export(
 
 
 def _check_destination(model: Path, out: Path, options: ExportOptions) -> None:
-    """Refuse a destination that cannot be written before any long work is done."""
+    """Reject a destination that cannot be written before any long work is done."""
     keeps_graph = artefact_kind(out) == "onnx" or options.keep_onnx
     graph = out.with_suffix(".onnx")
     files = {out, manifest_path(out)}
@@ -163,7 +163,7 @@ def _check_destination(model: Path, out: Path, options: ExportOptions) -> None:
 
 
 def _check_calibration(options: QuantizationOptions) -> None:
-    """Refuse a pipeline or prompts that cannot be used before any long work is done."""
+    """Reject a pipeline or prompts that cannot be used before any long work is done."""
     if options.calibration is not None:
         options.read_prompts()
         check_pipeline(options.calibration, trust_code=options.trust_code)

@@ -32,7 +32,7 @@ class ComfyUINodePreset(Preset):
 
     Attributes:
         u: `calls`, as the node runs in ComfyUI, which gives it no noise level that it can use; or `sigma`,
-            what it would compute if it got one.
+            what it would compute with the noise level as an input.
     """
 
     name = "comfyui-node"

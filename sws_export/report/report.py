@@ -99,7 +99,7 @@ def write_report(
 
 def _sizes(contract: Contract, height: int | None, width: int | None, text: Floats | None) -> dict[str, int]:
     """The sizes to sample at: static ones, then those of the arguments, then defaults."""
-    return _dynamic_sizes(contract, height, width, text) | contract.fixed_sizes
+    return _dynamic_sizes(contract, height, width, text) | contract.static_sizes
 
 
 def _dynamic_sizes(

@@ -67,7 +67,7 @@ class Contract:
     manifest: Manifest
 
     @property
-    def fixed_sizes(self) -> dict[str, int]:
+    def static_sizes(self) -> dict[str, int]:
         """Those of batch, height and width (latent) and tokens that are static in the graph."""
         shapes = {spec.name: spec.shape for spec in self.inputs}
         found = {name: shapes[tensor][axis] for name, (tensor, axis) in SIZE_AXES.items() if tensor in shapes}

@@ -76,7 +76,7 @@ class CudaDevice:
         """
         self.activate()
         address = ctypes.c_uint64()
-        # The driver refuses 0 bytes.
+        # The driver rejects 0 bytes.
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
         return Memory(address.value, self._free)
 

@@ -78,7 +78,7 @@ def prepare_inputs(
     present = {name: value for name, value in given.items() if value is not None}
     _check_names(contract, present)
     arrays: dict[str, Buffer] = {}
-    sizes = contract.fixed_sizes
+    sizes = contract.static_sizes
     # The sample first: it determines the batch that numbers are repeated for.
     for spec in sorted(contract.inputs, key=lambda spec: spec.name != "sample"):
         if spec.name not in present:

@@ -50,7 +50,7 @@ class OnnxRuntimeBackend:
         except EngineError:
             raise
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
-            raise EngineError(_refusal(contract, error)) from error
+            raise EngineError(_rejection(contract, error)) from error
         self.device: str = PROVIDERS[used].device
         if mismatch := contract.target_mismatch(used):
             warnings.warn(mismatch, RuntimeWarning, stacklevel=2)
@@ -144,7 +144,7 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _refusal(contract: Contract, error: Exception) -> str:
+def _rejection(contract: Contract, error: Exception) -> str:
     if contract.manifest["precision"] == "bf16":
         return (
             f"ONNX Runtime cannot run {contract.path}: it has no bfloat16 kernels for this graph; "

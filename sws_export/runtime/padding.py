@@ -54,7 +54,7 @@ def _mirrored(array: Any, missing: tuple[int, int]) -> Any:
     return array[:, :, rows][:, :, :, columns]
 
 
-def refuse_sides(contract: Contract, sample: Any) -> None:
+def reject_sides(contract: Contract, sample: Any) -> None:
     """Raise the error for a latent that would need padding.
 
     Raises:

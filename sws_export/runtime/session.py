@@ -26,7 +26,7 @@ from sws_export.runtime.inputs import (
     state_shapes,
     wait_for_torch,
 )
-from sws_export.runtime.padding import pad_inputs, padded_sides, refuse_sides
+from sws_export.runtime.padding import pad_inputs, padded_sides, reject_sides
 from sws_export.runtime.pixels import with_pixels
 from sws_export.runtime.providers import PROVIDERS, ProviderName
 from sws_export.tensors import concrete_shape
@@ -138,7 +138,7 @@ class Stream:
         """
         sample = given["sample"]
         if not self._pad:
-            refuse_sides(self._contract, sample)
+            reject_sides(self._contract, sample)
         if sides != self._stated_padding:
             self._stated_padding = sides
             found, needed = (
@@ -147,7 +147,7 @@ class Stream:
             )
             warnings.warn(
                 f"the latent of {found} is padded to {needed}, the next multiple of "
-                f"{self._contract.size_multiple}, and the prediction cropped; pad=False refuses such sizes",
+                f"{self._contract.size_multiple}, and the prediction cropped; pad=False rejects such sizes",
                 stacklevel=3,
             )
         return pad_inputs(self._contract, given, sides)

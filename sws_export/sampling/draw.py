@@ -83,7 +83,7 @@ def attach_artefact(
 
 
 def check_pixels(pipe: Any, drawing: Drawing) -> None:
-    """Refuse sizes that the VAE cannot decode, before the pipeline does without naming others."""
+    """Reject sizes that the VAE cannot decode, before the pipeline does without naming others."""
     scale = getattr(pipe, "vae_scale_factor", 1)
     for name in ("height", "width"):
         size = getattr(drawing, name)

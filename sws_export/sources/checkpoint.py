@@ -66,12 +66,12 @@ class CheckpointSource:
 
     @property
     def size_multiple(self) -> int:
-        """One halving a level but the last."""
+        """Required divisor of the latent's height and width."""
         return size_multiple(self.checkpoint.config)
 
     @property
     def vae_scale(self) -> int | None:
-        """That of the checkpoint or its family."""
+        """Pixels per element of the latent, from the VAE or the family; None if unknown."""
         return self.checkpoint.vae_scale
 
     @property
@@ -106,13 +106,13 @@ class CheckpointSource:
 
     @property
     def converts(self) -> bool:
-        """To another precision, or by a LoRA."""
+        """Whether weights are converted to another precision or have LoRAs added."""
         stored = {_STORED_PRECISIONS.get(dtype) for dtype in self.checkpoint.dtypes}
         return bool(self.loras) or stored != {self.precision}
 
     @property
     def quantization(self) -> None:
-        """Weights are read in `precision`."""
+        """None: a checkpoint has no 8-bit weights that are kept."""
         return
 
     def identity(self, sha256: str) -> dict[str, Any]:
@@ -124,11 +124,11 @@ class CheckpointSource:
         return {"manifest": self.entry(sha256), "tensors": tensors, "controlnet": self.controlnet}
 
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
-        """As `plain_model` attaches them."""
+        """The initializers of `plain_model` by name, not read yet."""
         return plain_weights(self.checkpoint, self.precision, fuse(self.checkpoint, self.loras))
 
     def describe(self) -> list[str]:
-        """Family, layout, size, and where the configuration comes from."""
+        """Family, layout, size, and where the configuration comes from: a line each."""
         found = self.checkpoint
         ignored = [f"ignored {count} tensors: {reason}" for reason, count in found.ignored.items()]
         return [
@@ -143,7 +143,7 @@ class CheckpointSource:
         ]
 
     def check(self, progress: Progress) -> None:
-        """Names and shapes.
+        """Compare names and shapes of the weights with the architecture.
 
         Raises:
             CheckpointError: A tensor is missing or misshapen.
@@ -155,7 +155,7 @@ class CheckpointSource:
             progress.warn(f"{unused} tensors of the checkpoint have no place in this UNet and are ignored")
 
     def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:
-        """Every byte of the files.
+        """Read all weights, check them for NaN and Inf, and return the SHA-256 of the files.
 
         Raises:
             CheckpointError: A tensor holds NaN or Inf.
@@ -163,7 +163,7 @@ class CheckpointSource:
         return verify_weights(self.checkpoint, progress, copy)
 
     def entry(self, sha256: str) -> SourceEntry:
-        """Architecture, layout, prediction type and LoRAs."""
+        """The manifest's entry of the checkpoint."""
         found = self.checkpoint
         entry: SourceEntry = {
             "kind": "checkpoint",
@@ -184,7 +184,7 @@ class CheckpointSource:
         return entry
 
     def plain_model(self, progress: Progress) -> ir.Model:
-        """Traced and translated; the weights stay on disk."""
+        """The UNet, traced as a plain graph; the weights stay on disk."""
         fused = fuse(self.checkpoint, self.loras)
         return export_plain(self.checkpoint, self.precision, progress, fused, controlnet=self.controlnet)
 
@@ -195,7 +195,7 @@ class CheckpointSource:
         progress: Progress,
         unquantized: ir.Model | None = None,
     ) -> ValidationReport:
-        """Against the eager reference with the checkpoint's weights."""
+        """Compare the graph with the eager reference on the checkpoint's weights."""
         return validate_against_reference(
             onnx_path,
             self.checkpoint,

@@ -60,12 +60,12 @@ class OnnxSource:
 
     @property
     def precision_reason(self) -> str:
-        """It is final."""
+        """Why the graph has this precision."""
         return "that of the graph"
 
     @property
     def config(self) -> None:
-        """Unknown."""
+        """None: a graph has no configuration."""
 
     @property
     def files_read(self) -> tuple[Path, ...]:
@@ -79,12 +79,12 @@ class OnnxSource:
 
     @property
     def converts(self) -> bool:
-        """Never."""
+        """False: the weights are used as stored."""
         return False
 
     @property
     def size_multiple(self) -> int:
-        """One halving per level but the last, counted from the names of the blocks."""
+        """Required divisor of the latent's height and width, from the names of the blocks."""
         return int(2 ** (count_levels(self.model) - 1))
 
     @property
@@ -95,22 +95,22 @@ class OnnxSource:
         )
 
     def identity(self, sha256: str) -> dict[str, Any]:
-        """Its description in the manifest."""
+        """The manifest's entry of the graph."""
         return dict(self.entry(sha256))
 
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
-        """As the graph was read."""
+        """The weights of the graph as it was read, by name."""
         return self.original_weights
 
     def describe(self) -> list[str]:
-        """Size and precision."""
+        """Number of parameters and precision, a line each."""
         return [
             f"plain ONNX graph, {self.parameter_count / 1e6:.1f} M parameters",
             f"precision: {self.precision}, {self.precision_reason}",
         ]
 
     def check(self, progress: Progress) -> None:
-        """Nothing: names and shapes are those of the graph."""
+        """Do nothing: names and shapes are those of the graph."""
 
     def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:  # noqa: ARG002
         """Check all weights and hash the files: the ONNX file, then its external weights by name.
@@ -226,7 +226,7 @@ def _precision(path: Path, dtype: str) -> Precision:
 
 
 def _check_weight_files(path: Path, model: ir.Model) -> None:
-    """Refuse a graph whose external weights are missing or cut short; they are read much later."""
+    """Reject a graph whose external weights are missing or cut short; they are read much later."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
@@ -245,7 +245,7 @@ def _check_weight_files(path: Path, model: ir.Model) -> None:
 
 
 def _check_names(path: Path, model: ir.Model) -> None:
-    """Refuse a graph that is no plain UNet, by the names of its inputs and output."""
+    """Reject a graph that is no plain UNet, by the names of its inputs and output."""
     inputs = [value.name for value in model.graph.inputs]
     if "intensity" in inputs:
         raise ExportError(f"{path} has SWS already; give the checkpoint or a graph exported with --plain")

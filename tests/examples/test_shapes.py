@@ -54,17 +54,17 @@ def test_objects_are_drawn_as_the_prompt_says() -> None:
         for shape in scenes.SHAPES:
             for position, (x, y) in scenes.POSITIONS.items():
                 scene = prompts.parse(f"{colour} {shape} {position}")
-                picture = scenes.render(scene)
-                np.testing.assert_allclose(picture[:, int(y), int(x)], rgb, atol=1e-6)
-                assert check.recognise(picture) == frozenset(scene)
+                image = scenes.render(scene)
+                np.testing.assert_allclose(image[:, int(y), int(x)], rgb, atol=1e-6)
+                assert check.recognise(image) == frozenset(scene)
 
 
 def test_recogniser_reads_jittered_noisy_scenes_and_rejects_wrong_ones() -> None:
     rng = np.random.default_rng(3)
     drawn = [scenes.random_scene(rng) for _ in range(60)]
     noise = 0.1 * rng.standard_normal((60, 3, 32, 32)).astype(np.float32)
-    pictures = np.stack([scenes.render(scene, rng) for scene in drawn]) + noise
-    assert check.accuracy(drawn, pictures) == check.Accuracy(1.0, 1.0, 1.0, 1.0)
+    images = np.stack([scenes.render(scene, rng) for scene in drawn]) + noise
+    assert check.accuracy(drawn, images) == check.Accuracy(1.0, 1.0, 1.0, 1.0)
     green_square = scenes.render(prompts.parse("green square left"))[None]
     assert check.accuracy([SCENE[:1]], green_square) == check.Accuracy(1.0, 0.0, 0.0, 0.0)
     assert check.accuracy([SCENE], green_square) == check.Accuracy(0.5, 0.0, 0.0, 0.0)
@@ -137,16 +137,16 @@ def test_attention_sits_on_two_grids_with_heads_of_32(unet: Any) -> None:
 def test_entropy_is_one_where_attention_is_flat_and_recorder_is_transparent(unet: Any) -> None:
     flat = entropy.with_random_weights(unet)
     words = torch.from_numpy(prompts.embed_all(["red circle left"]))
-    picture = torch.from_numpy(scenes.render(SCENE)[None])
+    image = torch.from_numpy(scenes.render(SCENE)[None])
     with torch.no_grad():
-        plain = flat(picture, 500, words).sample
+        plain = flat(image, 500, words).sample
         recorders = entropy.record_self_attention(flat)
-        recorded = flat(picture, 500, words).sample
+        recorded = flat(image, 500, words).sample
         for name, module in flat.named_modules():
             if name in recorders:
                 recorders[name].take()
                 module.to_q.weight.zero_()
-        flat(picture, 500, words)
+        flat(image, 500, words)
     torch.testing.assert_close(recorded, plain, rtol=1e-4, atol=1e-5)
     for recorder in recorders.values():
         torch.testing.assert_close(recorder.take(), torch.ones(heads_of(recorder, flat)))
@@ -172,12 +172,12 @@ def test_trained_attention_is_peaked_where_random_attention_is_flat(unet: Any) -
 def test_samples_obey_their_prompts(unet: Any) -> None:
     wanted = check.random_scenes(8, seed=11)
     texts = [prompts.describe(scene) for scene in wanted]
-    pictures = sample.sample(unet, texts, steps=12)
-    share = check.accuracy(wanted, pictures)
+    images = sample.sample(unet, texts, steps=12)
+    share = check.accuracy(wanted, images)
     assert min(share.position, share.colour) >= 0.9
     assert share.shape >= 0.8
     one = sample.sample(unet, texts[:1], steps=12)
-    np.testing.assert_allclose(one[0], pictures[0], atol=1e-2)
+    np.testing.assert_allclose(one[0], images[0], atol=1e-2)
 
 
 @pytest.mark.slow
@@ -200,15 +200,15 @@ def test_samples_of_8_bit_graphs_obey_their_prompts(kind: str, field: str, tmp_p
     export(sample.HERE / "unet", tmp_path / "unet.onnx", options)
     wanted = check.random_scenes(8, seed=11)
     texts = [prompts.describe(scene) for scene in wanted]
-    pictures = sample.sample(check.load_artefact(tmp_path / "unet.onnx"), texts, steps=12)
-    share = check.accuracy(wanted, pictures)
+    images = sample.sample(check.load_artefact(tmp_path / "unet.onnx"), texts, steps=12)
+    share = check.accuracy(wanted, images)
     assert min(share.position, share.colour) >= 0.9
     assert share.shape >= 0.8
 
 
-def test_grid_shows_each_picture_in_its_cell() -> None:
-    pictures = np.stack([scenes.render(SCENE[:1]), scenes.render(SCENE[1:]), scenes.render(())])
-    image = sample.to_grid(pictures, columns=2, scale=2)
+def test_grid_shows_each_image_in_its_cell() -> None:
+    images = np.stack([scenes.render(SCENE[:1]), scenes.render(SCENE[1:]), scenes.render(())])
+    image = sample.to_grid(images, columns=2, scale=2)
     assert image.size == (2 * 67, 2 * 67)
     x, y = scenes.POSITIONS["top-right"]
     assert image.getpixel((int(2 * (34 + x)), int(2 * (1 + y)))) == (25, 51, 242)

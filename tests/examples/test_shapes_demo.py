@@ -38,7 +38,7 @@ def shapes_sws(tmp_path_factory: pytest.TempPathFactory, shapes_onnx: ShapesOnnx
 def test_it_draws_and_measures(
     shapes_sws: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "pictures.png"
+    out = tmp_path / "images.png"
     command = ["sample", str(shapes_sws), str(plain.HERE), "--trust-code", "--out", str(out), "--json"]
     command += ["--steps", "4", "--guidance", "3", "--prompt", "red circle center"]
     command += ["--seed", "2", "--seed", "3"]
@@ -50,7 +50,7 @@ def test_it_draws_and_measures(
     difference = [effect["difference"] for effect in effects]
     assert 0 == difference[0] < difference[1] < difference[2]
     assert all(effect["sharpness"] > 0 and effect["step_change"] > 0 for effect in effects)
-    # Two seeds, each with three pictures and the change, of 96 by 96 pixels.
+    # Two seeds, each with three images and the change, of 96 by 96 pixels.
     with Image.open(out) as image:
         assert image.width > 8 * 96
         assert len(image.convert("RGB").getcolors(1 << 20) or []) > 100
@@ -72,11 +72,11 @@ def test_its_checker_measures_adherence(
 
 def test_adherence_is_the_share_of_the_objects() -> None:
     scene = prompts.parse("red circle left and blue cross top")
-    picture = scenes.render(scene)
-    assert adherence("red circle left and blue cross top", picture) == 1.0
-    assert adherence("red circle left", picture) == 0.5
-    assert adherence("red circle left and blue square top", picture) == pytest.approx(1 / 3)
-    assert adherence("", picture) == 0.0
+    image = scenes.render(scene)
+    assert adherence("red circle left and blue cross top", image) == 1.0
+    assert adherence("red circle left", image) == 0.5
+    assert adherence("red circle left and blue square top", image) == pytest.approx(1 / 3)
+    assert adherence("", image) == 0.0
     assert adherence("", scenes.render(())) == 1.0
 
 
@@ -100,7 +100,7 @@ def pipe() -> ShapesPipeline:
 
 
 def test_intensity_zero_is_the_trained_model(shapes_sws: Path, pipe: ShapesPipeline) -> None:
-    """The same pipeline with the torch UNet gives the same pictures, and another with SWS."""
+    """The same pipeline with the torch UNet gives the same images, and another with SWS."""
 
     def draw(**arguments: object) -> object:
         generator = torch.Generator().manual_seed(4)

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from sws_export.cli import main
 
 from examples.textures import check, prompts, sample, scenes, train
-from examples.textures.pipeline import TexturesPipeline, to_latents, to_pictures
+from examples.textures.pipeline import TexturesPipeline, to_images, to_latents
 from examples.textures.scenes import Scene, SceneObject
 from sws_export import ExportOptions, SwsOptions, export
 
@@ -73,11 +73,9 @@ def test_checker_rejects_what_was_not_asked_for() -> None:
 def test_adherence_is_high_for_the_own_prompt_only() -> None:
     wanted = check.random_scenes(8, 3)
     texts = [prompts.describe(scene) for scene in wanted]
-    pictures = draw(wanted)
-    own = [check.adherence(prompt, picture) for prompt, picture in zip(texts, pictures, strict=True)]
-    other = [
-        check.adherence(prompt, picture) for prompt, picture in zip(texts[1:], pictures[:-1], strict=True)
-    ]
+    images = draw(wanted)
+    own = [check.adherence(prompt, image) for prompt, image in zip(texts, images, strict=True)]
+    other = [check.adherence(prompt, image) for prompt, image in zip(texts[1:], images[:-1], strict=True)]
     assert np.mean(own) > 0.8
     assert np.mean(other) < 0.3
 
@@ -111,18 +109,18 @@ def test_prompt_outside_the_grammar_is_refused(prompt: str, complaint: str) -> N
         prompts.parse(prompt)
 
 
-def test_latents_are_pictures() -> None:
-    pictures = scenes.render([SCENE], np.random.default_rng(0))
-    latents = to_latents(pictures)
+def test_latents_are_images() -> None:
+    images = scenes.render([SCENE], np.random.default_rng(0))
+    latents = to_latents(images)
     assert latents.shape == (1, 12, 32, 32)
     assert 0.5 < latents.std() < 2
-    torch.testing.assert_close(to_pictures(latents), pictures)
+    torch.testing.assert_close(to_images(latents), images)
 
 
 def test_only_objects_weigh_more_in_the_loss() -> None:
     empty = scenes.render([Scene((), ground) for ground in scenes.BACKGROUNDS], np.random.default_rng(0))
     assert not train.are_coloured(to_latents(empty)).any()
-    coloured = to_pictures(train.are_coloured(to_latents(scenes.render([SCENE], np.random.default_rng(0)))))
+    coloured = to_images(train.are_coloured(to_latents(scenes.render([SCENE], np.random.default_rng(0)))))
     x, y = (int(place) for place in scenes.POSITIONS["top-left"])
     assert (coloured[0, :, y - 4 : y + 4, x - 4 : x + 4] > 0).all()
     assert not coloured[0, :, :, 32:].any()
@@ -184,8 +182,8 @@ def test_self_attention_sits_on_two_grids_of_256_tokens_or_more(pipeline: Textur
 def test_samples_obey_their_prompts(pipeline: TexturesPipeline) -> None:
     """A few of those that the README of the example has rates of."""
     wanted = check.random_scenes(6, seed=0)
-    pictures = sample.sample(pipeline, [prompts.describe(scene) for scene in wanted], steps=12)
-    share = check.accuracy(wanted, pictures)
+    images = sample.sample(pipeline, [prompts.describe(scene) for scene in wanted], steps=12)
+    share = check.accuracy(wanted, images)
     assert share.exact >= 0.8
     assert share.words >= 0.95
 
@@ -197,7 +195,7 @@ def test_sample_draws_with_its_artefact(tmp_path: Path, capsys: pytest.CaptureFi
     sws = SwsOptions(sites=("up_blocks.2.*.attn1",))
     export(FOLDER / "unet", unet, ExportOptions(sws=sws, validate=False))
     command = ["sample", str(unet), str(FOLDER), "--trust-code", "--json", "--steps", "4"]
-    command += ["--prompt", prompts.describe(SCENE), "--out", str(tmp_path / "pictures.png")]
+    command += ["--prompt", prompts.describe(SCENE), "--out", str(tmp_path / "images.png")]
     assert main(command) == 0
     effects = json.loads(capsys.readouterr().out)["effects"]
     assert [effect["difference"] > 0 for effect in effects] == [False, True, True]

@@ -1,10 +1,10 @@
-"""Sites with few tokens store float32 logits, all others use fused float16 attention."""
+"""Sites with few tokens materialize float32 logits, all others use fused float16 attention."""
 
 import onnx_ir as ir
 import pytest
 
-from graph_passes.choose_guard import STORED_TOKENS, ChooseGuard
-from graph_passes.functions import DOMAIN, STORED_LOGITS
+from graph_passes.choose_guard import MATERIALIZED_TOKENS, ChooseGuard
+from graph_passes.functions import DOMAIN, MATERIALIZED_LOGITS
 from graph_passes.parameters import SwsParameters
 from tests.conftest import ShapesModel
 from tests.graph_passes.test_insert_sws import inserted, two_grids
@@ -21,8 +21,8 @@ def chosen(model: ir.Model, largest: dict[str, int], target: str = "tensorrt-rtx
 def test_a_site_chooses_by_its_tokens(shapes_model: ShapesModel, side: int, fused: int) -> None:
     """At the largest sizes of dynamic shapes."""
     overloads = chosen(shapes_model("fp16"), {"height": side, "width": side - 4})
-    assert ((side - 4) * side // 4 > STORED_TOKENS) == (fused > 0)
-    assert (overloads.count(""), overloads.count(STORED_LOGITS)) == (fused, 7 - fused)
+    assert ((side - 4) * side // 4 > MATERIALIZED_TOKENS) == (fused > 0)
+    assert (overloads.count(""), overloads.count(MATERIALIZED_LOGITS)) == (fused, 7 - fused)
 
 
 def test_unknown_sizes_use_fused_attention(shapes_model: ShapesModel) -> None:

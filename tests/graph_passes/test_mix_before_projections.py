@@ -5,7 +5,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 import pytest
 
-from graph_passes.functions import DOMAIN, STORED_LOGITS
+from graph_passes.functions import DOMAIN, MATERIALIZED_LOGITS
 from graph_passes.mix_before_projections import MixBeforeProjections
 from graph_passes.set_static_shapes import SetStaticShapes
 from tests.conftest import ShapesModel
@@ -54,15 +54,15 @@ def biased_values(node: ir.Node) -> None:
 
 
 def stored(node: ir.Node) -> None:
-    node.overload = STORED_LOGITS
+    node.overload = MATERIALIZED_LOGITS
 
 
 @pytest.mark.parametrize("change", [biased_keys, biased_values, stored])
 def test_near_misses_are_not_changed(shapes_model: ShapesModel, change: Callable[[ir.Node], None]) -> None:
-    """Keys or values that are not a product, a guard that stores its logits."""
+    """Keys or values that are not a product, a guard that materializes its logits."""
     model = opened(shapes_model, {})
     change(next(node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, "Attention")))
-    # Without the conditions: the model has no function for a guard that stores its logits.
+    # Without the conditions: the model has no function for a guard that materializes its logits.
     MixBeforeProjections().call(model)
     assert sites(model) == (1, 6)
 

@@ -109,7 +109,7 @@ class ConvertToSwsEngine:
 
 
 def _check(model: Any) -> None:
-    """Refuse what cannot be exported, and warn about patches that are not weights."""
+    """Reject what cannot be exported, and warn about patches that are not weights."""
     if isinstance(model, SwsModelPatcher):
         raise ValueError("Convert to SWS engine: the MODEL is an engine already; connect a model in torch")
     unet = model.model.diffusion_model

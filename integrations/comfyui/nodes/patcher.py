@@ -75,7 +75,7 @@ class SwsModelPatcher(comfy.model_patcher.ModelPatcher):
         return []
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
-        """Refuse merges with a torch model, which would ignore the engine."""
+        """Reject merges with a torch model, which would ignore the engine."""
         raise ValueError(
             f"{self.unet.engine.contract.path.name} is an engine, whose weights cannot be merged or read; "
             "merge the torch models, and use 'Convert to SWS engine'"
@@ -88,7 +88,7 @@ class SwsModelPatcher(comfy.model_patcher.ModelPatcher):
         super().register_all_hook_patches(hooks, target_dict, *arguments, **named)
 
     def set_model_attn1_replace(self, patch: Any, *arguments: Any, **named: Any) -> None:
-        """Refuse nodes that fail without the attention weights of a torch UNet."""
+        """Reject nodes that fail without the attention weights of a torch UNet."""
         if "nodes_sag" in patch.__module__:
             raise ValueError(
                 "Self-Attention Guidance reads the attention weights of the UNet, which an engine does not "
@@ -98,7 +98,7 @@ class SwsModelPatcher(comfy.model_patcher.ModelPatcher):
 
 
 class _RecordedConfig(dict[str, Any]):
-    """A `unet_config` that refuses entries that the manifest does not determine."""
+    """A `unet_config` that rejects entries that the manifest does not determine."""
 
     def __init__(self, entries: dict[str, Any], file: str) -> None:
         super().__init__(entries)

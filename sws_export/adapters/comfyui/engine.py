@@ -81,7 +81,7 @@ class Engine:
         contract = self.contract
         if contract.profiles:
             return [" or ".join(", ".join(self._profile(profile)) for profile in contract.profiles)]
-        fixed = contract.fixed_sizes
+        fixed = contract.static_sizes
         return [f"{name} {size * self._scale(name)}" for name, size in fixed.items()] or ["any size"]
 
     def _profile(self, profile: ProfileShapes) -> Iterator[str]:

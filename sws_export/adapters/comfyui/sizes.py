@@ -17,7 +17,7 @@ def _sample_ranges(contract: Contract) -> Iterator[tuple[Shape, Shape]]:
         low, _, high = profile["sample"]
         yield low, high
     if not contract.profiles:
-        fixed = {_AXES[name]: size for name, size in contract.fixed_sizes.items() if name in _AXES}
+        fixed = {_AXES[name]: size for name, size in contract.static_sizes.items() if name in _AXES}
         yield (
             tuple(fixed.get(axis, 1) for axis in range(4)),
             tuple(fixed.get(axis, _UNLIMITED) for axis in range(4)),
@@ -27,7 +27,7 @@ def _sample_ranges(contract: Contract) -> Iterator[tuple[Shape, Shape]]:
 def needed_sides(contract: Contract, height: int, width: int) -> tuple[int, int]:
     """The smallest height and width of a latent that an artefact takes and that contain these.
 
-    If there are none, the next multiples, which the session refuses in pixels.
+    If there are none, the next multiples, which the session rejects in pixels.
     """
     multiple = contract.size_multiple
     sides = [-(-side // multiple) * multiple for side in (height, width)]
@@ -49,7 +49,7 @@ def batch_calls(contract: Contract, batch: int, height: int, width: int) -> list
         for low, high in _sample_ranges(contract)
         if low[2] <= height <= high[2] and low[3] <= width <= high[3]
     ]
-    # A latent of another size is refused by the session.
+    # A latent of another size is rejected by the session.
     largest = max((high for _, high in ranges), default=_UNLIMITED)
     calls = -(-batch // largest)
     counts = [batch // calls + (index < batch % calls) for index in range(calls)]

@@ -236,7 +236,7 @@ def _sizes(contract: Contract, options: TritonOptions) -> dict[str, int]:
 
 def _optimum(contract: Contract, size: str) -> int | None:
     tensor, axis = SIZE_AXES[size]
-    return contract.profiles[0][tensor][1][axis] if contract.profiles else contract.fixed_sizes.get(size)
+    return contract.profiles[0][tensor][1][axis] if contract.profiles else contract.static_sizes.get(size)
 
 
 def _check_profile(contract: Contract, name: str, size: int) -> None:
@@ -251,7 +251,8 @@ def _check_profile(contract: Contract, name: str, size: int) -> None:
 
 
 def _max_batch(contract: Contract, options: TritonOptions) -> int:
-    largest = contract.profiles[0]["sample"][2][0] if contract.profiles else contract.fixed_sizes.get("batch")
+    profiles = contract.profiles
+    largest = profiles[0]["sample"][2][0] if profiles else contract.static_sizes.get("batch")
     batch = options.max_batch or largest or 8
     if largest is not None and batch > largest:
         raise OptionError(f"max_batch {batch} is above the largest batch of the artefact, {largest}")

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from benchmarks.guard import misses_along_a_sampling
-from graph_passes.functions import STORED_LOGITS, build_functions
+from graph_passes.functions import MATERIALIZED_LOGITS, build_functions
 from graph_passes.functions.building import Op, define_function
 from graph_passes.functions.key_guard_means import CurvatureRows
 from graph_passes.guard import GuardOptions
@@ -172,9 +172,9 @@ def test_trained_example_along_a_sampling() -> None:
 
 
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, FLOAT])
-def test_stored_logits(dtype: ir.DataType) -> None:
+def test_materialized_logits(dtype: ir.DataType) -> None:
     """For few tokens, and for a float32 model."""
-    name = "KeyGuard" if dtype == FLOAT else f"KeyGuard.{STORED_LOGITS}"
+    name = "KeyGuard" if dtype == FLOAT else f"KeyGuard.{MATERIALIZED_LOGITS}"
     narrow = np.float32 if dtype == FLOAT else np.float16
     call = Emulation(guard(2, 40, dtype, name).model)
     moved = moved_steps(call, five_kinds(8, 12, 2, 40), 2, narrow, error=1e-4)

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graph_passes.functions import STORED_LOGITS, build_functions
+from graph_passes.functions import MATERIALIZED_LOGITS, build_functions
 from graph_passes.functions.attention import lattice_rows
 from graph_passes.functions.building import Op, define_function
 from graph_passes.guard import ROW_STRIDES, GuardForm, GuardOptions
@@ -50,9 +50,9 @@ CALLS = {
     "branches": (lambda: guard("fused", "onnxruntime"), np.float32, 0),
     "means": (lambda: guard("fused", "onnxruntime-cuda"), np.float32, 1),
     "means, emulated float16": (emulated, np.float16, 1),
-    "means, stored logits": (lambda: guard("fused", "tensorrt-rtx"), np.float32, 1),
-    "means, stored logits of float16": (
-        lambda: guard("fused", "tensorrt-rtx", FLOAT16, f"KeyGuard.{STORED_LOGITS}"),
+    "means, materialized logits": (lambda: guard("fused", "tensorrt-rtx"), np.float32, 1),
+    "means, materialized logits of float16": (
+        lambda: guard("fused", "tensorrt-rtx", FLOAT16, f"KeyGuard.{MATERIALIZED_LOGITS}"),
         np.float16,
         1,
     ),

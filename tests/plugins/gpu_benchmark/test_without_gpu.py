@@ -209,7 +209,7 @@ def test_a_run_cut_short_still_has_a_summary() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the benchmark would run")
-def test_the_command_says_that_there_is_no_gpu() -> None:
+def test_the_command_fails_without_a_gpu() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.run"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The key guard, written out literally in float64: stored logits, seven softmaxes."""
+"""The key guard, written out literally in float64: materialized logits, seven softmaxes."""
 
 import dataclasses
 import math
@@ -51,7 +51,7 @@ class Logits:
 
 
 def logits_of(case: GuardCase, sample: int) -> Logits:
-    """Stored logits of one sample, in float64."""
+    """Materialized logits of one sample, in float64."""
 
     def heads_of(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[sample].double().unflatten(-1, (case.heads, -1)).transpose(0, 1)

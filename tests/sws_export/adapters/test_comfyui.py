@@ -469,4 +469,4 @@ def _contract_of(width: int, time_ids: int | None = None, engine: Any = None, **
     if time_ids:
         specs.append(TensorSpec("time_ids", "float16", ("batch", time_ids)))
     manifest = {"precision": "fp16", "source": source, "preset": "sws", "engine": engine}
-    return SimpleNamespace(inputs=specs, path=Path("engine.plan"), manifest=manifest, fixed_sizes={})
+    return SimpleNamespace(inputs=specs, path=Path("engine.plan"), manifest=manifest, static_sizes={})

@@ -269,7 +269,7 @@ def step_inputs() -> dict[str, Any]:
     return {"sample": draw(1, 4, 8, 8), "timestep": 500, "encoder_hidden_states": draw(1, TOKENS, 16)}
 
 
-def test_without_a_scheduler_it_says_so_once(unet: SWSUNet, step_inputs: dict[str, Any]) -> None:
+def test_without_a_scheduler_a_single_warning(unet: SWSUNet, step_inputs: dict[str, Any]) -> None:
     with pytest.warns(UserWarning, match="SWSUNet has no scheduler"):
         unet(**step_inputs)
     unet(**step_inputs)

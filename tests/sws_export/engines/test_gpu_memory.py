@@ -22,7 +22,7 @@ Total Weights Memory: 12606336 bytes
 MEMORY = GpuMemory(12606336, (ProfileMemory(15831552, 15825920), ProfileMemory(102191104, 102185984)))
 
 
-def test_figures_of_each_profile() -> None:
+def test_memory_of_each_profile() -> None:
     assert read_builder_memory(LOG, profiles=2) == MEMORY
 
 

@@ -42,6 +42,6 @@ def test_a_missing_file_is_reported(tmp_path):
         plan_header(tmp_path / "engine.plan")
 
 
-def test_a_plan_of_tensorrt_proper_tells_its_version_only(tmp_path):
+def test_a_plan_of_tensorrt_has_its_version_only(tmp_path):
     header = plan_header(fake_plan(tmp_path / "engine.plan", magic=b"ftrt", size=1))
     assert (header.backend, header.size, header.compute_capabilities) == ("tensorrt", None, ())

@@ -37,7 +37,7 @@ class Quiet(trt.ILogger):
 LOGGER = Quiet()
 
 
-# TensorRT-RTX has the calls and warns that they do nothing.
+# TensorRT for RTX has the calls and warns that they do nothing.
 no_op_timing_cache = pytest.mark.filterwarnings("ignore:.*Timing cache operations:DeprecationWarning")
 
 
@@ -90,7 +90,7 @@ def test_the_optimization_level_is_set(builder, shapes):
 
 
 def test_hardware_compatibility_is_from_ampere_on(shapes):
-    # A stand-in: the configuration of TensorRT-RTX ignores this attribute.
+    # A stand-in: the configuration of TensorRT for RTX ignores this attribute.
     builder = MagicMock()
     builder.create_builder_config().add_optimization_profile.return_value = 0
     config = configure(builder, shapes, BuildOptions(TENSORRT, hardware_compatible=True))

@@ -32,7 +32,7 @@ def test_changes(figure: Figure, text: str) -> None:
     assert percent(figure) == text
 
 
-def test_axes_hold_the_intervals_and_tell_their_levels_apart() -> None:
+def test_axes_hold_the_intervals_with_distinct_ticks() -> None:
     figures = [Figure(1.0, 1.0, 1.0, 3), Figure(0.99998, 0.99996, 0.99999, 3), Figure(None, None, None, 0)]
     chart = _chart("", "", "intensity", {"": figures}, ["0", "0.5", "1"])
     assert len({text for _, text in chart.levels}) == len(chart.levels)

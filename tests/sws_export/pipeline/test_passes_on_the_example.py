@@ -138,7 +138,7 @@ def test_no_product_of_all_tokens_is_stored(shapes_model: ShapesModel) -> None:
     assert not {"If", "Softmax", "Einsum"} & op_counts(model).keys()
 
 
-def test_stored_logits_and_fused_attention_give_the_same_output(
+def test_materialized_logits_and_fused_attention_give_the_same_output(
     shapes_model: ShapesModel, run_onnx: RunOnnx
 ) -> None:
     """With float16 attention as ONNX Runtime computes it, in float32."""

@@ -67,7 +67,7 @@ class _Tags(HTMLParser):
 
 
 @pytest.mark.parametrize("how", ["reported", "measured"])
-def test_figures_obey_the_method(request: pytest.FixtureRequest, how: str) -> None:
+def test_metrics_obey_the_method(request: pytest.FixtureRequest, how: str) -> None:
     explanation: Explanation = request.getfixturevalue(how)[0]
     parameters = SwsParameters()
     assert len(explanation.steps) == STEPS
@@ -237,7 +237,7 @@ def test_plain_artefacts_have_nothing_to_report(traced: Path, random_unet: Path,
     assert not list(tmp_path.iterdir())
 
 
-def test_somebody_must_tell(sws_graph: Path, tmp_path: Path) -> None:
+def test_a_graph_without_site_metrics_needs_a_checkpoint(sws_graph: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"has no site metrics among its outputs: give .*--debug"):
         write_report(sws_graph, None, tmp_path / "x.html")
     assert not list(tmp_path.iterdir())

@@ -22,14 +22,14 @@ def manifest_of(path: Path) -> Path:
 
 
 def make_plan(path: Path, size: int = 64, bits: int = 8) -> Path:
-    """A file with the header of a TensorRT-RTX plan."""
+    """A file with the header of a TensorRT for RTX plan."""
     head = b"vtrt" + bytes(12) + size.to_bytes(8, "little") + bytes([1, 7, 1, 116]) + bytes(4)
     head += bits.to_bytes(4, "little")
     path.write_bytes(head.ljust(size, b"\0"))
     return path
 
 
-def test_what_it_tells(sws_graph: Path) -> None:
+def test_fields_of_the_contract(sws_graph: Path) -> None:
     contract = read_contract(sws_graph)
     assert contract.backend == "onnxruntime"
     assert [spec.name for spec in contract.inputs] == [
@@ -165,7 +165,7 @@ def test_other_files(tmp_path: Path) -> None:
 
 @pytest.fixture
 def plan_of(sws_graph: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A TensorRT-RTX plan whose manifest says that `backend` built it."""
+    """A TensorRT for RTX plan whose manifest says that `backend` built it."""
 
     def make(backend: str) -> Path:
         plan = make_plan(tmp_path / "engine.plan")

@@ -112,7 +112,7 @@ def test_the_tensorrt_backend_has_them_too(
             np.testing.assert_allclose(stream.metrics()[figure], values, rtol=1e-5, atol=1e-6)
 
 
-def test_validation_sees_wrong_figures(metrics_graph: Path, random_unet: Path, tmp_path: Path) -> None:
+def test_validation_rejects_wrong_metrics(metrics_graph: Path, random_unet: Path, tmp_path: Path) -> None:
     """Each off by a tenth and a thousandth; the random UNet's KL divergences are smaller than that."""
     model = ir.load(metrics_graph)
     for output in list(model.graph.outputs):

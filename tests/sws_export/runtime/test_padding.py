@@ -29,7 +29,7 @@ def test_a_latent_is_padded_and_the_prediction_cropped(sws_graph: Path, inputs: 
         assert [str(warning.message) for warning in seen] == (
             [
                 "the latent of 7 x 5 is padded to 8 x 6, the next multiple of 2, and the prediction cropped; "
-                "pad=False refuses such sizes"
+                "pad=False rejects such sizes"
             ]
             if number == 0
             else []

@@ -51,7 +51,7 @@ def moved(state: Any, sigma: float, times: int = SITES) -> Any:
     return kept[None].numpy()
 
 
-def test_the_contract_says_how_it_is_driven(session: Session) -> None:
+def test_inputs_that_the_contract_shares_and_persists(session: Session) -> None:
     contract = session.contract
     assert contract.preset == "comfyui-node"
     assert contract.shared_inputs == ("sigma", "intensity")
@@ -129,7 +129,7 @@ def test_a_batch_that_differs_is_refused(
     session.stream().step(**(step() | {name: [values[0]] * 2}))
 
 
-def test_figures_are_the_same_for_all_samples(session: Session, step: MakeInputs) -> None:
+def test_metrics_are_the_same_for_all_samples(session: Session, step: MakeInputs) -> None:
     stream = session.stream()
     stream.step(**step(1))
     metrics = stream.metrics()

@@ -154,7 +154,7 @@ def test_polygraphy_feeds_an_empty_state(
         assert np.isfinite(session.stream().step(**step)).all()
 
 
-def test_the_manifest_tells_the_two_grids(session: Session) -> None:
+def test_the_manifest_has_both_grids(session: Session) -> None:
     manifest = session.contract.manifest
     assert {grid: len(names) for grid, names in manifest["sites"].items()} == {"d2": 4, "text": 4}
     assert [pair["grid"] for pair in manifest["states"]] == ["d2", "text"]
