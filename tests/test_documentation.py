@@ -103,7 +103,8 @@ def test_links_resolve(page: Path) -> None:
 
 @each_page
 def test_paths_exist(page: Path) -> None:
-    named = [text for text in _CODE.findall(prose(page)) if re.fullmatch(r"[\w./*-]+", text)]
+    words = " ".join(_CODE.findall(prose(page))).split()
+    named = [word for word in words if re.fullmatch(r"[\w./*-]+", word)]
     paths = [text for text in named if "/" in text and text.split("/")[0] in FOLDERS]
     assert [path for path in paths if not list(ROOT.glob(path.rstrip("/")))] == []
 
