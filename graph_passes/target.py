@@ -16,7 +16,7 @@ class Target:
         branches: The graph may have `If` nodes: the fused guard skips evaluations that cannot change its
             result (key_guard_fused.py). Without, it is that of key_guard_means.py. A GPU captures a step
             without branches as one CUDA graph.
-        float16_attention: The runtime has fused float16 attention, which the guard without branches then
+        float16_attention: The runtime has fused float16 attention, which the branchless guard then
             uses in a float16 or bfloat16 model.
         float32_attention: The runtime has float32 attention that materializes no logits. Without, the guard
             of a float32 model and the site metrics use products and a softmax.

@@ -1,4 +1,4 @@
-"""The key guard without branches: `sws.KeyGuard` from means of the change of the logits.
+"""The branchless key guard: `sws.KeyGuard` from means of the change of the logits.
 
 With K'(s) = E_s[Delta], the mean change of the logits under the weights of keys k + s d, d = k_perm - k,
 

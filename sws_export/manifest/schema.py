@@ -47,7 +47,7 @@ class StateEntry(TypedDict):
 
 
 class GuardEntry(TypedDict):
-    """Form of the key guard, and the fraction of the query rows that it evaluates, such as `1/8`.
+    """Form of the key guard, and the share of the query rows that it evaluates, such as `1/8`.
 
     `kl:1/8` is that of the KL divergence alone.
     """

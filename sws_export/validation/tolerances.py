@@ -15,7 +15,7 @@ from sws_export.validation.trajectory import Array
 _PREDICTION: dict[Precision, float] = {"fp32": 2e-4, "fp16": 5e-3, "bf16": 2e-2}
 # If the KL budget limits the mixing, rounding can move the result of the bisection by one interval.
 _PREDICTION_AT_BUDGET = 5e-4
-# A guard on a fraction of the query rows finds a different mixing share. This tolerance does not assess the
+# A guard on a share of the query rows finds a different mixing share. This tolerance does not assess the
 # effect on image quality.
 _SAMPLED_ROWS = 5e-2
 _STATE = 1e-5
@@ -25,7 +25,7 @@ _SITE_METRIC: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-2
 # random weights, which round worse than trained ones.
 _PREDICTION_WEIGHTS: dict[WeightFormat, float] = {"int8": 1e-1, "fp8": 2.5e-1}
 _PREDICTION_ACTIVATIONS: dict[WeightFormat, float] = {"int8": 2e-1, "fp8": 3.5e-1}
-# Site metrics that are not compared if the guard evaluates a fraction of the query rows.
+# Site metrics that are not compared if the guard evaluates a share of the query rows.
 _SET_BY_GUARD = ("alpha_k", "a_v", "kl")
 # Exponents of alpha_k in the metrics that move with the last interval of the bisection.
 _POWERS_OF_ALPHA_K = {"alpha_k": 1, "kl": 2}

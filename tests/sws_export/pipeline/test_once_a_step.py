@@ -67,7 +67,7 @@ def all_counts(model: ir.Model) -> collections.Counter[str]:
 def test_another_site_adds_no_transport(sizes: dict[str, int], target: str) -> None:
     two, three, four = (all_counts(finished([1] * count, sizes, target)) for count in (2, 3, 4))
     assert two["Conv"] > 0
-    # With dynamic shapes the guard without branches makes the indices of some of the query rows at each site.
+    # With dynamic shapes the branchless guard makes the indices of some of the query rows at each site.
     own = set() if sizes or TARGETS[target].branches else {"Range"}
     for op_type in ON_TOKENS - own:
         assert two[op_type] == three[op_type] == four[op_type], op_type
