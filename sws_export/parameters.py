@@ -33,7 +33,7 @@ def parse_parameters(assignments: Iterable[str]) -> SwsParameters:
     """Parameters from texts like `beta=0.7` or `scales=1,2,4`; what is not named keeps its default.
 
     Raises:
-        OptionError: An unknown name, a value that is no number of the right kind or out of range.
+        OptionError: An unknown name, or a value that is no number of the right kind.
     """
     defaults = dataclasses.asdict(SwsParameters())
     values: dict[str, Any] = {}
@@ -45,9 +45,7 @@ def parse_parameters(assignments: Iterable[str]) -> SwsParameters:
         if not equals or not text.strip():
             raise OptionError(f"--sws {name}: a value is missing; write --sws {name}={defaults[name]}")
         values[name] = _parse_value(name, text.strip(), defaults[name])
-    parameters = SwsParameters(**values)
-    check_parameters(parameters)
-    return parameters
+    return SwsParameters(**values)
 
 
 def _parse_value(name: str, text: str, default: object) -> object:

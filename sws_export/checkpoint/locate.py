@@ -65,6 +65,11 @@ def _locate(path: Path, variant: str | None, ema: bool) -> Location:
         raise CheckpointError(f"{path} does not exist; pass a .safetensors file or a diffusers directory")
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(_pickle_message(path))
+    if variant is not None:
+        raise CheckpointError(
+            f"{path} is a file: --variant chooses among the files of a directory; leave it out, or pass the "
+            "directory"
+        )
     if path.name.endswith(".index.json") or (_SUFFIX + ".index.") in path.name:
         return _with_index(path, path.parent, ())
     if path.suffix.lower() == ".gguf":

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm", "edm_v_prediction")
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -16,7 +14,7 @@ class Prediction:
     negative for `edm_v_prediction` (Karras et al. 2022, https://arxiv.org/abs/2206.00364, table 1).
 
     Attributes:
-        type: One of `PREDICTION_TYPES`.
+        type: `epsilon`, `v_prediction`, `sample`, `edm` or `edm_v_prediction`.
         source: Where the type is specified, for the log; None if it is assumed.
         sigma_data: Standard deviation of the latents, with `edm` and `edm_v_prediction`.
         sigma_min: Smallest noise level, with `edm` and `edm_v_prediction`.

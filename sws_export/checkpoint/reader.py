@@ -11,7 +11,6 @@ from sws_export.checkpoint.ip_adapter import with_ip_adapters
 from sws_export.checkpoint.layouts import find_unet
 from sws_export.checkpoint.locate import Location, locate, pipeline_scheduler, pipeline_vae_scale
 from sws_export.checkpoint.model import Checkpoint
-from sws_export.checkpoint.prediction import PREDICTION_TYPES
 from sws_export.checkpoint.quantization import with_scales
 from sws_export.checkpoint.read_prediction import find_prediction
 from sws_export.checkpoint.schemas import ShardIndex
@@ -37,15 +36,11 @@ def open_checkpoint(
         variant: The variant in a directory; "fp16" selects diffusion_pytorch_model.fp16.safetensors.
         attention_head_dim: Number of attention heads of each level, or one number for all levels, for a UNet
             of an unknown family.
-        prediction_type: One of `PREDICTION_TYPES`; overrides the checkpoint's own.
+        prediction_type: As `Prediction.type`; overrides the checkpoint's own.
 
     Raises:
         CheckpointError: `path` contains no supported UNet2DConditionModel.
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise CheckpointError(
-            f"--prediction-type: expected one of {', '.join(PREDICTION_TYPES)}, found '{prediction_type}'"
-        )
     location = locate(path, variant, ema=ema)
     header = _read_headers(location)
     unet = find_unet(path, header.tensors, ema and not location.ema)

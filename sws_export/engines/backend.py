@@ -9,7 +9,8 @@ from typing import Any
 
 from sws_export.errors import EngineError, OptionError
 from sws_export.files import file_digest
-from sws_export.options.engine import EngineOptions, option_name
+from sws_export.options.arguments import option_name
+from sws_export.options.engine import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class BuildOptions(EngineOptions):
             reason = self.backend.unsupported.get(field.name)
             if reason and getattr(self, field.name):
                 raise OptionError(
-                    f"{option_name(field.name)} is not supported by --backend {self.backend.name}: {reason}"
+                    f"{option_name(field)} is not supported by --backend {self.backend.name}: {reason}"
                 )
         super().__post_init__()
         if self.compute_capabilities:

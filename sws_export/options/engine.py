@@ -2,12 +2,13 @@
 
 import argparse
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from sws_export.byte_sizes import parse_bytes
 from sws_export.errors import OptionError
+from sws_export.options.arguments import changed_options
 
 _OPTIMIZATION_LEVELS = range(6)
 
@@ -30,8 +31,8 @@ class EngineOptions:
             no limit.
     """
 
-    compute_capabilities: tuple[str, ...] = ()
-    optimization_level: int | None = None
+    compute_capabilities: tuple[str, ...] = field(default=(), metadata={"option": "--compute-capability"})
+    optimization_level: int | None = field(default=None, metadata={"option": "--builder-optimization-level"})
     timing_cache: Path | None = None
     refit: bool = False
     strip_weights: bool = False
@@ -65,12 +66,11 @@ class EngineOptions:
         Raises:
             OptionError: Names the option.
         """
-        for field in fields(EngineOptions):
-            if getattr(self, field.name) != field.default:
-                raise OptionError(
-                    f"{option_name(field.name)} has no meaning for an ONNX graph: it is an option of engine "
-                    "builds; leave it out, or choose --out FILE.plan"
-                )
+        for option in changed_options(self).values():
+            raise OptionError(
+                f"{option} has no meaning for an ONNX graph: it is an option of engine builds; leave it out, "
+                "or choose --out FILE.plan"
+            )
 
     def cache_key(self) -> dict[str, Any]:
         """The options that a plan depends on, as JSON values.
@@ -78,7 +78,7 @@ class EngineOptions:
         Not `max_gpu_memory`, which the finished engine is compared with, nor `timing_cache`, with which no
         engine is cached.
         """
-        names = [field.name for field in fields(EngineOptions)]
+        names = [option.name for option in fields(EngineOptions)]
         return {name: getattr(self, name) for name in names if name not in ("max_gpu_memory", "timing_cache")}
 
     @staticmethod
@@ -117,14 +117,6 @@ class EngineOptions:
             metavar="SIZE",
             help="do not write an engine that needs more, such as 8GB",
         )
-
-
-def option_name(field: str) -> str:
-    """The command-line option of a field of `EngineOptions`."""
-    return {
-        "compute_capabilities": "--compute-capability",
-        "optimization_level": "--builder-optimization-level",
-    }.get(field, "--" + field.replace("_", "-"))
 
 
 def _capabilities(text: str) -> tuple[str, ...]:

@@ -32,6 +32,9 @@ class QuantizationOptions:
     trust_code: bool = False
 
     def __post_init__(self) -> None:
+        for option, found in (("--weights", self.weights), ("--precision", self.activations)):
+            if found not in (None, *WEIGHT_FORMATS):
+                raise OptionError(f"{option}: expected one of {', '.join(WEIGHT_FORMATS)}, found '{found}'")
         if self.weights is not None and self.activations not in (None, self.weights):
             raise OptionError(
                 f"--precision {self.activations} has weights of the same format; leave out "
@@ -44,6 +47,8 @@ class QuantizationOptions:
                 "--calibration has no meaning without 8-bit activations; add --precision int8 or fp8, "
                 "or leave it out"
             )
+        if self.trust_code and self.calibration is None:
+            raise OptionError("--trust-code has no meaning without --calibration PIPELINE; leave it out")
 
     @property
     def weight_format(self) -> WeightFormat | None:

@@ -1,8 +1,9 @@
 """Options of the sizes that an artefact is made for."""
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,12 @@ class SizeOptions:
             raise OptionError(
                 f"--vae-scale {self.vae_scale}: expected 1 or more, such as 8 (Stable Diffusion)"
             )
+        for name in SIZE_AXES:
+            if (text := getattr(self, name)) is not None:
+                parse_range(text, f"--{name}")
+        for text in self.profiles:
+            with _naming_profile(text):
+                self._of_profile(text)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,10 +92,8 @@ class SizeOptions:
             return (self._sizes(config, size_multiple, vae_scale),)
         found: list[SizeRanges] = []
         for text in self.profiles:
-            try:
+            with _naming_profile(text):
                 sizes = self._of_profile(text)._sizes(config, size_multiple, vae_scale)
-            except OptionError as error:
-                raise OptionError(f"--profile {text}: {error}") from error
             if sizes in found:
                 raise OptionError(f"--profile {text}: an earlier profile has the same sizes; leave one out")
             found.append(sizes)
@@ -185,6 +190,15 @@ class SizeOptions:
                 "add --vae-scale 8 (Stable Diffusion) or --vae-scale 1 (pixel space)"
             )
         return scale
+
+
+@contextlib.contextmanager
+def _naming_profile(text: str) -> Iterator[None]:
+    """Name the profile in errors."""
+    try:
+        yield
+    except OptionError as error:
+        raise OptionError(f"--profile {text}: {error}") from error
 
 
 def _parse_profile(text: str) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Options of the model that is exported."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from graph_passes.weight_formats import WEIGHT_FORMATS
+from sws_export.errors import OptionError
 from sws_export.tensors import PRECISIONS, Precision
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "edm", "edm_v_prediction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,8 @@ class SourceOptions:
         ema: Use the EMA weights of a checkpoint that has both.
         variant: Variant of the files in a directory, such as `fp16`.
         attention_head_dim: Number of heads of each level, for a UNet of an unknown family.
-        prediction_type: What the UNet predicts, if the checkpoint does not specify it.
+        prediction_type: What the UNet predicts, one of `PREDICTION_TYPES`; None for what the checkpoint
+            specifies.
         loras: FILE or FILE:SCALE of each LoRA to fuse.
         controlnet: Add inputs for the residuals of a ControlNet.
     """
@@ -31,8 +35,16 @@ class SourceOptions:
     variant: str | None = None
     attention_head_dim: tuple[int, ...] | None = None
     prediction_type: str | None = None
-    loras: tuple[str, ...] = ()
+    loras: tuple[str, ...] = field(default=(), metadata={"option": "--lora"})
     controlnet: bool = False
+
+    def __post_init__(self) -> None:
+        for option, found, known in (
+            ("--precision", self.precision, tuple(PRECISIONS)),
+            ("--prediction-type", self.prediction_type, PREDICTION_TYPES),
+        ):
+            if found not in (None, *known):
+                raise OptionError(f"{option}: expected one of {', '.join(known)}, found '{found}'")
 
     @staticmethod
     def add_reading_arguments(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
@@ -70,7 +82,7 @@ class SourceOptions:
         group.add_argument(
             "--prediction-type",
             metavar="TYPE",
-            help="epsilon, v_prediction, sample, edm or edm_v_prediction; default: that of the checkpoint",
+            help=f"one of {', '.join(PREDICTION_TYPES)}; default: that of the checkpoint",
         )
         group.add_argument(
             "--controlnet", action="store_true", help="add inputs for the residuals of a ControlNet"

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from graph_passes.guard import GuardForm, GuardOptions, fused_guard_limit
 from sws_export.errors import OptionError
-from sws_export.parameters import SwsParameters, parse_parameters
+from sws_export.options.arguments import changed_options
+from sws_export.parameters import SwsParameters, check_parameters, parse_parameters
 from sws_export.presets import DEFAULT_PRESET, PRESETS, Preset, preset_named
 from sws_export.presets.preset import USource
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 GUARDS: tuple[GuardForm, ...] = ("fused", "literal")
 Switch = Literal["on", "off"]
+_SWITCHES: tuple[Switch, ...] = get_args(Switch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class SwsOptions:
 
     preset: str = DEFAULT_PRESET.name
     u: str | None = None
-    parameters: SwsParameters = field(default_factory=SwsParameters)
+    parameters: SwsParameters = field(default_factory=SwsParameters, metadata={"option": "--sws"})
     sites: tuple[str, ...] = ()
     guard: GuardForm | None = None
     guard_rows: str = "1"
@@ -51,12 +53,14 @@ class SwsOptions:
     def __post_init__(self) -> None:
         preset = preset_named(self.preset, self.u)
         object.__setattr__(self, "preset", preset.name)
+        check_parameters(self.parameters)
         preset.check_parameters(self.parameters)
         self._check_combination()
-        if self.plain and (self.sites or self.debug_outputs or self.parameters != SwsParameters()):
-            raise OptionError(
-                "--plain exports the UNet without SWS; leave out --sws, --sites and --debug-outputs"
-            )
+        if self.guard not in (None, *GUARDS):
+            raise OptionError(f"--guard {self.guard} is unknown; choose {' or '.join(GUARDS)}")
+        if self.guard_branches not in (None, *_SWITCHES):
+            raise OptionError(f"--guard-branches: expected on or off, found '{self.guard_branches}'")
+        self.guard_options()  # raises for an unknown share of the rows
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +111,7 @@ class SwsOptions:
         )
         group.add_argument(
             "--guard-branches",
-            choices=("on", "off"),
+            choices=_SWITCHES,
             help="If nodes in the fused guard; default: on for ONNX Runtime on the CPU, otherwise off",
         )
         group.add_argument(
@@ -141,7 +145,7 @@ class SwsOptions:
         return "plain" if self.plain else self.preset
 
     def _check_combination(self) -> None:
-        """Raise an error for options that have no meaning with the preset."""
+        """Raise an error for options that have no meaning with the preset, or without SWS."""
         preset = self.chosen_preset
         reasons = {}
         if self.plain and preset is not DEFAULT_PRESET:
@@ -156,17 +160,18 @@ class SwsOptions:
             raise OptionError(
                 f"{option} has no meaning with --preset {preset.name}: {reason}; leave one of them out"
             )
+        if not self.plain:
+            return
+        for name, option in changed_options(self).items():
+            if name != "plain":
+                raise OptionError(
+                    f"{option} has no meaning with --plain, which exports the UNet without SWS; leave it out"
+                )
 
     def guard_options(self) -> GuardOptions:
-        """The form of the key guard.
-
-        Raises:
-            OptionError: The form is unknown, or the share of rows is not supported.
-        """
+        """The form of the key guard."""
         if preset_named(self.preset).fixed_guard:
             return GuardOptions()
-        if self.guard not in (None, *GUARDS):
-            raise OptionError(f"--guard {self.guard} is unknown; choose {' or '.join(GUARDS)}")
         form: GuardForm = "literal" if fused_guard_limit(self.parameters) else "fused"
         try:
             return GuardOptions.parse(self.guard or form, self.guard_rows)

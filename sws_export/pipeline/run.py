@@ -83,7 +83,6 @@ def export(
     log = RunLog(progress or SilentProgress())
 
     # 1. Open: read headers, reject what cannot be exported or written.
-    options.sws.guard_options()
     _check_destination(model, out, options)
     inputs = InputFiles()
     if model.is_file():

@@ -73,6 +73,8 @@ def validate(
     """
     graph, model = Path(graph), Path(model)
     options, progress = options or SourceOptions(), progress or SilentProgress()
+    if model.suffix == ".onnx":
+        raise CheckpointError(f"{model} is a graph: expected the checkpoint that {graph} was exported from")
     manifest = _manifest(graph)
     residuals = any(spec["name"] == MID_RESIDUAL for spec in manifest["inputs"])
     as_exported = dataclasses.replace(options, precision=manifest["precision"], controlnet=residuals)

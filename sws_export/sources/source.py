@@ -11,6 +11,7 @@ from sws_export.errors import OptionError
 from sws_export.files import HashedCopy
 from sws_export.manifest import QuantizationEntry, SourceEntry
 from sws_export.options import ExportOptions
+from sws_export.options.arguments import changed_options
 from sws_export.progress import Progress
 from sws_export.sources.checkpoint import open_checkpoint_source
 from sws_export.sources.onnx import open_onnx_source
@@ -139,11 +140,11 @@ def open_source(model: Path, options: ExportOptions, progress: Progress, *, engi
         if activations is None:
             return checkpoint
         return dataclasses.replace(checkpoint, precision_reason=f"that of all but the {activations} layers")
-    given = options.source
-    if given.precision is not None or given.config is not None or given.loras or options.sws.plain:
+    given = [*changed_options(options.source).values(), *(["--plain"] if options.sws.plain else [])]
+    for option in given:
         raise OptionError(
-            f"{model} is a graph already: its precision, architecture and weights are final; "
-            "leave out --precision, --config, --plain and --lora, or export the checkpoint"
+            f"{model} is a graph already: {option} applies to checkpoints only; leave it out, or export the "
+            "checkpoint"
         )
     source = open_onnx_source(model)
     if source.quantization and options.quantization.weight_format:

@@ -168,8 +168,10 @@ def test_a_graph_without_attention(refuse: Refuse, traced: Path, tmp_path: Path)
             ("--backend", "openvino"),
             "--backend openvino is unknown; choose one of tensorrt-rtx, tensorrt, onnxruntime-cuda",
         ),
-        (("--plain", "--sites", "mid_block.*"), "--plain"),
-        (("--plain", "--sws", "beta=0.5"), "--plain"),
+        (("--plain", "--guard-rows", "1/8"), "--guard-rows has no meaning with --plain"),
+        (("--plain", "--sws", "beta=0.5"), "--sws has no meaning with --plain"),
+        (("--prediction-type", "v"), "--prediction-type: expected one of epsilon, v_prediction, sample"),
+        (("--trust-code",), "--trust-code has no meaning without --calibration PIPELINE; leave it out"),
         (("--preset", "node", "--plain"), "--plain has no meaning with --preset comfyui-node"),
         (
             ("--preset", "node", "--guard", "fused"),
@@ -228,7 +230,7 @@ def test_pixels_without_a_vae_scale(refuse: Refuse, random_unet: Path) -> None:
 
 
 def test_options_without_meaning_for_an_onnx_source(refuse: Refuse, traced: Path) -> None:
-    assert "is a graph already" in refuse(traced, "--precision", "fp16")
+    assert "is a graph already: --controlnet applies" in refuse(traced, "--controlnet")
 
 
 # The destination

@@ -84,18 +84,18 @@ def test_the_last_value_is_used() -> None:
 )
 def test_errors_name_the_allowed_values(text: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        parse_parameters([text])
+        check_parameters(parse_parameters([text]))
 
 
 @given(st.sampled_from([field.name for field in dataclasses.fields(SwsParameters)]), st.text())
 def test_any_text_is_a_parameter_or_an_option_error(name: str, text: str) -> None:
     try:
         parameters = parse_parameters([f"{name}={text}"])
+        check_parameters(parameters)
     except OptionError:
         return
     value = getattr(parameters, name)
     assert isinstance(value, str | tuple) or math.isfinite(value)
-    check_parameters(parameters)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())

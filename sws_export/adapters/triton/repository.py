@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,11 @@ from sws_export.tensors import SIZE_AXES, concrete_shape
 Variant = Literal["native", "python"]
 
 _MICROSECONDS = 1_000_000
+_OF_ONE_VARIANT: Mapping[str, Variant] = {
+    **dict.fromkeys(("height", "width", "tokens", "max_batch", "queue_microseconds"), "native"),
+    "engine_host_code_allowed": "python",
+}
+"""Options that have a meaning with one variant only."""
 _MODEL_PY = '''"""The model of this folder; Triton's Python needs the package sws-export."""
 
 import os
@@ -72,6 +78,9 @@ class TritonOptions:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise OptionError(f"{option} {value} is out of range; at least 1 is needed")
+        for option, variant in _OF_ONE_VARIANT.items():
+            if variant != self.variant and getattr(self, option) != getattr(TritonOptions, option):
+                raise OptionError(f"{option} has no meaning with the variant '{self.variant}'; leave it out")
 
 
 def write_repository(

@@ -87,10 +87,13 @@ def test_native_model(sws_graph: Path, tmp_path: Path) -> None:
 
 
 def test_site_metrics_are_outputs(metrics_graph: Path, tmp_path: Path) -> None:
-    for variant, dims in (("native", ([4], [1])), ("python", ([-1, 4], [-1]))):
-        options = TritonOptions(name=variant, variant=variant, height=16, width=8)  # type: ignore[arg-type]
+    native = TritonOptions(name="native", height=16, width=8)
+    python = TritonOptions(name="python", variant="python")
+    for options, dims in ((native, ([4], [1])), (python, ([-1, 4], [-1]))):
         write_repository(metrics_graph, tmp_path / "models", options)
-        tensors = {tensor.name: tensor for tensor in read_config(tmp_path / "models" / variant).output}
+        tensors = {
+            tensor.name: tensor for tensor in read_config(tmp_path / "models" / options.variant).output
+        }
         assert len(tensors) == 8
         assert (tensors["sws_debug_kl"].dims, tensors["sws_debug_kl_cap"].dims) == dims
         assert tensors["sws_debug_kl"].data_type == model_config_pb2.TYPE_FP32
@@ -225,6 +228,12 @@ def test_what_triton_cannot_serve(sws_graph: Path, engine: Callable[[str], Path]
         ({"name": "a/b"}, "name 'a/b': expected letters"),
         ({"variant": "ruby"}, "variant 'ruby' is unknown"),
         ({"max_batch": 0}, "max_batch 0 is out of range"),
+        (
+            {"variant": "python", "height": 64},
+            "height has no meaning with the variant 'python'; leave it out",
+        ),
+        ({"variant": "python", "max_batch": 2}, "max_batch has no meaning with the variant 'python'"),
+        ({"engine_host_code_allowed": True}, "engine_host_code_allowed has no meaning with the variant 'nat"),
     ],
 )
 def test_options_that_are_refused(change: dict[str, Any], message: str) -> None:

@@ -15,7 +15,6 @@ from sws_export.checkpoint.header import Header, read_header
 from sws_export.checkpoint.prediction import Prediction
 from sws_export.checkpoint.read_prediction import find_prediction
 from sws_export.checkpoint.structure import Structure
-from sws_export.errors import CheckpointError
 
 SD2 = next(family for family in FAMILIES if family.name == "SD 2.x").structure
 BIAS = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
@@ -143,11 +142,6 @@ def test_the_option_has_precedence(tmp_path: Path) -> None:
     assert same.source == "marker v_pred, ztsnr"
     edm = predicted(tmp_path, markers, given="edm")
     assert edm.sampling() == {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
-
-
-def test_unknown_prediction_type(tiny_unet: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"--prediction-type: expected one of epsilon, .* found 'v'"):
-        open_checkpoint(tiny_unet, prediction_type="v")
 
 
 def test_markers_beside_the_unet(tmp_path: Path, unet_shapes: Any, write_sparse: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from graph_passes.guard import GuardOptions
 from graph_passes.target import TARGETS
-from sws_export import SizeOptions, SwsOptions, SwsParameters
+from sws_export import QuantizationOptions, SizeOptions, SourceOptions, SwsOptions, SwsParameters
 from sws_export.errors import OptionError
 from sws_export.options import EngineOptions, artefact_kind
 
@@ -28,12 +28,52 @@ def test_other_suffixes(name: str) -> None:
         artefact_kind(Path(name))
 
 
-@pytest.mark.parametrize("options", [{"sites": ("mid*",)}, {"parameters": SwsParameters(beta=0.1)}])
-def test_plain_has_no_parameters(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("sites", ("mid*",)),
+        ("guard", "literal"),
+        ("guard_rows", "1/8"),
+        ("guard_branches", "off"),
+        ("debug_outputs", True),
+    ],
+)
+def test_what_has_no_meaning_without_sws(option: str, value: Any) -> None:
+    name = "--" + option.replace("_", "-")
     with pytest.raises(
-        OptionError, match="--plain exports the UNet without SWS; leave out --sws, --sites and"
+        OptionError, match=f"{name} has no meaning with --plain, which exports .*; leave it out"
     ):
-        SwsOptions(plain=True, **options)
+        SwsOptions(plain=True, **{option: value})
+    with pytest.raises(OptionError, match="--sws has no meaning with --plain"):
+        SwsOptions(plain=True, parameters=SwsParameters(beta=0.1))
+
+
+@pytest.mark.parametrize(
+    ("group", "option", "value", "message"),
+    [
+        (SourceOptions, "precision", "fp99", "--precision: expected one of fp32, fp16, bf16, found 'fp99'"),
+        (SourceOptions, "prediction_type", "v", "--prediction-type: expected one of epsilon, .*, found 'v'"),
+        (
+            SwsOptions,
+            "parameters",
+            SwsParameters(beta=7.0),
+            "--sws beta: 7.0 is out of range; allowed is 0 to",
+        ),
+        (SwsOptions, "guard", "exact", "--guard exact is unknown; choose fused or literal"),
+        (SwsOptions, "guard_branches", "maybe", "--guard-branches: expected on or off, found 'maybe'"),
+        (QuantizationOptions, "weights", "int4", "--weights: expected one of int8, fp8, found 'int4'"),
+        (QuantizationOptions, "activations", "int4", "--precision: expected one of int8, fp8, found 'int4'"),
+        (QuantizationOptions, "trust_code", True, "--trust-code has no meaning without --calibration"),
+        (SizeOptions, "batch", "x", "--batch x: expected one number or MIN:OPT:MAX"),
+        (SizeOptions, "height", "9:1:2", "--height 9:1:2: expected MIN <= OPT <= MAX"),
+        (SizeOptions, "tokens", "", "--tokens : expected one number or MIN:OPT:MAX"),
+        (SizeOptions, "profiles", ("width=0",), "--profile width=0: --width 0: sizes start at 1, found 0"),
+        (SizeOptions, "profiles", ("depth=8",), "--profile depth=8: expected each of batch, height, width"),
+    ],
+)
+def test_a_group_refuses_what_it_does_not_know(group: Any, option: str, value: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        group(**{option: value})
 
 
 @pytest.mark.parametrize(
@@ -89,7 +129,7 @@ def test_query_rows_of_the_guard(
 def test_other_shares_of_the_rows_are_refused(text: str) -> None:
     message = f"--guard-rows {text}: expected one of 1, 1/2, 1/4, 1/8, 1/16, or kl: and one of them"
     with pytest.raises(OptionError, match=re.escape(message)):
-        SwsOptions(guard_rows=text).guard_options()
+        SwsOptions(guard_rows=text)
 
 
 def test_plugins_have_one_set_of_rows() -> None:

@@ -120,7 +120,6 @@ def test_a_graph_takes_any_size_unless_one_is_given() -> None:
             "--height 502: 502 pixels is not a multiple of 8, .*; the nearest sizes are 496 or 504 pixels",
         ),
         (SizeOptions(profiles=("batch=2",)), "--profile batch=2: an ONNX graph has no optimization profiles"),
-        (SizeOptions(tokens="x"), "--tokens x: expected one number"),
     ],
 )
 def test_sizes_that_no_graph_can_have(options: SizeOptions, message: str) -> None:

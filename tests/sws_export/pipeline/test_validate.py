@@ -90,6 +90,13 @@ def test_a_graph_without_a_manifest(exported: Path, random_unet: Path, tmp_path:
         validate(file, random_unet)
 
 
+def test_a_graph_in_place_of_the_checkpoint(exported: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"is a graph: expected the checkpoint that .* was exported from"
+    ):
+        validate(exported, exported)
+
+
 def test_missing_files_and_files_that_are_not_onnx(random_unet: Path, tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"cannot read .*g\.onnx: No such file"):
         validate(tmp_path / "g.onnx", random_unet)

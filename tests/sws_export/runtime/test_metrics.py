@@ -135,6 +135,6 @@ def test_validation_rejects_wrong_metrics(metrics_graph: Path, random_unet: Path
 
 def test_a_plain_graph_has_none() -> None:
     with pytest.raises(
-        OptionError, match="--plain exports the UNet without SWS; leave out --sws, --sites and --debug"
+        OptionError, match="--debug-outputs has no meaning with --plain, which exports the UNet without"
     ):
         ExportOptions(sws=SwsOptions(plain=True, debug_outputs=True))

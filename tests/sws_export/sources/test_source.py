@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from graph_passes.parameters import SwsParameters
-from sws_export import ExportOptions
+from sws_export import ExportOptions, SourceOptions
 from sws_export.errors import CheckpointError, OptionError
 from sws_export.progress import SilentProgress
 from sws_export.sources import open_source
@@ -165,13 +166,26 @@ def test_a_graph(traced: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"precision": "fp16"}, {"config": Path("c.json")}, {"plain": True}, {"loras": ("x.safetensors",)}],
-)
-def test_a_graph_takes_no_options_of_checkpoints(traced: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="is a graph already"):
-        opened(traced, **options)
+OF_CHECKPOINTS: dict[str, Any] = {
+    "precision": "fp16",
+    "config": Path("c.json"),
+    "ema": True,
+    "variant": "fp16",
+    "attention_head_dim": (8,),
+    "prediction_type": "v_prediction",
+    "loras": ("x.safetensors",),
+    "controlnet": True,
+    "plain": True,
+}
+
+
+def test_a_graph_takes_no_options_of_checkpoints(traced: Path) -> None:
+    assert {field.name for field in dataclasses.fields(SourceOptions)} | {"plain"} == OF_CHECKPOINTS.keys()
+    for name, value in OF_CHECKPOINTS.items():
+        option = "--lora" if name == "loras" else "--" + name.replace("_", "-")
+        message = f"{traced} is a graph already: {option} applies to checkpoints only; leave it out"
+        with pytest.raises(OptionError, match=re.escape(message)):
+            opened(traced, **{name: value})
 
 
 @pytest.mark.parametrize("size", ["dynamic", "fixed"])
