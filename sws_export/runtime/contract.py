@@ -104,8 +104,9 @@ class Contract:
         The result is the same to the accuracy of the guard of the target that the graph was exported for.
         """
         expected = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}.get(provider, provider)
-        target = self.manifest["target"]
-        if self.preset != "sws" or target == expected:
+        target, guard = self.manifest["target"], self.manifest["guard"]
+        # The literal form is the same for every target.
+        if guard is None or guard["form"] != "fused" or target == expected:
             return None
         remedy = "without --backend" if provider == "cpu" else f"with --backend {expected}"
         return (

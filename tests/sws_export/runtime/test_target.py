@@ -21,13 +21,19 @@ def test_a_session_names_the_target(
     contract = read_contract(graph)
     assert contract.manifest["target"] == "onnxruntime-cuda"
     assert contract.target_mismatch("cuda") is None
-    assert read_contract(sws_graph).target_mismatch("cpu") is None
     message = r"was exported for onnxruntime-cuda and runs with the provider 'cpu'.*again without --backend"
     with pytest.warns(RuntimeWarning, match=message):
         session = Session.load(graph)
     step = inputs(0)
     expected = Session.load(sws_graph).step(**step)
     np.testing.assert_allclose(session.step(**step), expected, rtol=0, atol=1e-3 * np.abs(expected).max())
-    mismatch = read_contract(sws_graph).target_mismatch("cuda")
+    mismatch = contract.target_mismatch("tensorrt-rtx")
     assert mismatch is not None
-    assert "export it again with --backend onnxruntime-cuda" in mismatch
+    assert "export it again with --backend tensorrt-rtx" in mismatch
+
+
+def test_a_guard_that_is_the_same_for_every_target(sws_graph: Path, node_graph: Path, traced: Path) -> None:
+    for graph, form in ((sws_graph, "literal"), (node_graph, "literal"), (traced, None)):
+        contract = read_contract(graph)
+        assert (contract.manifest["guard"] or {}).get("form") == form
+        assert contract.target_mismatch("cuda") is None
