@@ -21,7 +21,8 @@ T = TypeVar("T")
 MAX_DOCUMENT_BYTES = 16_000_000
 """Larger files are no configuration: those of UNets have a few kilobytes, manifests some hundred."""
 
-_FILE_NAME = r"^(?!\.{1,2}$)[^/\\\x00-\x1f]+$"
+# A drive letter makes a name on Windows a path of another drive.
+_FILE_NAME = r"^(?!\.{1,2}$)(?![A-Za-z]:)[^/\\\x00-\x1f]+$"
 _SHA256 = r"^[0-9a-f]{64}$"
 FileName = Annotated[str, msgspec.Meta(pattern=_FILE_NAME, max_length=255)]
 """Name of a file without directories."""

@@ -12,9 +12,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from sws_export.errors import OutputError
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 ENGINE_SUFFIXES = (".plan", ".engine")
 """File name suffixes of engines."""
@@ -83,6 +86,20 @@ class HashedCopy:
 def external_data_path(path: Path) -> Path:
     """Path of the external data of the ONNX file `path`."""
     return path.with_name(path.name + ".data")
+
+
+def stays_below(location: PurePath) -> bool:
+    """Whether a path that is joined to a directory is below it, before links are followed.
+
+    On Windows a path with a drive or a root of its own is not, even if it is not absolute: `D:x`, `/x`.
+    """
+    return not location.anchor and ".." not in location.parts
+
+
+def common_directory(files: Sequence[AnyPath]) -> AnyPath | None:
+    """The innermost directory that contains all `files`, which are absolute; None if their drives differ."""
+    first, *others = files
+    return next((path for path in first.parents if all(path in file.parents for file in others)), None)
 
 
 def user_cache() -> Path:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import itertools
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +10,16 @@ from pathlib import Path
 import onnx_ir as ir
 
 from sws_export.documents import open_regular
-from sws_export.errors import CheckpointError, ExportError, reading_onnx
-from sws_export.files import FileDigest, HashedCopy, external_data_path, file_digest, file_places
+from sws_export.errors import CheckpointError, ExportError, first_items, reading_onnx
+from sws_export.files import (
+    FileDigest,
+    HashedCopy,
+    common_directory,
+    external_data_path,
+    file_digest,
+    file_places,
+    stays_below,
+)
 from sws_export.progress import Progress, Stage
 from sws_export.tensors import SIZE_AXES, TensorSpec
 
@@ -91,8 +98,7 @@ def _behind_links(path: Path, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     of which model caches consist of. With an absolute location and no base directory it makes no checks.
     """
     location = Path(tensor.location)
-    inside = Path(os.path.normpath(location)).parts[:1] != (os.pardir,)
-    if location.is_absolute() or not inside:
+    if not stays_below(location):
         raise CheckpointError(
             f"{path}: weight '{tensor.name}' refers to external data in '{location}'; expected a file in the "
             "directory of the model"
@@ -127,6 +133,9 @@ def relocate_external_data(model: ir.Model) -> Path | None:
 
     Returns:
         The directory, or None without external data.
+
+    Raises:
+        CheckpointError: The files are on several drives (Windows).
     """
     external = [
         (value, value.const_value)
@@ -136,7 +145,12 @@ def relocate_external_data(model: ir.Model) -> Path | None:
     if not external:
         return None
     files = {tensor.path: Path(tensor.path).resolve() for _, tensor in external}
-    directory = Path(os.path.commonpath([file.parent for file in files.values()]))
+    directory = common_directory(list(files.values()))
+    if directory is None:
+        found = first_items([str(file) for file in files.values()])
+        raise CheckpointError(
+            f"the external data of the graph are on several drives: {found}; copy them into one directory"
+        )
     for value, tensor in external:
         value.const_value = _moved(tensor, files[tensor.path].relative_to(directory), directory)
     return directory

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from graph_passes.weight_formats import WEIGHT_FORMATS
+from sws_export.documents import FileName, check_document
 from sws_export.errors import OptionError
 from sws_export.files import ENGINE_SUFFIXES
 from sws_export.options.arguments import group_from_arguments
@@ -94,12 +95,18 @@ def artefact_kind(out: Path) -> ArtefactKind:
     """What is to be written, from the suffix of `--out`.
 
     Raises:
-        OptionError: The suffix is that of neither an ONNX graph nor an engine.
+        OptionError: The suffix is that of neither an ONNX graph nor an engine, or a manifest cannot have the
+            name.
     """
-    if out.suffix == ".onnx":
-        return "onnx"
-    if out.suffix in ENGINE_SUFFIXES:
-        return "engine"
-    raise OptionError(
-        f"--out {out}: expected a name ending in .onnx, .plan or .engine, found '{out.suffix or out.name}'"
-    )
+    if out.suffix not in (".onnx", *ENGINE_SUFFIXES):
+        found = out.suffix or out.name
+        raise OptionError(f"--out {out}: expected a name ending in .onnx, .plan or .engine, found '{found}'")
+    try:
+        # The length is for the file system to judge.
+        check_document(out.name[:255], FileName)
+    except ValueError as error:
+        raise OptionError(
+            f"--out {out}: expected a file name that manifests can have: no control characters, no '\\', no "
+            "drive letter such as D:"
+        ) from error
+    return "onnx" if out.suffix == ".onnx" else "engine"

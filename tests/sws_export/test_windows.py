@@ -8,7 +8,14 @@ import pytest
 
 from sws_export.engines.gpu import gpu_count
 from sws_export.errors import OutputError
-from sws_export.files import external_data_path, output_errors, publish, user_cache
+from sws_export.files import (
+    common_directory,
+    external_data_path,
+    output_errors,
+    publish,
+    stays_below,
+    user_cache,
+)
 from sws_export.lora.fuse import parse_lora
 from sws_export.manifest import manifest_path
 
@@ -60,6 +67,30 @@ def test_the_driver_has_another_name(windows: None) -> None:
 )
 def test_a_drive_letter_is_not_a_scale(text: str, file: str, scale: float) -> None:
     assert parse_lora(text) == (Path(file), scale)
+
+
+@pytest.mark.parametrize(
+    ("location", "below"),
+    [
+        ("weights.bin", True),
+        (r"data\weights.bin", True),
+        ("/evil.bin", False),
+        (r"\evil.bin", False),
+        ("D:evil.bin", False),
+        (r"D:\evil.bin", False),
+        (r"\\server\share\evil.bin", False),
+        (r"data\..\..\evil.bin", False),
+    ],
+)
+def test_locations_that_leave_the_directory_of_a_graph(location: str, below: bool) -> None:
+    assert stays_below(PureWindowsPath(location)) == below
+
+
+def test_a_directory_of_files_on_two_drives() -> None:
+    first, second = PureWindowsPath(r"C:\Models\a\w.bin"), PureWindowsPath(r"c:\models\b\w.bin")
+    assert common_directory([first, second]) == PureWindowsPath(r"C:\Models")
+    assert common_directory([first]) == first.parent
+    assert common_directory([first, PureWindowsPath(r"D:\w.bin")]) is None
 
 
 def test_names_of_files_beside_an_artefact() -> None:

@@ -81,7 +81,9 @@ def test_shards_behind_symbolic_links(
         open_checkpoint(index)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "weights.bin"])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/secret.safetensors", "D:secret.safetensors", "weights.bin"]
+)
 def test_index_that_leads_elsewhere(name: str, tmp_path: Path) -> None:
     index = tmp_path / f"{STEM}.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))

@@ -142,6 +142,7 @@ def test_a_manifest_with_one_profile_is_read() -> None:
         ),
         ({"files": [file_entry(bytes=-1)]}, r"files\[0\]\.bytes: expected an integer >= 0, found -1"),
         ({"artefact": "a/b"}, "artefact: expected the name of a file"),
+        ({"artefact": "D:x.onnx"}, "artefact: expected the name of a file in the same directory, found"),
         ({"guard": {"form": "fused", "rows": "1/0"}}, r"guard\.rows: expected a string matching .* \"1/0\""),
         ({"guard": {"form": "fused", "rows": "kl:1"}}, r"guard\.rows: expected a string matching"),
         ({"opset": 10**30}, r"opset: expected an integer <= 1000, found 1000"),

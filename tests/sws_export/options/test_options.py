@@ -28,6 +28,12 @@ def test_other_suffixes(name: str) -> None:
         artefact_kind(Path(name))
 
 
+@pytest.mark.parametrize("name", ["D:a.onnx", "a\\b.onnx", "a\nb.plan"])
+def test_names_that_a_manifest_cannot_have(name: str) -> None:
+    with pytest.raises(OptionError, match="expected a file name that manifests can have"):
+        artefact_kind(Path("out") / name)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
