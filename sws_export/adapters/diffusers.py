@@ -6,19 +6,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-import torch
-from diffusers.configuration_utils import FrozenDict
-from diffusers.models.embeddings import ImageProjection
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-
-from sws_export.adapters.fit_pipeline import EDM_TYPES, fit_pipeline, missing_settings
-from sws_export.checkpoint.ip_adapter import image_inputs, ip_adapters
 from sws_export.errors import EngineError, OptionError, StepError
+from sws_export.extras import missing_extras_as_errors
 from sws_export.manifest import SourceEntry
 from sws_export.noise_levels import edm_noise_levels, noise_levels
 from sws_export.runtime.inputs import to_numpy
 from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session
 from sws_export.tensors import DOWN_RESIDUAL, MID_RESIDUAL, PRECISIONS
+
+with missing_extras_as_errors():
+    import torch
+    from diffusers.configuration_utils import FrozenDict
+    from diffusers.models.embeddings import ImageProjection
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+    from sws_export.adapters.fit_pipeline import EDM_TYPES, fit_pipeline, missing_settings
+    from sws_export.checkpoint.ip_adapter import image_inputs, ip_adapters
 
 INTENSITY_ARGUMENT = "intensity"
 

@@ -12,19 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from sws_export.calibration.pipeline_class import pipeline_class
 from sws_export.errors import OptionError, OutputError
-from sws_export.evaluation.adherence import Scorer, check_clip, clip_scorer, pipeline_checker
-from sws_export.evaluation.measure import METRICS, PairMetrics, Summary, measure_pair, summarize
-from sws_export.evaluation.options import INTENSITIES, EvaluationOptions
-from sws_export.evaluation.page import Extreme, render
-from sws_export.evaluation.pairs import PairImages, PairStore, basis_of, check_walk, draw_pair
-from sws_export.evaluation.statistics import CONFIDENCE, RESAMPLES
+from sws_export.extras import missing_extras_as_errors
 from sws_export.files import output_errors, publish_together, staged_directory
 from sws_export.progress import Progress, SilentProgress
 from sws_export.runtime.contract import Contract, read_contract
-from sws_export.sampling.draw import attach_artefact, check_pixels, load_pipeline
-from sws_export.sampling.sample import is_plain_at_zero
+
+with missing_extras_as_errors():
+    from sws_export.calibration.pipeline_class import pipeline_class
+    from sws_export.evaluation.adherence import Scorer, check_clip, clip_scorer, pipeline_checker
+    from sws_export.evaluation.measure import METRICS, PairMetrics, Summary, measure_pair, summarize
+    from sws_export.evaluation.options import INTENSITIES, EvaluationOptions
+    from sws_export.evaluation.page import Extreme, render
+    from sws_export.evaluation.pairs import PairImages, PairStore, basis_of, check_walk, draw_pair
+    from sws_export.evaluation.statistics import CONFIDENCE, RESAMPLES
+    from sws_export.sampling.draw import attach_artefact, check_pixels, load_pipeline
+    from sws_export.sampling.sample import is_plain_at_zero
 
 DOCUMENT, PAGE, PAIRS = "evaluation.json", "evaluation.html", "pairs"
 

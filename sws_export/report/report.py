@@ -5,16 +5,19 @@ from pathlib import Path
 
 import numpy as np
 
-from sws_export.checkpoint.unet_io import size_multiple
 from sws_export.errors import OptionError
+from sws_export.extras import missing_extras_as_errors
 from sws_export.files import publish, staged_directory
 from sws_export.progress import Progress, SilentProgress
-from sws_export.report.explanation import Explanation, Floats, StepMetrics
-from sws_export.report.page import render
-from sws_export.report.probe import Probe, Reference, method_of
 from sws_export.runtime.contract import Contract
 from sws_export.runtime.session import RECOMMENDED_INTENSITY, Session
-from sws_export.validation.trajectory import Trajectory
+
+with missing_extras_as_errors():
+    from sws_export.checkpoint.unet_io import size_multiple
+    from sws_export.report.explanation import Explanation, Floats, StepMetrics
+    from sws_export.report.page import render
+    from sws_export.report.probe import Probe, Reference, method_of
+    from sws_export.validation.trajectory import Trajectory
 
 TOKENS = {"centre": (0.5, 0.5), "edge": (0.0, 0.5), "corner": (0.0, 0.0)}
 """Default positions of tokens whose transport is drawn: (down, right), as fractions of the image."""

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sws_export.errors import OptionError
+from sws_export.extras import missing_extras_as_errors
 from sws_export.presets import recorded_preset
 from sws_export.progress import Progress, SilentProgress, Stage
 from sws_export.runtime.contract import Contract
-from sws_export.sampling.draw import Drawing, attach_artefact, check_pixels, draw, load_pipeline
-from sws_export.sampling.effects import Effect, Floats, Sampled, measure
-from sws_export.sampling.image_grid import draw_grid, save_image, to_image
-from sws_export.sampling.predicted_image import check_prediction, recorded_steps
+
+with missing_extras_as_errors():
+    from PIL import Image
+
+    from sws_export.sampling.draw import Drawing, attach_artefact, check_pixels, draw, load_pipeline
+    from sws_export.sampling.effects import Effect, Floats, Sampled, measure
+    from sws_export.sampling.image_grid import draw_grid, save_image, to_image
+    from sws_export.sampling.predicted_image import check_prediction, recorded_steps
 
 _LARGEST_SHOWN = 0.8
 # The largest changes are clipped, so that the others are visible.

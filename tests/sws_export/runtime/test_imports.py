@@ -154,10 +154,18 @@ def test_a_missing_extra_is_one_line(verb: str, base: Path, sws_graph: Path, tmp
 
 def test_a_missing_extra_in_python(base: Path) -> None:
     program = """
+import importlib
 import sws_export
-try:
-    sws_export.export
-except sws_export.SwsExportError as error:
-    print(error)
+modules = ["adapters.diffusers", "sampling.sample", "report.report", "evaluation.evaluate"]
+for use in [lambda: sws_export.export] + [
+    lambda name=name: importlib.import_module("sws_export." + name) for name in modules
+]:
+    try:
+        use()
+    except sws_export.SwsExportError as error:
+        print(error)
 """
-    assert "pip install 'sws-export[export]'" in run(base, program)
+    lines = run(base, program).splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        assert line.endswith(" is not installed; install it with: pip install 'sws-export[export]'")
