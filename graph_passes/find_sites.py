@@ -8,7 +8,9 @@ import onnx_ir as ir
 
 from graph_passes.grids import TEXT, Grid
 
-_HEAD_SPLIT = (0, 2, 1, 3)
+HEAD_SPLIT = (0, 2, 1, 3)
+"""Permutation of the Transpose between [B, T, heads, C] and [B, heads, T, C]."""
+
 _SITE_NAME = re.compile(r"(?:down_blocks|up_blocks|mid_block)[\w.]*\.attn\d+")
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)")
 _TEXT_INPUT = "encoder_hidden_states"
@@ -173,7 +175,7 @@ def _before_head_split(value: ir.Value | None) -> ir.Value:
     transpose = value.producer() if value is not None else None
     if transpose is None or transpose.op_type != "Transpose":
         raise _Skipped("its heads are not split by Reshape and Transpose")
-    if tuple(transpose.attributes.get_ints("perm", [])) != _HEAD_SPLIT:
+    if tuple(transpose.attributes.get_ints("perm", [])) != HEAD_SPLIT:
         raise _Skipped("its heads are transposed in an unknown way")
     reshape = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
     if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0] is None:
@@ -184,7 +186,7 @@ def _before_head_split(value: ir.Value | None) -> ir.Value:
 def _after_head_join(value: ir.Value) -> ir.Value:
     """The output [B, T, C] of Reshape(Transpose(value))."""
     transpose = _only_consumer(value, "Transpose")
-    if tuple(transpose.attributes.get_ints("perm", [])) != _HEAD_SPLIT:
+    if tuple(transpose.attributes.get_ints("perm", [])) != HEAD_SPLIT:
         raise _Skipped("its heads are joined in an unknown way")
     return _only_consumer(transpose.outputs[0], "Reshape").outputs[0]
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
 from graph_passes.conditions import require_attention_opset
+from graph_passes.find_sites import HEAD_SPLIT
 from graph_passes.static_values import (
     concatenated,
     first_input,
@@ -18,8 +19,6 @@ from graph_passes.static_values import (
     rank_of,
     reshape_sizes,
 )
-
-_SPLIT = (0, 2, 1, 3)
 
 
 class RecognizeAttention(InPlacePass):
@@ -147,7 +146,7 @@ def _split_heads(value: ir.Value) -> _Heads | None:
     node = value.producer()
     if node is None:
         return None
-    if node.op_type == "Transpose" and permutation_of(node) == _SPLIT:
+    if node.op_type == "Transpose" and permutation_of(node) == HEAD_SPLIT:
         return _reshaped_heads(first_input(node))
     if node.op_type == "Reshape":
         heads = _split_heads(first_input(node)) if _is_split(first_input(node)) else None
@@ -157,7 +156,7 @@ def _split_heads(value: ir.Value) -> _Heads | None:
 
 def _is_split(value: ir.Value) -> bool:
     node = value.producer()
-    return node is not None and node.op_type == "Transpose" and permutation_of(node) == _SPLIT
+    return node is not None and node.op_type == "Transpose" and permutation_of(node) == HEAD_SPLIT
 
 
 def _transposed_heads(value: ir.Value) -> _Heads | None:
@@ -231,7 +230,7 @@ def _joined(value: ir.Value, heads: _Heads) -> ir.Value | None:
         if len(reshape_sizes(node)) != 4 or reshape_sizes(node)[1] != heads.count:
             return None
         node = _only_use(_after_casts(node.outputs[0]), "Transpose")
-    if node is None or permutation_of(node) != _SPLIT:
+    if node is None or permutation_of(node) != HEAD_SPLIT:
         return None
     reshape = _only_use(node.outputs[0], "Reshape")
     sizes = reshape_sizes(reshape) if reshape is not None else []
@@ -269,7 +268,7 @@ def _replace(graph: ir.Graph, softmax: ir.Node, found: _Found) -> None:
     )
     shape = q.shape
     attention = new.node("Attention", [q, k, v], {"scale": found.scale}, q.dtype, shape)
-    rows = new.node("Transpose", [attention], {"perm": _SPLIT}, q.dtype, None)
+    rows = new.node("Transpose", [attention], {"perm": HEAD_SPLIT}, q.dtype, None)
     shape_of = new.constant([0, 0, -1], "joined")
     joined = new.node("Reshape", [rows, shape_of], {}, q.dtype, found.q.source.shape)
     if found.joined.is_graph_output():
@@ -324,4 +323,4 @@ class _Inserter:
         split = ir.Shape([batch, tokens, heads.count, heads.size])
         rows = self.node("Reshape", [source, sizes], {}, source.dtype, split)
         shape = ir.Shape([batch, heads.count, tokens, heads.size])
-        return self.node("Transpose", [rows], {"perm": _SPLIT}, source.dtype, shape)
+        return self.node("Transpose", [rows], {"perm": HEAD_SPLIT}, source.dtype, shape)

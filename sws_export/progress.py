@@ -49,26 +49,3 @@ class SilentProgress:
 
     def warn(self, message: str) -> None:
         """Discard the warning."""
-
-
-class RecordingProgress:
-    """A `Progress` that forwards everything and records messages and warnings."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self.lines: list[tuple[bool, str]] = []
-        """The messages in order: (is a warning, text)."""
-
-    def stage(self, name: str, total: float | None = None) -> contextlib.AbstractContextManager[Stage]:
-        """Open a stage."""
-        return self._progress.stage(name, total)
-
-    def log(self, message: str) -> None:
-        """Forward and record a message."""
-        self.lines.append((False, message))
-        self._progress.log(message)
-
-    def warn(self, message: str) -> None:
-        """Forward and record a warning."""
-        self.lines.append((True, message))
-        self._progress.warn(message)

@@ -130,30 +130,6 @@ def parse_range(text: str, option: str) -> Range:
     return Range(minimum, optimum, maximum)
 
 
-def resolve_sizes(
-    *, batch: str, height: str, width: str, tokens: str, vae_scale: int, multiple: int
-) -> SizeRanges:
-    """Parse the four size options; height and width are given in pixels and returned in units of the latent.
-
-    Args:
-        batch: Text of `--batch`.
-        height: Text of `--height`, pixels.
-        width: Text of `--width`, pixels.
-        tokens: Text of `--tokens`.
-        vae_scale: Pixels per latent element, 8 for Stable Diffusion.
-        multiple: The latent's height and width become multiples of it; 2 ** (levels - 1) for a UNet.
-
-    Raises:
-        OptionError: A text is malformed, or a size in pixels is not a multiple of `vae_scale`.
-    """
-    return SizeRanges(
-        batch=parse_range(batch, "--batch"),
-        height=latent_range(height, "--height", vae_scale, multiple),
-        width=latent_range(width, "--width", vae_scale, multiple),
-        tokens=parse_range(tokens, "--tokens"),
-    )
-
-
 def latent_range(text: str, option: str, vae_scale: int, multiple: int) -> Range:
     """Parse a size option in pixels, as `parse_range`; the result is in units of the latent.
 

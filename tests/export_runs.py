@@ -19,7 +19,7 @@ import pytest
 from filelock import FileLock
 
 from sws_export import ExportOptions, SwsOptions
-from sws_export.progress import RecordingProgress, SilentProgress, Stage
+from sws_export.progress import Progress, SilentProgress, Stage
 
 Array = npt.NDArray[Any]
 Outputs = dict[str, Array]
@@ -125,6 +125,29 @@ def with_options(options: ExportOptions, **changes: Any) -> ExportOptions:
         group: dataclasses.replace(getattr(options, group), **fields) for group, fields in grouped.items()
     }
     return dataclasses.replace(options, **groups, **own)
+
+
+class RecordingProgress:
+    """A `Progress` that forwards everything and records messages and warnings."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.lines: list[tuple[bool, str]] = []
+        """The messages in order: (is a warning, text)."""
+
+    def stage(self, name: str, total: float | None = None) -> contextlib.AbstractContextManager[Stage]:
+        """Open a stage."""
+        return self._progress.stage(name, total)
+
+    def log(self, message: str) -> None:
+        """Forward and record a message."""
+        self.lines.append((False, message))
+        self._progress.log(message)
+
+    def warn(self, message: str) -> None:
+        """Forward and record a warning."""
+        self.lines.append((True, message))
+        self._progress.warn(message)
 
 
 class AtStage(RecordingProgress):

@@ -122,7 +122,7 @@ def verify_weights(checkpoint: Checkpoint, progress: Progress, copy: HashedCopy 
     update = copy.write if copy else digest.update
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     total = sum(file.stat().st_size for file in checkpoint.files)
-    with progress.stage("Check weights", total) as stage:
+    with progress.stage("check weights", total) as stage:
         for file in checkpoint.files:
             tensors = {name: tensor for name, tensor in _all_tensors(checkpoint) if tensor.file == file}
             with _open(file) as stream:

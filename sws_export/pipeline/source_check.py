@@ -124,7 +124,7 @@ class _Reader(SilentProgress):
     def wait(self, progress: Progress) -> str:
         """The digest; what the thread raised is raised here."""
         total = sum(file.stat().st_size for file in self._source.files)
-        with progress.stage("Check weights", total) as stage:
+        with progress.stage("check weights", total) as stage:
             shown = 0.0
             while self._thread.is_alive():
                 self._thread.join(_POLL_SECONDS)

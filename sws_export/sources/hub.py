@@ -1,12 +1,12 @@
 """Models of the Hugging Face Hub: from the local cache, or downloaded into it."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from sws_export.checkpoint.config import read_json
 from sws_export.checkpoint.locate import Location, choose_weights, locate, unet_folders, variant_of
+from sws_export.checkpoint.schemas import ShardIndex
 from sws_export.errors import CheckpointError
 from sws_export.progress import Progress
 
@@ -170,11 +170,8 @@ def _choose(repo: str, directory: Path, names: list[str], variant: str | None, e
 
 
 def _shards(index: Path, folder: PurePosixPath) -> list[str]:
-    try:
-        weight_map: dict[str, Any] = json.loads(index.read_text("utf-8"))["weight_map"]
-        return sorted({str(folder / str(name)) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a shard index: {error!r}") from error
+    """The files that a shard index names, as names in the repository."""
+    return sorted({str(folder / name) for name in read_json(index, ShardIndex)["weight_map"].values()})
 
 
 def _fetch(repo: str, revision: str, names: list[str]) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graph_passes.insert_sws import CALLS
 from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from sws_export.errors import ExportError
 from sws_export.onnx_files import load_onnx, relocate_external_data
@@ -15,7 +16,6 @@ from sws_export.validation.partition import SUBGRAPH_BYTES, partition_graph
 from sws_export.validation.trajectory import Array
 
 _STATE_PREFIX = "sws_state_"
-_CALLS = ("calls", "calls_out")
 # Errors are raised as well; ONNX Runtime would print them raw, with names from the graph.
 _LOG_FATAL = 4
 
@@ -167,7 +167,7 @@ class OnnxRunner:
 
 def is_state(name: str) -> bool:
     """Whether an input or output of a graph is a state."""
-    return name.startswith(_STATE_PREFIX) or name in _CALLS
+    return name.startswith(_STATE_PREFIX) or name in (CALLS.input, CALLS.output)
 
 
 def _serialized(model: ir.Model) -> bytes:

@@ -3,20 +3,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sws_export.errors import OptionError
+from sws_export.options import SizeOptions
 from sws_export.tensors import (
     Range,
     SizeRanges,
     TensorSpec,
     concrete_shape,
     parse_range,
-    resolve_sizes,
     shapes_for,
 )
 
 
 def sizes(**changes):
     texts = {"batch": "1:2:4", "height": "256:512:1024", "width": "512", "tokens": "77"} | changes
-    return resolve_sizes(**texts, vae_scale=8, multiple=8)
+    (found,) = SizeOptions(**texts).engine_profiles(None, 8, 8)
+    return found
 
 
 def test_three_numbers_are_a_range():

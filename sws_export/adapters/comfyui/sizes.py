@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from sws_export.runtime.contract import Contract
-from sws_export.tensors import Shape
+from sws_export.tensors import SIZE_AXES, Shape
 
 _UNLIMITED = sys.maxsize
-_AXES = {"batch": 0, "height": 2, "width": 3}
 
 
 def _sample_ranges(contract: Contract) -> Iterator[tuple[Shape, Shape]]:
@@ -17,7 +16,8 @@ def _sample_ranges(contract: Contract) -> Iterator[tuple[Shape, Shape]]:
         low, _, high = profile["sample"]
         yield low, high
     if not contract.profiles:
-        fixed = {_AXES[name]: size for name, size in contract.static_sizes.items() if name in _AXES}
+        places = {SIZE_AXES[name]: size for name, size in contract.static_sizes.items()}
+        fixed = {axis: size for (tensor, axis), size in places.items() if tensor == "sample"}
         yield (
             tuple(fixed.get(axis, 1) for axis in range(4)),
             tuple(fixed.get(axis, _UNLIMITED) for axis in range(4)),

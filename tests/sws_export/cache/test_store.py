@@ -19,7 +19,8 @@ from sws_export.cache.settings import cache_directory, open_cache
 from sws_export.cache.store import Cache
 from sws_export.errors import OptionError
 from sws_export.files import file_digest
-from sws_export.progress import RecordingProgress, SilentProgress
+from sws_export.progress import SilentProgress
+from tests.export_runs import RecordingProgress
 
 KEY = "a" * 64
 

@@ -15,10 +15,10 @@ from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
 from sws_export.calibration import calibrate, record_steps, recorded_steps
 from sws_export.calibration.layer_error import LayerError
 from sws_export.errors import CheckpointError, ExportError, OptionError
-from sws_export.progress import RecordingProgress, SilentProgress
+from sws_export.progress import SilentProgress
 from sws_export.tensors import MID_RESIDUAL, TensorSpec
 from tests.conftest import RunOnnx
-from tests.export_runs import TRAINED
+from tests.export_runs import TRAINED, RecordingProgress
 from tests.graph_passes.layer_models import QUANTIZED, layer_feeds, layer_model
 
 SPECS = (

@@ -83,7 +83,7 @@ def test_hash_is_that_of_the_file_and_progress_is_complete(tiny_unet: Path) -> N
     assert (
         verify_weights(open_checkpoint(tiny_unet), progress) == hashlib.sha256(file.read_bytes()).hexdigest()
     )
-    assert progress.done == progress.total == {"Check weights": file.stat().st_size}
+    assert progress.done == progress.total == {"check weights": file.stat().st_size}
     copy = HashedCopy(tiny_unet / "copy")
     found = verify_weights(open_checkpoint(tiny_unet), SilentProgress(), copy)
     copy.close()

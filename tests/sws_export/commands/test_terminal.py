@@ -49,13 +49,13 @@ def text(shown: Console) -> str:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(terminal: bool) -> None:
     progress = TerminalProgress(console(terminal=terminal))
-    with progress.stage("Check weights", total=2) as stage:
+    with progress.stage("check weights", total=2) as stage:
         stage.describe("a name [/] in brackets")
         stage.advance()
     progress.log("model [/weird].safetensors")
     progress.warn("no room [left]")
     output = text(progress.console)
-    assert ("Check weights …" in output) == (not terminal)
+    assert ("check weights …" in output) == (not terminal)
     assert "model [/weird].safetensors" in output
     assert "warning: no room [left]" in output
 

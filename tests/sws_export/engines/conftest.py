@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sws_export.tensors import ProfileShapes, TensorSpec, resolve_sizes, shapes_for
+from sws_export.options import SizeOptions
+from sws_export.tensors import ProfileShapes, TensorSpec, shapes_for
 
 FEATURES = 4
 ONNX_TYPES = {
@@ -137,9 +138,8 @@ def long_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shapes() -> ProfileShapes:
-    sizes = resolve_sizes(
-        batch="1:2:4", height="64:128:256", width="64:128:256", tokens="77", vae_scale=8, multiple=2
-    )
+    options = SizeOptions(batch="1:2:4", height="64:128:256", width="64:128:256", tokens="77")
+    (sizes,) = options.engine_profiles(None, 2, 8)
     inputs = [
         TensorSpec("sample", "float16", ("batch", FEATURES, "height", "width")),
         TensorSpec("sws_state_d1", "float32", ("batch", 145, "height", "width")),

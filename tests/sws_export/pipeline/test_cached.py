@@ -26,8 +26,17 @@ from sws_export.cache import Cache, code_version, open_cache
 from sws_export.cache.digests import file_stamps
 from sws_export.errors import CheckpointError, ValidationError
 from sws_export.pipeline.run import ExportReport
-from sws_export.progress import RecordingProgress, SilentProgress
-from tests.export_runs import ONE_SITE, ROUNDED_AWAY, AtStage, Builds, changed_copy, listing, with_options
+from sws_export.progress import SilentProgress
+from tests.export_runs import (
+    ONE_SITE,
+    ROUNDED_AWAY,
+    AtStage,
+    Builds,
+    RecordingProgress,
+    changed_copy,
+    listing,
+    with_options,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

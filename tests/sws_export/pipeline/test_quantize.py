@@ -22,12 +22,12 @@ from sws_export.inspection import inspect_file
 from sws_export.onnx_files import graph_specs, load_onnx
 from sws_export.pipeline.quantize import LARGEST_ERROR, calibrated_layers, quantize
 from sws_export.pipeline.validate import validate
-from sws_export.progress import RecordingProgress, SilentProgress
+from sws_export.progress import SilentProgress
 from sws_export.report.explanation import Explanation
 from sws_export.report.tables import quantization_facts, validation_table
 from sws_export.tensors import concrete_shape
 from tests.conftest import RunOnnx
-from tests.export_runs import TRAINED, difference, listing, open_session, with_options
+from tests.export_runs import TRAINED, RecordingProgress, difference, listing, open_session, with_options
 from tests.graph_passes.layer_models import QUANTIZED, layer_feeds, layer_model
 from tests.graph_passes.small_models import op_counts
 

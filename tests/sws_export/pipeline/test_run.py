@@ -207,7 +207,7 @@ def interrupt() -> None:
 
 
 @pytest.mark.usefixtures("quick_trace", "built")
-@pytest.mark.parametrize("stage", ["open", "check tensors", "rewrite", "Check weights", "validate", "hash"])
+@pytest.mark.parametrize("stage", ["open", "check tensors", "rewrite", "check weights", "validate", "hash"])
 def test_an_interrupt_in_each_stage(middle_unet: Path, out: Path, stage: str) -> None:
     for name in EARLIER:
         (out / name).write_text("of an earlier run")

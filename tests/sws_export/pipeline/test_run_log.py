@@ -3,7 +3,8 @@
 import pytest
 
 from sws_export.pipeline.run_log import Recorded, RunLog
-from sws_export.progress import RecordingProgress, SilentProgress
+from sws_export.progress import SilentProgress
+from tests.export_runs import RecordingProgress
 
 
 def test_a_part_of_a_run_is_recorded_and_replayed() -> None:

@@ -11,8 +11,9 @@ from sws_export.errors import CheckpointError
 from sws_export.files import HashedCopy
 from sws_export.pipeline.run_log import RunLog
 from sws_export.pipeline.source_check import SourceCheck
-from sws_export.progress import Progress, RecordingProgress, SilentProgress
+from sws_export.progress import Progress, SilentProgress
 from sws_export.sources import Source
+from tests.export_runs import RecordingProgress
 
 
 class FakeSource:
@@ -30,7 +31,7 @@ class FakeSource:
         progress.warn("a tensor has no place")
 
     def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:
-        with progress.stage("Check weights", 7) as stage:
+        with progress.stage("check weights", 7) as stage:
             while not self.finish.wait(0.001):
                 stage.advance(0)
             stage.advance(7)

@@ -155,6 +155,15 @@ def test_a_variant_in_shards(hub: list[str]) -> None:
     assert [file.name for file in locate(directory, "bf16").weights] == SHARDS
 
 
+@pytest.mark.usefixtures("hub")
+def test_a_shard_index_that_leads_elsewhere(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(files, INDEX, b'{"weight_map": {"a": "../../model.safetensors"}}')
+    with pytest.raises(
+        CheckpointError, match=r"index\.json: weight_map\[a\]: expected the name of a file in the"
+    ):
+        fetch("bf16")
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
