@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graph_passes.parameters import SwsParameters
-from sws_export.reference import Schedule
+from sws_export.reference import Schedule, entropy_factor
 
-_MIN_RANGE = 1e-6
+_SMALLEST_SHARE = 1e-6
 _LARGEST_MARK = 1 - 2.0**-22
 # Head sizes that fused kernels on GPUs support are multiples of this.
 _HEAD_MULTIPLE = 8
@@ -156,9 +156,7 @@ class _Rows:
 
     def entropy_factor(self) -> Tensor:
         """hu [B]: the position of the mean entropy between the smallest and the largest, over all rows."""
-        entropy = (self.log_sum - self.mean).flatten(1)
-        low, high = entropy.amin(dim=1), entropy.amax(dim=1)
-        return ((entropy.mean(dim=1) - low) / (high - low).clamp(min=_MIN_RANGE)).clamp(0, 1)
+        return entropy_factor((self.log_sum - self.mean).flatten(1))
 
     def steps(self, limit: Tensor, kappa: Tensor, bisections: int) -> Tensor:
         """Share of `limit` [B] that keeps the KL divergence within `kappa` [B], in steps of 2^-bisections."""
@@ -223,7 +221,7 @@ class _Rows:
         if self.dtype == torch.float32:
             return keys, self.d
         # In 16 bits, the change as it was rounded: rounding then cancels to first order.
-        return keys, ((keys.float() - self.k.float()) / share.clamp(min=_MIN_RANGE)).to(self.dtype)
+        return keys, ((keys.float() - self.k.float()) / share.clamp(min=_SMALLEST_SHARE)).to(self.dtype)
 
     def _log_sum_and_slope(self, keys: Tensor, change: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """The log-sum-exp of the logits of `keys`, and the mean of the logits of `change`, [B, h, T] float32.

@@ -6,7 +6,13 @@ independent samples. The noise schedule is in `noise_schedule`, the transports a
 node is in `comfyui_node_guard`, `comfyui_node_transport` and `comfyui_node_unet`.
 """
 
-from sws_export.reference.attention import SiteResult, attention_site, kl_divergence, largest_mixing
+from sws_export.reference.attention import (
+    SiteResult,
+    attention_site,
+    entropy_factor,
+    kl_divergence,
+    largest_mixing,
+)
 from sws_export.reference.comfyui_node_guard import (
     ComfyUINodeResult,
     ComfyUINodeSchedule,
@@ -52,6 +58,7 @@ __all__ = [
     "comfyui_node_schedule",
     "comfyui_node_sites",
     "dense_from_band",
+    "entropy_factor",
     "fresh_transport",
     "kl_divergence",
     "largest_mixing",

@@ -16,6 +16,9 @@ from torch import Tensor
 from graph_passes.parameters import SwsParameters
 from sws_export.reference.noise_schedule import Schedule
 
+_MIN_RANGE = 1e-6
+"""Smallest range of entropies (nats) that the entropy factor is relative to."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteResult:
@@ -71,7 +74,7 @@ def attention_site(
 
     entropy = row_entropies(q, k).flatten(1)
     mean, low, high = entropy.mean(dim=1), entropy.amin(dim=1), entropy.amax(dim=1)
-    hu = ((mean - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    hu = entropy_factor(entropy)
     amplitude = (intensity.to(hu.dtype) * hu * schedule.w).clamp(0, 1)
 
     rows = q if kl_rows is None else q[:, :, kl_rows]
@@ -153,6 +156,12 @@ def row_entropies(q: Tensor, k: Tensor) -> Tensor:
 def _row_entropies_of_head(q: Tensor, k: Tensor) -> Tensor:
     log_a0 = logits(q, k).log_softmax(dim=-1)
     return -(log_a0.exp() * log_a0).sum(dim=-1)
+
+
+def entropy_factor(entropy: Tensor) -> Tensor:
+    """Position of the mean row entropy between the smallest (0) and the largest (1): [B] from [B, rows]."""
+    low, high = entropy.amin(dim=1), entropy.amax(dim=1)
+    return ((entropy.mean(dim=1) - low) / (high - low).clamp(min=_MIN_RANGE)).clamp(0, 1)
 
 
 def kl_divergence(q: Tensor, k: Tensor, kp: Tensor, alpha: Tensor) -> Tensor:

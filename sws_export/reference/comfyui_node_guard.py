@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from graph_passes.parameters import SwsParameters
+from sws_export.reference.attention import entropy_factor
 from sws_export.reference.comfyui_node_transport import moving_average
 from sws_export.reference.orthonormal_basis import orthonormal_basis
 
 CALL_CYCLE = 64
 _LOG_FLOOR = 1e-8
-_MIN_RANGE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,8 @@ def comfyui_node_patch(
     q, k = guard_q.to(q.dtype), guard_k.to(k.dtype)
     plain = attention_weights(guard_q, guard_k)
     entropy = row_entropies(plain)
-    uncertainty = entropy_factor(entropy)
+    # Over the whole batch.
+    uncertainty = entropy_factor(entropy.reshape(1, -1))
     amplitude = (intensity.to(uncertainty.dtype) * uncertainty * schedule.w).clamp(0, 1)
     if amplitude == 0:
         zero = torch.zeros_like(amplitude)
@@ -177,12 +178,6 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 def row_entropies(weights: Tensor) -> Tensor:
     """Entropy of each row in nats, [B, T], from attention weights [B, T, n]."""
     return -torch.xlogy(weights, weights).sum(dim=-1)
-
-
-def entropy_factor(entropy: Tensor) -> Tensor:
-    """Position of the mean between the minimum (0) and the maximum (1) over the batch: [1] from [B, T]."""
-    low, high = entropy.min(), entropy.max()
-    return ((entropy.mean() - low) / (high - low).clamp(min=_MIN_RANGE)).clamp(0, 1)[None]
 
 
 def transported(transport: Tensor, x: Tensor) -> Tensor:
