@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from graph_passes.weight_formats import WEIGHT_FORMATS
-from sws_export.documents import FileName, check_document
 from sws_export.errors import OptionError
 from sws_export.files import ENGINE_SUFFIXES
 from sws_export.options.arguments import group_from_arguments
@@ -101,6 +100,9 @@ def artefact_kind(out: Path) -> ArtefactKind:
     if out.suffix not in (".onnx", *ENGINE_SUFFIXES):
         found = out.suffix or out.name
         raise OptionError(f"--out {out}: expected a name ending in .onnx, .plan or .engine, found '{found}'")
+    # `--help` needs no package.
+    from sws_export.documents import FileName, check_document
+
     try:
         # The length is for the file system to judge.
         check_document(out.name[:255], FileName)
