@@ -82,7 +82,8 @@ def run(cases: list[Case], arguments: argparse.Namespace) -> None:
         begin = time.monotonic()
         row = _measure(case, arguments)
         row |= {"load_average": os.getloadavg()[0], "took": round(time.monotonic() - begin, 1)}
-        row = _shortest(results["cases"].get(case.key, row) if number >= len(cases) else row, row)
+        if number >= len(cases):
+            row = _shortest(results["cases"][case.key], row)
         results["cases"][case.key] = dataclasses.asdict(case) | row | {"rounds": number // len(cases) + 1}
         _write(arguments.out, results)
         print_row(case.group, case.name, results["cases"])

@@ -6,16 +6,15 @@ With K'(s) = E_s[Delta], the mean change of the logits under the weights of keys
 
 K' averaged over rows and heads is an attention output with values d, followed by a dot product with q. Three
 sample points s = 0, L/2 and L, with L the last step of the grid, give a quadratic K' and from it KL at every
-step.
-Neither a log-sum-exp nor a stored logit is needed, and the rounding of 16-bit outputs averages out. See
-docs/method.md, third identity.
+step. Neither a log-sum-exp nor a materialized logit is needed, and the rounding of 16-bit outputs averages
+out. See docs/method.md, third identity.
 
 The curvature of K', K'(L/2) - (K'(0) + K'(L)) / 2, is a correction of a few percent. It is the mean over
 about `CURVATURE_ROWS` rows of all heads, which makes the attention at L/2 nearly free.
 
 `AttentionRows` uses fused attention: float16 on a GPU, in a bfloat16 model too, since float16 has three more
-bits and keys and queries are far from its range. `MaterializedRows` computes the same in float32 from stored
-logits, for sites with few tokens and for runtimes without float32 attention.
+bits and keys and queries are far from its range. `MaterializedRows` computes the same in float32 from
+materialized logits, for sites with few tokens and for runtimes without float32 attention.
 """
 
 from collections.abc import Sequence
