@@ -6,6 +6,8 @@
 
 Each run is one process. Its memory is the peak of the resident memory of that process and its children.
 Random weights are written to a temporary directory (`--scratch`) and deleted afterwards, as are the graphs.
+`sws first` has an empty cache, `sws again` that of an export with other options; the other runs have none.
+
 optimum-onnx requires older versions of transformers and diffusers than sws-export, so it runs in the Python
 of another environment: `pip install optimum-onnx onnxruntime 'diffusers<0.37' torch==2.13.0`.
 """
@@ -27,7 +29,17 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RUNS = ("plain", "sws", "plain fp32", "torchscript", "optimum", "pipeline plain", "pipeline")
+RUNS = (
+    "plain",
+    "sws",
+    "sws first",
+    "sws again",
+    "plain fp32",
+    "torchscript",
+    "optimum",
+    "pipeline plain",
+    "pipeline",
+)
 SIZES = {
     "shapes": ["--batch", "1:2:4", "--tokens", "8"],
     "sd15": ["--batch", "1:2:2", "--height", "512:512:768", "--width", "512:512:768"],
@@ -102,7 +114,10 @@ def run(name: str, unet: Path, scratch: Path, arguments: argparse.Namespace) -> 
         command = command_of(name, unet, out, arguments)
         if command is None:
             return {"failed": "not run: --optimum-python was not given"}
-        figures = measure(command)
+        cache = scratch / name
+        if name == "sws again":
+            measure([*command, "--plain"], cache)
+        figures = measure(command, cache)
         if "failed" not in figures:
             files = [file for file in folder.iterdir() if file.suffix != ".json"]
             figures["bytes"] = sum(file.stat().st_size for file in files)
@@ -121,8 +136,10 @@ def command_of(name: str, unet: Path, out: Path, arguments: argparse.Namespace) 
         python = sys.executable if name == "torchscript" else arguments.optimum_python
         script = ROOT / "benchmarks" / "export_peers.py"
         return [python, str(script), name, str(unet), str(out)] if python else None
-    # Without --no-cache a later run would reuse the results of an earlier one.
-    command = [sys.executable, "-m", "cli", str(unet), "--out", str(out), "--no-cache"]
+    command = [sys.executable, "-m", "cli", str(unet), "--out", str(out)]
+    if name not in ("sws first", "sws again"):
+        # A later run would reuse the results of an earlier one.
+        command.append("--no-cache")
     if "plain" in name:
         command.append("--plain")
     if name.startswith("pipeline"):
@@ -132,12 +149,13 @@ def command_of(name: str, unet: Path, out: Path, arguments: argparse.Namespace) 
     return [*command, "--precision", "fp32" if name.endswith("fp32") else "fp16"]
 
 
-def measure(command: Sequence[str]) -> dict[str, Any]:
-    """Wall time, processor time and peak memory of a command and its children."""
+def measure(command: Sequence[str], cache: Path) -> dict[str, Any]:
+    """Wall time, processor time and peak memory of a command and its children; `cache` is sws-export's."""
     with tempfile.TemporaryFile() as output:
         start, before = time.monotonic(), os.times()
         # diffusers and transformers would contact the Hugging Face hub otherwise.
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment["SWS_EXPORT_CACHE_DIR"] = str(cache)
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
         peak = 0
         while process.poll() is None:

@@ -19,6 +19,7 @@ import pytest
 from filelock import FileLock
 
 from sws_export import ExportOptions, SwsOptions
+from sws_export.checkpoint import Checkpoint, check_tensors, expected_shapes
 from sws_export.progress import Progress, SilentProgress, Stage
 
 Array = npt.NDArray[Any]
@@ -52,6 +53,11 @@ def make_unet(directory: Path, **changes: Any) -> Path:
     )
     unet.save_pretrained(directory)
     return directory
+
+
+def check_names(checkpoint: Checkpoint) -> int:
+    """Compare names and shapes with diffusers' UNet; returns the number of unused tensors."""
+    return check_tensors(checkpoint, expected_shapes(checkpoint.config))
 
 
 # A group norm subtracts a constant, next to which float32 keeps little of the signal: the graph is over its
@@ -101,6 +107,34 @@ def export_once(factory: pytest.TempPathFactory, model: Path, options: ExportOpt
 
     key = hashlib.sha256(repr((model, options)).encode()).hexdigest()[:16]
     return shared(factory, f"export-{key}", make) / "graph.onnx"
+
+
+class SharedTraces:
+    """Traces that were cached by the exports of a test session, for the caches of other tests."""
+
+    def __init__(self, directory: Path) -> None:
+        """Traces in `directory`, to which several test processes add theirs."""
+        self._directory = directory
+
+    @contextlib.contextmanager
+    def used_in(self, cache: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Export with a cache in the directory `cache`, which has these traces at first."""
+        shutil.copytree(self._directory, cache / "entries", dirs_exist_ok=True)
+        patch.setenv("SWS_EXPORT_CACHE_DIR", str(cache))
+        patch.setenv("SWS_EXPORT_CACHE_SIZE", "1GB")
+        yield
+        with FileLock(self._directory.with_name("traces.copied")):
+            for trace in (cache / "entries").glob("trace-*"):
+                if not (self._directory / trace.name).exists():
+                    shutil.copytree(trace, self._directory / trace.name)
+
+
+def remove_results(cache: Path) -> None:
+    """Remove all but the traces from a cache, and the digests of files."""
+    for result in (cache / "entries").glob("*"):
+        if not result.name.startswith("trace-"):
+            shutil.rmtree(result)
+    shutil.rmtree(cache / "digests", ignore_errors=True)
 
 
 def trace(model: Path, out: Path) -> None:

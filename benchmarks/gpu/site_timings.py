@@ -1,7 +1,7 @@
 """The cost of each operator at each attention site, beside the operations that it competes with."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from benchmarks.gpu.references import (
     rebalance_band,
 )
 from benchmarks.gpu.sites import Site
-from benchmarks.gpu.timing import input_sets, time_graph
+from benchmarks.gpu.timing import Work, input_sets, time_graph
 
 RADIUS = 8
 # A budget that no alpha exceeds (the common case: one pass over the keys), and one that binds (three passes).
 WIDE_BUDGET, TIGHT_BUDGET = 0.5, 1e-3
 LITERAL_BYTES_LIMIT = 40e9
+Timer = Callable[[Sequence[Work]], float]
+"""Microseconds of one call, from calls of the same work on other inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,13 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = torch.float16) -> SiteTimings:
+def time_site(
+    kernels: Kernels,
+    site: Site,
+    device: str,
+    dtype: torch.dtype = torch.float16,
+    time: Timer = time_graph,
+) -> SiteTimings:
     """All timings of one site."""
     sets = make_site_inputs(kernels, site, device, dtype)
     scalars = make_guard_inputs(site.batch, 1, site.channels, dtype, device, kappa=WIDE_BUDGET)[3]
@@ -110,7 +118,7 @@ def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = to
     share = torch.full((site.batch, 1, 1), 0.25, dtype=dtype, device=device)
 
     def each(call: Callable[[SiteInputs], object]) -> float:
-        return time_graph([lambda inputs=inputs: call(inputs) for inputs in sets])
+        return time([lambda inputs=inputs: call(inputs) for inputs in sets])
 
     def guard(budget: float, amplitude: float = 0.5) -> float:
         chosen = with_values(scalars, amplitude, budget)
@@ -134,7 +142,7 @@ def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = to
             ]
         ),
         dense_matmul=each(lambda x: torch.bmm(dense, x.both)),
-        copy_same_bytes=time_graph([lambda pair=pair: pair[1].copy_(pair[0]) for pair in copies]),
+        copy_same_bytes=time([lambda pair=pair: pair[1].copy_(pair[0]) for pair in copies]),
         mix=each(lambda x: [torch.lerp(a, b, share) for a, b in zip((x.k, x.v), x.moved, strict=True)]),
         guard=guard(WIDE_BUDGET),
         guard_tight_budget=guard(TIGHT_BUDGET),
@@ -142,7 +150,7 @@ def time_site(kernels: Kernels, site: Site, device: str, dtype: torch.dtype = to
         fused_guard=each(lambda x: fused_guard(x.q, x.k, x.k_perm, scalars, site.heads)),
         literal_guard=(
             # Its logits exceed the cache; one set of inputs will do.
-            time_graph([lambda: literal_guard(x0.q, x0.k, x0.k_perm, scalars, site.heads)])
+            time([lambda: literal_guard(x0.q, x0.k, x0.k_perm, scalars, site.heads)])
             if literal_bytes < LITERAL_BYTES_LIMIT
             else None
         ),
@@ -157,7 +165,7 @@ def with_values(scalars: SearchInputs, amplitude: float, budget: float) -> Searc
     return chosen
 
 
-def time_state_update(site: Site, device: str) -> float:
+def time_state_update(site: Site, device: str, time: Timer = time_graph) -> float:
     """Microseconds of the new transport of a grid, once per step: blend and momentum."""
     shape = (site.side, site.side)
     gather = gather_kernel(RADIUS, device)
@@ -168,4 +176,4 @@ def time_state_update(site: Site, device: str) -> float:
         blend = rebalance_band(0.2 * scales[0] + 0.3 * scales[1] + 0.5 * scales[2], gather, 2)
         return rebalance_band(0.8 * scales[3] + 0.2 * blend, gather, 2)
 
-    return time_graph([lambda scales=scales: update(scales) for scales in sets])
+    return time([lambda scales=scales: update(scales) for scales in sets])

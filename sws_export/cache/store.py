@@ -31,8 +31,8 @@ from sws_export.documents import FileName, Sha256, check_document, parse_json, r
 from sws_export.files import FileDigest, file_digest
 from sws_export.progress import Progress
 
-Kind = Literal["graph", "validation", "engine"]
-KINDS: tuple[Kind, ...] = ("graph", "validation", "engine")
+Kind = Literal["trace", "graph", "validation", "engine"]
+KINDS: tuple[Kind, ...] = ("trace", "graph", "validation", "engine")
 
 _ENTRY = "entry.json"
 _UNFINISHED = ".unfinished-"

@@ -1,5 +1,6 @@
 """Compares the stored tensors with the configuration."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from sws_export.checkpoint.header import StoredTensor
@@ -8,9 +9,12 @@ from sws_export.errors import CheckpointError, first_items
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
+WeightShapes = Mapping[str, tuple[int, ...]]
+"""Shapes of the weights of a UNet by their names in diffusers."""
 
-def check_tensors(checkpoint: Checkpoint) -> int:
-    """Compare names and shapes with a UNet2DConditionModel built from the configuration on the meta device.
+
+def check_tensors(checkpoint: Checkpoint, expected: WeightShapes) -> int:
+    """Compare names and shapes of the weights with those `expected`.
 
     Returns:
         The number of stored tensors that the UNet does not have.
@@ -18,7 +22,6 @@ def check_tensors(checkpoint: Checkpoint) -> int:
     Raises:
         CheckpointError: A parameter is missing, has a different shape or is not a floating-point tensor.
     """
-    expected = expected_shapes(checkpoint.config)
     found = checkpoint.tensors
     missing = [name for name in expected if name not in found]
     if missing:
@@ -49,8 +52,8 @@ def check_tensors(checkpoint: Checkpoint) -> int:
     return len(checkpoint.stored) - len(expected)
 
 
-def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Parameter names and shapes of the UNet that `config` describes.
+def expected_shapes(config: dict[str, Any]) -> WeightShapes:
+    """Names and shapes of the weights that a UNet2DConditionModel built from `config` needs.
 
     Raises:
         CheckpointError: diffusers rejects the configuration.

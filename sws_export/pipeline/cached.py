@@ -11,23 +11,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import onnx_ir as ir
+
 from sws_export.cache import Cache, Entry, cache_key, code_version
 from sws_export.cache.store import Kind
 from sws_export.documents import Sha256, check_document
 from sws_export.engines.build import EngineReport
 from sws_export.engines.gpu import gpu_names
-from sws_export.errors import CheckpointError
 from sws_export.files import FileDigest, file_digest, output_errors
 from sws_export.manifest import GraphDescription
 from sws_export.onnx_files import save_onnx
-from sws_export.pipeline.cached_check import CachedCheck, changed_unnoticed
+from sws_export.pipeline.cached_check import CachedCheck
 from sws_export.pipeline.describe import library_versions
 from sws_export.pipeline.engine import BuiltEngine, profile_shapes
 from sws_export.pipeline.graph import Graph, WrittenGraph
 from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import EngineConfig, ExportPlan
 from sws_export.pipeline.run_log import Recorded, RunLog
-from sws_export.pipeline.skeleton import SKELETON, complete_skeleton, save_skeleton, weights_digest
+from sws_export.pipeline.skeleton import SKELETON, complete_skeleton, save_skeleton
+from sws_export.sources import Source
 from sws_export.tensors import ProfileShapes
 from sws_export.validation import OutputDifference, ValidationReport
 
@@ -40,11 +42,17 @@ class _Metadata(TypedDict):
     making: Recorded
 
 
+class _TraceMetadata(TypedDict):
+    """Metadata of a trace: its label, and the shapes of the weights by name, which are in no file."""
+
+    label: str
+    shapes: dict[str, list[int]]
+
+
 class _GraphMetadata(_Metadata):
     description: GraphDescription
     remark: str
     content: Sha256
-    weights: Sha256
 
 
 class _ValidationMetadata(_Metadata):
@@ -56,6 +64,7 @@ class _EngineMetadata(_Metadata):
 
 
 _SCHEMAS: Mapping[Kind, tuple[Any, int]] = {
+    "trace": (_TraceMetadata, 1),
     "graph": (_GraphMetadata, 1),
     "validation": (_ValidationMetadata, 0),
     "engine": (_EngineMetadata, 1),
@@ -76,8 +85,13 @@ class StageCache:
         self._inputs = inputs
         self._log = log
         self._content = ""
-        """sha256, in hex, of the graph of the engine with its weights."""
+        """sha256, in hex, of the engine's graph without its weights, but with the digest of their source."""
         self.check = CachedCheck(plan.source, cache, log, plan.whole_files)
+        self._trace_key = _trace_key(plan.source)
+        self._trace = self._get("trace", self._trace_key) if self._trace_key else None
+        if self._trace is not None:
+            shapes = self._trace.metadata["shapes"]
+            self.check.shapes = {name: tuple(shape) for name, shape in shapes.items()}
 
     def known(self) -> tuple[str, ...]:
         """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
@@ -95,6 +109,29 @@ class StageCache:
             entry.metadata["content"], profile_shapes(entry.metadata["description"], config), config
         )
         return ("graph", "engine") if self._get("engine", key) else ("graph",)
+
+    def plain_model(self, scratch: Path) -> ir.Model:
+        """The plain graph of the source, traced unless a checkpoint of the same architecture was before.
+
+        Args:
+            scratch: A directory for temporary files.
+        """
+        if self._trace is not None:
+            # What is logged here belongs to this run, not to the graph that is made from the trace.
+            with self._log.record(apart=True):
+                model = self._complete(self._trace, scratch)
+                if model is not None:
+                    self._log.log(f"trace: from the cache ({self._trace_key[:12]})")
+                    return model
+        source = self._plan.source
+        model = source.plain_model(self._log)
+        if self._trace_key:
+            skeleton = save_skeleton(model, source.weights(), scratch)
+            metadata = {"label": f"{source.name}, {source.precision}", "shapes": self.check.shapes}
+            self._put("trace", self._trace_key, metadata, {skeleton: file_digest(skeleton)})
+            # A hard link to it may be in the cache, which the next skeleton must not overwrite.
+            skeleton.unlink()
+        return model
 
     def validation(self, graph: Graph, validate: Callable[[], ValidationReport]) -> ValidationReport:
         """The result of `validate`, or that of an earlier run for the same `graph`."""
@@ -158,19 +195,15 @@ class StageCache:
 
     def keep_graph(self, graph: Graph) -> None:
         """Keep a graph without its weights."""
-        written = graph.write()
-        with self._log.record() as digesting, self._log.measure("digest"):
-            weights = weights_digest(written.path, self._log)
-        skeleton = save_skeleton(written.model, self._plan.source.weights(), graph.path.parent)
+        skeleton = save_skeleton(graph.write().model, self._plan.source.weights(), graph.path.parent)
         digest = file_digest(skeleton)
-        self._content = cache_key({"weights": weights, "graph": digest.sha256})
+        self._content = digest.sha256
         metadata = {
             "label": self._plan.summary,
             "description": graph.description,
             "remark": graph.remark,
             "content": self._content,
-            "weights": weights,
-            **self._recorded(graph.recorded + digesting),
+            **self._recorded(graph.recorded),
         }
         self._put("graph", self._key("graph"), metadata, {skeleton: digest})
 
@@ -180,23 +213,14 @@ class StageCache:
         Raises:
             CheckpointError: The source does not have its stored digest.
         """
-        skeleton = path.parent / f"skeleton-{SKELETON}"
-        if not self._cache.extract(entry, SKELETON, skeleton):
-            self._log.warn(
-                f"the graph {entry.key[:12]} in the cache is damaged or was removed: making it again"
-            )
+        model = self._complete(entry, path.parent)
+        if model is None:
             return None
-        model = complete_skeleton(skeleton, self._plan.source.weights())
-        skeleton.unlink()
-        if model is not None:
-            with self._log.measure("restore"):
-                files = save_onnx(model, path, self._log, whole=self.check.whole_files)
-                unchanged = weights_digest(path, self._log) == entry.metadata["weights"]
-            if unchanged:
-                return WrittenGraph(path, model, files, entry.metadata["remark"])
-        self._cache.evict(entry)
-        self.check.discard_digest()
-        raise CheckpointError(changed_unnoticed(self._plan.source.path))
+        with self._log.measure("restore"):
+            self.check.start()
+            files = save_onnx(model, path, self._log, whole=self.check.whole_files)
+            self.check.require_stored_digest()
+        return WrittenGraph(path, model, files, entry.metadata["remark"])
 
     @property
     def _is_enabled(self) -> bool:
@@ -267,6 +291,21 @@ class StageCache:
             self._log.replay(self.check.recorded)
         self._log.replay(Recorded.from_json(entry.metadata["making"]))
 
+    def _complete(self, entry: Entry, scratch: Path) -> ir.Model | None:
+        """The graph of `entry` with the weights of the source; None if it is damaged or was removed."""
+        skeleton = scratch / f"skeleton-{SKELETON}"
+        if not self._cache.extract(entry, SKELETON, skeleton):
+            self._warn_of_damage(entry)
+            return None
+        model = complete_skeleton(skeleton, self._plan.source.weights())
+        skeleton.unlink()
+        return model
+
+    def _warn_of_damage(self, entry: Entry) -> None:
+        self._log.warn(
+            f"the {entry.kind} {entry.key[:12]} in the cache is damaged or was removed: making it again"
+        )
+
     def _engine_key(self, graph: Graph, config: EngineConfig) -> str:
         return _engine_key(self._content, profile_shapes(graph.description, config), config)
 
@@ -276,9 +315,7 @@ class StageCache:
         with self._log.stage("read cache") as stage:
             stage.describe(f"engine {entry.key[:12]}")
             if not self._cache.extract(entry, name, path, replaces=self._plan.out):
-                self._log.warn(
-                    f"the engine {entry.key[:12]} in the cache is damaged or was removed: making it again"
-                )
+                self._warn_of_damage(entry)
                 return None
         self._log.log(f"engine: from the cache ({entry.key[:12]})")
         self._replay(entry)
@@ -316,6 +353,14 @@ class _CachedGraph(Graph):
     def remark(self) -> str:
         """How a static graph was compared with the dynamic one."""
         return super().remark if self.is_written else str(self._entry.metadata["remark"])
+
+
+def _trace_key(source: Source) -> str:
+    """What the plain graph of a checkpoint depends on besides its weights; empty for a graph."""
+    identity = source.trace_identity()
+    if identity is None:
+        return ""
+    return cache_key(identity | {"versions": library_versions(), "code": code_version()})
 
 
 def _engine_key(content: str, profiles: Sequence[ProfileShapes], config: EngineConfig) -> str:

@@ -40,25 +40,23 @@ class CachedCheck(SourceCheck):
         """Whether the digest is known without reading the files."""
         return self._stored is not None
 
-    def discard_digest(self) -> None:
-        """Read the files again, because the stored digest is not theirs."""
-        self._stored = None
-        self._digests.evict(self._source.files)
+    def require_stored_digest(self) -> None:
+        """Wait until the files are read.
+
+        Raises:
+            CheckpointError: The source does not have its stored digest.
+        """
+        self._wait()
 
     def _wait(self) -> str:
         assert self._before is not None
         sha256 = super()._wait()
         if self._stored not in (None, sha256):
-            self.discard_digest()
-            raise CheckpointError(changed_unnoticed(self._source.path))
+            self._digests.evict(self._source.files)
+            raise CheckpointError(
+                f"{self._source.path} was changed, and its size and times are the same as before: its "
+                "weights are not those of the cached results; run the command again"
+            )
         self._stored = sha256
         self._digests.put(self._source.files, *self._before, sha256)
         return sha256
-
-
-def changed_unnoticed(path: Path) -> str:
-    """The message for a source whose stored digest is not its own."""
-    return (
-        f"{path} was changed, and its size and times are the same as before: its weights are not those of "
-        "the cached results, which are removed now; run the command again"
-    )

@@ -109,9 +109,13 @@ class Graph:
 class GraphExporter:
     """Writes the graphs of one export, all from one trace of the UNet."""
 
-    def __init__(self, plan: ExportPlan, check: SourceCheck, log: RunLog) -> None:
+    def __init__(
+        self, plan: ExportPlan, check: SourceCheck, trace: Callable[[], ir.Model], log: RunLog
+    ) -> None:
+        """An exporter of the plain graph that `trace` returns."""
         self._plan = plan
         self._check = check
+        self._trace = trace
         self._log = log
         sws = plan.options.sws
         self._rewrite: Callable[..., RewriteReport | None] = rewrite_plain
@@ -265,7 +269,7 @@ class GraphExporter:
     def _plain(self) -> ir.Model:
         with self._log.measure("export"):
             self._check.check_names()
-            return self._plan.source.plain_model(self._log)
+            return self._trace()
 
     def _compare_static(self, path: Path, dynamic: WrittenGraph) -> str:
         plan, sizes = self._plan, self._sizes_to_run()

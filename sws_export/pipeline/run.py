@@ -116,7 +116,7 @@ def export(
         validation, engine = None, None
 
         # 3. Graph: trace the UNet, insert SWS, lower it for the target, all when a step needs the file.
-        exporter = GraphExporter(plan, cache.check, log)
+        exporter = GraphExporter(plan, cache.check, functools.partial(cache.plain_model, scratch), log)
         dynamic, graph = exporter.graphs(path)
 
         # 4. Validate: compare with the reference, with dynamic shapes on a small grid.

@@ -1,6 +1,5 @@
 """Skeletons: graphs without those of their weights that the source has."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import onnx_ir as ir
 
 from graph_passes.quantize_weights import restored_tensor
 from sws_export.onnx_files import load_onnx
-from sws_export.progress import Progress
 
 SKELETON = "graph.onnx"
 """Name of the file."""
@@ -41,42 +39,23 @@ def save_skeleton(model: ir.Model, weights: Mapping[str, ir.TensorProtocol], scr
     return directory / SKELETON
 
 
-def complete_skeleton(file: Path, weights: Mapping[str, ir.TensorProtocol]) -> ir.Model | None:
-    """The graph of a skeleton with the weights of its source; None if one of them is missing.
+def complete_skeleton(file: Path, weights: Mapping[str, ir.TensorProtocol]) -> ir.Model:
+    """The graph of a skeleton with the weights of its source.
 
     Args:
         file: The skeleton.
-        weights: Those of the source by name, not read yet.
+        weights: Those of the source by name, not read yet; all that the skeleton lacks.
     """
     model = load_onnx(file)
-    values = model.graph.initializers.values()
-    for value in values:
+    for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name == _PLACEHOLDER:
             value.const_value = _source_tensor(value, weights)
-    return model if all(value.const_value is not None for value in values) else None
+            assert value.const_value is not None
+    return model
 
 
 def _source_tensor(value: ir.Value, weights: Mapping[str, ir.TensorProtocol]) -> ir.TensorProtocol | None:
     """The data of an initializer, read or quantized from the weights of the source; None for others."""
     tensor = weights.get(str(value.name))
     return tensor if tensor is not None else restored_tensor(value, weights)
-
-
-def weights_digest(path: Path, progress: Progress) -> str:
-    """sha256, in hex, of names and bytes of all weights of the graph at `path`, sorted by name."""
-    digest = hashlib.sha256()
-    initializers = load_onnx(path).graph.initializers
-    tensors = {
-        name: value.const_value for name, value in initializers.items() if value.const_value is not None
-    }
-    with progress.stage("hash", total=sum(tensor.nbytes for tensor in tensors.values())) as stage:
-        for name in sorted(tensors):
-            digest.update(f"{name}\n".encode())
-            tensor = tensors[name]
-            digest.update(tensor.tobytes())
-            stage.advance(tensor.nbytes)
-            if isinstance(tensor, ir.ExternalTensor):
-                # Otherwise every page that was read counts as memory of this process.
-                tensor.release()
-    return digest.hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sws_export.checkpoint import WeightShapes
 from sws_export.files import HashedCopy
 from sws_export.manifest import SourceEntry
 from sws_export.onnx_files import WholeFiles
@@ -24,6 +25,8 @@ class SourceCheck:
 
     Attributes:
         recorded: What the check logged; None before it was needed.
+        shapes: Names and shapes of the weights that the architecture needs; None if they are to be derived
+            from the configuration, and for a graph.
         copy_path: Where the thread copies the whole files that it reads; None for no copy. To be set before
             the thread starts.
     """
@@ -31,6 +34,7 @@ class SourceCheck:
     def __init__(self, source: Source, log: RunLog, whole_files: tuple[Path, ...] = ()) -> None:
         """A check of `source`, of which `whole_files` become part of the external data."""
         self.recorded: Recorded | None = None
+        self.shapes: WeightShapes | None = None
         self.copy_path: Path | None = None
         self._whole_files = whole_files
         self._source = source
@@ -62,7 +66,7 @@ class SourceCheck:
         """
         if self.recorded is None:
             with self._log.record(apart=True) as recorded:
-                self._source.check(self._log)
+                self.shapes = self._source.check(self._log, self.shapes)
             self.recorded = recorded
 
     @functools.cached_property
@@ -116,13 +120,23 @@ class _Reader(SilentProgress):
         self._source = source
         self._bytes = 0.0
         self._stopped = False
+        self._waited = False
         self._result: str | BaseException = ""
         # A daemon, because a file system that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._read, name="read weights", daemon=True)
         self._thread.start()
 
     def wait(self, progress: Progress) -> str:
-        """The digest; what the thread raised is raised here."""
+        """The digest; what the thread raised is raised here. The first call shows a stage."""
+        if not self._waited:
+            self._waited = True
+            self._show(progress)
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return self._result
+
+    def _show(self, progress: Progress) -> None:
+        """Show how much was read until the thread ends."""
         total = sum(file.stat().st_size for file in self._source.files)
         with progress.stage("check weights", total) as stage:
             shown = 0.0
@@ -130,9 +144,6 @@ class _Reader(SilentProgress):
                 self._thread.join(_POLL_SECONDS)
                 stage.advance(self._bytes - shown)
                 shown = self._bytes
-        if isinstance(self._result, BaseException):
-            raise self._result
-        return self._result
 
     def stop(self) -> None:
         """End the thread."""

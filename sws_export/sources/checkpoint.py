@@ -7,7 +7,14 @@ from typing import Any, cast
 
 import onnx_ir as ir
 
-from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, verify_weights
+from sws_export.checkpoint import (
+    Checkpoint,
+    WeightShapes,
+    check_tensors,
+    expected_shapes,
+    open_checkpoint,
+    verify_weights,
+)
 from sws_export.checkpoint.unet_io import size_multiple, unet_inputs
 from sws_export.errors import CheckpointError
 from sws_export.files import HashedCopy, file_places
@@ -123,6 +130,10 @@ class CheckpointSource:
         }
         return {"manifest": self.entry(sha256), "tensors": tensors, "controlnet": self.controlnet}
 
+    def trace_identity(self) -> dict[str, Any]:
+        """The configuration, the precision, and whether there are inputs for a ControlNet."""
+        return {"config": self.config, "precision": self.precision, "controlnet": self.controlnet}
+
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
         """The initializers of `plain_model` by name, not read yet."""
         return plain_weights(self.checkpoint, self.precision, fuse(self.checkpoint, self.loras))
@@ -142,7 +153,7 @@ class CheckpointSource:
             *found.remarks,
         ]
 
-    def check(self, progress: Progress) -> None:
+    def check(self, progress: Progress, shapes: WeightShapes | None = None) -> WeightShapes:
         """Compare names and shapes of the weights with the architecture.
 
         Raises:
@@ -150,9 +161,11 @@ class CheckpointSource:
         """
         with progress.stage("check tensors") as stage:
             stage.describe("comparing names and shapes with the architecture")
-            unused = check_tensors(self.checkpoint)
+            shapes = expected_shapes(self.config) if shapes is None else shapes
+            unused = check_tensors(self.checkpoint, shapes)
         if unused:
             progress.warn(f"{unused} tensors of the checkpoint have no place in this UNet and are ignored")
+        return shapes
 
     def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:
         """Read all weights, check them for NaN and Inf, and return the SHA-256 of the files.

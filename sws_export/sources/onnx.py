@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graph_passes.find_sites import count_levels
 from graph_passes.name_nodes import NameNodes
+from sws_export.checkpoint import WeightShapes
 from sws_export.errors import CheckpointError, ExportError
 from sws_export.files import HashedCopy
 from sws_export.manifest import QuantizationEntry, SourceEntry, read_embedded
@@ -98,6 +99,9 @@ class OnnxSource:
         """The manifest's entry of the graph."""
         return dict(self.entry(sha256))
 
+    def trace_identity(self) -> None:
+        """None: the graph is read from its file."""
+
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
         """The weights of the graph as it was read, by name."""
         return self.original_weights
@@ -109,7 +113,7 @@ class OnnxSource:
             f"precision: {self.precision}, {self.precision_reason}",
         ]
 
-    def check(self, progress: Progress) -> None:
+    def check(self, progress: Progress, shapes: WeightShapes | None = None) -> None:
         """Do nothing: names and shapes are those of the graph."""
 
     def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:  # noqa: ARG002

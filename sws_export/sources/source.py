@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
+from sws_export.checkpoint import WeightShapes
 from sws_export.errors import OptionError
 from sws_export.files import HashedCopy
 from sws_export.manifest import QuantizationEntry, SourceEntry
@@ -81,14 +82,25 @@ class Source(Protocol):
     def identity(self, sha256: str) -> dict[str, Any]:
         """What an export depends on, as JSON values; `sha256` is the digest of the files."""
 
+    def trace_identity(self) -> dict[str, Any] | None:
+        """What the plain graph depends on besides its weights, as JSON values; None if it is not traced."""
+
     def weights(self) -> Mapping[str, ir.TensorProtocol]:
         """The weights of the plain graph by name; large ones are not read yet."""
 
     def describe(self) -> list[str]:
         """A description for the log, a line each."""
 
-    def check(self, progress: Progress) -> None:
-        """Compare names and shapes of the weights with the architecture."""
+    def check(self, progress: Progress, shapes: WeightShapes | None = None) -> WeightShapes | None:
+        """Compare names and shapes of the weights with `shapes`, those that the architecture needs.
+
+        Args:
+            progress: Receives the stage and warnings.
+            shapes: None to derive them from the configuration.
+
+        Returns:
+            `shapes`; None for a graph.
+        """
 
     def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:
         """Check all weights for NaN and Inf; returns the sha256 of the bytes that were read, in hex.

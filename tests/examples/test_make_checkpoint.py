@@ -6,9 +6,10 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from examples.make_checkpoint import FAMILY_NAMES, family_config, write_checkpoint
-from sws_export.checkpoint import check_tensors, open_checkpoint, verify_weights
+from sws_export.checkpoint import open_checkpoint, verify_weights
 from sws_export.checkpoint.families import FAMILIES
 from sws_export.progress import SilentProgress
+from tests.export_runs import check_names
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ def test_twins_are_complete_and_reproducible(family: str, layout: str, tmp_path:
     write_checkpoint(tmp_path / "a", config, "diffusers")
     checkpoint = open_checkpoint(first, tmp_path / "a" / "config.json")
     assert checkpoint.layout == layout
-    assert check_tensors(checkpoint) == 0
+    assert check_names(checkpoint) == 0
     verify_weights(checkpoint, SilentProgress())
     second = write_checkpoint(tmp_path / "b" / "x.safetensors", config, layout)
     assert first.read_bytes() == second.read_bytes()

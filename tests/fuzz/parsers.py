@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from sws_export.cache import Cache
 from sws_export.cache.digests import DigestCache, file_stamps
 from sws_export.cache.keys import cache_key
-from sws_export.checkpoint import check_tensors, open_checkpoint
+from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.check import expected_shapes
 from sws_export.engines.header import plan_header
 from sws_export.inspection import inspect_file
@@ -26,6 +26,7 @@ from sws_export.manifest import read_embedded, read_manifest
 from sws_export.progress import SilentProgress
 from sws_export.runtime.contract import read_contract
 from sws_export.sources.onnx import open_onnx_source
+from tests.export_runs import check_names
 from tests.fuzz.mutations import damaged_bytes, damaged_document, damaged_json
 
 MANIFEST = Path(__file__).parents[1] / "sws_export" / "manifest" / "recorded" / "format_1_sws.json"
@@ -193,12 +194,12 @@ def write_unet(folder: Path) -> None:
 
 def read_unet(folder: Path) -> None:
     """Headers, configuration, and the UNet that they describe, on the meta device."""
-    check_tensors(open_checkpoint(folder))
+    check_names(open_checkpoint(folder))
 
 
 def read_index(folder: Path) -> None:
     """The same by the shard index."""
-    check_tensors(open_checkpoint(folder / INDEX))
+    check_names(open_checkpoint(folder / INDEX))
 
 
 def read_lora(folder: Path) -> None:

@@ -5,13 +5,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graph_passes.find_layers import find_layers
 from graph_passes.find_projection_inputs import find_projection_inputs
 from graph_passes.find_sites import find_sites
 from graph_passes.insert_qdq import InsertQdq
 from graph_passes.weight_formats import WEIGHT_FORMATS, WeightFormat
-from tests.conftest import RunOnnx
+from tests.conftest import RunOnnx, ShapesModel
 from tests.graph_passes.layer_models import QUANTIZED, layer_feeds, layer_model
-from tests.graph_passes.small_models import SiteSpec, build_model, graph_bytes, op_counts, site_name
+from tests.graph_passes.small_models import graph_bytes, op_counts
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 RANGES = dict.fromkeys(QUANTIZED, 3.0)
@@ -102,19 +103,20 @@ def test_a_second_run_changes_nothing(activations: WeightFormat) -> None:
     assert graph_bytes(model) == before
 
 
-def test_sites_are_found_and_read_the_unrounded_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graph_passes.find_layers.MIN_WEIGHTS", 1)
-    name = site_name("down_blocks.0")
-    model = build_model([SiteSpec(name, context=True), SiteSpec(site_name("mid_block"))], levels=1)
-    ranges = {f"{name}.to_{part}": 4.0 for part in "qkv"} | {
-        f"{site_name('mid_block')}.to_{part}": 4.0 for part in "qkv"
-    }
-    assert InsertQdq("int8", ranges)(model).modified
+def test_sites_are_found_and_read_the_unrounded_tensors(shapes_model: ShapesModel) -> None:
+    plain, model = shapes_model("fp32"), shapes_model("fp32")
+    projections = [layer.name for layer in find_layers(model)[0] if ".to_" in layer.name]
+    assert InsertQdq("int8", dict.fromkeys(projections, 4.0))(model).modified
     sites, skipped = find_sites(model, cross_attention=True)
-    assert [site.name for site in sites] == [name, site_name("mid_block")]
+    expected, _ = find_sites(plain, cross_attention=True)
+    assert [site.name for site in sites] == [site.name for site in expected]
     assert not skipped
-    inputs = find_projection_inputs(sites[0])
-    assert inputs.text.name == "encoder_hidden_states"
-    producer = inputs.hidden.producer()
-    assert producer is not None
-    assert producer.op_type == "Transpose"
+    texts = [site for site in sites if site.name.endswith("attn2")]
+    assert len(texts) == 7
+    for site, without in zip(texts, (site for site in expected if site.name.endswith("attn2")), strict=True):
+        found, read = find_projection_inputs(site), find_projection_inputs(without)
+        assert found.text.name == "encoder_hidden_states"
+        assert found.hidden.name == read.hidden.name
+        producer = found.hidden.producer()
+        assert producer is not None
+        assert producer.op_type == "LayerNormalization"

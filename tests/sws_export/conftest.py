@@ -1,6 +1,5 @@
 """Small artefacts that many tests read, inputs for them, and exports that do not trace again."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from sws_export import ExportOptions, SwsOptions, export
-from sws_export.checkpoint import Checkpoint
-from sws_export.progress import Progress, SilentProgress
-from sws_export.tensors import Precision
 from tests import export_runs
+from tests.export_runs import SharedTraces, remove_results
 
 TOKENS = 5
 # A graph with the literal guard is exported in half the time of the default and loaded in a quarter.
@@ -183,37 +179,29 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, random_unet: Path) -> Pat
     return export_runs.shared(tmp_path_factory, "pipeline", make)
 
 
+@pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> SharedTraces:
+    """The traces of UNets that tests have exported with a cache."""
+    return SharedTraces(export_runs.shared(tmp_path_factory, "traces", Path.mkdir))
+
+
 @pytest.fixture(scope="module")
-def quick_trace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """To the end of the module, UNets of one configuration are traced once; weights are the checkpoint's."""
-    from sws_export.onnx_files import save_onnx
-    from sws_export.tracing.export_unet import export_plain, plain_weights
+def quick_trace(traces: SharedTraces, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """To the end of the module, a cache for traces: UNets of one configuration are traced once.
 
-    def load(
-        checkpoint: Checkpoint, precision: Precision, progress: Progress, fused: Any, *, controlnet: bool
-    ) -> ir.Model:
-        weights = plain_weights(checkpoint, precision, fused)
+    Returns:
+        The directory of the cache.
+    """
+    directory = tmp_path_factory.mktemp("traces")
+    with pytest.MonkeyPatch.context() as patch, traces.used_in(directory, patch):
+        yield directory
 
-        def trace(path: Path) -> None:
-            traced = export_plain(checkpoint, precision, controlnet=controlnet)
-            # Those of this checkpoint may be damaged.
-            for name, value in traced.graph.initializers.items():
-                if name in weights and value.const_value is not None:
-                    zeros = np.zeros(value.const_value.shape.numpy(), value.const_value.dtype.numpy())
-                    value.const_value = ir.Tensor(zeros, dtype=value.const_value.dtype, name=name)
-            save_onnx(traced, path, SilentProgress())
 
-        key = json.dumps([checkpoint.config, precision, controlnet], sort_keys=True)
-        name = f"trace-{hashlib.sha256(key.encode()).hexdigest()[:16]}.onnx"
-        model = ir.load(export_runs.shared(tmp_path_factory, name, trace))
-        model.metadata_props.clear()
-        for name, value in model.graph.initializers.items():
-            value.const_value = weights.get(name, value.const_value)
-        return model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sws_export.sources.checkpoint.export_plain", load)
-        yield
+@pytest.fixture(autouse=True)
+def _only_traces(request: pytest.FixtureRequest) -> None:
+    """Tests with `quick_trace` find no other result of an earlier test in its cache."""
+    if "quick_trace" in request.fixturenames:
+        remove_results(request.getfixturevalue("quick_trace"))
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import pytest
 from diffusers import UNet2DConditionModel
 
 from examples.make_checkpoint import ldm_names
-from sws_export.checkpoint import check_tensors, open_checkpoint
+from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.config import DEFAULTS, complete
 from sws_export.checkpoint.families import FAMILIES, Family, find_family
+from tests.export_runs import check_names
 
 by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 
@@ -102,7 +103,7 @@ def test_original_layout(family: Family, tmp_path: Path, unet_shapes: Any, write
     # diffusers' conversion is the inverse of the independently constructed names.
     found = {f"model.diffusion_model.{name}": stored for name, stored in checkpoint.stored.items()}
     assert checkpoint.tensors == {name: found[ldm[name]] for name in shapes}
-    assert check_tensors(checkpoint) == 0
+    assert check_names(checkpoint) == 0
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

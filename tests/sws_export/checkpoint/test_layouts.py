@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from examples.make_checkpoint import family_config, ldm_names, write_checkpoint
-from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, read_tensor
+from sws_export.checkpoint import Checkpoint, open_checkpoint, read_tensor
 from sws_export.checkpoint.header import read_header
 from sws_export.errors import CheckpointError
+from tests.export_runs import check_names
 
 PREFIX = "model.diffusion_model."
 
@@ -94,7 +95,7 @@ def test_original_names(
     checkpoint = open_checkpoint(file, twin.parent / "config.json")
     assert checkpoint.layout == "ldm"
     assert same_weights(checkpoint, weights)
-    assert check_tensors(checkpoint) == 0
+    assert check_names(checkpoint) == 0
 
 
 def whole(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.make_checkpoint import family_config, ldm_names, write_checkpoint
-from sws_export.checkpoint import Checkpoint, check_tensors, open_checkpoint, read_tensor, verify_weights
+from sws_export.checkpoint import Checkpoint, open_checkpoint, read_tensor, verify_weights
 from sws_export.checkpoint.unet_module import load_unet
 from sws_export.errors import CheckpointError
 from sws_export.progress import SilentProgress
 from sws_export.tracing.export_unet import plain_weights
+from tests.export_runs import check_names
 
 PREFIX = "model.diffusion_model."
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -52,7 +53,7 @@ def original_names(twin: Path) -> dict[str, str]:
 
 
 def assert_weights(checkpoint: Checkpoint, expected: Tensors) -> None:
-    assert check_tensors(checkpoint) == 0
+    assert check_names(checkpoint) == 0
     assert checkpoint.tensors.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(read_tensor(checkpoint.tensors[name]).float(), value), name
@@ -150,7 +151,7 @@ def test_other_quantizations_are_named(
 def test_layers_of_other_models_do_not_matter(twin: Path, tmp_path: Path) -> None:
     metadata = {"_quantization_metadata": json.dumps({"layers": {"text_encoder.x": "nvfp4"}})}
     file = changed(twin, tmp_path, {}, metadata)
-    assert check_tensors(open_checkpoint(file, twin.parent / "config.json")) == 0
+    assert check_names(open_checkpoint(file, twin.parent / "config.json")) == 0
 
 
 def test_a_scale_that_is_not_finite(twin: Path, tmp_path: Path) -> None:

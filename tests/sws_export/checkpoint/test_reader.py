@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from sws_export.checkpoint import check_tensors, open_checkpoint
+from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.families import FAMILIES
 from sws_export.errors import CheckpointError
+from tests.export_runs import check_names
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SD1 = FAMILIES[0].config()
@@ -32,7 +33,7 @@ def test_config_beside_the_weights(tiny_unet: Path) -> None:
     assert checkpoint.config["norm_num_groups"] == 32
     assert "_class_name" not in checkpoint.config
     assert (checkpoint.family, checkpoint.vae_scale) == (None, None)
-    assert check_tensors(checkpoint) == 0
+    assert check_names(checkpoint) == 0
 
 
 def test_config_option_takes_precedence(tiny_unet: Path, tmp_path: Path, tiny_config: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ def test_heads_are_required_and_used(tiny_unet: Path, tiny_config: dict[str, Any
     assert checkpoint.config["cross_attention_dim"] == 48
     assert checkpoint.config_source == "inferred from tensor shapes, --attention-head-dim"
     assert "unknown family" in checkpoint.remarks[0]
-    assert check_tensors(checkpoint) == 0
+    assert check_names(checkpoint) == 0
     assert open_checkpoint(tiny_unet, attention_head_dim=(4, 8)).config["attention_head_dim"] == [4, 8]
     with pytest.raises(CheckpointError, match=r"expected 1 number or 2 .* found 3"):
         open_checkpoint(tiny_unet, attention_head_dim=(4, 8, 8))
@@ -90,7 +91,7 @@ def test_an_unknown_family_with_the_added_conditions_of_sdxl(
     checkpoint = open_checkpoint(file, attention_head_dim=(4,))
     assert checkpoint.config["addition_time_embed_dim"] == 256
     assert checkpoint.remarks[0].endswith("(32 normalization groups, SiLU, and time_ids as in SDXL)")
-    assert check_tensors(checkpoint) == 0
+    assert check_names(checkpoint) == 0
 
 
 @pytest.mark.parametrize(
@@ -244,14 +245,14 @@ def test_missing_tensors_are_named(
     with pytest.raises(
         CheckpointError, match=rf"lacks {missing} of the .*conv_shortcut.weight.* and {missing - 3} more"
     ):
-        check_tensors(open_checkpoint(file, tiny_unet / "config.json"))
+        check_names(open_checkpoint(file, tiny_unet / "config.json"))
 
 
 def test_extra_tensors_are_counted(
     tmp_path: Path, tiny_config: dict[str, Any], unet_shapes: Any, write_sparse: Any, tiny_unet: Path
 ) -> None:
     file = write_sparse(tmp_path / "x.safetensors", unet_shapes(tiny_config) | {"a.b": (1,), "c": (2,)})
-    assert check_tensors(open_checkpoint(file, tiny_unet / "config.json")) == 2
+    assert check_names(open_checkpoint(file, tiny_unet / "config.json")) == 2
 
 
 def test_shapes_that_contradict_the_config(tiny_unet: Path) -> None:
@@ -259,13 +260,13 @@ def test_shapes_that_contradict_the_config(tiny_unet: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"attn2.to_k.weight' expected \[32, 64\], found \[32, 48\].*--config FILE"
     ):
-        check_tensors(open_checkpoint(tiny_unet))
+        check_names(open_checkpoint(tiny_unet))
 
 
 def test_config_that_diffusers_refuses(tiny_unet: Path) -> None:
     rewrite_config(tiny_unet, up_block_types=["UpBlock2D"])
     with pytest.raises(CheckpointError, match="diffusers rejects the configuration"):
-        check_tensors(open_checkpoint(tiny_unet))
+        check_names(open_checkpoint(tiny_unet))
 
 
 def test_integers_for_weights(
@@ -273,4 +274,4 @@ def test_integers_for_weights(
 ) -> None:
     file = write_sparse(tmp_path / "x.safetensors", unet_shapes(tiny_config), dtype="U8")
     with pytest.raises(CheckpointError, match=r"not floating-point .*quantized"):
-        check_tensors(open_checkpoint(file, tiny_unet / "config.json"))
+        check_names(open_checkpoint(file, tiny_unet / "config.json"))

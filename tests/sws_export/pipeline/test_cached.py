@@ -4,6 +4,8 @@ import json
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sws_export.cli import main
 
 from sws_export import (
@@ -33,6 +35,7 @@ from tests.export_runs import (
     AtStage,
     Builds,
     RecordingProgress,
+    SharedTraces,
     changed_copy,
     listing,
     with_options,
@@ -51,16 +54,17 @@ PLAN = ExportOptions(
     validate=False,
 )
 VALIDATED_PLAN = with_options(PLAN, validate=True)
-STAGES = ["check", "export", "rewrite", "save", "digest"]
+STAGES = ["check", "export", "rewrite", "save"]
 """In the order in which the cache returns them."""
 VALIDATED_STAGES = ["check", "validate", *STAGES[1:]]
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    """An empty cache, which remembers the digests of recent files too."""
-    configure(monkeypatch, tmp_path / "cache")
-    return open_cache()
+def cache(traces: SharedTraces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
+    """A cache with traces only, which remembers the digests of recent files too."""
+    store_recent_digests(monkeypatch)
+    with traces.used_in(tmp_path / "cache", monkeypatch):
+        yield open_cache()
 
 
 @pytest.fixture
@@ -76,27 +80,30 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builds:
 
 
 @pytest.fixture(scope="module")
-def filled(quick_trace: None, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def filled(traces: SharedTraces, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache directory with the graph of `middle_unet` for `UNVALIDATED`."""
     directory = tmp_path_factory.mktemp("filled")
-    with pytest.MonkeyPatch.context() as patch:
-        configure(patch, directory / "cache")
+    with pytest.MonkeyPatch.context() as patch, traces.used_in(directory / "cache", patch):
+        store_recent_digests(patch)
         export(middle_unet, directory / "graph.onnx", UNVALIDATED)
     return directory / "cache"
 
 
-def configure(patch: pytest.MonkeyPatch, directory: Path) -> None:
-    patch.setenv("SWS_EXPORT_CACHE_DIR", str(directory))
-    patch.setenv("SWS_EXPORT_CACHE_SIZE", "1GB")
-    # Digests of files that were written a moment ago are not stored.
+def store_recent_digests(patch: pytest.MonkeyPatch) -> None:
+    """Store the digests of files that were written a moment ago, too."""
     patch.setattr("time.time", lambda: time.time_ns() / 1e9 + 10)
 
 
-pytestmark = pytest.mark.usefixtures("quick_trace", "cache")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def cached(report: ExportReport) -> list[str]:
     return [timing.name for timing in report.stages if timing.cached]
+
+
+def from_cache(progress: RecordingProgress) -> list[str]:
+    """What the log says is from the cache."""
+    return [text.split(":")[0] for _, text in progress.lines if ": from the cache (" in text]
 
 
 def change_weights(model: Path) -> None:
@@ -127,7 +134,7 @@ def test_a_second_export_restores_the_graph(model: Path, out: Path) -> None:
     progress = AtStage()
     second = export(model, out / "graph.onnx", GRAPH, progress)
     assert cached(second) == VALIDATED_STAGES
-    assert progress.stages == ["open", "hash"]
+    assert progress.stages == ["open", "check weights"]
     after = listing(out)
     assert after["graph.onnx"] == before["graph.onnx"]
     assert any("graph: from the cache" in text for _, text in progress.lines)
@@ -169,6 +176,57 @@ def test_an_onnx_source_is_cached(traced: Path, out: Path) -> None:
     assert (out / "a.onnx").read_bytes() == (out / "b.onnx").read_bytes()
 
 
+def test_checkpoints_of_one_architecture_are_traced_once(model: Path, out: Path) -> None:
+    export(model, out / "graph.onnx", UNVALIDATED)
+    change_weights(model)
+    traced = export(model, out / "expected.onnx", with_options(UNVALIDATED, cache=False))
+    progress, again = RecordingProgress(SilentProgress()), RecordingProgress(SilentProgress())
+    report = export(model, out / "graph.onnx", UNVALIDATED, progress)
+    assert cached(report) == []
+    assert from_cache(progress) == ["trace"]
+    assert (out / "graph.onnx").read_bytes() == (out / "expected.onnx").read_bytes()
+    assert report.manifest["source"] == traced.manifest["source"]
+    # Not even in the log of a graph that was made from it.
+    export(model, out / "graph.onnx", UNVALIDATED, again)
+    assert from_cache(again) == ["graph"]
+
+
+@pytest.mark.parametrize("change", [{"precision": "fp16"}, {"controlnet": True}])
+def test_a_trace_has_one_precision_and_one_set_of_inputs(
+    model: Path, out: Path, change: dict[str, Any], cache: Cache
+) -> None:
+    options = with_options(UNVALIDATED, **change)
+    export(model, out / "graph.onnx", UNVALIDATED)
+    export(model, out / "graph.onnx", options)
+    assert len([entry for entry in cache.entries() if entry.kind == "trace"]) >= 2
+    found = (out / "graph.onnx").read_bytes()
+    export(model, out / "graph.onnx", with_options(options, cache=False))
+    assert (out / "graph.onnx").read_bytes() == found
+
+
+def test_weights_are_compared_with_the_shapes_of_a_trace(model: Path, out: Path) -> None:
+    export(model, out / "graph.onnx", UNVALIDATED)
+    weights = load_file(model / WEIGHTS)
+    save_file(weights | {"conv_in.bias": torch.zeros(5)}, model / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"'conv_in.bias' expected \[32\], found \[5\]"):
+        export(model, out / "graph.onnx", UNVALIDATED)
+    weights.pop("conv_in.bias")
+    save_file(weights, model / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the \d+ tensors .*conv_in.bias"):
+        export(model, out / "graph.onnx", UNVALIDATED)
+
+
+def test_an_export_from_a_trace_does_not_load_torch(middle_unet: Path, out: Path) -> None:
+    export(middle_unet, out / "graph.onnx", UNVALIDATED)
+    program = (
+        "import sys; from sws_export.cli import main; "
+        f"main([{str(middle_unet)!r}, '--out', {str(out / 'b.onnx')!r}, '--no-validate']); "
+        "assert not {'torch', 'diffusers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=100)
+    assert (out / "b.onnx").is_file()
+
+
 def test_a_second_export_restores_the_engine(model: Path, out: Path, built: Builds) -> None:
     progress, again = RecordingProgress(SilentProgress()), RecordingProgress(SilentProgress())
     first = export(model, out / "e.plan", VALIDATED_PLAN, progress)
@@ -208,7 +266,7 @@ def test_a_static_size_makes_another_graph_with_the_same_validation(
     assert any("tokens was set to 7" in remark for remark in report.validation.remarks)
     assert len(built) == 2
     again = export(model, out / "e.plan", fixed)
-    assert cached(again) == [*VALIDATED_STAGES[:-1], "static shapes", "digest", "build"]
+    assert cached(again) == [*VALIDATED_STAGES, "static shapes", "build"]
     assert again.validation == report.validation
 
 
@@ -257,7 +315,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def find(filled: Path, middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What a dry run with some options changed finds in the cache `filled`."""
-    configure(monkeypatch, filled)
+    monkeypatch.setenv("SWS_EXPORT_CACHE_DIR", str(filled))
 
     def find(**changes: Any) -> tuple[str, ...]:
         options = with_options(UNVALIDATED, dry_run=True, **changes)
@@ -342,13 +400,27 @@ def test_a_changed_build_option_builds_again(
 def test_a_disabled_cache_stores_nothing(model: Path, out: Path, built: Builds, cache: Cache) -> None:
     options = with_options(PLAN, cache=False)
     export(model, out / "e.plan", options)
-    assert not (cache.root or Path()).exists()
+    assert {entry.kind for entry in cache.entries()} <= {"trace"}
     export(model, out / "e.plan", with_options(options, cache=True))
     assert cached(export(model, out / "e.plan", options)) == []
     assert len(built) == 3
 
 
 # Damage and interrupts
+
+
+def test_a_damaged_trace_is_made_again(model: Path, out: Path, cache: Cache) -> None:
+    export(model, out / "graph.onnx", UNVALIDATED)
+    for entry in cache.entries():
+        if entry.kind == "trace":
+            file = entry.directory / "graph.onnx"
+            file.write_bytes(file.read_bytes()[::-1])
+    change_weights(model)
+    progress, again = RecordingProgress(SilentProgress()), RecordingProgress(SilentProgress())
+    export(model, out / "graph.onnx", UNVALIDATED, progress)
+    assert [text for warning, text in progress.lines if warning and text.startswith("the trace ")]
+    export(model, out / "graph.onnx", with_options(UNVALIDATED, parameters=SwsParameters(beta=0.5)), again)
+    assert from_cache(again) == ["trace"]
 
 
 def test_a_damaged_graph_is_exported_again(model: Path, out: Path, cache: Cache) -> None:
@@ -430,11 +502,14 @@ def test_a_graph_over_tolerance_is_not_stored(
     model = changed_copy(middle_unet, tmp_path, ROUNDED_AWAY)
     with pytest.raises(ValidationError, match=r"out_sample by .* allowed is 2e-04; nothing was written"):
         export(model, out / "graph.onnx", GRAPH)
-    assert cache.entries() == []
+    assert {entry.kind for entry in cache.entries()} == {"trace"}
 
 
-def test_an_unwritable_cache_is_a_warning(model: Path, out: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file in the way")
+def test_an_unwritable_cache_is_a_warning(
+    model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SWS_EXPORT_CACHE_DIR", str(tmp_path / "file"))
     progress = RecordingProgress(SilentProgress())
     export(model, out / "graph.onnx", UNVALIDATED, progress)
     assert (out / "graph.onnx").is_file()
@@ -451,7 +526,7 @@ def test_list_and_clear(
     assert main(["cache", "list"]) == 0
     printed = capsys.readouterr()
     kinds = [line.split()[0] for line in printed.out.splitlines()]
-    assert sorted(kinds) == ["engine", "graph"]
+    assert [kind for kind in sorted(kinds) if kind != "trace"] == ["engine", "graph"]
     assert "model, fp32, sws, for tensorrt-rtx" in printed.out
     assert f"of 1 GB in {cache.root}" in printed.err
     assert main(["cache", "list", "--json"]) == 0
@@ -459,7 +534,7 @@ def test_list_and_clear(
     assert [entry["kind"] for entry in listed["entries"]] == kinds
     assert listed["bytes"] == sum(entry["bytes"] for entry in listed["entries"])
     assert main(["cache", "clear"]) == 0
-    assert "removed 2 results" in capsys.readouterr().err
+    assert f"removed {len(kinds)} results" in capsys.readouterr().err
     assert main(["cache", "list", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
 
@@ -472,7 +547,7 @@ def test_list_and_clear(
     [
         ("check tensors", PLAN, set()),
         ("rewrite", PLAN, set()),
-        ("hash", VALIDATED_PLAN, {"validation"}),
+        ("hash", VALIDATED_PLAN, {"graph", "validation"}),
         ("hash", with_options(PLAN, cache=False), set()),
     ],
 )
@@ -495,7 +570,7 @@ def test_a_checkpoint_replaced_while_it_is_exported(
     with pytest.raises(CheckpointError, match=rf"{WEIGHTS} was changed while it was exported; nothing"):
         export(model, out / "e.plan", options, AtStage(stage, replace))
     assert listing(out) == {}
-    assert {entry.kind for entry in cache.entries()} == kept
+    assert {entry.kind for entry in cache.entries()} - {"trace"} == kept
     assert cached(export(model, out / "e.plan", with_options(options, cache=True))) == []
 
 

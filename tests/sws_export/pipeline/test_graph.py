@@ -24,13 +24,13 @@ pytestmark = pytest.mark.usefixtures("quick_trace")
 
 
 @pytest.fixture(scope="module")
-def static(quick_trace: None, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+def static(quick_trace: Path, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     """A validated graph with four static sizes, whose files tests must not change."""
     return export(middle_unet, tmp_path_factory.mktemp("static") / "graph.onnx", STATIC)
 
 
 @pytest.fixture(scope="module")
-def dynamic(quick_trace: None, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dynamic(quick_trace: Path, middle_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same graph with dynamic shapes, which tests must not change."""
     file = tmp_path_factory.mktemp("dynamic") / "graph.onnx"
     export(middle_unet, file, ExportOptions(sws=ONE_SITE, validate=False))

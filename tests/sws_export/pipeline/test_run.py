@@ -59,7 +59,7 @@ def inputs(batch: int = 2) -> dict[str, Any]:
 @pytest.mark.usefixtures("quick_trace")
 class TestFiles:
     def test_a_graph_and_its_manifest(self, middle_unet: Path, out: Path) -> None:
-        report = export(middle_unet, out / "graph.onnx", VALIDATED)
+        report = export(middle_unet, out / "graph.onnx", with_options(VALIDATED, cache=False))
         assert report.files == (out / "graph.onnx", out / "graph.onnx.json")
         assert sorted(listing(out)) == ["graph.onnx", "graph.onnx.json"]
         assert json.loads((out / "graph.onnx.json").read_text()) == report.manifest
@@ -218,7 +218,7 @@ def test_an_interrupt_in_each_stage(middle_unet: Path, out: Path, stage: str) ->
     assert listing(out) == before
 
 
-@pytest.mark.usefixtures("quick_trace", "built")
+@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("function", ["onnx_ir.save", "json.dump", "os.fsync"])
 def test_an_interrupt_while_a_file_is_written(
     middle_unet: Path,
@@ -239,13 +239,13 @@ def test_an_interrupt_while_a_file_is_written(
 
     monkeypatch.setattr(function, interrupted)
     arguments = [str(middle_unet), "--out", str(out / "e.plan"), "--keep-onnx", "--vae-scale", "1"]
-    arguments += ["--sites", "mid_block.*.attn1", "--guard", "literal", "--no-validate"]
+    arguments += ["--sites", "mid_block.*.attn1", "--guard", "literal", "--no-validate", "--no-cache"]
     assert main(arguments) == 1
     assert error_line(capsys.readouterr().err) == "interrupted; nothing was written"
     assert listing(out) == before
 
 
-@pytest.mark.usefixtures("quick_trace", "built")
+@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_during_publishing_is_ignored(
     middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -259,12 +259,11 @@ def test_an_interrupt_during_publishing_is_ignored(
         return moved
 
     monkeypatch.setattr(Path, "replace", interrupted)
-    export(middle_unet, out / "e.plan", PLAN)
+    export(middle_unet, out / "e.plan", with_options(PLAN, cache=False))
     assert sorted(listing(out)) == ["e.onnx", "e.onnx.json", "e.plan", "e.plan.json"]
     assert signal.getsignal(number) is handler
 
 
-@pytest.mark.usefixtures("quick_trace")
 def test_a_second_interrupt_leaves_nothing(
     middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,17 +275,18 @@ def test_a_second_interrupt_leaves_nothing(
 
     monkeypatch.setattr("shutil.rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(middle_unet, out / "graph.onnx", FAST, AtStage("rewrite", interrupt))
+        export(
+            middle_unet, out / "graph.onnx", with_options(FAST, cache=False), AtStage("rewrite", interrupt)
+        )
     assert listing(out) == {}
 
 
-@pytest.mark.usefixtures("quick_trace")
 def test_a_bug_leaves_nothing_and_keeps_its_traceback(
     middle_unet: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnx_ir.save", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main([str(middle_unet), "--out", str(out / "graph.onnx"), "--quiet"])
+        main([str(middle_unet), "--out", str(out / "graph.onnx"), "--quiet", "--no-cache"])
     assert listing(out) == {}
 
 

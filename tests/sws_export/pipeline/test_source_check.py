@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from sws_export.checkpoint import WeightShapes
 from sws_export.errors import CheckpointError
 from sws_export.files import HashedCopy
 from sws_export.pipeline.run_log import RunLog
@@ -26,9 +27,10 @@ class FakeSource:
         self.names_checked = 0
         self.error = error
 
-    def check(self, progress: Progress) -> None:
+    def check(self, progress: Progress, shapes: WeightShapes | None) -> WeightShapes | None:
         self.names_checked += 1
         progress.warn("a tensor has no place")
+        return shapes
 
     def read_weights(self, progress: Progress, copy: HashedCopy | None = None) -> str:
         with progress.stage("check weights", 7) as stage:

@@ -18,7 +18,7 @@ PARAMETERS = SwsParameters(beta=0.5, scales=(2, 2, 4))
 
 
 @pytest.fixture(scope="module")
-def exported(quick_trace: None, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(quick_trace: Path, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "graph.onnx"
     export(
         random_unet,

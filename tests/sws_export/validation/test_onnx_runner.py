@@ -25,7 +25,7 @@ STEPS = [INPUTS | {"sigma": np.array(sigma)} for sigma in ([3.0, 1.0], [10.0, 2.
 
 
 @pytest.fixture(scope="module")
-def graphs(quick_trace: None, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def graphs(quick_trace: Path, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A graph of each precision, its weights in a file beside it."""
     folder = tmp_path_factory.mktemp("graphs")
     made = {}

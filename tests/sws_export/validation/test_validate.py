@@ -53,7 +53,7 @@ def test_the_report_as_json_values() -> None:
 
 
 @pytest.fixture(scope="module")
-def graph(quick_trace: None, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def graph(quick_trace: Path, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("graph") / "graph.onnx"
     export(random_unet, out, ExportOptions(sws=ONE_SITE, validate=False))
     return out
@@ -78,7 +78,7 @@ def test_the_graph_passes_with_its_own_parameters_only(graph: Path, random_unet:
 
 
 def test_the_reference_has_the_query_rows_of_the_guard(
-    quick_trace: None, random_unet: Path, tmp_path: Path
+    quick_trace: Path, random_unet: Path, tmp_path: Path
 ) -> None:
     """A share for the KL divergence alone is validated like a guard with all rows, on both kinds of sites."""
     parameters = SwsParameters(kl_floor=1e-6, kl_slope=0.0)
