@@ -11,6 +11,10 @@ an H100, with copies by index 0.6 ms (benchmarks/gpu/README.md). `_gather_rows` 
 The transport of one scale needs no band: Sinkhorn preserves the form diag(r) K diag(c), and K x is a
 convolution with the diamond kernel. Row and column sums of this form stay near 1, so the floor of 1e-8 of
 the definition has an effect in the momentum only.
+
+Turning the grid by 180 degrees changes neither K nor the factors, so the entry of offset -o at one token is
+that of o at the token opposite. The scales are blended for half of the offsets; the others are their mirror
+image. In an engine the scales are constants, of which half are stored.
 """
 
 from typing import Any
@@ -27,6 +31,8 @@ FLOAT = ir.DataType.FLOAT
 _SUM_FLOOR = 1e-8
 _WINDOW = 2 * STATE_RADIUS + 1
 _PADS = [STATE_RADIUS] * 4
+_BEFORE_CENTRE = len(diamond_offsets(STATE_RADIUS)) // 2
+"""Offsets before (0, 0), in whose order offset j is the opposite of offset 144 - j."""
 
 
 def build_transport(
@@ -77,12 +83,11 @@ def build_transport(
         if separate:
             # The rank of the other operand; TensorRT's parser raises it otherwise.
             rows = op.Unsqueeze(rows, [0])
-        band_shape = op.Concat([-1, len(offsets)], size, axis=0)
         blend_rows = _blend_rows(op, blend, kernels)
         if separate:
             smallest = op.ReduceMin(op.ReduceMin(row_factor, [3], keepdims=0), [2], keepdims=1)
             blend_rows = after(op, blend_rows, smallest)
-        blended = op.Reshape(op.MatMul(blend_rows, rows), band_shape)
+        blended = _whole_band(op, op.MatMul(blend_rows, rows), size)
         current = op.Mul(op.Mul(blended, row_factor), gather(column_factor))
 
         momentum = op.Add(op.Mul(state, parameters.beta), op.Mul(current, 1.0 - parameters.beta))
@@ -125,24 +130,37 @@ def _rebalance_blend(
 
 
 def _rows_of_scales(op: Op, gather: Any, row: Any, column: Any, kernels: npt.NDArray[np.float32]) -> Any:
-    """The bands of the three scales before blending, one row for each offset inside the diamond of a scale.
+    """The bands of the three scales before blending, one row for each offset up to (0, 0) inside a diamond.
 
-    [13 + 41 + 145, H W] for the scales 2, 4 and 8. Rows outside the diamond are zero and left out, since the
+    [7 + 21 + 73, H W] for the scales 2, 4 and 8. Rows outside the diamond are zero and left out, since the
     result is a constant in a graph with static shapes.
     """
     targets = gather(op.Transpose(column, perm=[1, 0, 2, 3]))
     weight = op.Constant(value=ir.tensor(kernels[:, :, None, None], name="kernels"))
     bands = op.Mul(op.Mul(targets, weight), op.Transpose(row, perm=[1, 0, 2, 3]))
-    kept = op.Constant(value=ir.tensor(np.flatnonzero(kernels), name="kept"))
+    stored = kernels * (np.arange(kernels.shape[1]) <= _BEFORE_CENTRE)
+    kept = op.Constant(value=ir.tensor(np.flatnonzero(stored), name="kept"))
     return op.Gather(op.Reshape(bands, [kernels.size, -1]), kept, axis=0)
 
 
 def _blend_rows(op: Op, blend: Any, kernels: npt.NDArray[np.float32]) -> Any:
-    """The matrix [B, 145, rows] that sums the rows of the scales with the weights `blend` [B, 3]."""
-    scale, offset = np.nonzero(kernels)
-    places = (offset == np.arange(kernels.shape[1])[:, None]).astype(np.float32)
+    """The matrix [B, 73, rows] that sums the rows of the scales with the weights `blend` [B, 3]."""
+    scale, offset = np.nonzero(kernels[:, : _BEFORE_CENTRE + 1])
+    places = (offset == np.arange(_BEFORE_CENTRE + 1)[:, None]).astype(np.float32)
     weights = op.Gather(blend, op.Constant(value=ir.tensor(scale, name="scale_of_rows")), axis=1)
     return op.Mul(op.Unsqueeze(weights, [1]), op.Constant(value=ir.tensor(places, name="places")))
+
+
+def _whole_band(op: Op, half: Any, size: Any) -> Any:
+    """The band [B, 145, H, W] of which `half` [B, 73, H W] has the offsets up to (0, 0)."""
+    tokens = op.ReduceProd(size, keepdims=0)
+    opposite = op.Sub(op.Sub(tokens, 1), op.Range(0, tokens, 1))
+    mirrored = op.Gather(op.Slice(half, [0], [_BEFORE_CENTRE], [1]), opposite, axis=2)
+    order = np.r_[: _BEFORE_CENTRE + 1, 2 * _BEFORE_CENTRE : _BEFORE_CENTRE : -1]
+    band = op.Gather(
+        op.Concat(half, mirrored, axis=1), op.Constant(value=ir.tensor(order, name="order")), axis=1
+    )
+    return op.Reshape(band, op.Concat([0, 0], size, axis=0))
 
 
 def _rebalance_band(op: Op, gather: Any, scatter: Any, band: Any, iterations: int) -> Any:
