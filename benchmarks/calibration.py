@@ -1,7 +1,7 @@
 """Error with 8-bit activations by the percentile of their ranges, and with balanced channels.
 
     python -m benchmarks.calibration --kind int8
-    python -m benchmarks.calibration --kind fp8 --unet twin/
+    python -m benchmarks.calibration --kind fp8 --unet unet/
 
 The plain graph of a UNet is calibrated, quantized and run in ONNX Runtime; its predictions are compared with
 those of the graph in float32. The trained example is calibrated over the steps of its pipeline for some

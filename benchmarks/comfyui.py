@@ -27,7 +27,7 @@ SIDE = 16
 PEAK = 3.0
 RANK = 4
 
-TWINS: dict[str, dict[str, Any]] = {
+SMALL_UNETS: dict[str, dict[str, Any]] = {
     "sd15": {
         "block_out_channels": (32, 64),
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -72,13 +72,13 @@ def import_comfyui(path: Path, *options: str) -> ModuleType:
     return package
 
 
-def write_twin(directory: Path, name: str) -> None:
-    """Save a twin in diffusers' layout."""
+def write_small_unet(directory: Path, name: str) -> None:
+    """Save a small UNet in diffusers' layout."""
     import torch
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(3)
-    unet = UNet2DConditionModel(sample_size=SIDE, layers_per_block=1, **TWINS[name])
+    unet = UNet2DConditionModel(sample_size=SIDE, layers_per_block=1, **SMALL_UNETS[name])
     with torch.no_grad():
         for path, module in unet.named_modules():
             if path.endswith(("attn1", "attn2")):
@@ -87,7 +87,7 @@ def write_twin(directory: Path, name: str) -> None:
 
 
 def torch_model(directory: Path, name: str, dtype: str = "float32") -> Any:
-    """A MODEL with ComfyUI's torch UNet and the weights of a twin that `write_twin` saved."""
+    """A MODEL with ComfyUI's torch UNet and the weights of a small UNet that `write_small_unet` saved."""
     import comfy.model_patcher
     import comfy.supported_models
     import comfy.utils
@@ -112,7 +112,7 @@ def torch_model(directory: Path, name: str, dtype: str = "float32") -> Any:
 
 
 def write_lora(file: Path, directory: Path) -> None:
-    """Save a LoRA for a twin: of the values of its middle block, with names that ComfyUI reads."""
+    """Save a LoRA for a small UNet: of the values of its middle block, with names that ComfyUI reads."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -128,8 +128,8 @@ def write_lora(file: Path, directory: Path) -> None:
     save_file(lora, file)
 
 
-class Twin:
-    """A twin in torch and as artefacts, with conditions.
+class SmallModel:
+    """A small UNet in torch and as artefacts, with conditions.
 
     Attributes:
         torch_model: A MODEL with ComfyUI's torch UNet.
@@ -142,10 +142,10 @@ class Twin:
 
         self.name, self.directory = name, directory / name
         self.nodes = sys.modules["any_name.nodes"]
-        write_twin(self.directory, name)
+        write_small_unet(self.directory, name)
         self.torch_model = torch_model(self.directory, name)
         random = torch.Generator().manual_seed(5)
-        width = TWINS[name]["cross_attention_dim"]
+        width = SMALL_UNETS[name]["cross_attention_dim"]
         self.positive, self.negative = (
             [
                 [
@@ -157,7 +157,7 @@ class Twin:
         )
 
     def export(self, label: str, source_file: Path | None = None, **options: Any) -> Path:
-        """An artefact of the twin, or of a graph of it, in a temporary folder."""
+        """An artefact of the small UNet, or of a graph of it, in a temporary folder."""
         from sws_export import ExportOptions, export
 
         out = self.directory / f"{label}.onnx"
@@ -223,7 +223,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the results as JSON; default: print them")
     parser.add_argument(
-        "--model", choices=TWINS, help="this one only; the results of others in --out are kept"
+        "--model", choices=SMALL_UNETS, help="this one only; the results of others in --out are kept"
     )
     parser.add_argument("--quick", action="store_true", help="two samplers instead of eight")
     parser.add_argument(
@@ -244,7 +244,7 @@ def main() -> None:
             options.record.parent.mkdir(parents=True, exist_ok=True)
             options.record.write_text(json.dumps(calls, indent=1) + "\n", encoding="utf-8")
             return
-        models = [options.model] if options.model else list(TWINS)
+        models = [options.model] if options.model else list(SMALL_UNETS)
         samplers = SAMPLERS[:2] if options.quick else SAMPLERS
         results = run_cases(Path(directory), models, samplers, options.published_node)
     if options.model and options.out and options.out.exists():

@@ -94,14 +94,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_checkpoint(family: str, scratch: Path, *, twin: bool = False) -> Path:
+def make_checkpoint(family: str, scratch: Path, *, small: bool = False) -> Path:
     """Directory of the UNet: the trained example, or random float16 weights at full size or scaled down."""
     if family == "shapes":
         return ROOT / "examples" / "shapes" / "unet"
     unet = scratch / "unet"
     script = ROOT / "examples" / "make_checkpoint.py"
     command = [sys.executable, script, "--family", family, "--dtype", "fp16", "--out", unet]
-    subprocess.run([*command, *["--twin"] * twin], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, *["--small"] * small], check=True, stdout=subprocess.DEVNULL)
     return unet
 
 

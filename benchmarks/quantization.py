@@ -38,8 +38,8 @@ VARIANTS: dict[str, list[str]] = {
 }
 MODELS = {
     "shapes": "trained example",
-    "sd15-twin": "SD1.5 scaled down, random weights",
-    "sdxl-twin": "SDXL scaled down, random weights",
+    "sd15-small": "SD1.5 scaled down, random weights",
+    "sdxl-small": "SDXL scaled down, random weights",
     "sd15": "SD1.5, random weights",
     "sdxl": "SDXL, random weights",
 }
@@ -54,8 +54,8 @@ def main() -> None:
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     if not arguments.table:
         with tempfile.TemporaryDirectory(prefix="sws-export-benchmark-", dir=arguments.scratch) as folder:
-            family, _, twin = arguments.model_name.partition("-")
-            unet = arguments.checkpoint or make_checkpoint(family, Path(folder), twin=bool(twin))
+            family, _, small = arguments.model_name.partition("-")
+            unet = arguments.checkpoint or make_checkpoint(family, Path(folder), small=bool(small))
             for name in arguments.only or VARIANTS:
                 for measure in arguments.measure or MEASURES:
                     print(f"{arguments.model_name}, {name}: {measure} …", flush=True)

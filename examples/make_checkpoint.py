@@ -44,16 +44,16 @@ _BLOCK = 16_777_213
 _CHUNK = 1 << 18
 
 
-def family_config(family: str, twin: bool = False) -> dict[str, Any]:
-    """Configuration of a family, or with `twin` of a small UNet with the same topology."""
+def family_config(family: str, small: bool = False) -> dict[str, Any]:
+    """Configuration of a family, or with `small` of a small UNet with the same topology."""
     if family == "tiny":
-        return family_config("sd15", twin=True)
+        return family_config("sd15", small=True)
     name = FAMILY_NAMES[family]
     config = next(row for row in FAMILIES if row.name == name).config()
-    return twin_config(config) if twin else config
+    return small_config(config) if small else config
 
 
-def twin_config(config: dict[str, Any]) -> dict[str, Any]:
+def small_config(config: dict[str, Any]) -> dict[str, Any]:
     """A UNet with the same topology, 32 channels on the first level, heads of 32, short transformers."""
     channels = [32 * count // config["block_out_channels"][0] for count in config["block_out_channels"]]
     small = copy.deepcopy(config)
@@ -202,14 +202,14 @@ def _values(name: str, shape: tuple[int, ...], block: torch.Tensor) -> Iterator[
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a UNet checkpoint with random weights.")
     parser.add_argument("--family", choices=[*FAMILY_NAMES, "tiny"], required=True)
-    parser.add_argument("--twin", action="store_true", help="a small UNet with the same topology")
+    parser.add_argument("--small", action="store_true", help="a small UNet with the same topology")
     parser.add_argument("--layout", choices=["diffusers", "ldm"], default="diffusers")
     parser.add_argument("--dtype", choices=list(PRECISIONS), default="fp16")
     parser.add_argument("--out", type=Path, required=True, help="a .safetensors file, or a directory")
     arguments = parser.parse_args()
     # The chunks are too small to benefit from several threads.
     torch.set_num_threads(1)
-    config = family_config(arguments.family, arguments.twin)
+    config = family_config(arguments.family, arguments.small)
     file = write_checkpoint(arguments.out, config, arguments.layout, arguments.dtype)
     print(f"{file}: {file.stat().st_size / 1e9:.2f} GB")
 

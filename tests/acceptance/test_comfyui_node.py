@@ -1,4 +1,4 @@
-"""`--preset node` against the reference: the trained example and the twins of SD 1.5 and SDXL."""
+"""`--preset comfyui-node` against the reference: the trained example and small UNets of SD 1.5 and SDXL."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from sws_export.checkpoint.unet_module import load_unet, unet_arguments
 from sws_export.reference import ComfyUINodeReferenceUNet, comfyui_node_sites
 from sws_export.reference.attention import SiteResult
 from tests.acceptance.conftest import ExportTrained
-from tests.acceptance.twins import TWINS, write_twin
+from tests.acceptance.small_unets import SMALL_UNETS, write_small_unet
 from tests.conftest import ShapesOnnx
 from tests.export_runs import TRAINED, Array, Outputs, difference, export_once, open_session, shared, trace
 
@@ -106,25 +106,27 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Path,
 
 
 @pytest.fixture(scope="session")
-def twin(make_case: Callable[..., Case], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+def small_unet(
+    make_case: Callable[..., Case], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Case]:
     def make(name: str) -> Case:
-        model = shared(tmp_path_factory, f"node_{name}", lambda path: write_twin(path, name, peak))
+        model = shared(tmp_path_factory, f"node_{name}", lambda path: write_small_unet(path, name, peak))
         plain = shared(tmp_path_factory, f"node_{name}.onnx", lambda path: trace(model, path))
-        return make_case(model, plain, 4, TWINS[name]["cross_attention_dim"])
+        return make_case(model, plain, 4, SMALL_UNETS[name]["cross_attention_dim"])
 
     return make
 
 
 @pytest.fixture(scope="session")
-def sd15(twin: Callable[[str], Case]) -> Case:
+def sd15(small_unet: Callable[[str], Case]) -> Case:
     """As in SD 1.5 the text is wider than the first levels' hidden states and narrower than the last's."""
-    return twin("sd15")
+    return small_unet("sd15")
 
 
 @pytest.fixture(scope="session")
-def sdxl(twin: Callable[[str], Case]) -> Case:
+def sdxl(small_unet: Callable[[str], Case]) -> Case:
     """As in SDXL the text is the widest, blocks are deep, projections linear, and sizes are an input."""
-    return dataclasses.replace(twin("sdxl"), added={"text_embeds": 1280, "time_ids": 6})
+    return dataclasses.replace(small_unet("sdxl"), added={"text_embeds": 1280, "time_ids": 6})
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""SWS in cross-attention (`--sites`): the trained example and the twins of SD 1.5 and SDXL.
+"""SWS in cross-attention (`--sites`): the trained example and small UNets of SD 1.5 and SDXL.
 
 Several steps with the state fed back, against the reference in float64. Attention of the random UNets is
 peaked, samples of a batch differ, grids are not square, and the number of text tokens changes between steps.
@@ -20,7 +20,7 @@ from sws_export import ExportOptions, SwsOptions
 from sws_export.checkpoint import open_checkpoint
 from sws_export.checkpoint.unet_module import load_unet, unet_arguments
 from sws_export.reference import ReferenceUNet, SiteResult, attention_sites
-from tests.acceptance.twins import TWINS, write_twin
+from tests.acceptance.small_unets import SMALL_UNETS, write_small_unet
 from tests.conftest import ShapesOnnx
 from tests.export_runs import (
     TRAINED,
@@ -70,7 +70,7 @@ class Case:
         return tuple(f"{block}*{sites}" for block in self.blocks)
 
     def whole(self) -> Path:
-        """The graph with SWS at all sites of `blocks`, in twins with the smaller guard."""
+        """The graph with SWS at all sites of `blocks`, in small UNets with the smaller guard."""
         return self.export(sites=self.patterns(""), guard="fused" if self.model == TRAINED else "literal")
 
 
@@ -95,19 +95,19 @@ def case(
     if name == "trained":
         plain = shapes_onnx("fp32")
         return Case(TRAINED, plain, exports(plain), channels=3, text_width=64, height=16, width=12)
-    model = shared(tmp_path_factory, f"peaked_{name}", lambda path: write_twin(path, name, peak))
+    model = shared(tmp_path_factory, f"peaked_{name}", lambda path: write_small_unet(path, name, peak))
     plain = shared(tmp_path_factory, f"peaked_{name}.onnx", lambda path: trace(model, path))
     return Case(
         *(model, plain, exports(plain)),
         channels=4,
-        text_width=TWINS[name]["cross_attention_dim"],
+        text_width=SMALL_UNETS[name]["cross_attention_dim"],
         height=16,
         width=8,
-        pooled="addition_embed_type" in TWINS[name],
+        pooled="addition_embed_type" in SMALL_UNETS[name],
     )
 
 
-every_case = pytest.mark.parametrize("case", ["trained", *TWINS], indirect=True)
+every_case = pytest.mark.parametrize("case", ["trained", *SMALL_UNETS], indirect=True)
 trained = pytest.mark.parametrize("case", ["trained"], indirect=True)
 
 

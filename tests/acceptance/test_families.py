@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from examples.make_checkpoint import family_config, twin_config, write_checkpoint
+from examples.make_checkpoint import family_config, small_config, write_checkpoint
 from sws_export import ExportOptions, SizeOptions, SourceOptions, SwsOptions, export
 from sws_export.checkpoint.families import FAMILIES, Family
 from sws_export.checkpoint.unet_io import size_multiple
@@ -42,8 +42,8 @@ def parsed_layers(graph: Path, shapes: ProfileShapes) -> int:
     # levels without a middle block.
     *("SD 2.1 unCLIP (ViT-L)", "SSD-1B LCM", "BK-SDM tiny / tiny-sd"),
 )
-def test_a_twin_is_validated_and_parsed(family: Family, tmp_path: Path) -> None:
-    config = twin_config(family.config())
+def test_a_small_unet_is_validated_and_parsed(family: Family, tmp_path: Path) -> None:
+    config = small_config(family.config())
     write_checkpoint(tmp_path / "unet", config, dtype="fp32")
     options = ExportOptions(
         backend="tensorrt-rtx",
@@ -75,7 +75,7 @@ def test_a_twin_is_validated_and_parsed(family: Family, tmp_path: Path) -> None:
 
 @families("BK-SDM tiny / tiny-sd")
 def test_both_layouts_make_the_same_graph(family: Family, tmp_path: Path) -> None:
-    config = twin_config(family.config())
+    config = small_config(family.config())
     write_checkpoint(tmp_path / "unet", config, dtype="fp32")
     ldm = write_checkpoint(tmp_path / "original.safetensors", config, layout="ldm", dtype="fp32")
     plain = ExportOptions(

@@ -15,8 +15,8 @@ from tests.export_runs import check_names
 @pytest.mark.parametrize(
     ("family", "layout"), [("tiny", "diffusers"), ("tiny-sd", "ldm"), ("sdxl-lcm", "ldm")]
 )
-def test_twins_are_complete_and_reproducible(family: str, layout: str, tmp_path: Path) -> None:
-    config = family_config(family, twin=True)
+def test_small_unets_are_complete_and_reproducible(family: str, layout: str, tmp_path: Path) -> None:
+    config = family_config(family, small=True)
     first = write_checkpoint(tmp_path / "a" / "x.safetensors", config, layout)
     write_checkpoint(tmp_path / "a", config, "diffusers")
     checkpoint = open_checkpoint(first, tmp_path / "a" / "config.json")

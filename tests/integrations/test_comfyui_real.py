@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.comfyui import TOKENS, TWINS, difference, write_lora, write_twin
+from benchmarks.comfyui import SMALL_UNETS, TOKENS, difference, write_lora, write_small_unet
 from sws_export import ExportOptions, export
 from tests import export_runs
 
@@ -57,19 +57,19 @@ class RandomConditioning:
         return ([[torch.randn(1, {TOKENS}, width, generator=random), {{"pooled_output": pooled}}]],)
 
 
-class TwinModel:
+class SmallModel:
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "tests"
 
     @classmethod
     def INPUT_TYPES(cls):
         text, number = ("STRING", {{}}), ("INT", {{}})
-        return {{"required": {{"directory": text, "twin": text, "load": number}}}}
+        return {{"required": {{"directory": text, "family": text, "load": number}}}}
 
-    def make(self, directory, twin, load):
-        return (torch_model(Path(directory), twin),)
+    def make(self, directory, family, load):
+        return (torch_model(Path(directory), family),)
 
 
-NODE_CLASS_MAPPINGS = {{"RandomConditioning": RandomConditioning, "TwinModel": TwinModel}}
+NODE_CLASS_MAPPINGS = {{"RandomConditioning": RandomConditioning, "SmallModel": SmallModel}}
 """
 
 
@@ -163,8 +163,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory of ComfyUI with the package, linked under another name, an artefact, and LoRAs."""
     folder = tmp_path_factory.mktemp("comfyui")
     sws, extra = folder / "models" / "sws", folder / "extra" / "artefacts" / "sub"
-    for name in TWINS:
-        write_twin(folder / name, name)
+    for name in SMALL_UNETS:
+        write_small_unet(folder / name, name)
         write_lora(folder / "models" / "loras" / f"{name}.safetensors", folder / name)
     sws.mkdir(parents=True)
     export(folder / "sd15", sws / "unet.onnx", ExportOptions(validate=False))
@@ -254,16 +254,16 @@ def _sampled(model: str, name: str, width: int) -> dict[str, Any]:
     }
 
 
-def _conversion(folder: Path, twin: str, **settings: Any) -> dict[str, Any]:
-    """Nodes that convert a twin with a LoRA, merged with the twin itself."""
+def _conversion(folder: Path, family: str, **settings: Any) -> dict[str, Any]:
+    """Nodes that convert a small UNet with a LoRA, merged with the UNet itself."""
     given = {"format": "ONNX graph", "precision": "as the model", "controlnet": False} | settings
     return {
-        "twin": _node("TwinModel", directory=str(folder / twin), twin=twin, load=0),
+        "model": _node("SmallModel", directory=str(folder / family), family=family, load=0),
         "lora": _node(
-            "LoraLoaderModelOnly", model=["twin", 0], lora_name=f"{twin}.safetensors", strength_model=0.8
+            "LoraLoaderModelOnly", model=["model", 0], lora_name=f"{family}.safetensors", strength_model=0.8
         ),
-        "merge": _node("ModelMergeSimple", model1=["lora", 0], model2=["twin", 0], ratio=0.5),
-        "convert": _node("ConvertToSwsEngine", model=["merge", 0], name=twin, **given),
+        "merge": _node("ModelMergeSimple", model1=["lora", 0], model2=["model", 0], ratio=0.5),
+        "convert": _node("ConvertToSwsEngine", model=["merge", 0], name=family, **given),
     }
 
 
@@ -303,15 +303,15 @@ def test_workflows_have_the_widgets_of_their_nodes(server: Server) -> None:
             assert len(node["widgets_values"]) == len(widgets) + added, kind
 
 
-@pytest.mark.parametrize(("twin", "kind"), [("sd15", "ranged"), ("sdxl", "static")])
-def test_a_conversion_over_http(server: Server, twin: str, kind: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), [("sd15", "ranged"), ("sdxl", "static")])
+def test_a_conversion_over_http(server: Server, family: str, kind: str) -> None:
     """LoRA and merge are in the artefact, progress is shown, and the same content is converted once."""
     prompt = {
-        **_conversion(server.folder, twin, **SIZES[kind]),
+        **_conversion(server.folder, family, **SIZES[kind]),
         "strength": _node("SetSwsIntensity", model=["convert", 0], intensity=0.0),
-        **_sampled("strength", f"{twin}_converted", TWINS[twin]["cross_attention_dim"]),
-        **_sampled("merge", f"{twin}_merged", TWINS[twin]["cross_attention_dim"]),
-        **_sampled("twin", f"{twin}_plain", TWINS[twin]["cross_attention_dim"]),
+        **_sampled("strength", f"{family}_converted", SMALL_UNETS[family]["cross_attention_dim"]),
+        **_sampled("merge", f"{family}_merged", SMALL_UNETS[family]["cross_attention_dim"]),
+        **_sampled("model", f"{family}_plain", SMALL_UNETS[family]["cross_attention_dim"]),
     }
     number = server.start(prompt)
     result = server.result(number)
@@ -319,17 +319,17 @@ def test_a_conversion_over_http(server: Server, twin: str, kind: str) -> None:
     shown = server.progress(number, "convert")
     assert shown[-1] == 1.0
     assert any(0 < value < 1 for value in shown)
-    found, expected, plain = (server.latent(f"{twin}_{part}") for part in ("converted", "merged", "plain"))
+    found, expected, plain = (server.latent(f"{family}_{part}") for part in ("converted", "merged", "plain"))
     assert difference(found, expected) < 1e-4
     assert difference(plain, expected) > 1e-3
 
     written = server.artefacts()
-    prompt["twin"]["inputs"]["load"] += 1
+    prompt["model"]["inputs"]["load"] += 1
     result = server.result(server.start(prompt))
     assert result["status"] == "success", result
     assert "convert" not in result["execution_cached"]["nodes"]
     assert server.artefacts() == written
-    assert torch.equal(server.latent(f"{twin}_converted"), found)
+    assert torch.equal(server.latent(f"{family}_converted"), found)
 
 
 def test_an_interrupted_conversion_leaves_nothing(server: Server) -> None:

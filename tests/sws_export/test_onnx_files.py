@@ -173,7 +173,7 @@ def test_shared_weights_are_written_once(tmp_path: Path) -> None:
     large = next(name for name, value in model.graph.initializers.items() if _is_external(value))
     kept = model.graph.initializers[large]
     assert isinstance(kept.const_value, ir.ExternalTensor)
-    twin = ir.ExternalTensor(
+    equal = ir.ExternalTensor(
         kept.const_value.location,
         kept.const_value.offset,
         kept.const_value.length,
@@ -186,7 +186,7 @@ def test_shared_weights_are_written_once(tmp_path: Path) -> None:
     out.mkdir()
     save_onnx(general, out / "general.onnx", SilentProgress(), embed_limit=0)
     size = external_data_path(out / "general.onnx").stat().st_size
-    for tensor, inside in ((kept.const_value, False), (twin, True)):
+    for tensor, inside in ((kept.const_value, False), (equal, True)):
         kept.const_value = tensor
         onnx_files.save_sharing_weights(
             model.clone(), out / "other.onnx", general, out / "general.onnx", SilentProgress()

@@ -17,22 +17,22 @@ PREFIX = "model.diffusion_model."
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small SD 1.x in diffusers' layout, with its config.json."""
-    directory = tmp_path_factory.mktemp("twin")
-    return write_checkpoint(directory, family_config("tiny-sd", twin=True))
+    directory = tmp_path_factory.mktemp("unet")
+    return write_checkpoint(directory, family_config("tiny-sd", small=True))
 
 
 @pytest.fixture(scope="module")
-def weights(twin: Path) -> dict[str, torch.Tensor]:
-    return {name: read_tensor(stored) for name, stored in read_header(twin).tensors.items()}
+def weights(small_unet: Path) -> dict[str, torch.Tensor]:
+    return {name: read_tensor(stored) for name, stored in read_header(small_unet).tensors.items()}
 
 
 @pytest.fixture(scope="module")
 def original(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same weights in the original layout."""
     names = ldm_names(
-        {name: tuple(value.shape) for name, value in weights.items()}, family_config("tiny-sd", twin=True)
+        {name: tuple(value.shape) for name, value in weights.items()}, family_config("tiny-sd", small=True)
     )
     return {names[name]: value for name, value in weights.items()}
 
@@ -44,10 +44,12 @@ def same_weights(checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) -> bo
 
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "model.diffusion_model.", "diffusion_model."])
-def test_diffusers_names(prefix: str, twin: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_diffusers_names(
+    prefix: str, small_unet: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     file = tmp_path / "x.safetensors"
     save_file({prefix + name: value for name, value in weights.items()}, file)
-    checkpoint = open_checkpoint(file, twin.parent / "config.json")
+    checkpoint = open_checkpoint(file, small_unet.parent / "config.json")
     assert checkpoint.layout == "diffusers"
     assert same_weights(checkpoint, weights)
 
@@ -64,20 +66,22 @@ def test_diffusers_names(prefix: str, twin: Path, weights: dict[str, torch.Tenso
         "base_model.model.unet.",
     ],
 )
-def test_wrapped_names(prefix: str, twin: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_wrapped_names(
+    prefix: str, small_unet: Path, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     file = tmp_path / "x.safetensors"
     save_file({prefix + name: value for name, value in weights.items()}, file)
-    checkpoint = open_checkpoint(file, twin.parent / "config.json")
+    checkpoint = open_checkpoint(file, small_unet.parent / "config.json")
     assert checkpoint.layout == "diffusers"
     assert same_weights(checkpoint, weights)
     assert checkpoint.ignored == {}
 
 
-def test_wrapped_parts(twin: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_wrapped_parts(small_unet: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     names = {name: name.replace(".attentions.0.", ".attentions.0._orig_mod.") for name in weights}
     save_file({names[name]: value for name, value in weights.items()}, file)
-    assert same_weights(open_checkpoint(file, twin.parent / "config.json"), weights)
+    assert same_weights(open_checkpoint(file, small_unet.parent / "config.json"), weights)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +89,14 @@ def test_wrapped_parts(twin: Path, weights: dict[str, torch.Tensor], tmp_path: P
 )
 def test_original_names(
     prefix: str,
-    twin: Path,
+    small_unet: Path,
     weights: dict[str, torch.Tensor],
     original: dict[str, torch.Tensor],
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "x.safetensors"
     save_file({prefix + name.removeprefix(PREFIX): value for name, value in original.items()}, file)
-    checkpoint = open_checkpoint(file, twin.parent / "config.json")
+    checkpoint = open_checkpoint(file, small_unet.parent / "config.json")
     assert checkpoint.layout == "ldm"
     assert same_weights(checkpoint, weights)
     assert check_names(checkpoint) == 0
@@ -121,11 +125,11 @@ def whole(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_whole_checkpoint_uses_the_unet_alone(
-    twin: Path, weights: dict[str, torch.Tensor], original: dict[str, torch.Tensor], tmp_path: Path
+    small_unet: Path, weights: dict[str, torch.Tensor], original: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     file = tmp_path / "whole.safetensors"
     save_file(whole(original), file)
-    checkpoint = open_checkpoint(file, twin.parent / "config.json")
+    checkpoint = open_checkpoint(file, small_unet.parent / "config.json")
     assert same_weights(checkpoint, weights)
     assert checkpoint.ignored == {
         "VAE": 2,
@@ -138,21 +142,21 @@ def test_whole_checkpoint_uses_the_unet_alone(
 
 
 def test_ema_takes_the_averages(
-    twin: Path, weights: dict[str, torch.Tensor], original: dict[str, torch.Tensor], tmp_path: Path
+    small_unet: Path, weights: dict[str, torch.Tensor], original: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     file = tmp_path / "whole.safetensors"
     save_file(whole(original), file)
-    checkpoint = open_checkpoint(file, twin.parent / "config.json", ema=True)
+    checkpoint = open_checkpoint(file, small_unet.parent / "config.json", ema=True)
     assert same_weights(checkpoint, {name: value + 1 for name, value in weights.items()})
     assert checkpoint.ignored["weights that the EMA copy replaces"] == len(weights)
 
 
-def test_ema_where_there_is_none(twin: Path) -> None:
+def test_ema_where_there_is_none(small_unet: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no EMA weights .*omit --ema"):
-        open_checkpoint(twin, ema=True)
+        open_checkpoint(small_unet, ema=True)
 
 
-def test_ema_that_is_incomplete(twin: Path, original: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_ema_that_is_incomplete(small_unet: Path, original: dict[str, torch.Tensor], tmp_path: Path) -> None:
     file = tmp_path / "whole.safetensors"
     tensors = whole(original)
     del tensors["model_ema.diffusion_modelout2bias"]
@@ -160,7 +164,7 @@ def test_ema_that_is_incomplete(twin: Path, original: dict[str, torch.Tensor], t
     with pytest.raises(
         CheckpointError, match=r"lacks 1 of \d+ tensors, first 'model_ema.diffusion_modelout2bias'"
     ):
-        open_checkpoint(file, twin.parent / "config.json", ema=True)
+        open_checkpoint(file, small_unet.parent / "config.json", ema=True)
 
 
 @pytest.mark.parametrize(
@@ -221,11 +225,13 @@ def test_other_models_are_named(names: list[str], what: str, tmp_path: Path, wri
         ),
     ],
 )
-def test_lookalikes_are_named(extra: str, what: str, tmp_path: Path, twin: Path, write_sparse: Any) -> None:
-    shapes = {name: stored.shape for name, stored in read_header(twin).tensors.items()}
+def test_lookalikes_are_named(
+    extra: str, what: str, tmp_path: Path, small_unet: Path, write_sparse: Any
+) -> None:
+    shapes = {name: stored.shape for name, stored in read_header(small_unet).tensors.items()}
     file = write_sparse(tmp_path / "x.safetensors", shapes | {extra: (1,)})
     with pytest.raises(CheckpointError, match=f"is {what}"):
-        open_checkpoint(file, twin.parent / "config.json")
+        open_checkpoint(file, small_unet.parent / "config.json")
 
 
 def test_original_controlnet(tmp_path: Path, original: dict[str, torch.Tensor]) -> None:

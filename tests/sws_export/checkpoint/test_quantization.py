@@ -22,8 +22,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("twin"), family_config("tiny-sd", twin=True))
+def small_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("unet"), family_config("tiny-sd", small=True))
 
 
 def is_linear(name: str, value: torch.Tensor) -> bool:
@@ -31,11 +31,11 @@ def is_linear(name: str, value: torch.Tensor) -> bool:
 
 
 def quantized(
-    twin: Path, dtype: torch.dtype, scale: str | None, names: dict[str, str]
+    small_unet: Path, dtype: torch.dtype, scale: str | None, names: dict[str, str]
 ) -> tuple[Tensors, Tensors]:
     """Tensors of a file with linear layers in `dtype`, and the exact weights by diffusers' names."""
     tensors, expected = {}, {}
-    for name, value in load_file(twin).items():
+    for name, value in load_file(small_unet).items():
         if not is_linear(name, value):
             tensors[names[name]], expected[name] = value, value.float()
             continue
@@ -47,9 +47,9 @@ def quantized(
     return tensors, expected
 
 
-def original_names(twin: Path) -> dict[str, str]:
-    shapes = {name: tuple(value.shape) for name, value in load_file(twin).items()}
-    return ldm_names(shapes, family_config("tiny-sd", twin=True))
+def original_names(small_unet: Path) -> dict[str, str]:
+    shapes = {name: tuple(value.shape) for name, value in load_file(small_unet).items()}
+    return ldm_names(shapes, family_config("tiny-sd", small=True))
 
 
 def assert_weights(checkpoint: Checkpoint, expected: Tensors) -> None:
@@ -64,26 +64,26 @@ def assert_weights(checkpoint: Checkpoint, expected: Tensors) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_plain_float8(dtype: torch.dtype, twin: Path, tmp_path: Path) -> None:
-    tensors, expected = quantized(twin, dtype, None, {name: name for name in load_file(twin)})
+def test_plain_float8(dtype: torch.dtype, small_unet: Path, tmp_path: Path) -> None:
+    tensors, expected = quantized(small_unet, dtype, None, {name: name for name in load_file(small_unet)})
     save_file(tensors, tmp_path / "x.safetensors")
-    assert_weights(open_checkpoint(tmp_path / "x.safetensors", twin.parent / "config.json"), expected)
+    assert_weights(open_checkpoint(tmp_path / "x.safetensors", small_unet.parent / "config.json"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_comfyuis_scaled_fp8(dtype: torch.dtype, twin: Path, tmp_path: Path) -> None:
-    tensors, expected = quantized(twin, dtype, "scale_weight", original_names(twin))
+def test_comfyuis_scaled_fp8(dtype: torch.dtype, small_unet: Path, tmp_path: Path) -> None:
+    tensors, expected = quantized(small_unet, dtype, "scale_weight", original_names(small_unet))
     marker = {PREFIX + "scaled_fp8": torch.zeros(0, dtype=dtype)}
     inputs = {
         name.replace("scale_weight", "scale_input"): torch.ones(()) for name in tensors if "scale" in name
     }
     save_file(tensors | marker | inputs, tmp_path / "x.safetensors")
-    assert_weights(open_checkpoint(tmp_path / "x.safetensors", twin.parent / "config.json"), expected)
+    assert_weights(open_checkpoint(tmp_path / "x.safetensors", small_unet.parent / "config.json"), expected)
 
 
 @pytest.mark.parametrize("description", ["tensors", "metadata", "metadata without prefix"])
-def test_comfyuis_quantized_layers(description: str, twin: Path, tmp_path: Path) -> None:
-    tensors, expected = quantized(twin, torch.float8_e4m3fn, "weight_scale", original_names(twin))
+def test_comfyuis_quantized_layers(description: str, small_unet: Path, tmp_path: Path) -> None:
+    tensors, expected = quantized(small_unet, torch.float8_e4m3fn, "weight_scale", original_names(small_unet))
     layers = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
     quantization = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
     metadata = None
@@ -97,23 +97,23 @@ def test_comfyuis_quantized_layers(description: str, twin: Path, tmp_path: Path)
         metadata = {"_quantization_metadata": json.dumps(content)}
     tensors |= {f"{layer}.input_scale": torch.ones(()) for layer in layers}
     save_file(tensors, tmp_path / "x.safetensors", metadata)
-    assert_weights(open_checkpoint(tmp_path / "x.safetensors", twin.parent / "config.json"), expected)
+    assert_weights(open_checkpoint(tmp_path / "x.safetensors", small_unet.parent / "config.json"), expected)
 
 
 @pytest.mark.parametrize("shape", [(32,), (32, 1)])
-def test_a_scale_for_each_row(shape: tuple[int, ...], twin: Path, tmp_path: Path) -> None:
-    weights = load_file(twin)
+def test_a_scale_for_each_row(shape: tuple[int, ...], small_unet: Path, tmp_path: Path) -> None:
+    weights = load_file(small_unet)
     scale = torch.arange(1.0, 33.0)
     weight = weights[f"{LAYER}.weight"].to(torch.float8_e4m3fn)
     changed = {f"{LAYER}.weight": weight, f"{LAYER}.weight_scale": scale.reshape(shape)}
     save_file(weights | changed, tmp_path / "x.safetensors")
-    checkpoint = open_checkpoint(tmp_path / "x.safetensors", twin.parent / "config.json")
+    checkpoint = open_checkpoint(tmp_path / "x.safetensors", small_unet.parent / "config.json")
     found = read_tensor(checkpoint.tensors[f"{LAYER}.weight"])
     assert torch.equal(found, weight.float() * scale[:, None])
 
 
-def changed(twin: Path, tmp_path: Path, changes: Tensors, metadata: Any = None) -> Path:
-    weights = load_file(twin)
+def changed(small_unet: Path, tmp_path: Path, changes: Tensors, metadata: Any = None) -> Path:
+    weights = load_file(small_unet)
     weights[f"{LAYER}.weight"] = weights[f"{LAYER}.weight"].to(torch.float8_e4m3fn)
     save_file(weights | changes, tmp_path / "x.safetensors", metadata)
     return tmp_path / "x.safetensors"
@@ -142,20 +142,20 @@ def changed(twin: Path, tmp_path: Path, changes: Tensors, metadata: Any = None) 
     ],
 )
 def test_other_quantizations_are_named(
-    changes: Tensors, metadata: Any, message: str, twin: Path, tmp_path: Path
+    changes: Tensors, metadata: Any, message: str, small_unet: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(changed(twin, tmp_path, changes, metadata), twin.parent / "config.json")
+        open_checkpoint(changed(small_unet, tmp_path, changes, metadata), small_unet.parent / "config.json")
 
 
-def test_layers_of_other_models_do_not_matter(twin: Path, tmp_path: Path) -> None:
+def test_layers_of_other_models_do_not_matter(small_unet: Path, tmp_path: Path) -> None:
     metadata = {"_quantization_metadata": json.dumps({"layers": {"text_encoder.x": "nvfp4"}})}
-    file = changed(twin, tmp_path, {}, metadata)
-    assert check_names(open_checkpoint(file, twin.parent / "config.json")) == 0
+    file = changed(small_unet, tmp_path, {}, metadata)
+    assert check_names(open_checkpoint(file, small_unet.parent / "config.json")) == 0
 
 
-def test_a_scale_that_is_not_finite(twin: Path, tmp_path: Path) -> None:
-    file = changed(twin, tmp_path, {f"{LAYER}.weight_scale": torch.tensor(float("nan"))})
-    checkpoint = open_checkpoint(file, twin.parent / "config.json")
+def test_a_scale_that_is_not_finite(small_unet: Path, tmp_path: Path) -> None:
+    file = changed(small_unet, tmp_path, {f"{LAYER}.weight_scale": torch.tensor(float("nan"))})
+    checkpoint = open_checkpoint(file, small_unet.parent / "config.json")
     with pytest.raises(CheckpointError, match=rf"tensor 'scale of {LAYER}.weight' .* contains NaN"):
         verify_weights(checkpoint, SilentProgress())

@@ -12,7 +12,7 @@ from sws_export.lora.fuse import Lora, fuse
 
 def write_family(directory: Path, family: str) -> Checkpoint:
     """A UNet with the topology of `family` and few channels."""
-    config = family_config(family, twin=True)
+    config = family_config(family, small=True)
     narrow = {
         "block_out_channels": [8 << level for level in range(len(config["block_out_channels"]))],
         "attention_head_dim": 2,

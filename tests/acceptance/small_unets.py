@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-TWINS: dict[str, dict[str, Any]] = {
+SMALL_UNETS: dict[str, dict[str, Any]] = {
     # One level more of downsampling than of attention; channels below and above the width of the text.
     "sd15": {
         "block_out_channels": (16, 32),
@@ -32,10 +32,10 @@ TWINS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_twin(directory: Path, name: str, peak: Callable[[UNet2DConditionModel], None]) -> None:
-    """Save a twin whose attention `peak` makes peaked: that of random weights is flat."""
+def write_small_unet(directory: Path, name: str, peak: Callable[[UNet2DConditionModel], None]) -> None:
+    """Save a small UNet whose attention `peak` makes peaked: that of random weights is flat."""
     torch.manual_seed(3)
-    unet = UNet2DConditionModel(sample_size=16, layers_per_block=1, norm_num_groups=8, **TWINS[name])
+    unet = UNet2DConditionModel(sample_size=16, layers_per_block=1, norm_num_groups=8, **SMALL_UNETS[name])
     with torch.no_grad():
         peak(unet)
     unet.save_pretrained(directory)
