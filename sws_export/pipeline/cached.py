@@ -87,7 +87,7 @@ class StageCache:
         self._content = ""
         """sha256, in hex, of the engine's graph without its weights, but with the digest of their source."""
         self.check = CachedCheck(plan.source, cache, log, plan.whole_files)
-        self._trace_key = _trace_key(plan.source)
+        self._trace_key = _trace_key(plan.source) if self._is_enabled else ""
         self._trace = self._get("trace", self._trace_key) if self._trace_key else None
         if self._trace is not None:
             shapes = self._trace.metadata["shapes"]

@@ -56,8 +56,9 @@ def test_sites_of_a_grid_share_one_matrix() -> None:
         ChooseTransport()(model)
         grids[names] = op_counts(finished(model))
     assert {"Gather", "Pad"} <= grids[1].keys()
-    # The weights of the blend's rows and the places of the band's, and two for the sides of the matrix.
-    assert grids[1]["Gather"] == grids[2]["Gather"] == 4
+    # The weights of the blend's rows, the two axes of its mirror image, the places of the band's, and two for
+    # the sides of the matrix.
+    assert grids[1]["Gather"] == grids[2]["Gather"] == 6
     assert grids[1]["Pad"] == grids[2]["Pad"] == 1
 
 

@@ -62,8 +62,8 @@ def test_the_transports_of_the_scales_are_constants() -> None:
         if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].is_initializer()
         if [before.op_type for before in node.predecessors()] == ["Mul"]
     ]
-    # A row for each offset that a scale has; with all 145 offsets of each they would be twice as large.
-    rows = 13 + 41 + 145
+    # A row for each offset up to (0, 0) that a scale has: with all 145 offsets of each it would be 435 rows.
+    rows = 7 + 21 + 73
     assert sorted(tuple(tensor.shape.numpy()) for tensor in blends if tensor is not None) == [
         (1, rows, 4 * 6),
         (1, rows, 8 * 12),
