@@ -115,15 +115,17 @@ class SharedTraces:
     def __init__(self, directory: Path) -> None:
         """Traces in `directory`, to which several test processes add theirs."""
         self._directory = directory
+        self._lock = FileLock(directory.with_name("traces.copied"))
 
     @contextlib.contextmanager
     def used_in(self, cache: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
         """Export with a cache in the directory `cache`, which has these traces at first."""
-        shutil.copytree(self._directory, cache / "entries", dirs_exist_ok=True)
+        with self._lock:
+            shutil.copytree(self._directory, cache / "entries", dirs_exist_ok=True)
         patch.setenv("SWS_EXPORT_CACHE_DIR", str(cache))
         patch.setenv("SWS_EXPORT_CACHE_SIZE", "1GB")
         yield
-        with FileLock(self._directory.with_name("traces.copied")):
+        with self._lock:
             for trace in (cache / "entries").glob("trace-*"):
                 if not (self._directory / trace.name).exists():
                     shutil.copytree(trace, self._directory / trace.name)
