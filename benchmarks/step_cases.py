@@ -113,7 +113,7 @@ def _steps(group: str, model: str, batch: int, repeats: int) -> list[Case]:
 def _torch(group: str, model: str, batch: int, repeats: int) -> list[Case]:
     return [
         Case(group, "torch", model, form, f"torch {form}", batch, repeats=0 if form != "plain" else repeats)
-        for form in ("plain", "node", "reference")
+        for form in ("plain", "comfyui-node", "reference")
     ]
 
 

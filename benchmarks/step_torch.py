@@ -31,7 +31,7 @@ def run_torch(checkpoint_path: Path, case: Case, threads: int) -> dict[str, Any]
     if case.form == "plain":
         with torch.no_grad():
             return measure(lambda: call_unet(unet, inputs), case.repeats)
-    if case.form == "node":
+    if case.form == "comfyui-node":
         attention.row_entropies = _stored_entropies
         attention.largest_mixing = _stored_mixing
         attention.kl_divergence = _no_divergence

@@ -250,7 +250,7 @@ class Builds:
 
     @property
     def specifications(self) -> list[dict[str, Any]]:
-        """What each build process was told."""
+        """The specification that each build process was given."""
         return [json.loads(file.read_text()) for file in sorted(self._folder.glob("*.json"))]
 
     def __len__(self) -> int:

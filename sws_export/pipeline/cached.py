@@ -1,8 +1,9 @@
 """The cache around the stages of an export: each result is looked up before its stage runs, and kept after.
 
 Weights are not kept. They are in the checkpoint, whose sha256 is part of the key of a graph. A graph that is
-needed again is written from the checkpoint and the cached graph without weights, and its weights must have
-the digest that they had when the graph was made.
+needed again is written from the checkpoint and the cached graph without weights, and the files of the
+checkpoint must have that sha256. A trace, the plain graph without weights, serves all checkpoints of its
+architecture.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from sws_export.pipeline.input_files import InputFiles
 from sws_export.pipeline.plan import EngineConfig, ExportPlan
 from sws_export.pipeline.run_log import Recorded, RunLog
 from sws_export.pipeline.skeleton import SKELETON, complete_skeleton, save_skeleton
+from sws_export.progress import SilentProgress
 from sws_export.sources import Source
 from sws_export.tensors import ProfileShapes
 from sws_export.validation import OutputDifference, ValidationReport
@@ -43,10 +45,10 @@ class _Metadata(TypedDict):
 
 
 class _TraceMetadata(TypedDict):
-    """Metadata of a trace: its label, and the shapes of the weights by name, which are in no file."""
+    """Metadata of a trace: its label, and name and shape of each weight that the architecture needs."""
 
     label: str
-    shapes: dict[str, list[int]]
+    shapes: list[tuple[str, list[int]]]
 
 
 class _GraphMetadata(_Metadata):
@@ -85,13 +87,12 @@ class StageCache:
         self._inputs = inputs
         self._log = log
         self._content = ""
-        """sha256, in hex, of the engine's graph without its weights, but with the digest of their source."""
+        """sha256, in hex, of the engine's graph without its weights and of the identity of their source."""
         self.check = CachedCheck(plan.source, cache, log, plan.whole_files)
         self._trace_key = _trace_key(plan.source) if self._is_enabled else ""
-        self._trace = self._get("trace", self._trace_key) if self._trace_key else None
-        if self._trace is not None:
-            shapes = self._trace.metadata["shapes"]
-            self.check.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        trace = self._get("trace", self._trace_key) if self._trace_key else None
+        if trace is not None:
+            self.check.shapes = {name: tuple(shape) for name, shape in trace.metadata["shapes"]}
 
     def known(self) -> tuple[str, ...]:
         """Those of the results `graph` and `engine` that are found without reading the checkpoint."""
@@ -111,27 +112,20 @@ class StageCache:
         return ("graph", "engine") if self._get("engine", key) else ("graph",)
 
     def plain_model(self, scratch: Path) -> ir.Model:
-        """The plain graph of the source, traced unless a checkpoint of the same architecture was before.
+        """The plain graph of the source, from the cache if its architecture was traced before.
 
         Args:
             scratch: A directory for temporary files.
         """
-        if self._trace is not None:
-            # What is logged here belongs to this run, not to the graph that is made from the trace.
-            with self._log.record(apart=True):
-                model = self._complete(self._trace, scratch)
-                if model is not None:
-                    self._log.log(f"trace: from the cache ({self._trace_key[:12]})")
-                    return model
         source = self._plan.source
-        model = source.plain_model(self._log)
-        if self._trace_key:
-            skeleton = save_skeleton(model, source.weights(), scratch)
-            metadata = {"label": f"{source.name}, {source.precision}", "shapes": self.check.shapes}
-            self._put("trace", self._trace_key, metadata, {skeleton: file_digest(skeleton)})
-            # A hard link to it may be in the cache, which the next skeleton must not overwrite.
-            skeleton.unlink()
-        return model
+        if not self._trace_key:
+            return source.plain_model(self._log)
+        with self._cache.lock("trace", self._trace_key, self._log):
+            model = self._restore_trace(scratch)
+            if model is None:
+                model = source.plain_model(self._log)
+                self._keep_trace(model, scratch)
+            return model
 
     def validation(self, graph: Graph, validate: Callable[[], ValidationReport]) -> ValidationReport:
         """The result of `validate`, or that of an earlier run for the same `graph`."""
@@ -197,7 +191,8 @@ class StageCache:
         """Keep a graph without its weights."""
         skeleton = save_skeleton(graph.write().model, self._plan.source.weights(), graph.path.parent)
         digest = file_digest(skeleton)
-        self._content = digest.sha256
+        identity = self._plan.source.identity(self.check.sha256)
+        self._content = cache_key({"graph": digest.sha256, "source": identity})
         metadata = {
             "label": self._plan.summary,
             "description": graph.description,
@@ -291,6 +286,29 @@ class StageCache:
             self._log.replay(self.check.recorded)
         self._log.replay(Recorded.from_json(entry.metadata["making"]))
 
+    def _restore_trace(self, scratch: Path) -> ir.Model | None:
+        """The plain graph from the cache; None if it is not there or damaged."""
+        entry = self._get("trace", self._trace_key)
+        if entry is None:
+            return None
+        # What is logged here belongs to this run, not to the graph that is made from the trace.
+        with self._log.record(apart=True):
+            model = self._complete(entry, scratch)
+            if model is not None:
+                self._log.log(f"trace: from the cache ({entry.key[:12]})")
+        return model
+
+    def _keep_trace(self, model: ir.Model, scratch: Path) -> None:
+        """Keep a plain graph without its weights, and their shapes."""
+        source = self._plan.source
+        # Names that are known to fit, from a cached result, were not compared again.
+        shapes = self.check.shapes or source.check(SilentProgress()) or {}
+        skeleton = save_skeleton(model, source.weights(), scratch)
+        metadata = {"label": f"{source.name}, {source.precision}", "shapes": list(shapes.items())}
+        self._put("trace", self._trace_key, metadata, {skeleton: file_digest(skeleton)})
+        # A hard link to it may be in the cache, which the next skeleton must not overwrite.
+        skeleton.unlink()
+
     def _complete(self, entry: Entry, scratch: Path) -> ir.Model | None:
         """The graph of `entry` with the weights of the source; None if it is damaged or was removed."""
         skeleton = scratch / f"skeleton-{SKELETON}"
@@ -299,6 +317,9 @@ class StageCache:
             return None
         model = complete_skeleton(skeleton, self._plan.source.weights())
         skeleton.unlink()
+        if model is None:
+            self._cache.evict(entry)
+            self._warn_of_damage(entry)
         return model
 
     def _warn_of_damage(self, entry: Entry) -> None:

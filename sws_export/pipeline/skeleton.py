@@ -39,20 +39,20 @@ def save_skeleton(model: ir.Model, weights: Mapping[str, ir.TensorProtocol], scr
     return directory / SKELETON
 
 
-def complete_skeleton(file: Path, weights: Mapping[str, ir.TensorProtocol]) -> ir.Model:
-    """The graph of a skeleton with the weights of its source.
+def complete_skeleton(file: Path, weights: Mapping[str, ir.TensorProtocol]) -> ir.Model | None:
+    """The graph of a skeleton with the weights of its source; None if one of them is missing.
 
     Args:
         file: The skeleton.
-        weights: Those of the source by name, not read yet; all that the skeleton lacks.
+        weights: Those of the source by name, not read yet.
     """
     model = load_onnx(file)
-    for value in model.graph.initializers.values():
+    values = model.graph.initializers.values()
+    for value in values:
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location).name == _PLACEHOLDER:
             value.const_value = _source_tensor(value, weights)
-            assert value.const_value is not None
-    return model
+    return model if all(value.const_value is not None for value in values) else None
 
 
 def _source_tensor(value: ir.Value, weights: Mapping[str, ir.TensorProtocol]) -> ir.TensorProtocol | None:

@@ -129,8 +129,8 @@ class _Reader(SilentProgress):
     def wait(self, progress: Progress) -> str:
         """The digest; what the thread raised is raised here. The first call shows a stage."""
         if not self._waited:
-            self._waited = True
             self._show(progress)
+            self._waited = True
         if isinstance(self._result, BaseException):
             raise self._result
         return self._result

@@ -33,7 +33,7 @@ SMALL_UNETS: dict[str, dict[str, Any]] = {
 
 
 def write_small_unet(directory: Path, name: str, peak: Callable[[UNet2DConditionModel], None]) -> None:
-    """Save a small UNet whose attention `peak` makes peaked: that of random weights is flat."""
+    """Save a small UNet with attention made peaked by `peak`: that of random weights is flat."""
     torch.manual_seed(3)
     unet = UNet2DConditionModel(sample_size=16, layers_per_block=1, norm_num_groups=8, **SMALL_UNETS[name])
     with torch.no_grad():

@@ -27,7 +27,7 @@ class Harness:
         return case
 
     def failure(self, values: dict[str, object]) -> str:
-        """What the harness says when it refuses the case."""
+        """The message with which the harness rejects the case."""
         result = subprocess.run(
             [self.program, self.write(values, {})], capture_output=True, text=True, check=False
         )

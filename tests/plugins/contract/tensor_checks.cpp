@@ -227,7 +227,7 @@ void check_failed_launches(Library& library) {
   library.logger.require_error("cudaErrorInvalidValue");
 }
 
-// For machines without a GPU: the launch itself fails, and says why.
+// For machines without a GPU: the launch itself fails, with a reason.
 void check_missing_driver(Library& library) {
   const void* inputs[8] = {};
   void* outputs[2] = {};

@@ -78,7 +78,7 @@ def test_native_model(sws_graph: Path, tmp_path: Path) -> None:
     assert list(tensors) == ["sample", "timestep", "encoder_hidden_states", "sigma", "intensity"]
     assert list(tensors["sample"].dims) == [4, 16, 8]
     assert list(tensors["encoder_hidden_states"].dims) == [-1, 16]
-    # [B] has no dimension beside the batch: Triton wants one, and takes it away again.
+    # [B] has no dimension beside the batch: Triton requires one, and removes it.
     assert list(tensors["sigma"].dims) == [1]
     assert tensors["sigma"].HasField("reshape")
     assert list(tensors["sigma"].reshape.shape) == []

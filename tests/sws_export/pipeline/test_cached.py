@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sws_export.cli import main
 
+from examples.make_checkpoint import ldm_names
 from sws_export import (
     EngineOptions,
     ExportOptions,
@@ -186,22 +187,33 @@ def test_checkpoints_of_one_architecture_are_traced_once(model: Path, out: Path)
     assert from_cache(progress) == ["trace"]
     assert (out / "graph.onnx").read_bytes() == (out / "expected.onnx").read_bytes()
     assert report.manifest["source"] == traced.manifest["source"]
-    # Not even in the log of a graph that was made from it.
+    # The log of a graph that was made from a trace does not have it again.
     export(model, out / "graph.onnx", UNVALIDATED, again)
     assert from_cache(again) == ["graph"]
 
 
 @pytest.mark.parametrize("change", [{"precision": "fp16"}, {"controlnet": True}])
 def test_a_trace_has_one_precision_and_one_set_of_inputs(
-    model: Path, out: Path, change: dict[str, Any], cache: Cache
+    model: Path, out: Path, change: dict[str, Any]
 ) -> None:
     options = with_options(UNVALIDATED, **change)
     export(model, out / "graph.onnx", UNVALIDATED)
     export(model, out / "graph.onnx", options)
-    assert len([entry for entry in cache.entries() if entry.kind == "trace"]) >= 2
     found = (out / "graph.onnx").read_bytes()
     export(model, out / "graph.onnx", with_options(options, cache=False))
     assert (out / "graph.onnx").read_bytes() == found
+
+
+def test_a_trace_that_is_made_after_a_cached_validation(model: Path, out: Path, cache: Cache) -> None:
+    """Names and shapes were compared by the run that validated."""
+    export(model, out / "graph.onnx", GRAPH)
+    for entry in cache.entries():
+        if entry.kind == "trace":
+            cache.evict(entry)
+    progress = RecordingProgress(SilentProgress())
+    export(model, out / "graph.onnx", with_options(GRAPH, tokens="7"))
+    export(model, out / "graph.onnx", with_options(GRAPH, tokens="8"), progress)
+    assert from_cache(progress) == ["validation", "trace"]
 
 
 def test_weights_are_compared_with_the_shapes_of_a_trace(model: Path, out: Path) -> None:
@@ -397,10 +409,29 @@ def test_a_changed_build_option_builds_again(
     assert len(built) == 2
 
 
+def test_ema_weights_of_the_same_file_make_another_engine(
+    model: Path, out: Path, built: Builds, tmp_path: Path
+) -> None:
+    weights = load_file(model / WEIGHTS)
+    config = json.loads((model / "config.json").read_text())
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    tensors = {}
+    for name, original in ldm_names(shapes, config).items():
+        tensors[original] = weights[name]
+        path = original.removeprefix("model.")
+        tensors[f"model_ema.{path.replace('.', '')}"] = weights[name] + 1
+    save_file(tensors, tmp_path / "both.safetensors")
+    options = with_options(PLAN, config=model / "config.json")
+    export(tmp_path / "both.safetensors", out / "e.plan", options)
+    export(tmp_path / "both.safetensors", out / "e.plan", with_options(options, ema=True))
+    assert len(built) == 2
+
+
 def test_a_disabled_cache_stores_nothing(model: Path, out: Path, built: Builds, cache: Cache) -> None:
     options = with_options(PLAN, cache=False)
+    before = {entry.key for entry in cache.entries()}
     export(model, out / "e.plan", options)
-    assert {entry.kind for entry in cache.entries()} <= {"trace"}
+    assert {entry.key for entry in cache.entries()} == before
     export(model, out / "e.plan", with_options(options, cache=True))
     assert cached(export(model, out / "e.plan", options)) == []
     assert len(built) == 3

@@ -32,7 +32,7 @@ Reported = tuple[Explanation, str]
 
 @pytest.fixture(scope="module")
 def reported(sws_graph: Path, random_unet: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
-    """By the reference: the graph does not tell."""
+    """By the reference: the graph does not contain it."""
     out = tmp_path_factory.mktemp("report") / "report.html"
     explanation = write_report(sws_graph, random_unet, out, steps=STEPS, intensity=1.0, height=12, width=8)
     return explanation, out.read_text("utf-8")
@@ -113,7 +113,7 @@ def test_the_page_is_whole(request: pytest.FixtureRequest, how: str) -> None:
     cells = re.findall(r'<td class="ink" style="background:[^"]*" title="([^"]*)"', page)
     sites = explanation.steps[0].sites
     assert len(cells) == MAPS * STEPS * len(sites)
-    # Numbers at the end that tell no two sites apart are left out of their names.
+    # Numbers at the end that distinguish no two sites are left out of their names.
     first = sites["down_blocks.1.attentions.0.transformer_blocks.0.attn1"]
     assert f"down 1 · 0, step 1: {first.alpha_k:.1%}" in cells
     assert f"<td>{first.entropy_mean:.2f}</td>" in page

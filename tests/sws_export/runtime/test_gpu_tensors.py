@@ -23,7 +23,7 @@ CHECKED = 8
 
 
 class GpuTensor(torch.Tensor):
-    """A tensor of the host that says that it is on a GPU, and refuses to leave it."""
+    """A tensor of the host that reports a GPU as its device, and cannot be copied from it."""
 
     index = 0
     is_cuda = True

@@ -1,4 +1,4 @@
-"""What an artefact tells of its sites: through a session, a stand-in for TensorRT, Triton and validation."""
+"""Metrics of the sites of an artefact: through a session, a stand-in for TensorRT, Triton and validation."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What drives artefacts of `--preset node`: one state for all, which nothing resets, and one batch."""
+"""Runs of artefacts of `--preset comfyui-node`: one state for all, which nothing resets, and one batch."""
 
 import itertools
 from collections.abc import Callable

@@ -3,16 +3,16 @@
 import dataclasses
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import onnxruntime
 import pytest
 
 from sws_export.errors import EngineError, OptionError
-from sws_export.runtime import Session, providers
+from sws_export.runtime import Session
 from sws_export.runtime.contract import Contract, read_contract
-from sws_export.runtime.providers import Provider, create_session
+from sws_export.runtime.providers import create_session
 
 PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 CPU = "CPUExecutionProvider"
@@ -63,21 +63,26 @@ def test_without_a_gpu(contract: Contract, monkeypatch: pytest.MonkeyPatch) -> N
         created(contract)
 
 
-def test_the_provider_is_registered_and_its_device_used(
-    contract: Contract, package: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_provider_is_registered_and_its_device_used(contract: Contract, package: SimpleNamespace) -> None:
     registered = []
     package.get_ep_name = lambda: CPU
-    monkeypatch.setitem(providers.PROVIDERS, "tensorrt-rtx", Provider(CPU, "cuda"))
-    monkeypatch.setattr(
-        onnxruntime, "register_execution_provider_library", lambda *arguments: registered.append(arguments)
+
+    def open_session(*arguments: Any, **options: Any) -> SimpleNamespace:
+        session = onnxruntime.InferenceSession(*arguments, **options)
+        assert session.get_providers() == [CPU]
+        return SimpleNamespace(get_providers=lambda: ["NvTensorRTRTXExecutionProvider"])
+
+    runtime = ModuleType("onnxruntime")
+    vars(runtime).update(
+        vars(onnxruntime),
+        register_execution_provider_library=lambda *arguments: registered.append(arguments),
+        InferenceSession=open_session,
     )
-    session, used = created(contract)
-    created(contract)
+    for _ in range(2):
+        _, used = create_session(runtime, contract, "tensorrt-rtx", onnxruntime.SessionOptions())
+        assert used == "tensorrt-rtx"
     # Once in a process.
     assert registered == [(CPU, package.get_library_path())]
-    assert used == "tensorrt-rtx"
-    assert session.get_providers() == [CPU]
 
 
 def test_a_provider_that_does_not_start_is_not_replaced(

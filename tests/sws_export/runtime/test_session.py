@@ -1,4 +1,4 @@
-"""Sessions: what a step gives, what the state remembers, streams, threads."""
+"""Sessions: the results of steps, their state, streams, threads."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -84,9 +84,9 @@ def test_torch_in_torch_out(session: Session, inputs: MakeInputs) -> None:
 def test_bfloat16_tensors_come_back_as_such(session: Session, inputs: MakeInputs) -> None:
     tensors = {name: torch.from_numpy(value).bfloat16() for name, value in inputs().items()}
     found = session.stream().step(**tensors)
-    widened = {name: value.float().numpy() for name, value in tensors.items()}
+    upcast = {name: value.float().numpy() for name, value in tensors.items()}
     assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float().numpy(), session.stream().step(**widened), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.float().numpy(), session.stream().step(**upcast), rtol=1e-2, atol=1e-2)
 
 
 def test_predictions_are_the_callers_own(session: Session, inputs: MakeInputs) -> None:
@@ -324,7 +324,7 @@ class TestStateOfTheText:
 def test_cross_attention_alone_has_nothing_of_the_size(
     tmp_path: Path, traced: Path, inputs: MakeInputs
 ) -> None:
-    """The shape of its only state does not tell that the image is another one; the sample does."""
+    """The shape of its only state does not show that the image is another one; that of the sample does."""
     from sws_export import ExportOptions, SwsOptions, export
 
     sws = SwsOptions(sites=("mid_block.*.attn2",), guard="literal")
