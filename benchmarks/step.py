@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file with the results")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cases or groups")
     parser.add_argument("--resume", action="store_true", help="measure only cases missing in the file")
-    parser.add_argument("--rounds", type=int, default=1, help="number of times that all cases are measured, in turn")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="number of times that all cases are measured, in turn"
+    )
     parser.add_argument("--timeout", type=float, default=900, metavar="SECONDS", help="time limit of a case")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--table", type=Path, metavar="FILE", help="print results as a table and stop")

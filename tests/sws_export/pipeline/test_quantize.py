@@ -151,8 +151,9 @@ def with_cancelled_constant(model: Path, folder: Path) -> Path:
     weights = load_file(model / "diffusion_pytorch_model.safetensors")
     others = np.arange(64) < 63
     constant = np.where(others, 50, 0).astype(np.float32)
-    to_v = weights[f"{block}.attn1.to_v.weight"] * np.where(others, 1, 16) * np.where(others, 1, 1e-3)[:, None]
-    to_out = weights[f"{block}.attn1.to_out.0.weight"] * np.where(others, 1, 16)
+    larger, smaller = np.where(others, 1, 16), np.where(others, 1, 1e-3)
+    to_v = weights[f"{block}.attn1.to_v.weight"] * larger * smaller[:, None]
+    to_out = weights[f"{block}.attn1.to_out.0.weight"] * larger
     return changed_copy(
         model,
         folder,
