@@ -138,7 +138,7 @@ def command_of(name: str, unet: Path, out: Path, arguments: argparse.Namespace) 
         return [python, str(script), name, str(unet), str(out)] if python else None
     command = [sys.executable, "-m", "cli", str(unet), "--out", str(out)]
     if name not in ("sws first", "sws again"):
-        # A later run would reuse the results of an earlier one.
+        # Other exporters keep nothing for a later run either.
         command.append("--no-cache")
     if "plain" in name:
         command.append("--plain")

@@ -103,7 +103,7 @@ def cached(report: ExportReport) -> list[str]:
 
 
 def from_cache(progress: RecordingProgress) -> list[str]:
-    """What the log says is from the cache."""
+    """Kinds of the results that are from the cache, as logged."""
     return [text.split(":")[0] for _, text in progress.lines if ": from the cache (" in text]
 
 
