@@ -20,55 +20,9 @@ from benchmarks.gpu.references import (
     make_weights,
     one_hot_guard_inputs,
 )
+from benchmarks.gpu.sizes import Sweep
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class GuardShape:
-    """Sizes of a guard call; `query_tokens` differs from `tokens` in cross-attention."""
-
-    tokens: int
-    heads: int
-    head_size: int
-    query_tokens: int
-    batch: int = 2
-
-    def __str__(self) -> str:
-        return f"B {self.batch} Tq {self.query_tokens} T {self.tokens} heads {self.heads} D {self.head_size}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """The values that each comparison combines; those of a full run by default."""
-
-    grids: tuple[tuple[int, int], ...] = ((1, 1), (5, 7), (8, 8), (16, 16), (17, 33), (64, 24), (64, 64))
-    radii: tuple[int, ...] = (2, 4, 8)
-    channels: tuple[int, ...] = (8, 40, 320, 33)
-    budgets: tuple[float, ...] = (1e-3, 5e-3, 0.5)
-    guard_shapes: tuple[GuardShape, ...] = (
-        GuardShape(64, 8, 160, 64),
-        GuardShape(100, 2, 40, 100),
-        GuardShape(256, 8, 160, 256),
-        GuardShape(300, 3, 64, 300),
-        GuardShape(1024, 2, 80, 1024),
-        GuardShape(77, 2, 41, 77),
-        # Cross-attention; the largest sites, where a block of the later rounds processes several row tiles.
-        GuardShape(77, 8, 40, 1024),
-        GuardShape(4096, 2, 40, 4096),
-        GuardShape(4096, 1, 64, 4096),
-        GuardShape(300, 8, 40, 300, batch=40),
-    )
-    fused_shapes: tuple[GuardShape, ...] = (
-        GuardShape(1024, 2, 80, 1024),
-        GuardShape(4096, 2, 40, 4096),
-        GuardShape(1024, 4, 64, 1024),
-    )
-    search_logits: tuple[float, ...] = (700.0, 3000.0)
-    """Sizes of one-hot logits that the fast rounds cannot measure, so the search rounds must."""
-
-
-FULL_SWEEP = Sweep()
 
 # Rounding a result costs half a unit in the last place; smaller errors are not compared.
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-22}
@@ -99,7 +53,7 @@ class Finding:
         return dataclasses.asdict(self) | {"passed": self.passed}
 
 
-def check_transport(kernels: Kernels, device: str, sweep: Sweep = FULL_SWEEP) -> Iterator[Finding]:
+def check_transport(kernels: Kernels, device: str, sweep: Sweep) -> Iterator[Finding]:
     """Every grid, radius, number of channels and number format; keys and values in one launch."""
     for grid, radius in itertools.product(sweep.grids, sweep.radii):
         weights = make_weights(2, grid, radius, device)
@@ -123,7 +77,7 @@ def check_transport(kernels: Kernels, device: str, sweep: Sweep = FULL_SWEEP) ->
             yield _same_bits("banded_transport", case, runs)
 
 
-def check_guard(kernels: Kernels, device: str, sweep: Sweep = FULL_SWEEP) -> Iterator[Finding]:
+def check_guard(kernels: Kernels, device: str, sweep: Sweep) -> Iterator[Finding]:
     """Every shape and number format, with budgets that bind and that do not; then the search rounds."""
     for shape, dtype, kappa in itertools.product(sweep.guard_shapes, DTYPES, sweep.budgets):
         q, k, k_perm, scalars = make_guard_inputs(
@@ -141,7 +95,7 @@ def check_guard(kernels: Kernels, device: str, sweep: Sweep = FULL_SWEEP) -> Ite
         yield from _check_guard_case(kernels, (q, k, k_perm), scalars, 1, f"one-hot logits {size} {dtype}")
 
 
-def check_fused_guard(_kernels: Kernels, device: str, sweep: Sweep = FULL_SWEEP) -> Iterator[Finding]:
+def check_fused_guard(_kernels: Kernels, device: str, sweep: Sweep) -> Iterator[Finding]:
     """The guard of the GPU lowering, in 16-bit formats: the literal step or a neighbour of it."""
     formats = (torch.float16, torch.bfloat16)
     for shape, dtype, kappa in itertools.product(sweep.fused_shapes, formats, sweep.budgets):

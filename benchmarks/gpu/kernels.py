@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "benchmarks-gpu"
 SOURCES = (
     "plugins/banded_transport/kernel.cu",
     "plugins/key_guard/kernel.cu",
@@ -153,7 +152,7 @@ class Kernels:
             raise KernelError(f"CUDA: {self._library.sws_error_name(error).decode()}")
 
 
-def build_kernels() -> Kernels:
-    """The kernels for the current GPU."""
+def build_kernels(folder: Path) -> Kernels:
+    """The kernels for the current GPU; `folder` keeps the library and nvcc's output."""
     major, minor = torch.cuda.get_device_capability()
-    return Kernels(compile_kernels(f"{major}{minor}", BUILD))
+    return Kernels(compile_kernels(f"{major}{minor}", folder))

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,23 @@ import torch
 
 from benchmarks.gpu.correctness import Finding, check_fused_guard, check_guard, check_transport
 from benchmarks.gpu.example_engine import check_example_engine
-from benchmarks.gpu.kernels import BUILD, ROOT, Kernels, build_kernels
+from benchmarks.gpu.kernels import ROOT, Kernels, build_kernels
 from benchmarks.gpu.parts import PARTS, Record, Work, in_child, run_parts, write_json
 from benchmarks.gpu.ptxas_report import as_table, parse_ptxas_log
-from benchmarks.gpu.sanitizer import found_nothing, run_small_case, sanitize
+from benchmarks.gpu.sanitizer import found_nothing, sanitize
 from benchmarks.gpu.site_timings import time_site, time_state_update
-from benchmarks.gpu.sites import SITES
+from benchmarks.gpu.sizes import FULL, SMALL, Site, Sizes, Sweep
 from benchmarks.gpu.summary import as_markdown, summarize
 from benchmarks.gpu.timing import copy_bandwidth, matmul_rate
 from benchmarks.gpu.unet_step import time_unet_steps
 
 DEVICE = "cuda"
+Check = Callable[[Kernels, str, Sweep], Iterable[Finding]]
 
 
-def build(record: Record) -> bool:
-    """Compile the kernels; record the machine and the compiler's resource usage."""
-    build_kernels()
+def build(record: Record, folder: Path) -> bool:
+    """Compile the kernels in `folder`; record the machine and the compiler's resource usage."""
+    build_kernels(folder)
     driver = torch.cuda.get_device_properties(0)
     record.values |= {
         "device": torch.cuda.get_device_name(),
@@ -40,27 +41,23 @@ def build(record: Record) -> bool:
         "l2_bytes": getattr(driver, "L2_cache_size", None),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "ptxas": as_table(parse_ptxas_log((BUILD / "build.log").read_text())),
+        "ptxas": as_table(parse_ptxas_log((folder / "build.log").read_text())),
     }
     return True
 
 
-def compare(check: Callable[[Kernels, str], Iterable[Finding]], name: str) -> Work:
-    """A part that records its findings, including those made before a failure."""
-
-    def part(record: Record) -> bool:
-        findings = []
-        try:
-            for finding in check(build_kernels(), DEVICE):
-                findings.append(finding)
-                if len(findings) % 50 == 0:
-                    print(f"{len(findings)} comparisons", flush=True)
-        finally:
-            record.values[name] = [finding.as_json() for finding in findings]
-        report_failures(findings)
-        return all(finding.passed for finding in findings)
-
-    return part
+def compare(record: Record, name: str, kernels: Kernels, check: Check, sweep: Sweep) -> bool:
+    """Record the findings of a check under `name`, including those made before a failure."""
+    findings = []
+    try:
+        for finding in check(kernels, DEVICE, sweep):
+            findings.append(finding)
+            if len(findings) % 50 == 0:
+                print(f"{len(findings)} comparisons", flush=True)
+    finally:
+        record.values[name] = [finding.as_json() for finding in findings]
+    report_failures(findings)
+    return all(finding.passed for finding in findings)
 
 
 def report_failures(findings: list[Finding]) -> None:
@@ -71,13 +68,12 @@ def report_failures(findings: list[Finding]) -> None:
         print(f"  {failure.kernel}, {failure.case}: {failure.error:.3g} > {failure.allowed:.3g}")
 
 
-def timings(record: Record) -> bool:
+def timings(record: Record, kernels: Kernels, sizes: Sizes) -> bool:
     """Time every site; results are saved one by one."""
-    kernels = build_kernels()
-    record.values["copy_bytes_per_second"] = copy_bandwidth(DEVICE)
-    record.values["matmul_flops_per_second"] = matmul_rate(DEVICE)
+    record.values["copy_bytes_per_second"] = copy_bandwidth(DEVICE, sizes.copy_elements)
+    record.values["matmul_flops_per_second"] = matmul_rate(DEVICE, sizes.matmul_size)
     record.values["timings"], record.values["state_updates"] = [], {}
-    for site in SITES:
+    for site in sizes.sites:
         timing = time_site(kernels, site, DEVICE).as_json()
         print(json.dumps(timing), flush=True)
         record.values["timings"].append(timing)
@@ -86,19 +82,19 @@ def timings(record: Record) -> bool:
     return True
 
 
-def unet(record: Record) -> bool:
+def unet(record: Record, sizes: Sizes) -> bool:
     """Time a plain step of each model."""
     record.values["steps"] = {}
-    for model, step in time_unet_steps(DEVICE):
+    for model, step in time_unet_steps(DEVICE, sizes.unets):
         print(f"{model}: {step}", flush=True)
         record.values["steps"][model] = step
         record.save()
     return True
 
 
-def engine(record: Record) -> bool:
-    """Compare the example as a TensorRT for RTX engine with ONNX Runtime."""
-    found = check_example_engine(BUILD)
+def engine(record: Record, folder: Path) -> bool:
+    """Compare the example as a TensorRT for RTX engine, written to `folder`, with ONNX Runtime."""
+    found = check_example_engine(folder)
     if isinstance(found, str):
         record.values["not_run"] = found
         return True
@@ -106,10 +102,10 @@ def engine(record: Record) -> bool:
     return bool(found["passed"])
 
 
-def sanitizer(record: Record) -> bool:
-    """Run each sanitizer tool; results are saved one by one."""
+def sanitizer(record: Record, folder: Path) -> bool:
+    """Run each sanitizer tool on the kernels in `folder`; results are saved one by one."""
     record.values["sanitizer"] = {}
-    for tool, verdict in sanitize(record.seconds_left() - SANITIZER_RESERVE):
+    for tool, verdict in sanitize(folder, record.seconds_left() - SANITIZER_RESERVE):
         print(f"{tool}: {verdict}", flush=True)
         record.values["sanitizer"][tool] = verdict
         record.save()
@@ -120,21 +116,27 @@ SANITIZER_RESERVE = 3.0
 """Seconds to end the last tool and to save."""
 
 
-def check_both_guards(kernels: Kernels, device: str) -> Iterable[Finding]:
+def check_both_guards(kernels: Kernels, device: str, sweep: Sweep) -> Iterable[Finding]:
     """The plugin's guard and that of the GPU lowering."""
-    yield from check_guard(kernels, device)
-    yield from check_fused_guard(kernels, device)
+    yield from check_guard(kernels, device, sweep)
+    yield from check_fused_guard(kernels, device, sweep)
 
 
-WORK: dict[str, Work] = {
-    "build": build,
-    "transport": compare(check_transport, "transport_findings"),
-    "guard": compare(check_both_guards, "guard_findings"),
-    "timings": timings,
-    "unet": unet,
-    "engine": engine,
-    "sanitizer": sanitizer,
-}
+def work_of_parts(sizes: Sizes, folder: Path) -> dict[str, Work]:
+    """What each part does, by its name; `folder` keeps what is compiled."""
+
+    def comparison(name: str, check: Check) -> Work:
+        return lambda record: compare(record, name, build_kernels(folder), check, sizes.sweep)
+
+    return {
+        "build": lambda record: build(record, folder),
+        "transport": comparison("transport_findings", check_transport),
+        "guard": comparison("guard_findings", check_both_guards),
+        "timings": lambda record: timings(record, build_kernels(folder), sizes),
+        "unet": lambda record: unet(record, sizes),
+        "engine": lambda record: engine(record, folder),
+        "sanitizer": lambda record: sanitizer(record, folder),
+    }
 
 
 def unpack_wheels(wheels: Path, target: Path) -> None:
@@ -151,11 +153,12 @@ def default_out() -> Path:
     return Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu") / "gpu.json"
 
 
-def print_tables(results: dict[str, Any], out: Path) -> None:
+def print_tables(results: dict[str, Any], sites: Sequence[Site], out: Path) -> None:
     """Print the tables and the goals, and add both to the results."""
     if not results.get("timings") or "device" not in results:
         return
     results["summary"] = summarize(
+        sites,
         results["timings"],
         results["state_updates"],
         results.get("steps", {}),
@@ -177,19 +180,23 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=500, help="time limit of the whole run; default 500")
     parser.add_argument("--only", choices=names, nargs="+", default=names, help="parts to run")
-    parser.add_argument("--small-case", action="store_true", help="run the case for compute-sanitizer")
+    parser.add_argument("--small", action="store_true", help="small sizes: a check that all parts work")
+    parser.add_argument(
+        "--build-folder",
+        type=Path,
+        default=ROOT / "build" / "benchmarks-gpu",
+        help="what is compiled or unpacked; default build/benchmarks-gpu",
+    )
     options = parser.parse_args()
-    if options.small_case:
-        run_small_case(build_kernels(), DEVICE)
-        return 0
+    sizes = SMALL if options.small else FULL
     # In a child: a process that has used CUDA must not fork.
     if not in_child(torch.cuda.is_available):
         print("no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 1
-    unpack_wheels(options.wheels, BUILD / "packages")
+    unpack_wheels(options.wheels, options.build_folder / "packages")
     chosen = [part for part in PARTS if part.name in options.only]
-    results = run_parts(chosen, options.out, options.seconds, WORK)
-    print_tables(results, options.out)
+    results = run_parts(chosen, options.out, options.seconds, work_of_parts(sizes, options.build_folder))
+    print_tables(results, sizes.sites, options.out)
     print(f"written to {options.out}")
     print(json.dumps(results["parts"], indent=2))
     return 0 if all(how.startswith(("done", "not run")) for how in results["parts"].values()) else 1

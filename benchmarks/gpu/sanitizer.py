@@ -1,4 +1,7 @@
-"""compute-sanitizer on a small case of every kernel."""
+"""compute-sanitizer on a small case of every kernel.
+
+`python -m benchmarks.gpu.sanitizer FOLDER` computes the case, with the kernels of a build folder.
+"""
 
 import os
 import shutil
@@ -6,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.kernels import ROOT, Kernels
+from benchmarks.gpu.kernels import ROOT, Kernels, build_kernels
 from benchmarks.gpu.parts import stop_group
 from benchmarks.gpu.references import make_guard_inputs, make_weights, one_hot_guard_inputs
 
@@ -38,10 +42,10 @@ def run_small_case(kernels: Kernels, device: str) -> None:
     torch.cuda.synchronize()
 
 
-def sanitize(seconds: float, least: float = 5.0) -> Iterator[tuple[str, str]]:
+def sanitize(folder: Path, seconds: float, least: float = 5.0) -> Iterator[tuple[str, str]]:
     """Each tool and its verdict on the small case, all of them within `seconds`.
 
-    A tool with less than `least` seconds left is not run.
+    `folder` is that of the kernels. A tool with less than `least` seconds left is not run.
     """
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
     program = shutil.which("compute-sanitizer", path=search)
@@ -51,12 +55,12 @@ def sanitize(seconds: float, least: float = 5.0) -> Iterator[tuple[str, str]]:
             yield tool, "not run: compute-sanitizer is not installed"
             continue
         left = (deadline - time.monotonic()) / (len(TOOLS) - done)
-        yield tool, _verdict(program, tool, left) if left >= least else "not run: no time left"
+        yield tool, _verdict(program, tool, folder, left) if left >= least else "not run: no time left"
 
 
-def _verdict(program: str, tool: str, seconds: float) -> str:
+def _verdict(program: str, tool: str, folder: Path, seconds: float) -> str:
     command = [program, "--tool", tool, "--error-exitcode", str(_FOUND)]
-    command += [sys.executable, "-m", "benchmarks.gpu.run", "--small-case"]
+    command += [sys.executable, "-m", "benchmarks.gpu.sanitizer", str(folder)]
     # Every tensor gets its own allocation: in torch's memory pools an access beyond a tensor is not an error.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # A group of its own: the tool starts further processes, which must end with it.
@@ -78,3 +82,7 @@ def _verdict(program: str, tool: str, seconds: float) -> str:
 def found_nothing(verdict: str) -> bool:
     """Whether a verdict is no failure: nothing found, or the tool did not finish."""
     return verdict.startswith(("exit 0", "not "))
+
+
+if __name__ == "__main__":
+    run_small_case(build_kernels(Path(sys.argv[1])), "cuda")

@@ -18,7 +18,7 @@ from benchmarks.gpu.references import (
     plain_attention,
     rebalance_band,
 )
-from benchmarks.gpu.sites import Site
+from benchmarks.gpu.sizes import Site
 from benchmarks.gpu.timing import Work, input_sets, time_graph
 
 RADIUS = 8

@@ -1,8 +1,9 @@
 """Overheads computed from the timings, and whether the goals are met."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.gpu.sites import SITES, Site
+from benchmarks.gpu.sizes import Site
 
 TRANSPORT_GOAL_MICROSECONDS = 40.0  # 64 x 64, batch 2, keys and values
 GUARD_GOAL = 1.3  # times one SDPA of the same site
@@ -20,15 +21,17 @@ def band_bytes(site: Site) -> float:
 
 
 def summarize(
+    sites: Sequence[Site],
     timings: list[dict[str, Any]],
     state_updates: dict[str, float],
     steps: dict[str, float | str],
     bandwidth: float,
     rate: float,
 ) -> dict[str, Any]:
-    """The summary of a results file; sites may be missing.
+    """The summary of a results file; timings of sites may be missing.
 
     Args:
+        sites: What the run was to time.
         timings: Records of `SiteTimings`.
         state_updates: Microseconds of a new transport of a grid, by the name of a site on it.
         steps: Microseconds of a plain UNet step for each model, or a reason.
@@ -36,14 +39,16 @@ def summarize(
         rate: Operations a second of a large bfloat16 product.
     """
     by_name = {timing["site"]: timing for timing in timings}
-    measured = [site for site in SITES if site.name in by_name]
-    sites = [_summarize_site(site, by_name[site.name], bandwidth, rate) for site in measured]
-    models = [
-        _summarize_model(model, by_name, state_updates, steps.get(model, "not measured"))
-        for model in ("SD1.5", "SDXL")
-        if all(site in measured for site in SITES if site.model == model)
+    rows = [
+        _summarize_site(site, by_name[site.name], bandwidth, rate) for site in sites if site.name in by_name
     ]
-    return {"sites": sites, "models": models, "goals": _goals(sites, models, by_name)}
+    by_model = {model: [site for site in sites if site.model == model] for model in STEP_GOALS}
+    models = [
+        _summarize_model(model, its_sites, by_name, state_updates, steps.get(model, "not measured"))
+        for model, its_sites in by_model.items()
+        if all(site.name in by_name for site in its_sites)
+    ]
+    return {"sites": rows, "models": models, "goals": _goals(sites, rows, models, by_name)}
 
 
 def _summarize_site(site: Site, timing: dict[str, Any], bandwidth: float, rate: float) -> dict[str, Any]:
@@ -64,10 +69,13 @@ def _added(timing: dict[str, Any]) -> float:
 
 
 def _summarize_model(
-    model: str, by_name: dict[str, dict[str, Any]], state_updates: dict[str, float], step: float | str
+    model: str,
+    sites: Sequence[Site],
+    by_name: dict[str, dict[str, Any]],
+    state_updates: dict[str, float],
+    step: float | str,
 ) -> dict[str, Any]:
-    sites = [site for site in SITES if site.model == model]
-    # Each grid has one entry in SITES.
+    # Each grid has one entry in the sites of a model.
     states = sum(state_updates[site.name] for site in sites)
     added = states + sum(site.count * _added(by_name[site.name]) for site in sites)
     attention = sum(site.count * by_name[site.name]["attention"] for site in sites)
@@ -88,18 +96,21 @@ def _summarize_model(
 
 
 def _goals(
-    sites: list[dict[str, Any]], models: list[dict[str, Any]], by_name: dict[str, dict[str, Any]]
+    sites: Sequence[Site],
+    rows: list[dict[str, Any]],
+    models: list[dict[str, Any]],
+    by_name: dict[str, dict[str, Any]],
 ) -> dict[str, bool | None]:
-    largest = [site.name for site in SITES if site.side == 64]
+    largest = [site.name for site in sites if site.side == 64]
     transports = [by_name[name]["transport"] for name in largest if name in by_name]
-    guards = [site["guard_over_attention"] <= GUARD_GOAL for site in sites]
+    guards = [row["guard_over_attention"] <= GUARD_GOAL for row in rows]
     goals: dict[str, bool | None] = {
         f"transport at 64x64 <= {TRANSPORT_GOAL_MICROSECONDS:.0f} us": (
             all(time <= TRANSPORT_GOAL_MICROSECONDS for time in transports)
             if largest and len(transports) == len(largest)
             else None
         ),
-        f"guard <= {GUARD_GOAL} attention at every site": all(guards) if len(guards) == len(SITES) else None,
+        f"guard <= {GUARD_GOAL} attention at every site": all(guards) if len(guards) == len(sites) else None,
     }
     overheads = {model["model"]: model["overhead_of_step"] for model in models}
     for model, goal in STEP_GOALS.items():

@@ -59,15 +59,15 @@ def _elapsed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
     return float(start.elapsed_time(end))
 
 
-def copy_bandwidth(device: str, elements: int = 2**28) -> float:
-    """Bytes a second, read and written together, of a large copy in device memory."""
+def copy_bandwidth(device: str, elements: int) -> float:
+    """Bytes a second, read and written together, of a copy of float32 elements in device memory."""
     source = torch.empty(elements, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / (time_graph([lambda: target.copy_(source)]) * 1e-6)
 
 
-def matmul_rate(device: str, size: int = 8192) -> float:
-    """Floating-point operations a second of a large bfloat16 matrix product."""
+def matmul_rate(device: str, size: int) -> float:
+    """Floating-point operations a second of a bfloat16 product of matrices [size, size]."""
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * size**3 / (time_graph([lambda: torch.mm(a, b, out=out)]) * 1e-6)

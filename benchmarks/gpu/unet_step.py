@@ -1,35 +1,19 @@
 """One step of a whole plain UNet with random weights in float16, as a CUDA graph."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.timing import time_graph
 
-SD15: dict[str, Any] = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "cross_attention_dim": 2048,
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
+def time_unet_steps(device: str, unets: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, float | str]]:
+    """Yield each model with the microseconds of a step at batch 2, or the reason for a missing value.
 
-def time_unet_steps(device: str) -> Iterator[tuple[str, float | str]]:
-    """Yield each model with the microseconds of a step at batch 2, or the reason for a missing value."""
-    for model, config in (("SD1.5", SD15), ("SDXL", SDXL)):
+    `unets` has the arguments of UNet2DConditionModel for each model.
+    """
+    for model, config in unets.items():
         try:
             from diffusers import UNet2DConditionModel
 

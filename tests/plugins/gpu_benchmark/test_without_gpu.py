@@ -13,16 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import parts, sanitizer, site_timings, unet_step
+from benchmarks.gpu import parts, sanitizer, site_timings
 from benchmarks.gpu import run as gpu_run
-from benchmarks.gpu.correctness import (
-    FULL_SWEEP,
-    GuardShape,
-    Sweep,
-    check_fused_guard,
-    check_guard,
-    check_transport,
-)
+from benchmarks.gpu.correctness import check_fused_guard, check_guard, check_transport
 from benchmarks.gpu.example_engine import check_example_engine, compare_steps
 from benchmarks.gpu.kernels import KernelError, Kernels, compile_kernels
 from benchmarks.gpu.ptxas_report import as_table, parse_ptxas_log
@@ -35,7 +28,7 @@ from benchmarks.gpu.references import (
     plain_attention,
     rebalance_band,
 )
-from benchmarks.gpu.sites import SITES, Site
+from benchmarks.gpu.sizes import FULL, SMALL, Site
 from benchmarks.gpu.summary import as_markdown, summarize
 from benchmarks.gpu.timing import input_sets
 from sws_export import export
@@ -46,16 +39,6 @@ from tests.plugins.banded_transport import reference as transport_reference
 from tests.plugins.gpu_benchmark.plain_kernels import PlainKernels
 from tests.plugins.key_guard.reference import GuardCase, bisection_step, value_mix
 from tests.plugins.toolchain import BUILDS, ROOT, build_emulated_kernels
-
-# Small, with budgets that bind and that do not.
-FEW = Sweep(
-    grids=((5, 7),),
-    channels=(8, 33),
-    budgets=(1e-3, 0.5),
-    guard_shapes=(GuardShape(40, 2, 24, 70),),
-    fused_shapes=(GuardShape(300, 2, 40, 300),),
-    search_logits=(700.0,),
-)
 
 
 def test_dense_transport_is_the_literal_one() -> None:
@@ -109,7 +92,7 @@ def compiled() -> Kernels:
 
 @pytest.mark.parametrize("check", [check_transport, check_guard])
 def test_the_kernels_pass_the_comparisons_on_the_cpu(check, emulated: Kernels) -> None:
-    findings = list(check(emulated, "cpu", FEW))
+    findings = list(check(emulated, "cpu", SMALL.sweep))
     assert len(findings) >= 18
     assert [finding for finding in findings if not finding.passed] == []
 
@@ -149,18 +132,18 @@ def timings(attention: float, transport: float, guard: float) -> list[dict[str, 
         dict.fromkeys(names, 50.0)
         | {"site": site.name, "attention": attention, "transport": transport, "guard": guard}
         | {"literal_guard": None, "mix": 10.0, "fused_guard": 4 * attention}
-        for site in SITES
+        for site in FULL.sites
     ]
 
 
-STATE_UPDATES = {site.name: 40.0 for site in SITES}
+STATE_UPDATES = {site.name: 40.0 for site in FULL.sites}
 SD15, SDXL = "SD1.5 step <= 1.15 plain", "SDXL step <= 1.18 plain"
 TRANSPORT, GUARD = "transport at 64x64 <= 40 us", "guard <= 1.3 attention at every site"
 
 
 def test_summary_adds_up_over_sites() -> None:
     steps = {"SD1.5": 19_200.0, "SDXL": "no diffusers"}
-    summary = summarize(timings(100.0, 20.0, 80.0), STATE_UPDATES, steps, 3e12, 6e14)
+    summary = summarize(FULL.sites, timings(100.0, 20.0, 80.0), STATE_UPDATES, steps, 3e12, 6e14)
 
     sd15, sdxl = summary["models"]
     assert sd15["added_microseconds"] == 16 * 110 + 4 * 40
@@ -180,32 +163,32 @@ def test_summary_adds_up_over_sites() -> None:
     [((100.0, 41.0, 80.0), TRANSPORT), ((100.0, 20.0, 131.0), GUARD), ((200.0, 40.0, 200.0), SD15)],
 )
 def test_a_goal_that_is_missed_is_false(measured: tuple[float, float, float], goal: str) -> None:
-    summary = summarize(timings(*measured), STATE_UPDATES, {"SD1.5": 19_200.0}, 3e12, 6e14)
+    summary = summarize(FULL.sites, timings(*measured), STATE_UPDATES, {"SD1.5": 19_200.0}, 3e12, 6e14)
     assert summary["goals"][goal] is False
 
 
 def test_tables_show_every_site_and_model() -> None:
     rows = timings(100.0, 20.0, 80.0)
     steps = {"SD1.5": 19_200.0, "SDXL": "no diffusers"}
-    summary = summarize(rows, STATE_UPDATES, steps, 3e12, 6e14)
+    summary = summarize(FULL.sites, rows, STATE_UPDATES, steps, 3e12, 6e14)
     results = {"device": "X", "torch": "2", "cuda": "13", "timings": rows, "summary": summary}
 
     table = as_markdown(results)
 
-    assert all(f"| {site.name} | 20.0 |" in table for site in SITES)
+    assert all(f"| {site.name} | 20.0 |" in table for site in FULL.sites)
     assert "| SD1.5 | 1920 | 1600 | 19200 | 10.0 | 33.3 |" in table
     assert "| SDXL | 7780 | 7000 | no diffusers | - | - |" in table
 
 
 def test_a_run_cut_short_still_has_a_summary() -> None:
     rows = timings(100.0, 20.0, 80.0)[:4]
-    summary = summarize(rows, STATE_UPDATES, {}, 3e12, 6e14)
+    summary = summarize(FULL.sites, rows, STATE_UPDATES, {}, 3e12, 6e14)
     results = {"device": "X", "torch": "2", "cuda": "13", "timings": rows, "summary": summary}
 
     assert [model["model"] for model in summary["models"]] == ["SD1.5"]
     assert summary["goals"] == dict.fromkeys(summary["goals"])
     assert "| SD1.5 | 1920 | 1600 | not measured | - | - |" in as_markdown(results)
-    assert summarize([], {}, {}, 3e12, 6e14)["goals"] == dict.fromkeys(summary["goals"])
+    assert summarize(FULL.sites, [], {}, {}, 3e12, 6e14)["goals"] == dict.fromkeys(summary["goals"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the benchmark would run")
@@ -229,7 +212,7 @@ def test_the_command_fails_without_a_gpu() -> None:
     ids=["right", "wrong", "nan", "not repeatable"],
 )
 def test_the_comparisons_pass_right_results_only(check, kernels, passes) -> None:
-    findings = list(check(kernels, "cpu", FEW))
+    findings = list(check(kernels, "cpu", SMALL.sweep))
 
     assert len(findings) >= 18
     assert all(finding.passed for finding in findings) == passes
@@ -238,20 +221,20 @@ def test_the_comparisons_pass_right_results_only(check, kernels, passes) -> None
 
 def test_an_output_that_is_not_written_fails() -> None:
     for check in (check_transport, check_guard):
-        assert not all(finding.passed for finding in check(PlainKernels(writes=False), "cpu", FEW))
+        assert not all(finding.passed for finding in check(PlainKernels(writes=False), "cpu", SMALL.sweep))
 
 
 def test_the_full_sweep_has_the_cases_of_the_models() -> None:
-    shapes = FULL_SWEEP.guard_shapes
+    shapes = FULL.sweep.guard_shapes
     assert {4096} <= {shape.tokens for shape in shapes}
     assert any(shape.query_tokens > shape.tokens for shape in shapes)
     # The later rounds have 2 x 132 / batch blocks on an H100: some of these must process several row tiles.
     assert any(shape.heads * -(-shape.query_tokens // 128) > 264 // shape.batch for shape in shapes)
-    assert (64, 64) in FULL_SWEEP.grids
+    assert (64, 64) in FULL.sweep.grids
 
 
 def test_the_guard_of_four_attentions_finds_the_literal_step() -> None:
-    sweep = dataclasses.replace(FEW, budgets=FULL_SWEEP.budgets)
+    sweep = dataclasses.replace(SMALL.sweep, budgets=FULL.sweep.budgets)
     findings = list(check_fused_guard(PlainKernels(), "cpu", sweep))
     assert len(findings) == 2 * 2 * len(sweep.budgets)
     assert [finding for finding in findings if not finding.passed] == []
@@ -286,7 +269,7 @@ def test_a_site_is_timed_in_every_respect(monkeypatch: pytest.MonkeyPatch) -> No
         addresses.append({id(work) for work in works})
         return 1.0
 
-    site = SITES[3]
+    site = FULL.sites[3]
     fill_with_three_sets(site, monkeypatch)
     row = site_timings.time_site(PlainKernels(), site, "cpu", time=run_once).as_json()
 
@@ -298,8 +281,8 @@ def test_a_site_is_timed_in_every_respect(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_sets_of_inputs_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    fill_with_three_sets(SITES[3], monkeypatch)
-    sets = site_timings.make_site_inputs(PlainKernels(), SITES[3], "cpu", torch.float16)
+    fill_with_three_sets(FULL.sites[3], monkeypatch)
+    sets = site_timings.make_site_inputs(PlainKernels(), FULL.sites[3], "cpu", torch.float16)
     tensors = [
         tensor
         for inputs in sets
@@ -386,7 +369,13 @@ def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
 
 def test_every_part_has_its_work_and_the_slowest_comes_last() -> None:
     assert parts.PARTS[-1].name == "sanitizer"
-    assert {part.name for part in parts.PARTS} == set(gpu_run.WORK)
+    assert {part.name for part in parts.PARTS} == set(gpu_run.work_of_parts(FULL, Path()))
+
+
+def add_program(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(script)
+    (folder / name).chmod(0o755)
 
 
 SANITIZER = """#!/bin/sh
@@ -402,13 +391,11 @@ esac
 
 
 def test_verdicts_of_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(SANITIZER.replace("FOLDER", str(tmp_path)))
-    program.chmod(0o755)
+    add_program(tmp_path, "compute-sanitizer", SANITIZER.replace("FOLDER", str(tmp_path)))
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     started = time.monotonic()
 
-    verdicts = dict(sanitizer.sanitize(4, least=0.5))
+    verdicts = dict(sanitizer.sanitize(tmp_path, 4, least=0.5))
 
     assert time.monotonic() - started < 4
     assert verdicts["memcheck"] == "exit 0: ERROR SUMMARY: 0 errors"
@@ -417,7 +404,7 @@ def test_verdicts_of_the_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not is_alive(int((tmp_path / "helper").read_text()))
     assert [sanitizer.found_nothing(verdict) for verdict in verdicts.values()] == [True, False, True, False]
     assert (tmp_path / "allocator").read_text() == "1\n"
-    assert set(dict(sanitizer.sanitize(0.1, least=0.5)).values()) == {"not run: no time left"}
+    assert set(dict(sanitizer.sanitize(tmp_path, 0.1, least=0.5)).values()) == {"not run: no time left"}
 
 
 DRY_SANITIZER = """#!/bin/sh
@@ -426,23 +413,29 @@ shift 4
 [ "$tool" = memcheck ] && { "$@" || exit 1; }
 echo "========= ERROR SUMMARY: 0 errors"
 """
+DRY_NVCC = """#!/bin/sh
+for last; do :; done
+[ "$last" = --version ] && exit
+cp LIBRARY "$last"
+echo "ptxas info    : Compiling entry function '_ZN3sws13finish_kernelEv' for 'sm_90'"
+echo "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+echo "ptxas info    : Used 48 registers, used 1 barriers"
+"""
 
 
 def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
-    """The exact command of a run, with CUDA calls answered on the CPU; see simulated_cuda."""
+    """The script on small sizes: calls of CUDA are answered on the CPU, and nvcc makes the kernels for it."""
     out, tools = tmp_path / "out", tmp_path / "tools"
-    tools.mkdir()
-    (tools / "compute-sanitizer").write_text(DRY_SANITIZER)
-    (tools / "compute-sanitizer").chmod(0o755)
+    add_program(tools, "compute-sanitizer", DRY_SANITIZER)
+    add_program(tools, "nvcc", DRY_NVCC.replace("LIBRARY", str(build_emulated_kernels())))
     environment = os.environ | {
         "OUT": str(out),
         "PYTHON": sys.executable,
-        "PYTHONPATH": f"{Path(__file__).parent / 'simulated_cuda'}:{ROOT}",
-        "SIMULATED_BUILD": str(tmp_path / "build"),
+        "PYTHONPATH": str(Path(__file__).parent / "simulated_cuda"),
         "PATH": f"{tools}:{os.environ['PATH']}",
     }
     result = subprocess.run(
-        [ROOT / "benchmarks" / "gpu" / "run.sh"],
+        [ROOT / "benchmarks" / "gpu" / "run.sh", "--small", "--build-folder", tmp_path / "build"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -466,19 +459,19 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
         "key_guard",
         "fused guard",
     }
-    assert len(results["timings"]) == len(SITES)
+    assert len(results["timings"]) == len(SMALL.sites)
     assert {model["model"] for model in results["summary"]["models"]} == {"SD1.5", "SDXL"}
     assert all(model["overhead_of_step"] is not None for model in results["summary"]["models"])
     assert set(results["sanitizer"].values()) == {"exit 0: ERROR SUMMARY: 0 errors"}
     assert "| model | added |" in (out / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("config", "size"), [(unet_step.SD15, 860), (unet_step.SDXL, 2567)])
-def test_the_unets_are_those_of_the_models(config: dict[str, object], size: int) -> None:
+@pytest.mark.parametrize(("model", "size"), [("SD1.5", 860), ("SDXL", 2567)])
+def test_the_unets_are_those_of_the_models(model: str, size: int) -> None:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**config)
+        unet = UNet2DConditionModel(**FULL.unets[model])
     assert round(sum(weight.numel() for weight in unet.parameters()) / 1e6) == size
 
 
