@@ -6,11 +6,13 @@
 `pack` exports the graphs for `onnxruntime-cuda` in float16, 512² and batch 2, and keeps the values of those
 initializers only that are no weights of the model. `run` needs onnxruntime-gpu, onnx and torch: it fills the
 weights with random numbers, so that a few MB are enough to carry. It writes the median time of a step, the
-GPU memory, where nodes ran, and the difference from the CPU provider.
+GPU memory, where nodes ran, the GPU time of each type of operator, and the difference from the CPU provider.
+The time of each node goes to a file beside it, `NAME-FORM-nodes.json`.
 """
 
 import argparse
 import collections
+import functools
 import json
 import math
 import statistics
@@ -18,12 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, external_data_helper
+
+from benchmarks.gpu.kernel_times import by_node, record_kernels, times_by_operator, write_nodes
 
 FORMS: dict[str, list[str]] = {"plain": ["--plain"], "sws": [], "sws-rows-1/8": ["--guard-rows", "1/8"]}
 SIZES = ["--batch", "2", "--height", "512", "--width", "512", "--tokens", "77"]
@@ -113,29 +118,36 @@ def open_session(path: Path, provider: Any, *, profile: Path | None = None) -> A
     return onnxruntime.InferenceSession(path, options, providers=[provider])
 
 
-def time_steps(session: Any, values: dict[str, np.ndarray]) -> tuple[float, list[np.ndarray]]:
-    """Median milliseconds of a step with inputs and outputs in GPU memory, and the outputs."""
+def bind(session: Any, values: Mapping[str, np.ndarray]) -> tuple[Any, list[Any]]:
+    """A binding of inputs and outputs in GPU memory, and the outputs."""
     import onnxruntime
 
     binding = session.io_binding()
-    kept = {
-        name: onnxruntime.OrtValue.ortvalue_from_numpy(value, "cuda", 0) for name, value in values.items()
-    }
-    for name, value in kept.items():
-        binding.bind_ortvalue_input(name, value)
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value, "cuda", 0))
     outputs = []
     for output in session.get_outputs():
         dtype = np.float16 if "float16" in output.type else np.float32
         outputs.append(onnxruntime.OrtValue.ortvalue_from_shape_and_type(output.shape, dtype, "cuda", 0))
         binding.bind_ortvalue_output(output.name, outputs[-1])
+    return binding, outputs
+
+
+def run_step(session: Any, binding: Any) -> None:
+    """One step, waited for."""
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+
+
+def time_steps(session: Any, values: Mapping[str, np.ndarray]) -> tuple[float, list[np.ndarray]]:
+    """Median milliseconds of a step with inputs and outputs in GPU memory, and the outputs."""
+    binding, outputs = bind(session, values)
     for _ in range(WARM_UP):
-        session.run_with_iobinding(binding)
+        run_step(session, binding)
     times = []
     for _ in range(REPEATS):
-        binding.synchronize_inputs()
         start = time.perf_counter()
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        run_step(session, binding)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times), [output.numpy() for output in outputs]
 
@@ -148,19 +160,19 @@ def used_memory() -> int:
     return int(total - free)
 
 
-def nodes_by_provider(trace: Path) -> dict[str, int]:
-    """Number of nodes that each provider ran, from a profile of one run.
+def profile_nodes(path: Path, values: Mapping[str, np.ndarray], nodes_file: Path) -> dict[str, Any]:
+    """Number of nodes by provider, and GPU time by operator; that of each node goes to `nodes_file`."""
+    prefix = path.with_suffix("")
+    session = open_session(path, "CUDAExecutionProvider", profile=prefix)
+    binding, _ = bind(session, values)
+    runs, works = record_kernels(session, functools.partial(run_step, session, binding), prefix)
+    pairs = by_node(works, runs)
+    write_nodes(nodes_file, pairs)
+    nodes = collections.Counter(run.provider for run in {run.node: run for run in runs}.values())
+    return {"nodes": nodes, "kernels": times_by_operator(pairs)}
 
-    Its times are those of the CPU, with the search for convolution algorithms in them: no measure of the GPU.
-    """
-    return collections.Counter(
-        event["args"]["provider"]
-        for event in json.loads(trace.read_text())
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-    )
 
-
-def measure(folder: Path, form: str) -> dict[str, Any]:
+def measure(folder: Path, form: str, nodes_file: Path) -> dict[str, Any]:
     """All figures of one form."""
     path, figures = file_of(folder, form), {}
     before = used_memory()
@@ -178,10 +190,7 @@ def measure(folder: Path, form: str) -> dict[str, Any]:
         del graph
     except Exception as error:  # ONNX Runtime's exceptions share no base class; its rejection is the result
         figures["cuda_graph"] = str(error).splitlines()[0][:300]
-    profiled = open_session(path, "CUDAExecutionProvider", profile=folder / "profile")
-    profiled.run(None, values)
-    figures["nodes"] = nodes_by_provider(Path(profiled.end_profiling()))
-    del profiled
+    figures |= profile_nodes(path, values, nodes_file)
     if form in COMPARED:
         figures |= compare_with_cpu(path, values, outputs)
     return figures
@@ -209,7 +218,8 @@ def run(folder: Path, out: Path) -> None:
         fill(folder, Path(work))
         for form in FORMS:
             try:
-                results[form] = measure(Path(work), form)
+                nodes_file = out.with_name(f"{out.stem}-{file_of(folder, form).stem}-nodes.json")
+                results[form] = measure(Path(work), form, nodes_file)
             except Exception as error:  # as above; the other forms may still run
                 results[form] = {"error": f"{type(error).__name__}: {error}"[:2000]}
             print(form, json.dumps(results[form]), flush=True)
