@@ -14,10 +14,13 @@ from graph_passes.lower_functions import LowerFunctions
 from graph_passes.match_ranks import MatchRanks
 from graph_passes.mix_before_projections import MixBeforeProjections
 from graph_passes.name_attention import NameAttention
+from graph_passes.pads_to_concats import PadsToConcats
+from graph_passes.remove_waits import RemoveWaits
 from graph_passes.set_static_shapes import SetStaticShapes
 from graph_passes.sink_into_branches import SinkIntoBranches
 from graph_passes.slices_to_pads import SlicesToPads
 from graph_passes.split_query_chunks import SplitQueryChunks
+from graph_passes.split_reductions import SplitReductions
 from graph_passes.target import Target
 
 
@@ -60,6 +63,9 @@ def sws_passes(
         FoldConstants(),
         CleanGraph(),
         *([SinkIntoBranches()] if target.branches else []),
+        *([RemoveWaits()] if target.runs_in_order else []),
+        *([SplitReductions()] if target.slow_reductions else []),
+        *([PadsToConcats()] if target.slow_pads else []),
         *([SlicesToPads(), MatchRanks()] if target.costly_shapes else []),
         *([NameAttention()] if target.unscaled_attention else []),
     )

@@ -1,12 +1,11 @@
 """Replace Slice by Pad, for a runtime whose parser makes many layers of a Slice."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
 from graph_passes.conditions import require_initializers
+from graph_passes.static_values import known_integers
 
 
 class SlicesToPads(InPlacePass):
@@ -45,7 +44,7 @@ def _pads(node: ir.Node) -> list[int] | None:
     data = node.inputs[0] if node.op_type == "Slice" and len(node.inputs) > 3 else None
     if data is None or data.shape is None:
         return None
-    bounds = [_constant(value) for value in node.inputs[1:]]
+    bounds = [known_integers(value) for value in node.inputs[1:]]
     if any(bound is None for bound in bounds):
         return None
     rank = len(data.shape)
@@ -60,12 +59,6 @@ def _pads(node: ir.Node) -> list[int] | None:
             return None
         pads[axis % rank], pads[rank + axis % rank] = -first, last - size
     return pads
-
-
-def _constant(value: ir.Value | None) -> Sequence[int] | None:
-    if value is None or value.const_value is None:
-        return None
-    return [int(number) for number in np.ravel(value.const_value.numpy())]
 
 
 def _remove(graph: ir.Graph, node: ir.Node) -> bool:

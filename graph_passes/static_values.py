@@ -37,6 +37,12 @@ def known_number(value: ir.Value | None) -> float | None:
     return _computed(node.op_type, numbers, value.dtype) if numbers else None
 
 
+def known_integers(value: ir.Value | None) -> list[int] | None:
+    """The numbers of a constant, in order; None if the value is none."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]
+
+
 def is_zero(value: ir.Value | None) -> bool:
     """Whether a value is zero for every input: a constant, or zeros of a dynamic shape times a number."""
     if value is None:

@@ -26,6 +26,10 @@ class Target:
             The scale of a site's own attention is then a factor of its queries.
         slow_convolutions: Float32 convolutions with large kernels and few channels are slow; transports copy
             rows instead.
+        slow_reductions: Reductions of many elements to few are slow, and computed in steps where all sizes
+            are known.
+        slow_pads: Zeros are appended by Concat where all sizes are known.
+        runs_in_order: Nodes run in the order of the graph, and none has to wait for others.
         split_heads: The heads of a site's own attention are split by Reshape and Transpose nodes. ONNX
             Runtime takes longer to split them itself; TensorRT builds faster if it does.
         query_chunks: Attentions of many tokens are computed on one chunk of the query rows after another.
@@ -39,6 +43,9 @@ class Target:
     costly_shapes: bool = False
     unscaled_attention: bool = False
     slow_convolutions: bool = False
+    slow_reductions: bool = False
+    slow_pads: bool = False
+    runs_in_order: bool = False
     split_heads: bool = False
     query_chunks: bool = False
     plugin_operators: frozenset[str] = frozenset()
@@ -48,7 +55,14 @@ TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
         Target("onnxruntime", branches=True, split_heads=True, query_chunks=True),
-        Target("onnxruntime-cuda", float16_attention=True, slow_convolutions=True),
+        Target(
+            "onnxruntime-cuda",
+            float16_attention=True,
+            slow_convolutions=True,
+            slow_reductions=True,
+            slow_pads=True,
+            runs_in_order=True,
+        ),
         Target(
             "tensorrt-rtx",
             float16_attention=True,

@@ -24,7 +24,7 @@ VERBS = (
 OTHER_OPTIONS = {
     *("--staticPlugins", "--dynamicPlugins", "--setPluginsToSerialize", "--loadEngine"),  # trtexec
     *("--backend-config", "--plugins"),  # tritonserver, polygraphy
-    *("--only", "--seconds", "--small", "--optimum-python", "--resume", "--rounds"),  # benchmarks
+    *("--only", "--seconds", "--side", "--small", "--optimum-python", "--resume", "--rounds"),  # benchmarks
     *("--prompts",),  # examples/shapes
 }
 

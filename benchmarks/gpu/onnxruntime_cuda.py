@@ -1,9 +1,9 @@
-"""Times a step of SD1.5 with ONNX Runtime on a GPU: plain, with SWS, and with the guard on 1/8 of the rows.
+"""Times a step of a UNet with ONNX Runtime on a GPU: plain, with SWS, and with the guard on 1/8 of the rows.
 
     python -m benchmarks.gpu.onnxruntime_cuda pack CHECKPOINT FOLDER    where sws-export is installed
     python -m benchmarks.gpu.onnxruntime_cuda run FOLDER --out gpu.json    on the GPU
 
-`pack` exports the graphs for `onnxruntime-cuda` in float16, 512² and batch 2, and keeps the values of those
+`pack` exports the graphs for `onnxruntime-cuda` in float16 and batch 2, and keeps the values of those
 initializers only that are no weights of the model. `run` needs onnxruntime-gpu, onnx and torch: it fills the
 weights with random numbers, so that a few MB are enough to carry. It writes the median time of a step, the
 GPU memory, where nodes ran, the GPU time of each type of operator, and the difference from the CPU provider.
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ from onnx import TensorProto, external_data_helper
 from benchmarks.gpu.kernel_times import by_node, record_kernels, times_by_operator, write_nodes
 
 FORMS: dict[str, list[str]] = {"plain": ["--plain"], "sws": [], "sws-rows-1/8": ["--guard-rows", "1/8"]}
-SIZES = ["--batch", "2", "--height", "512", "--width", "512", "--tokens", "77"]
 WARM_UP, REPEATS = 5, 30
 WEIGHTS = "weights.bin"
 COMPARED = ("plain", "sws")
+"""The forms that are compared with the CPU, if any are."""
 
 
 def file_of(folder: Path, form: str) -> Path:
@@ -42,15 +42,16 @@ def file_of(folder: Path, form: str) -> Path:
     return folder / f"{form.replace('/', '-')}.onnx"
 
 
-def pack(checkpoint: Path, folder: Path) -> None:
-    """Export the graphs and drop the model's weights."""
+def pack(checkpoint: Path, folder: Path, side: int) -> None:
+    """Export the graphs for images of `side` x `side` pixels and drop the model's weights."""
+    sizes = ["--batch", "2", "--height", str(side), "--width", str(side), "--tokens", "77"]
     folder.mkdir(parents=True, exist_ok=True)
     weights: set[str] = set()
     for form, options in FORMS.items():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             path = Path(work) / "graph.onnx"
             command = ["sws-export", str(checkpoint), "--out", str(path), "--backend", "onnxruntime-cuda"]
-            subprocess.run([*command, "--precision", "fp16", *SIZES, "--no-validate", *options], check=True)
+            subprocess.run([*command, "--precision", "fp16", *sizes, "--no-validate", *options], check=True)
             model = onnx.load(path, load_external_data=False)
             external = {t.name: t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL}
             weights = weights or {name for name, t in external.items() if t.data_type == TensorProto.FLOAT16}
@@ -71,11 +72,11 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return (values / math.sqrt(fan_in)).astype(np.float16)
 
 
-def fill(folder: Path, target: Path) -> None:
+def fill(folder: Path, target: Path, forms: Iterable[str]) -> None:
     """Write the graphs to `target` with one file of random weights."""
     places: dict[str, tuple[int, int]] = {}
     with (target / WEIGHTS).open("wb") as file:
-        for form in FORMS:
+        for form in forms:
             model = onnx.load(file_of(folder, form), load_external_data=False)
             for tensor in model.graph.initializer:
                 if tensor.data_location != TensorProto.EXTERNAL:
@@ -172,8 +173,8 @@ def profile_nodes(path: Path, values: Mapping[str, np.ndarray], nodes_file: Path
     return {"nodes": nodes, "kernels": times_by_operator(pairs)}
 
 
-def measure(folder: Path, form: str, nodes_file: Path) -> dict[str, Any]:
-    """All figures of one form."""
+def measure(folder: Path, form: str, nodes_file: Path, *, compare: bool) -> dict[str, Any]:
+    """All figures of one form; `compare` adds the differences from the CPU."""
     path, figures = file_of(folder, form), {}
     before = used_memory()
     session = open_session(path, "CUDAExecutionProvider")
@@ -191,7 +192,7 @@ def measure(folder: Path, form: str, nodes_file: Path) -> dict[str, Any]:
     except Exception as error:  # ONNX Runtime's exceptions share no base class; its rejection is the result
         figures["cuda_graph"] = str(error).splitlines()[0][:300]
     figures |= profile_nodes(path, values, nodes_file)
-    if form in COMPARED:
+    if compare:
         figures |= compare_with_cpu(path, values, outputs)
     return figures
 
@@ -208,18 +209,18 @@ def compare_with_cpu(path: Path, values: dict[str, np.ndarray], outputs: list[np
     return {"difference_from_cpu": differences, "largest_prediction": float(np.abs(exact[0]).max())}
 
 
-def run(folder: Path, out: Path) -> None:
-    """Measure every form; the file is written after each."""
+def run(folder: Path, out: Path, forms: Sequence[str], *, compare: bool) -> None:
+    """Measure forms; the file is written after each."""
     import onnxruntime
     import torch
 
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "onnxruntime": onnxruntime.__version__}
     with tempfile.TemporaryDirectory() as work:
-        fill(folder, Path(work))
-        for form in FORMS:
+        fill(folder, Path(work), forms)
+        for form in forms:
             try:
                 nodes_file = out.with_name(f"{out.stem}-{file_of(folder, form).stem}-nodes.json")
-                results[form] = measure(Path(work), form, nodes_file)
+                results[form] = measure(Path(work), form, nodes_file, compare=compare and form in COMPARED)
             except Exception as error:  # as above; the other forms may still run
                 results[form] = {"error": f"{type(error).__name__}: {error}"[:2000]}
             print(form, json.dumps(results[form]), flush=True)
@@ -235,14 +236,17 @@ def main() -> None:
     packing = commands.add_parser("pack")
     packing.add_argument("checkpoint", type=Path)
     packing.add_argument("folder", type=Path)
+    packing.add_argument("--side", type=int, default=512, help="pixels of an image; default 512")
     running = commands.add_parser("run")
     running.add_argument("folder", type=Path)
     running.add_argument("--out", type=Path, required=True)
+    running.add_argument("--forms", choices=FORMS, nargs="+", default=list(FORMS))
+    running.add_argument("--no-compare", action="store_true", help="leave out the steps on the CPU")
     options = parser.parse_args()
     if options.command == "pack":
-        pack(options.checkpoint, options.folder)
+        pack(options.checkpoint, options.folder, options.side)
     else:
-        run(options.folder, options.out)
+        run(options.folder, options.out, options.forms, compare=not options.no_compare)
 
 
 if __name__ == "__main__":

@@ -69,9 +69,16 @@ class Contract:
     @property
     def static_sizes(self) -> dict[str, int]:
         """Those of batch, height and width (latent) and tokens that are static in the graph."""
+        return {name: size for name, size in self._sizes().items() if isinstance(size, int)}
+
+    @property
+    def dynamic_sizes(self) -> list[str]:
+        """The names of the others that the graph has."""
+        return [name for name, size in self._sizes().items() if isinstance(size, str)]
+
+    def _sizes(self) -> dict[str, int | str]:
         shapes = {spec.name: spec.shape for spec in self.inputs}
-        found = {name: shapes[tensor][axis] for name, (tensor, axis) in SIZE_AXES.items() if tensor in shapes}
-        return {name: size for name, size in found.items() if isinstance(size, int)}
+        return {name: shapes[tensor][axis] for name, (tensor, axis) in SIZE_AXES.items() if tensor in shapes}
 
     @property
     def size_multiple(self) -> int:

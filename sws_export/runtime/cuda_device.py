@@ -7,7 +7,7 @@ have no GPU; they run sessions on a fake device in host memory.
 import ctypes
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from sws_export.engines.gpu import load_driver
 from sws_export.errors import EngineError
@@ -25,6 +25,23 @@ class Memory:
     def __init__(self, address: int, free: Callable[[int], None]) -> None:
         self.address = address
         weakref.finalize(self, free, address)
+
+
+class Device(Protocol):
+    """The interface of a GPU; see `CudaDevice`."""
+
+    name: str
+    capability: str
+
+    def activate(self) -> None: ...  # noqa: D102
+    def stream(self) -> int: ...  # noqa: D102
+    def allocate(self, nbytes: int) -> Memory: ...  # noqa: D102
+    def zero(self, memory: Memory, nbytes: int, stream: int) -> None: ...  # noqa: D102
+    def upload(self, memory: Memory, array: Array, stream: int) -> None: ...  # noqa: D102
+    def download(self, array: Array, memory: Memory, stream: int) -> None: ...  # noqa: D102
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
+    def synchronize(self, stream: int) -> None: ...  # noqa: D102
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> Callable[[], None]: ...  # noqa: D102
 
 
 class CudaDevice:

@@ -4,7 +4,7 @@ import functools
 import importlib
 from typing import Any, Literal, NamedTuple
 
-from sws_export.errors import EngineError
+from sws_export.errors import EngineError, OptionError
 from sws_export.runtime.contract import Contract
 
 ProviderName = Literal["cpu", "cuda", "tensorrt-rtx"]
@@ -35,7 +35,12 @@ _CUDA_OPTIONS = {"use_tf32": "0"}
 
 
 def create_session(
-    runtime: Any, contract: Contract, provider: ProviderName | None, options: Any
+    runtime: Any,
+    contract: Contract,
+    provider: ProviderName | None,
+    options: Any,
+    *,
+    cuda_graphs: bool = False,
 ) -> tuple[Any, ProviderName]:
     """An `InferenceSession`, and the provider that it uses.
 
@@ -44,14 +49,18 @@ def create_session(
         contract: Of the graph.
         provider: None is `cuda` if ONNX Runtime has this provider and it can start, otherwise `cpu`.
         options: The `SessionOptions`.
+        cuda_graphs: The provider captures steps.
 
     Raises:
         EngineError: The provider is not installed or cannot start, or the graph is for another one.
+        OptionError: The provider captures no steps.
         Exception: ONNX Runtime cannot load the graph; its exceptions share no base class.
     """
     available = runtime.get_available_providers()
     chosen = provider or ("cuda" if PROVIDERS["cuda"].name in available else "cpu")
     providers: list[Any] | None = [PROVIDERS[chosen].name]
+    if cuda_graphs:
+        _check_capture(contract, chosen)
     if chosen == "tensorrt-rtx":
         _check_target(contract)
         options.add_provider_for_devices(_rtx_devices(runtime), {})
@@ -62,16 +71,38 @@ def create_session(
             "with provider='cpu'"
         )
     elif chosen == "cuda":
-        providers = [(PROVIDERS["cuda"].name, _CUDA_OPTIONS), PROVIDERS["cpu"].name]
+        cuda_options = _CUDA_OPTIONS | ({"enable_cuda_graph": "1"} if cuda_graphs else {})
+        providers = [(PROVIDERS["cuda"].name, cuda_options), PROVIDERS["cpu"].name]
     session = runtime.InferenceSession(contract.path, options, providers=providers)
     if PROVIDERS[chosen].name in session.get_providers():
         return session, chosen
-    if provider is None:
+    if provider is None and not cuda_graphs:
         return session, "cpu"
     raise EngineError(
         f"ONNX Runtime could not start {PROVIDERS[chosen].name} and fell back to the CPU; check the driver "
         "with nvidia-smi, or load with provider='cpu'"
     )
+
+
+def _check_capture(contract: Contract, provider: ProviderName) -> None:
+    """Raises if the steps of a graph cannot be captured."""
+    if provider != "cuda":
+        raise OptionError(
+            f"cuda_graphs=True is for engines and for provider='cuda', found '{provider}'; leave it out"
+        )
+    target = contract.manifest["target"]
+    if target != "onnxruntime-cuda":
+        raise EngineError(
+            f"{contract.path} was exported for {target}, whose steps CUDA graphs cannot hold; export it "
+            "again with --backend onnxruntime-cuda, or load it without cuda_graphs"
+        )
+    # ONNX Runtime computes with dynamic sizes on the CPU, which a CUDA graph does not contain.
+    if dynamic := contract.dynamic_sizes:
+        options = " ".join(f"--{name} N" for name in dynamic)
+        raise EngineError(
+            f"{contract.path} has dynamic sizes ({', '.join(dynamic)}), and CUDA graphs need static ones; "
+            f"export it again with {options}, or load it without cuda_graphs"
+        )
 
 
 def _check_target(contract: Contract) -> None:

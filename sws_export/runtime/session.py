@@ -313,7 +313,8 @@ class Session(Stream):
                 `tensorrt-rtx`; None is that of `device`. `tensorrt-rtx` needs a graph exported with
                 `--backend tensorrt-rtx`.
             threads: Threads of one operator in ONNX Runtime; None is ONNX Runtime's default.
-            cuda_graphs: Engines only: capture the step as two CUDA graphs, one for each buffer of the state.
+            cuda_graphs: Capture the step as two CUDA graphs, one for each buffer of the state: of an engine,
+                or of a graph exported with `--backend onnxruntime-cuda`.
             engine_host_code_allowed: TensorRT engines only: run the host code that an engine contains if
                 plugins are serialized into it or it is version-compatible. It is native code with the rights
                 of this process: allow it only for engines whose origin you trust.
@@ -332,7 +333,10 @@ class Session(Stream):
         if contract.backend == "onnxruntime":
             from sws_export.runtime.onnxruntime_backend import OnnxRuntimeBackend
 
-            return cls(contract, OnnxRuntimeBackend(contract, _provider(device, provider), threads), pad=pad)
+            backend = OnnxRuntimeBackend(
+                contract, _provider(device, provider), threads, cuda_graphs=cuda_graphs
+            )
+            return cls(contract, backend, pad=pad)
         _check_engine_options(contract, device, provider)
         from sws_export.runtime.tensorrt_backend import open_tensorrt
 

@@ -5,7 +5,7 @@ Not run on a GPU by this project's tests, which replace the library and the devi
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from sws_export.engines.header import plan_header
 from sws_export.errors import EngineError
 from sws_export.runtime.backend import StateShapes
 from sws_export.runtime.contract import Contract
-from sws_export.runtime.cuda_device import CudaDevice, Memory
+from sws_export.runtime.cuda_device import CudaDevice, Device, Memory
 from sws_export.runtime.inputs import Array, Buffer, GpuTensor
 from sws_export.runtime.integrity import FoundTensor, check_profiles, check_tensors
 from sws_export.runtime.profiles import narrowest_profile
@@ -30,23 +30,6 @@ _DTYPES = {
     "INT32": "int32",
     "INT64": "int64",
 }
-
-
-class Device(Protocol):
-    """The interface of a GPU; see `CudaDevice`."""
-
-    name: str
-    capability: str
-
-    def activate(self) -> None: ...  # noqa: D102
-    def stream(self) -> int: ...  # noqa: D102
-    def allocate(self, nbytes: int) -> Memory: ...  # noqa: D102
-    def zero(self, memory: Memory, nbytes: int, stream: int) -> None: ...  # noqa: D102
-    def upload(self, memory: Memory, array: Array, stream: int) -> None: ...  # noqa: D102
-    def download(self, array: Array, memory: Memory, stream: int) -> None: ...  # noqa: D102
-    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
-    def synchronize(self, stream: int) -> None: ...  # noqa: D102
-    def capture(self, stream: int, enqueue: Callable[[], None]) -> Callable[[], None]: ...  # noqa: D102
 
 
 def open_tensorrt(

@@ -29,7 +29,7 @@ def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("cuda") / f"{request.param}.onnx"
     options = ExportOptions(
         source=SourceOptions(precision=request.param),
-        sizes=SizeOptions(batch="2", tokens="8"),
+        sizes=SizeOptions(batch="2", height="16", width="24", tokens="8"),
         backend="onnxruntime-cuda",
         validate=False,
     )
@@ -37,9 +37,9 @@ def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def predictions(graph: Path, provider: Any, place: Any) -> list[Array]:
+def predictions(graph: Path, provider: Any, place: Any, *, cuda_graphs: bool = False) -> list[Array]:
     """A trajectory; `place` moves an input to where the session should find it."""
-    session = Session.load(graph, provider=provider)
+    session = Session.load(graph, provider=provider, cuda_graphs=cuda_graphs)
     stream = session.stream()
     random = np.random.default_rng(1)
     sample = place(random.standard_normal((2, 3, 16, 24), np.float32))
@@ -54,10 +54,11 @@ def predictions(graph: Path, provider: Any, place: Any) -> list[Array]:
     return [np.asarray(torch.as_tensor(x).float().cpu()) for x in found]
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("memory", ["cpu", "cuda"])
-def test_a_trajectory_is_that_of_the_cpu(graph: Path, memory: str) -> None:
+def test_a_trajectory_is_that_of_the_cpu(graph: Path, memory: str, cuda_graphs: bool) -> None:
     exact = predictions(graph, "cpu", lambda x: x)
-    found = predictions(graph, "cuda", lambda x: torch.from_numpy(x).to(memory))
+    found = predictions(graph, "cuda", lambda x: torch.from_numpy(x).to(memory), cuda_graphs=cuda_graphs)
     tolerance = {"fp32": 1e-4, "fp16": 5e-3}[graph.stem]
     for a, b in zip(found, exact, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())

@@ -1,0 +1,117 @@
+"""Steps of a graph as CUDA graphs. The GPU is the memory of the host, and the provider that of the CPU."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from sws_export.errors import EngineError, OptionError
+from sws_export.runtime import Session
+from sws_export.runtime.backend import StateShapes
+from sws_export.runtime.contract import Contract, read_contract
+from sws_export.runtime.onnxruntime_backend import CapturedLoop, Capturing, OnnxRuntimeBackend
+from sws_export.runtime.session import Stream
+from tests.sws_export.runtime.test_tensorrt_backend import HostDevice
+
+MakeInputs = Callable[..., dict[str, Any]]
+ID = "gpu_graph_id"
+
+
+class Backend:
+    """A graph on the CPU whose loops capture their steps; the numbers of the CUDA graphs that ran."""
+
+    device = "cpu"
+
+    def __init__(self, contract: Contract) -> None:
+        self._contract = contract
+        self._session = onnxruntime.InferenceSession(contract.path, providers=["CPUExecutionProvider"])
+        self.gpu = HostDevice()
+        self._capturing = Capturing(self.gpu, onnxruntime.RunOptions)
+        self.ran: list[str] = []
+
+    def loop(self, states: StateShapes) -> CapturedLoop:
+        return CapturedLoop(self, self._contract, "cpu", states, self._capturing)
+
+    def io_binding(self) -> Any:
+        return self._session.io_binding()
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.ran.append(options.get_run_config_entry(ID))
+        self._session.run_with_iobinding(binding, options)
+
+
+@pytest.fixture
+def backend(sws_graph: Path) -> Backend:
+    return Backend(read_contract(sws_graph))
+
+
+def test_steps_are_those_of_a_session(sws_graph: Path, backend: Backend, inputs: MakeInputs) -> None:
+    """Each direction has one CUDA graph, and buffers that stay where they are."""
+    stream = Stream(read_contract(sws_graph), backend)
+    other = Session.load(sws_graph, device="cpu")
+    held = []
+    for number in range(5):
+        step = inputs(number)
+        np.testing.assert_array_equal(stream.step(**step), other.step(**step))
+        held.append(set(backend.gpu.held))
+    assert backend.ran == ["1", "2", "1", "2", "1"]
+    assert all(blocks == held[0] for blocks in held)
+
+
+def test_other_sizes_are_captured_again(sws_graph: Path, backend: Backend, inputs: MakeInputs) -> None:
+    stream = Stream(read_contract(sws_graph), backend)
+    other = Session.load(sws_graph, device="cpu")
+    for step in (inputs(0), inputs(1, batch=1), inputs(2, batch=1)):
+        np.testing.assert_array_equal(stream.step(**step), other.step(**step))
+    assert backend.ran == ["1", "3", "4"]
+
+
+def test_streams_have_graphs_of_their_own(sws_graph: Path, backend: Backend, inputs: MakeInputs) -> None:
+    first, second = (Stream(read_contract(sws_graph), backend) for _ in range(2))
+    expected = [Session.load(sws_graph, device="cpu").step(**inputs(number)) for number in range(2)]
+    found = [stream.step(**inputs(number)) for number, stream in enumerate((first, second))]
+    np.testing.assert_array_equal(found, expected)
+    assert backend.ran == ["1", "3"]
+
+
+def test_a_state_is_read_and_written(sws_graph: Path, backend: Backend, inputs: MakeInputs) -> None:
+    stream = Stream(read_contract(sws_graph), backend)
+    stream.step(**inputs(0))
+    kept = stream.state()
+    second = stream.step(**inputs(1))
+    stream.restore(kept)
+    np.testing.assert_array_equal(stream.step(**inputs(1)), second)
+
+
+def test_a_provider_that_captures_nothing(sws_graph: Path) -> None:
+    with pytest.raises(
+        OptionError, match="cuda_graphs=True is for engines and for provider='cuda', found 'cpu'"
+    ):
+        Session.load(sws_graph, provider="cpu", cuda_graphs=True)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime says that it has the CUDA provider."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_graph_of_another_target(sws_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    with pytest.raises(
+        EngineError, match=r"was exported for onnxruntime, .* with --backend onnxruntime-cuda"
+    ):
+        Session.load(sws_graph, provider="cuda", cuda_graphs=True)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_dynamic_sizes(sws_graph: Path) -> None:
+    found = read_contract(sws_graph)
+    contract = dataclasses.replace(found, manifest={**found.manifest, "target": "onnxruntime-cuda"})
+    with pytest.raises(EngineError, match=r"dynamic sizes \(batch, height, .* with --batch N --height N"):
+        OnnxRuntimeBackend(contract, "cuda", None, cuda_graphs=True)
