@@ -2,9 +2,9 @@
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes import InPlacePass, PassResult, common
 
-from graph_passes.conditions import require_initializers
+from graph_passes.conditions import require_attention_opset, require_initializers
 from graph_passes.static_values import is_zero, known_integers
 
 
@@ -17,8 +17,9 @@ class PadsToConcats(InPlacePass):
     """
 
     def requires(self, model: ir.Model) -> None:
-        """All constants are initializers (`require_initializers`)."""
+        """All constants are initializers, and pads are inputs (`require_attention_opset`)."""
         require_initializers(model)
+        require_attention_opset(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Replace the nodes of the main graph."""
@@ -27,6 +28,9 @@ class PadsToConcats(InPlacePass):
             if (added := _added(node)) is not None:
                 _replace(model.graph, node, *added)
                 modified = True
+        if modified:
+            # The numbers of zeros may have no other consumer.
+            common.RemoveUnusedNodesPass()(model)
         return PassResult(model, modified=modified)
 
 

@@ -15,7 +15,7 @@ from graph_passes.match_ranks import MatchRanks
 from graph_passes.mix_before_projections import MixBeforeProjections
 from graph_passes.name_attention import NameAttention
 from graph_passes.pads_to_concats import PadsToConcats
-from graph_passes.remove_waits import RemoveWaits
+from graph_passes.remove_ordering import RemoveOrdering
 from graph_passes.set_static_shapes import SetStaticShapes
 from graph_passes.sink_into_branches import SinkIntoBranches
 from graph_passes.slices_to_pads import SlicesToPads
@@ -63,7 +63,7 @@ def sws_passes(
         FoldConstants(),
         CleanGraph(),
         *([SinkIntoBranches()] if target.branches else []),
-        *([RemoveWaits()] if target.runs_in_order else []),
+        *([] if target.computes_early else [RemoveOrdering()]),
         *([SplitReductions()] if target.slow_reductions else []),
         *([PadsToConcats()] if target.slow_pads else []),
         *([SlicesToPads(), MatchRanks()] if target.costly_shapes else []),

@@ -26,10 +26,11 @@ class Target:
             The scale of a site's own attention is then a factor of its queries.
         slow_convolutions: Float32 convolutions with large kernels and few channels are slow; transports copy
             rows instead.
-        slow_reductions: Reductions of many elements to few are slow, and computed in steps where all sizes
-            are known.
+        slow_reductions: Reductions of many elements to few are slow, and computed in two stages where all
+            sizes are known.
         slow_pads: Zeros are appended by Concat where all sizes are known.
-        runs_in_order: Nodes run in the order of the graph, and none has to wait for others.
+        computes_early: Nodes are computed as early as possible, and their results kept. Products by 1 order
+            them, see `after` in functions/building.py.
         split_heads: The heads of a site's own attention are split by Reshape and Transpose nodes. ONNX
             Runtime takes longer to split them itself; TensorRT builds faster if it does.
         query_chunks: Attentions of many tokens are computed on one chunk of the query rows after another.
@@ -45,7 +46,7 @@ class Target:
     slow_convolutions: bool = False
     slow_reductions: bool = False
     slow_pads: bool = False
-    runs_in_order: bool = False
+    computes_early: bool = False
     split_heads: bool = False
     query_chunks: bool = False
     plugin_operators: frozenset[str] = frozenset()
@@ -61,7 +62,6 @@ TARGETS: Mapping[str, Target] = {
             slow_convolutions=True,
             slow_reductions=True,
             slow_pads=True,
-            runs_in_order=True,
         ),
         Target(
             "tensorrt-rtx",
@@ -69,8 +69,15 @@ TARGETS: Mapping[str, Target] = {
             float32_attention=False,
             costly_shapes=True,
             unscaled_attention=True,
+            computes_early=True,
         ),
-        Target("tensorrt", float16_attention=True, costly_shapes=True, plugin_operators=PLUGIN_OPERATORS),
+        Target(
+            "tensorrt",
+            float16_attention=True,
+            costly_shapes=True,
+            computes_early=True,
+            plugin_operators=PLUGIN_OPERATORS,
+        ),
     )
 }
 """All targets by name."""

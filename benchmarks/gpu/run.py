@@ -196,6 +196,8 @@ def main() -> int:
     unpack_wheels(options.wheels, options.build_folder / "packages")
     chosen = [part for part in PARTS if part.name in options.only]
     results = run_parts(chosen, options.out, options.seconds, work_of_parts(sizes, options.build_folder))
+    results["small"] = options.small
+    write_json(options.out, results)
     print_tables(results, sizes.sites, options.out)
     print(f"written to {options.out}")
     print(json.dumps(results["parts"], indent=2))

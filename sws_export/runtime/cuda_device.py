@@ -1,7 +1,7 @@
 """The calls of the CUDA driver API that a session needs, without torch or a CUDA toolkit.
 
-Names and meaning are those of docs.nvidia.com/cuda/cuda-driver-api. Not run in this project's tests, which
-have no GPU; they run sessions on a fake device in host memory.
+Names and meaning are those of docs.nvidia.com/cuda/cuda-driver-api. Tests without a GPU run sessions on a
+fake device in host memory; `tests/sws_export/runtime/test_cuda.py` ran all but `zero` and `capture` on a GPU.
 """
 
 import ctypes
@@ -63,8 +63,8 @@ class CudaDevice:
             self._call("cuDeviceGet", ctypes.byref(device), 0)
         except (OSError, EngineError) as error:
             raise EngineError(
-                f"an engine runs on an NVIDIA GPU with its driver, and none was found ({error}); check with "
-                "nvidia-smi, or load the .onnx graph, which --keep-onnx writes beside the engine"
+                f"this needs an NVIDIA GPU with its driver, and none was found ({error}); check with "
+                "nvidia-smi, or load an .onnx graph on the CPU; --keep-onnx writes that of an engine"
             ) from error
         major, minor = (self._attribute(device, code) for code in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR))
         self.capability = f"{major}.{minor}"
@@ -177,8 +177,8 @@ class CudaDevice:
             return
         if code == _OUT_OF_MEMORY:
             raise EngineError(
-                "the GPU has too little memory; close other programs on it, use fewer streams, or build the "
-                "engine for smaller sizes"
+                "the GPU has too little memory; close other programs on it, use fewer streams, or export for "
+                "smaller sizes"
             )
         text = ctypes.c_char_p()
         self._driver.cuGetErrorName(code, ctypes.byref(text))

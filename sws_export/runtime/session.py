@@ -187,8 +187,7 @@ class Stream:
             )
         with self._lock:
             if samples is None:
-                self._steps = 0
-                self._fill({name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()})
+                self._clear()
                 return
             kept = self._snapshot()
             batch = min((len(values) for values in kept.values()), default=(self._sample_shape or (0,))[0])
@@ -237,13 +236,21 @@ class Stream:
         return loop
 
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> Loop:
-        """Buffers with these shapes, all zero."""
+        """Buffers with these shapes, all zero; those of the present loop if it has these shapes."""
+        if self._loop is not None and shapes == self._shapes:
+            self._clear()
+            return self._loop
         # Free the old ones first: the device may not have memory for both.
         self._loop = None
         self._steps = 0
         self._loop = self._backend.loop(shapes)
         self._shapes = dict(shapes)
         return self._loop
+
+    def _clear(self) -> None:
+        """Set the state to zeros."""
+        self._steps = 0
+        self._fill({name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()})
 
     def _require_finite(self, prediction: Buffer) -> None:
         """Raises StepError where the prediction of the step that just ran has NaN or Inf."""

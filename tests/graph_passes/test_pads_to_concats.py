@@ -26,12 +26,13 @@ def padded(
     fill: float | None = None,
     shape: tuple[int | str, ...] = SHAPE,
     mode: str = "constant",
+    dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Model:
     """A graph that pads its input."""
-    data = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+    data = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(shape))
     inputs = [data, constant("pads", pads, ir.DataType.INT64), None, None]
     if fill is not None:
-        inputs[2] = constant("fill", fill, ir.DataType.FLOAT)
+        inputs[2] = constant("fill", fill, dtype)
     if axes is not None:
         inputs[3] = constant("axes", axes, ir.DataType.INT64)
     node = ir.node("Pad", inputs, {"mode": mode}, name="pad")
@@ -47,13 +48,15 @@ def padded(
     ("pads", "axes", "fill"),
     [([0] * 9 + [3], None, None), ([0] * 6 + [1, 0, 0, 0], None, 0.0), ([0, 0, 0, 2], [1, -3], None)],
 )
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
 def test_the_numbers_stay(
-    run_onnx: RunOnnx, pads: list[int], axes: list[int] | None, fill: float | None
+    run_onnx: RunOnnx, pads: list[int], axes: list[int] | None, fill: float | None, dtype: ir.DataType
 ) -> None:
-    model = padded(pads, axes, fill)
-    values = {"x": np.random.default_rng(0).standard_normal(SHAPE, np.float32)}
+    model = padded(pads, axes, fill, dtype=dtype)
+    values = {"x": np.random.default_rng(0).standard_normal(SHAPE, np.float32).astype(dtype.numpy())}
     expected = run_onnx(model, values)["y"]
     assert PadsToConcats()(model).modified
+    assert all(value.uses() for value in model.graph.initializers.values())
     assert op_counts(model) == {"ConstantOfShape": 1, "Concat": 1}
     np.testing.assert_array_equal(run_onnx(model, values)["y"], expected)
     assert not PadsToConcats()(model).modified

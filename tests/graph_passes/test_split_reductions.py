@@ -1,4 +1,4 @@
-"""Reductions of many elements to few are computed in steps, with the same results."""
+"""Reductions of many elements to few are computed in two stages, with the same results."""
 
 from typing import Any
 
@@ -13,9 +13,15 @@ from tests.graph_passes.small_models import op_counts
 MANY = (2, 4, 1024, 2)
 
 
-def reduced(operator: str, shape: tuple[int | str, ...], axes: list[int], **attributes: Any) -> ir.Model:
+def reduced(
+    operator: str,
+    shape: tuple[int | str, ...],
+    axes: list[int],
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    **attributes: Any,
+) -> ir.Model:
     """A graph that reduces its input."""
-    data = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+    data = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape(shape))
     inputs, initializers = [data], []
     if operator == "ArgMax":
         attributes["axis"] = axes[0]
@@ -25,8 +31,7 @@ def reduced(operator: str, shape: tuple[int | str, ...], axes: list[int], **attr
         inputs, initializers = [data, value], [value]
     node = ir.node(operator, inputs, attributes, name="reduction")
     node.outputs[0].name = "y"
-    dtype = ir.DataType.INT64 if operator == "ArgMax" else ir.DataType.FLOAT
-    node.outputs[0].type = ir.TensorType(dtype)
+    node.outputs[0].type = ir.TensorType(ir.DataType.INT64 if operator == "ArgMax" else dtype)
     graph = ir.Graph(
         [data], node.outputs, nodes=[node], initializers=initializers, opset_imports={"": 23}, name="g"
     )
@@ -37,6 +42,7 @@ def check(run_onnx: RunOnnx, model: ir.Model, values: np.ndarray, tolerance: flo
     """The pass changes the graph and not its result, and leaves nothing to do."""
     expected = run_onnx(model, {"x": values})["y"]
     assert SplitReductions()(model).modified
+    assert all(value.uses() for value in model.graph.initializers.values())
     found = run_onnx(model, {"x": values})["y"]
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=0)
@@ -56,9 +62,12 @@ def test_a_sum_over_inner_axes(run_onnx: RunOnnx, operator: str, axes: list[int]
 @pytest.mark.parametrize("keepdims", [0, 1])
 @pytest.mark.parametrize("operator", ["ReduceMax", "ReduceMin"])
 @pytest.mark.parametrize("axes", [[1, 2], [1, 2, 3], [3, 2, 1]])
-def test_an_extreme(run_onnx: RunOnnx, operator: str, axes: list[int], keepdims: int) -> None:
-    values = np.random.default_rng(0).standard_normal(MANY, np.float32)
-    model = reduced(operator, MANY, axes, keepdims=keepdims)
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16])
+def test_an_extreme(
+    run_onnx: RunOnnx, operator: str, axes: list[int], keepdims: int, dtype: ir.DataType
+) -> None:
+    values = np.random.default_rng(0).standard_normal(MANY, np.float32).astype(dtype.numpy())
+    model = reduced(operator, MANY, axes, dtype, keepdims=keepdims)
     check(run_onnx, model, values)
     assert op_counts(model)[operator] == 2
 
@@ -82,6 +91,7 @@ def test_the_place_of_the_largest(run_onnx: RunOnnx, axis: int, keepdims: int) -
         reduced("ReduceMax", ("batch", 4096), [1]),
         reduced("ArgMax", (2, 4096), [1], select_last_index=1),
         reduced("ReduceProd", (2, 4096), [1]),
+        reduced("ReduceMax", (2, 4096), []),
     ],
 )
 def test_others_stay(model: ir.Model) -> None:

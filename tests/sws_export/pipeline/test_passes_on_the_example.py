@@ -10,8 +10,11 @@ from graph_passes.fold_constants import FoldConstants
 from graph_passes.guard import GuardOptions
 from graph_passes.lower_functions import LowerFunctions
 from graph_passes.name_nodes import NameNodes
+from graph_passes.pads_to_concats import PadsToConcats
 from graph_passes.parameters import SwsParameters
+from graph_passes.remove_ordering import RemoveOrdering
 from graph_passes.set_static_shapes import SetStaticShapes
+from graph_passes.split_reductions import SplitReductions
 from graph_passes.target import TARGETS
 from graph_passes.upcast_bfloat16 import UpcastBfloat16
 from sws_export.pipeline.rewrite import rewrite
@@ -130,12 +133,14 @@ def test_the_float32_copy_has_bfloat16_weights_only(shapes_model: ShapesModel) -
     assert all(node.op_type == "Cast" for value in weights for node in value.consumers())
 
 
-def test_no_product_of_all_tokens_is_stored(shapes_model: ShapesModel) -> None:
-    """On a grid that is not square."""
+def test_a_graph_for_the_cuda_provider(shapes_model: ShapesModel) -> None:
+    """It stores no product of all tokens, on a grid that is not square, and has nothing slow."""
     model, sizes = shapes_model("fp16"), {"height": 96, "width": 72, "batch": 2}
     guard, target = GuardOptions("fused"), TARGETS["onnxruntime-cuda"]
     rewrite(model, SwsParameters(), SITES, guard, target, SilentProgress(), sizes=sizes)
     assert not {"If", "Softmax", "Einsum"} & op_counts(model).keys()
+    for replaces in (RemoveOrdering(), SplitReductions(), PadsToConcats()):
+        assert not replaces(model).modified
 
 
 def test_materialized_logits_and_fused_attention_give_the_same_output(

@@ -1,4 +1,4 @@
-"""Remove products that only delay a node, for a runtime that runs nodes in the order of the graph."""
+"""Remove products that only order nodes, for a runtime that does not compute nodes early."""
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
@@ -7,11 +7,12 @@ from graph_passes.conditions import require_initializers
 from graph_passes.static_values import first_input, known_number
 
 
-class RemoveWaits(InPlacePass):
+class RemoveOrdering(InPlacePass):
     """Replace `x * Clip(earlier, 1, 1)` by `x`: see `after` in functions/building.py.
 
-    What `earlier` is reduced from can be large. Run it after `CleanGraph`, which makes the bounds
-    initializers.
+    What `earlier` is reduced from can be large. A product between two Casts, which round `x`, is removed too:
+    ONNX Runtime keeps a Cast to a type of less precision and the one back. Products whose shapes are not
+    known stay. Run it after `CleanGraph`, which makes the bounds initializers.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -22,7 +23,7 @@ class RemoveWaits(InPlacePass):
         """Remove the nodes of the main graph."""
         modified = False
         for node in list(model.graph):
-            if _is_wait(node):
+            if _only_orders(node):
                 ir.convenience.replace_all_uses_with(node.outputs[0], first_input(node))
                 model.graph.remove(node, safe=True)
                 modified = True
@@ -31,8 +32,8 @@ class RemoveWaits(InPlacePass):
         return PassResult(model, modified=modified)
 
 
-def _is_wait(node: ir.Node) -> bool:
-    """A product of the shape of its first factor, whose second is 1 in any case."""
+def _only_orders(node: ir.Node) -> bool:
+    """Whether a node is a product of the shape of its first factor, and its second factor is always 1."""
     if (node.domain, node.op_type) != ("", "Mul") or node.outputs[0].is_graph_output():
         return False
     value, one = node.inputs
@@ -40,4 +41,9 @@ def _is_wait(node: ir.Node) -> bool:
     if value is None or clip is None or (clip.domain, clip.op_type, len(clip.inputs)) != ("", "Clip", 3):
         return False
     bounds = [known_number(bound) for bound in clip.inputs[1:]]
-    return bounds == [1.0, 1.0] and value.shape is not None and value.shape == node.outputs[0].shape
+    return bounds == [1.0, 1.0] and _is_known(value.shape) and value.shape == node.outputs[0].shape
+
+
+def _is_known(shape: ir.Shape | None) -> bool:
+    """Whether each dimension has a number or a name: two that have neither can differ."""
+    return shape is not None and not any(shape.is_unknown_dim(axis) for axis in range(len(shape)))
