@@ -1,6 +1,7 @@
 """The manifest of an export: a description of the graph, and how the artefact was made."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -122,13 +123,16 @@ def _state_entry(pair: StatePair, preset: Preset) -> StateEntry:
 
 def library_versions(more: Sequence[str] = ()) -> dict[str, str]:
     """Versions of the libraries that affect the graph, and of `more`."""
-    versions = {}
-    for name in (*_LIBRARIES, *more):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    return {name: library_version(name) for name in (*_LIBRARIES, *more)}
+
+
+@functools.cache
+def library_version(name: str) -> str:
+    """The version of an installed library, read once a process: metadata take a millisecond to parse."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def complete(

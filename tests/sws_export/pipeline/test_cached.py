@@ -28,6 +28,7 @@ from sws_export import (
 from sws_export.cache import Cache, code_version, open_cache
 from sws_export.cache.digests import file_stamps
 from sws_export.errors import CheckpointError, ValidationError
+from sws_export.pipeline.describe import library_version
 from sws_export.pipeline.run import ExportReport
 from sws_export.progress import SilentProgress
 from tests.export_runs import (
@@ -342,10 +343,17 @@ def test_a_changed_option_is_a_miss(name: str, find: Callable[..., Any]) -> None
     assert find(**CHANGES[name]) == ()
 
 
-def test_another_version_of_a_library_is_a_miss(
-    find: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def other_versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Libraries have another version."""
+    library_version.cache_clear()
     monkeypatch.setattr("importlib.metadata.version", lambda *_: "other")
+    yield
+    library_version.cache_clear()
+
+
+@pytest.mark.usefixtures("other_versions")
+def test_another_version_of_a_library_is_a_miss(find: Callable[..., Any]) -> None:
     assert find() == ()
 
 
