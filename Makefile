@@ -8,6 +8,8 @@ CHROMIUM ?= chromium
 # Test processes. A file of tests stays in one process, so that its fixtures are made once. Files run in the order
 # of their paths, which has the long ones (tests/acceptance) first and many short ones at the end.
 WORKERS ?= 2
+# Both test processes, and the hundreds of processes that tests start, would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo quick test slow lint format style imports types pass-tests all-tests lint-windows images clean
