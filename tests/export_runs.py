@@ -277,7 +277,8 @@ def listing(directory: Path) -> dict[str, bytes | None]:
 class Session:
     """A graph in ONNX Runtime without `sws_export.runtime`: the caller passes the state from step to step."""
 
-    def __init__(self, path: Path, *, optimized: bool = True) -> None:
+    def __init__(self, path: Path, *, optimized: bool = False) -> None:
+        """Load a graph; optimizing one with SWS takes longer than all the steps that a test runs."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -318,9 +319,9 @@ class Session:
 
 
 @functools.lru_cache(maxsize=4)
-def open_session(path: Path) -> Session:
-    """The session of a file that does not change: opening a graph with SWS takes seconds."""
-    return Session(path)
+def open_session(path: Path, *, optimized: bool = False) -> Session:
+    """The session of a file that does not change."""
+    return Session(path, optimized=optimized)
 
 
 def _size(dimension: int | str, sizes: Mapping[str, int]) -> int:

@@ -26,7 +26,6 @@ from tests.export_runs import (
     TRAINED,
     Array,
     Outputs,
-    Session,
     difference,
     export_once,
     open_session,
@@ -254,7 +253,7 @@ def test_attention_to_the_text_is_peaked(case: Case, reference: Reference) -> No
 
 @pytest.mark.parametrize("case", ["trained", "sdxl"], indirect=True)
 def test_intensity_0_is_the_plain_unet_bit_for_bit(case: Case) -> None:
-    graph, plain = (Session(path, optimized=False) for path in (case.whole(), case.plain))
+    graph, plain = map(open_session, (case.whole(), case.plain))
     (step,) = inputs_of_steps(case, [77])
     step |= {"intensity": np.zeros(BATCH)}
     expected, _ = plain.step(step, {})

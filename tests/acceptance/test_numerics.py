@@ -25,7 +25,7 @@ def compare(session: Session, run: Run, out_limit: float, state_limit: float) ->
 
 
 def test_float32_equals_the_reference_over_five_steps(graph: Path, reference_run: ReferenceRun) -> None:
-    compare(open_session(graph), reference_run(SwsParameters()), 2e-4, 1e-5)
+    compare(open_session(graph, optimized=True), reference_run(SwsParameters()), 2e-4, 1e-5)
 
 
 def test_a_tight_cap_equals_the_reference(tight_graph: Path, reference_run: ReferenceRun) -> None:
