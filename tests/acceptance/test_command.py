@@ -1,6 +1,8 @@
 """The command as a user runs it, on the trained example and a small random UNet."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ import pytest
 from sws_export.cli import main
 
 from sws_export import ExportOptions, export
-from tests.export_runs import COMMAND, ONE_SITE, ROOT, TRAINED, error_line, listing, run_command
+from tests.export_runs import COMMAND, ONE_SITE, ROOT, TRAINED, error_line, listing
 
 SWS_NAMES = {
     *("sigma_min", "sigma_max", "tau", "sinkhorn_iters", "rebalance_iters", "beta", "bisection_steps"),
@@ -35,21 +37,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """An engine of the example, exported by a process: its directory and what `--json` printed.
+    """An engine of the example, exported by the command: its directory and what `--json` printed.
 
     With SWS at three of seven sites, so that it builds in half the time.
     """
     directory = tmp_path_factory.mktemp("made")
-    done = run_command(
-        trained,
-        *("--out", directory / "shapes.plan", "--tokens", "1:8:8", "--batch", "1:2:4", "--vae-scale", "1"),
-        *("--height", "32:32:64", "--width", "32:32:64"),
-        *("--sites", "down_blocks.*.attn1", "--sites", "mid_block.*.attn1"),
-        *("--keep-onnx", "--json", "--compute-capability", "12.0", "--builder-optimization-level", "0"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "wrote" in done.stderr
-    return directory, json.loads(done.stdout)
+    command = [str(trained), "--out", str(directory / "shapes.plan"), "--tokens", "1:8:8", "--batch", "1:2:4"]
+    command += ["--height", "32:32:64", "--width", "32:32:64", "--vae-scale", "1"]
+    command += ["--sites", "down_blocks.*.attn1", "--sites", "mid_block.*.attn1"]
+    command += ["--keep-onnx", "--json", "--compute-capability", "12.0", "--builder-optimization-level", "0"]
+    printed, log = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(log):
+        assert main(command) == 0
+    assert "wrote" in log.getvalue()
+    return directory, json.loads(printed.getvalue())
 
 
 def sha256(file: Path) -> str:

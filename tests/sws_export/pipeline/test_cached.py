@@ -619,7 +619,7 @@ def test_a_lora_replaced_while_it_is_exported(model: Path, out: Path, tmp_path: 
     def replace() -> None:
         write_lora(tmp_path / "other.safetensors", 0.2).replace(lora)
 
-    options = ExportOptions(source=SourceOptions(loras=(str(lora),)), validate=False)
+    options = with_options(UNVALIDATED, loras=(str(lora),))
     with pytest.raises(CheckpointError, match=r"lora\.safetensors was changed while it was exported"):
         export(model, out / "graph.onnx", options, AtStage("rewrite", replace))
     assert listing(out) == {}
