@@ -40,7 +40,7 @@ def test_it_draws_and_measures(
 ) -> None:
     out = tmp_path / "images.png"
     command = ["sample", str(shapes_sws), str(plain.HERE), "--trust-code", "--out", str(out), "--json"]
-    command += ["--steps", "4", "--guidance", "3", "--prompt", "red circle center"]
+    command += ["--steps", "2", "--guidance", "3", "--prompt", "red circle center"]
     command += ["--seed", "2", "--seed", "3"]
     # The folder's code runs from any place.
     monkeypatch.chdir(tmp_path)
@@ -62,7 +62,7 @@ def test_its_checker_measures_adherence(
     file, out = tmp_path / "prompts.txt", tmp_path / "results"
     file.write_text("red circle center\n")
     command = ["evaluate", str(shapes_sws), str(plain.HERE), "--prompts", str(file), "--seeds", "1"]
-    assert main([*command, "--steps", "6", "--out", str(out), "--trust-code"]) == 0
+    assert main([*command, "--steps", "4", "--out", str(out), "--trust-code"]) == 0
     assert "Prompt adherence" in capsys.readouterr().err
     metrics = json.loads((out / "evaluation.json").read_text())["metrics"]
     assert metrics["check"]["values"][0]["value"] == 1.0
