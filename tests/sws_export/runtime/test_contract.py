@@ -207,9 +207,7 @@ def test_engines_need_a_driver(plan_of: Callable[[str], Path]) -> None:
     if gpu_count():
         pytest.skip("this machine has a GPU")
     pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(
-        EngineError, match=r"runs on an NVIDIA GPU with its driver, and none was found.*\.onnx"
-    ):
+    with pytest.raises(EngineError, match=r"needs an NVIDIA GPU with its driver, and none was found.*\.onnx"):
         Session.load(plan_of("tensorrt-rtx"))
 
 

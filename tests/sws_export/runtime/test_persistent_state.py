@@ -62,7 +62,7 @@ def test_inputs_that_the_contract_shares_and_persists(session: Session) -> None:
 
 
 def test_state_is_fed_back(session: Session, node_graph: Path, step: MakeInputs) -> None:
-    stream, by_hand = session.stream(), export_runs.Session(node_graph)
+    stream, by_hand = session.stream(), export_runs.Session(node_graph, optimized=True)
     steps = [step(number) for number in range(4)]
     spread = [s | {name: np.full(2, s[name]) for name in ("sigma", "intensity")} for s in steps]
     for given, (prediction, state) in zip(steps, by_hand.run(spread), strict=True):

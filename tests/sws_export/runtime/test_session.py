@@ -28,7 +28,7 @@ def text_session(text_graph: Path) -> Session:
 
 
 def expected(path: Path, steps: list[dict[str, Any]]) -> list[Any]:
-    return [prediction for prediction, _ in export_runs.Session(path).run(steps)]
+    return [prediction for prediction, _ in export_runs.Session(path, optimized=True).run(steps)]
 
 
 def test_state_is_fed_back(session: Session, sws_graph: Path, inputs: MakeInputs) -> None:
@@ -276,7 +276,7 @@ class TestStateOfTheText:
     def test_another_number_of_tokens_empties_it_alone(
         self, text_session: Session, text_graph: Path, inputs: MakeInputs
     ) -> None:
-        stream, graph = text_session.stream(), export_runs.Session(text_graph)
+        stream, graph = text_session.stream(), export_runs.Session(text_graph, optimized=True)
         first, second = inputs(0), inputs(1, tokens=21)
         stream.step(**first)
         _, state = graph.step(first, graph.zero_state(first))
