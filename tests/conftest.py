@@ -19,6 +19,11 @@ from tests import export_runs
 
 # Models are small here: more threads of torch than one in each test process spend their time waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# ONNX Runtime has a thread for each processor. Beside another test process they spend a seventh of the time
+# waiting, so each test process has one processor.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 # Graphs are many small objects: with its default thresholds the collector takes a quarter of an export.
 gc.set_threshold(50_000, 50, 100)
 # A shell starts background jobs with SIGINT ignored; tests interrupt themselves and their child processes.
