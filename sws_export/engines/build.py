@@ -19,6 +19,7 @@ from sws_export import errors
 from sws_export.engines.backend import BuildOptions
 from sws_export.engines.events import EventReader
 from sws_export.engines.gpu_memory import GpuMemory
+from sws_export.engines.graph_check import check_graph
 from sws_export.engines.header import plan_header
 from sws_export.engines.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from sws_export.errors import EngineError
@@ -111,7 +112,9 @@ def build_engine(
         progress: Receives phases and warnings.
 
     Raises:
-        EngineError: The backend rejected the graph, or the child process failed or was killed.
+        CheckpointError: The graph is missing or not an ONNX model.
+        EngineError: The graph has custom operators or lacks weights, the backend rejected it, or the child
+            process failed or was killed.
         OptionError: The shapes do not fit the graph.
         OSError: The engine cannot be written to `out_path`.
     """
@@ -128,6 +131,9 @@ def build_engine(
     complete = False
     try:
         with progress.stage(f"engine ({options.backend.name})") as stage, tempfile.TemporaryFile() as output:
+            stage.describe("checking the graph")
+            # Here, where onnx_ir is imported; a build process would take a second for that.
+            check_graph(onnx_path, custom_operators=bool(options.plugins))
             with _child(spec, output) as (child, reader):
                 _listen(child, reader, outcome, stage)
             output.seek(0)

@@ -19,7 +19,6 @@ from sws_export.engines.backend import BuildOptions
 from sws_export.engines.choice import get_backend
 from sws_export.engines.events import EventWriter
 from sws_export.engines.gpu_memory import read_builder_memory
-from sws_export.engines.graph_check import check_graph
 from sws_export.engines.memory import OUT_OF_MEMORY_ADVICE, is_out_of_memory
 from sws_export.engines.monitor import make_logger, make_monitor
 from sws_export.errors import EngineError, SwsExportError
@@ -80,8 +79,6 @@ def _build(spec: dict[str, Any], events: EventWriter) -> None:
     ]
     onnx_path, out_path = Path(spec["onnx"]), Path(spec["out"])
 
-    events.send("phase", text="checking the graph")
-    check_graph(onnx_path, custom_operators=bool(options.plugins))
     trt = options.backend.load()
     logger = make_logger(trt, events)
     builder = steps.create_builder(trt, logger)

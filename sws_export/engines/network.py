@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from sws_export.engines.backend import BUILDER_FLAGS, BuildOptions, capability_member
 from sws_export.errors import EngineError, OptionError
 from sws_export.tensors import ProfileShapes
@@ -73,6 +71,9 @@ def without_plugin_functions(builder: Any, onnx_path: Path) -> bytes:
 
     External data is not read.
     """
+    # Only plugins need it, and it would take half of the time in which a build process starts.
+    import onnx
+
     names = {creator.name for creator in builder.get_plugin_registry().all_creators}
     model = onnx.load(onnx_path, load_external_data=False)
     kept = [function for function in model.functions if function.name not in names]
