@@ -8,8 +8,9 @@ import contextlib
 import sys
 import types
 
-for package in ("sws_export", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt_rtx", "psutil"):
-    sys.modules[package] = None
+# diffusers imports the last three, for seconds, where it finds them.
+NOT_NEEDED = "sws_export onnx onnx_ir onnxscript onnxruntime tensorrt_rtx psutil transformers peft scipy"
+sys.modules |= dict.fromkeys(NOT_NEEDED.split())
 
 import torch  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
