@@ -19,8 +19,8 @@ from tests import export_runs
 
 # Models are small here: more threads of torch than one in each test process spend their time waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# ONNX Runtime has a thread for each processor. Beside another test process they spend a seventh of the time
-# waiting, so each test process has one processor.
+# ONNX Runtime has a thread for each processor, which spins while it waits. With one processor a test process
+# has one thread, and takes up to a seventh less processor time.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     processors = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
