@@ -52,7 +52,7 @@ class Case:
         batch: Batch size.
         sigma: Noise level.
         intensity: Strength of SWS.
-        repeats: Steps timed after one warm-up step; 0 times a single step without warm-up.
+        repeats: Steps timed after the warm-up; 0 times a single step without it.
     """
 
     group: str

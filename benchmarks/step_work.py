@@ -12,21 +12,24 @@ from typing import Any
 import numpy as np
 from step_cases import MODELS, Case
 
+WARM_UP = 2
+"""Steps before the timed ones: ONNX Runtime plans its memory in the first and allocates it in the second."""
+
 
 def measure(step: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Wall and CPU seconds of the fastest of `repeats` steps after a warm-up step, and peak memory in bytes.
+    """Wall and CPU seconds of the fastest of `repeats` steps after the warm-up, and peak memory in bytes.
 
     With `repeats` 0 the only step is measured. CPU seconds count all threads; other work on the machine
     disturbs them less than the wall time.
     """
     wall, cpu = [], []
-    for _ in range(1 + repeats):
+    for _ in range(WARM_UP + repeats if repeats else 1):
         begin, cpu_begin = time.perf_counter(), time.process_time()
         step()
         wall.append(time.perf_counter() - begin)
         cpu.append(time.process_time() - cpu_begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    timed = slice(1, None) if repeats else slice(None)
+    timed = slice(WARM_UP, None) if repeats else slice(None)
     return {"seconds": min(wall[timed]), "cpu_seconds": min(cpu[timed]), "peak_bytes": peak}
 
 
