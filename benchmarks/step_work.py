@@ -16,6 +16,11 @@ WARM_UP = 2
 """Steps before the timed ones: ONNX Runtime plans its memory in the first and allocates it in the second."""
 
 
+def number_of_steps(repeats: int) -> int:
+    """All steps of a measurement."""
+    return WARM_UP + repeats if repeats else 1
+
+
 def measure(step: Callable[[], Any], repeats: int) -> dict[str, float]:
     """Wall and CPU seconds of the fastest of `repeats` steps after the warm-up, and peak memory in bytes.
 
@@ -23,7 +28,7 @@ def measure(step: Callable[[], Any], repeats: int) -> dict[str, float]:
     disturbs them less than the wall time.
     """
     wall, cpu = [], []
-    for _ in range(WARM_UP + repeats if repeats else 1):
+    for _ in range(number_of_steps(repeats)):
         begin, cpu_begin = time.perf_counter(), time.process_time()
         step()
         wall.append(time.perf_counter() - begin)
@@ -86,7 +91,7 @@ def run_graph(path: Path, case: Case, threads: int) -> dict[str, Any]:
         shapes = {value.name: (value.shape, dtypes[value.type]) for value in session.get_inputs()}
         feed = inputs_for(shapes, case)
         result = measure(lambda: session.run(None, feed), case.repeats)
-        runs = 1 + case.repeats
+        runs = number_of_steps(case.repeats)
         attentions = executed_nodes(Path(session.end_profiling()))["Attention"] // runs
     return result | {"load_seconds": load, "lean": lean, "attentions": attentions}
 
