@@ -5,6 +5,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
 from graph_passes.conditions import require_attention_opset, require_initializers
+from graph_passes.functions.building import add_integers
 from graph_passes.static_values import is_zero, known_integers
 
 
@@ -64,10 +65,7 @@ def _replace(graph: ir.Graph, node: ir.Node, axis: int, number: int) -> None:
     assert data.dtype is not None
     sizes = [int(size) for size in data.shape.numpy()]
     sizes[axis] = number
-    name = f"{taken.name}/zeros_shape"
-    shape = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(sizes)]))
-    shape.const_value = ir.tensor(np.array(sizes, np.int64), name=name)
-    graph.register_initializer(shape)
+    shape = add_integers(graph, f"{taken.name}/zeros_shape", sizes)
     # Not an initializer, which would be stored.
     zero = ir.tensor(np.zeros(1, data.dtype.numpy()))
     zeros = ir.node("ConstantOfShape", [shape], {"value": zero}, name=f"{node.name}/zeros")

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
 from graph_passes.conditions import require_attention_opset
 from graph_passes.find_sites import HEAD_SPLIT
+from graph_passes.functions.building import add_integers
 from graph_passes.static_values import (
     concatenated,
     first_input,
@@ -308,11 +308,7 @@ class _Inserter:
 
     def constant(self, values: list[int], name: str) -> ir.Value:
         """An initializer with these integers."""
-        full = f"{self._path}/attention_{name}"
-        value = ir.val(full, const_value=ir.tensor(np.array(values, np.int64), name=full))
-        value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(values)])
-        self._graph.register_initializer(value)
-        return value
+        return add_integers(self._graph, f"{self._path}/attention_{name}", values)
 
     def split(self, heads: _Heads, letter: str) -> ir.Value:
         """[B, h, T, D] of the tensor before its heads are split."""

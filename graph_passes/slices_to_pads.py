@@ -1,10 +1,10 @@
 """Replace Slice by Pad, for a runtime whose parser makes many layers of a Slice."""
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
 from graph_passes.conditions import require_initializers
+from graph_passes.functions.building import add_integers
 from graph_passes.static_values import known_integers
 
 
@@ -73,11 +73,8 @@ def _remove(graph: ir.Graph, node: ir.Node) -> bool:
 
 def _replace(graph: ir.Graph, node: ir.Node, pads: list[int]) -> None:
     (taken,) = node.outputs
-    name = f"{taken.name}/pads"
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(pads)]))
-    value.const_value = ir.tensor(np.array(pads, np.int64), name=name)
-    graph.register_initializer(value)
-    pad = ir.node("Pad", [node.inputs[0], value], name=node.name)
+    numbers = add_integers(graph, f"{taken.name}/pads", pads)
+    pad = ir.node("Pad", [node.inputs[0], numbers], name=node.name)
     output = pad.outputs[0]
     output.name, output.type, output.shape = taken.name, taken.type, taken.shape
     ir.convenience.replace_nodes_and_values(graph, node, [node], [pad], [taken], [output])

@@ -4,11 +4,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
 
 from graph_passes.conditions import require_attention_opset, require_initializers
+from graph_passes.functions.building import add_integers
 from graph_passes.static_values import first_input, known_integers
 
 MIN_ELEMENTS = 1024
@@ -106,11 +106,11 @@ def _reduction(node: ir.Node) -> _Reduction | None:
 
 
 class _Stages:
-    """Nodes that replace one, and their constants."""
+    """Nodes that replace one; their constants are added to its graph."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, graph: ir.Graph, name: str) -> None:
         self.tape = ir.tape.Tape()
-        self.constants: list[ir.Value] = []
+        self._graph = graph
         self._name = name
 
     def add(self, operator: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
@@ -120,12 +120,8 @@ class _Stages:
         return output
 
     def constant(self, numbers: Sequence[int]) -> ir.Value:
-        """An initializer [N] int64."""
-        name = f"{self._name}/constant_{len(self.constants)}"
-        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-        kind, shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(numbers)])
-        self.constants.append(ir.Value(name=name, type=kind, shape=shape, const_value=tensor))
-        return self.constants[-1]
+        """An initializer for the next node: [N] int64."""
+        return add_integers(self._graph, f"{self._name}/constant_{len(self.tape.nodes)}", numbers)
 
     def reshape(self, x: ir.Value, *sizes: int) -> ir.Value:
         """`x` in another shape."""
@@ -145,7 +141,7 @@ class _Stages:
 def _replace(graph: ir.Graph, node: ir.Node, reduction: _Reduction) -> None:
     """Replace a reduction by two stages."""
     (taken,) = node.outputs
-    stages = _Stages(str(taken.name))
+    stages = _Stages(graph, str(taken.name))
     x = first_input(node)
     if not reduction.trailing:
         x = stages.add("Transpose", x, perm=[*reduction.kept, *reduction.axes])
@@ -163,6 +159,4 @@ def _replace(graph: ir.Graph, node: ir.Node, reduction: _Reduction) -> None:
     sizes = [1 if axis in reduction.axes else size for axis, size in enumerate(reduction.shape)]
     output = stages.reshape(x, *(size for axis, size in enumerate(sizes) if keeps or axis in reduction.kept))
     output.name, output.type, output.shape = taken.name, taken.type, taken.shape
-    for constant in stages.constants:
-        graph.register_initializer(constant)
     ir.convenience.replace_nodes_and_values(graph, node, [node], stages.tape.nodes, [taken], [output])

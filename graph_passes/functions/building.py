@@ -24,6 +24,15 @@ def add_function(model: ir.Model, function: ir.Function) -> None:
     model.functions[function.identifier()] = function
 
 
+def add_integers(graph: ir.Graph, name: str, numbers: Sequence[int]) -> ir.Value:
+    """Add an initializer [N] int64."""
+    tensor = ir.tensor(np.array(numbers, np.int64), name=name)
+    kind, shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(numbers)])
+    value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
 def define_function(
     name: str,
     body: Callable[..., Any],
