@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from sws_export.engines.gpu import load_driver
 from sws_export.errors import EngineError
-from sws_export.runtime.inputs import Array
+from sws_export.runtime.inputs import Array, Buffer, GpuTensor
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _OUT_OF_MEMORY = 2
@@ -42,6 +42,22 @@ class Device(Protocol):
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None: ...  # noqa: D102
     def synchronize(self, stream: int) -> None: ...  # noqa: D102
     def capture(self, stream: int, enqueue: Callable[[], None]) -> Callable[[], None]: ...  # noqa: D102
+
+
+def fill(gpu: Device, memory: Memory, array: Buffer, stream: int) -> None:
+    """Copy an array or a tensor on the GPU into device memory, asynchronously in `stream`."""
+    if isinstance(array, GpuTensor):
+        gpu.copy(memory.address, array.address, array.nbytes, stream)
+    else:
+        gpu.upload(memory, array, stream)
+
+
+def fetch(gpu: Device, array: Buffer, memory: Memory, stream: int) -> None:
+    """Copy device memory into an array or a tensor on the GPU, asynchronously in `stream`."""
+    if isinstance(array, GpuTensor):
+        gpu.copy(array.address, memory.address, array.nbytes, stream)
+    else:
+        gpu.download(array, memory, stream)
 
 
 class CudaDevice:

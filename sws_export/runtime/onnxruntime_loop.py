@@ -11,7 +11,7 @@ import numpy as np
 from sws_export.errors import EngineError
 from sws_export.runtime.backend import StateShapes
 from sws_export.runtime.contract import Contract
-from sws_export.runtime.cuda_device import Device, Memory
+from sws_export.runtime.cuda_device import Device, Memory, fetch, fill
 from sws_export.runtime.inputs import Array, Buffer, GpuTensor, numpy_dtype
 
 _GPU = "cuda"
@@ -147,17 +147,11 @@ class CapturedLoop(OnnxRuntimeLoop):
         if not self._buffers:
             self._bind_buffers(inputs, outputs)
         for name, array in inputs.items():
-            if isinstance(array, GpuTensor):
-                self._gpu.copy(self._buffers[name].address, array.address, array.nbytes, self._stream)
-            else:
-                self._gpu.upload(self._buffers[name], array, self._stream)
+            fill(self._gpu, self._buffers[name], array, self._stream)
         self._gpu.synchronize(self._stream)
         self._launch(self._graphs[self._current])
         for name, array in outputs.items():
-            if isinstance(array, GpuTensor):
-                self._gpu.copy(array.address, self._buffers[name].address, array.nbytes, self._stream)
-            else:
-                self._gpu.download(array, self._buffers[name], self._stream)
+            fetch(self._gpu, array, self._buffers[name], self._stream)
         self._gpu.synchronize(self._stream)
         self._current = 1 - self._current
 

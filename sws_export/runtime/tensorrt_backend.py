@@ -5,7 +5,7 @@ Not run on a GPU by this project's tests, which replace the library and the devi
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from sws_export.engines.header import plan_header
 from sws_export.errors import EngineError
 from sws_export.runtime.backend import StateShapes
 from sws_export.runtime.contract import Contract
-from sws_export.runtime.cuda_device import CudaDevice, Device, Memory
+from sws_export.runtime.cuda_device import CudaDevice, Device, Memory, fetch, fill
 from sws_export.runtime.inputs import Array, Buffer, GpuTensor
 from sws_export.runtime.integrity import FoundTensor, check_profiles, check_tensors
 from sws_export.runtime.profiles import narrowest_profile
@@ -205,16 +205,12 @@ class TensorRtLoop:
         self._gpu.activate()
         self._bind(inputs, outputs)
         for name, array in inputs.items():
-            if not isinstance(array, GpuTensor):
-                self._gpu.upload(self._buffers[name], array, self._stream)
-            elif self._cuda_graphs:
-                self._gpu.copy(self._buffers[name].address, array.address, array.nbytes, self._stream)
+            if not self._in_place(array):
+                fill(self._gpu, self._buffers[name], array, self._stream)
         self._launch()
         for name, array in outputs.items():
-            if not isinstance(array, GpuTensor):
-                self._gpu.download(array, self._buffers[name], self._stream)
-            elif self._cuda_graphs:
-                self._gpu.copy(array.address, self._buffers[name].address, array.nbytes, self._stream)
+            if not self._in_place(array):
+                fetch(self._gpu, array, self._buffers[name], self._stream)
         self._gpu.synchronize(self._stream)
         self._current = 1 - self._current
 
@@ -240,6 +236,10 @@ class TensorRtLoop:
         self._gpu.zero(memory, nbytes, self._stream)
         return memory
 
+    def _in_place(self, array: Buffer) -> TypeGuard[GpuTensor]:
+        """Whether the engine reads or writes it where it is."""
+        return isinstance(array, GpuTensor) and not self._cuda_graphs
+
     def _bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Set the shapes and addresses that changed; captured steps are dropped if a shape did.
 
@@ -255,7 +255,7 @@ class TensorRtLoop:
                 if name in inputs:
                     self._set_input_shape(name, array.shape)
                 self._shapes[name] = array.shape
-            if isinstance(array, GpuTensor) and not self._cuda_graphs:
+            if self._in_place(array):
                 address = array.address
             else:
                 if name not in self._buffers:
