@@ -69,10 +69,13 @@ types: $(VENV)/.installed
 lint-windows: $(VENV)/.installed
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
 
+# Most of what is installed is never imported: pip would compile it for a minute, on one processor.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,rtx,dev]'
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[cpu,rtx,dev]'
 	touch $@
 
 clean:
