@@ -1,4 +1,4 @@
-"""Remove products that only order nodes, for a runtime that does not compute nodes early."""
+"""Remove `Mul` nodes that only order others, for a runtime that does not compute nodes early."""
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, common
@@ -10,9 +10,10 @@ from graph_passes.static_values import first_input, known_number
 class RemoveOrdering(InPlacePass):
     """Replace `x * Clip(earlier, 1, 1)` by `x`: see `after` in functions/building.py.
 
-    What `earlier` is reduced from can be large. A product between two Casts, which round `x`, is removed too:
-    ONNX Runtime keeps a Cast to a type of less precision and the one back. Products whose shapes are not
-    known stay. Run it after `CleanGraph`, which makes the bounds initializers.
+    Such a `Mul` reads all of `x`, and the reduction that `earlier` comes from can read a large tensor. One
+    between two Casts, which round `x`, is removed too: ONNX Runtime keeps a Cast to a type of less precision
+    and the one back. One with an unknown shape stays, since `x` may be broadcast. Run it after `CleanGraph`,
+    which makes the bounds initializers.
     """
 
     def requires(self, model: ir.Model) -> None:
@@ -33,7 +34,7 @@ class RemoveOrdering(InPlacePass):
 
 
 def _only_orders(node: ir.Node) -> bool:
-    """Whether a node is a product of the shape of its first factor, and its second factor is always 1."""
+    """Whether a node is a `Mul` by a number that is always 1, and has the shape of its first factor."""
     if (node.domain, node.op_type) != ("", "Mul") or node.outputs[0].is_graph_output():
         return False
     value, one = node.inputs

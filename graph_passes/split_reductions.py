@@ -1,4 +1,4 @@
-"""Compute reductions of many elements to few in two stages, for a runtime with few threads for a result."""
+"""Rewrite reductions of many elements to few, for a runtime with few threads for each result."""
 
 import dataclasses
 import math
@@ -12,20 +12,22 @@ from graph_passes.functions.building import add_integers
 from graph_passes.static_values import first_input, known_integers
 
 MIN_ELEMENTS = 1024
-"""Elements of a result from which on it has two stages: of 1,024, an ArgMax took 71 µs on an H200."""
+"""Reductions of fewer elements to each result stay: an ArgMax of 1,024 took 71 µs on an H200."""
 MAX_RESULTS = 1024
-"""Results up to which they have two stages; 4,096 maxima of 256 elements took 19 µs there."""
+"""Reductions to more results stay: 4,096 maxima of 256 elements each took 19 µs there."""
 _SUMS = ("ReduceSum", "ReduceMean")
 
 
 class SplitReductions(InPlacePass):
-    """Reduce static shapes in two stages where each of a few results is that of many elements.
+    """Rewrite reductions of static shapes where each of a few results is that of many elements.
 
     ONNX Runtime's CUDA provider leaves reductions to cuDNN: the largest of 32,768 numbers took 240 µs on an
-    H200. Only for sums and means over the last axes it has a kernel of its own. So a sum or mean over others
-    gets a Transpose before it. A largest or smallest element is that of groups first, and then that of their
-    results. An ArgMax finds the group first, and then the place in it; the first of equal elements is the
-    first in the first group that has one.
+    H200. It has a kernel of its own for sums and means over the last axes.
+
+    * A sum or mean over other axes: a Transpose makes them the last ones.
+    * A largest or smallest element: first of each group of elements, then of the results of the groups.
+    * An ArgMax: first the group, then the place in it. The first of equal elements is the first one in the
+      first group that has one.
 
     Run it after `CleanGraph`, which makes axes initializers.
     """
@@ -84,7 +86,7 @@ class _Reduction:
         return [axis for axis in (*self.kept, *self.axes) if axis in wide] == wide
 
     def is_slow(self) -> bool:
-        """Whether two stages are faster."""
+        """Whether the nodes that replace it are faster."""
         if self.results > MAX_RESULTS or self.elements < MIN_ELEMENTS:
             return False
         return not self.trailing if self.operator in _SUMS else self.groups > 1
@@ -105,8 +107,8 @@ def _reduction(node: ir.Node) -> _Reduction | None:
     return _Reduction(node.op_type, sizes, sorted(axis % len(sizes) for axis in axes))
 
 
-class _Stages:
-    """Nodes that replace one; their constants are added to its graph."""
+class _Nodes:
+    """Nodes that replace a reduction; their constants are added to its graph."""
 
     def __init__(self, graph: ir.Graph, name: str) -> None:
         self.tape = ir.tape.Tape()
@@ -116,7 +118,7 @@ class _Stages:
     def add(self, operator: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
         """Append a node."""
         output = self.tape.op(operator, inputs, attributes)
-        output.name = f"{self._name}/stage_{len(self.tape.nodes)}"
+        output.name = f"{self._name}/reduction_{len(self.tape.nodes)}"
         return output
 
     def constant(self, numbers: Sequence[int]) -> ir.Value:
@@ -139,24 +141,24 @@ class _Stages:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, reduction: _Reduction) -> None:
-    """Replace a reduction by two stages."""
+    """Replace a reduction by faster nodes; see `SplitReductions`."""
     (taken,) = node.outputs
-    stages = _Stages(graph, str(taken.name))
+    nodes = _Nodes(graph, str(taken.name))
     x = first_input(node)
     if not reduction.trailing:
-        x = stages.add("Transpose", x, perm=[*reduction.kept, *reduction.axes])
+        x = nodes.add("Transpose", x, perm=[*reduction.kept, *reduction.axes])
     if reduction.operator in _SUMS:
-        x = stages.reshape(x, reduction.results, reduction.elements)
-        x = stages.reduce(reduction.operator, x, 1)
+        x = nodes.reshape(x, reduction.results, reduction.elements)
+        x = nodes.reduce(reduction.operator, x, 1)
     else:
         size = reduction.elements // reduction.groups
-        x = stages.reshape(x, reduction.results, reduction.groups, size)
+        x = nodes.reshape(x, reduction.results, reduction.groups, size)
         if reduction.operator == "ArgMax":
-            x = stages.argmax(x, size)
+            x = nodes.argmax(x, size)
         else:
-            x = stages.reduce(reduction.operator, stages.reduce(reduction.operator, x, 2), 1)
+            x = nodes.reduce(reduction.operator, nodes.reduce(reduction.operator, x, 2), 1)
     keeps = node.attributes.get_int("keepdims", 1)
     sizes = [1 if axis in reduction.axes else size for axis, size in enumerate(reduction.shape)]
-    output = stages.reshape(x, *(size for axis, size in enumerate(sizes) if keeps or axis in reduction.kept))
+    output = nodes.reshape(x, *(size for axis, size in enumerate(sizes) if keeps or axis in reduction.kept))
     output.name, output.type, output.shape = taken.name, taken.type, taken.shape
-    ir.convenience.replace_nodes_and_values(graph, node, [node], stages.tape.nodes, [taken], [output])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes.tape.nodes, [taken], [output])

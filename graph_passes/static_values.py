@@ -38,7 +38,7 @@ def known_number(value: ir.Value | None) -> float | None:
 
 
 def known_integers(value: ir.Value | None) -> list[int] | None:
-    """The numbers of a constant, in order; None if the value is none."""
+    """The numbers of a constant, in order; None for other values."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]
 
@@ -71,14 +71,12 @@ def is_zero(value: ir.Value | None) -> bool:
 def reshape_sizes(reshape: ir.Node) -> list[int | None]:
     """The sizes that a Reshape gives; None for those that are not constant."""
     shape = reshape.inputs[1]
-    tensor = ir.convenience.get_const_tensor(shape) if shape is not None else None
-    if tensor is not None:
-        return [int(size) for size in tensor.numpy().reshape(-1)]
+    if (constant := known_integers(shape)) is not None:
+        return [*constant]
     sizes: list[int | None] = []
     for part in concatenated(shape):
-        constant = ir.convenience.get_const_tensor(part) if part is not None else None
-        if constant is not None:
-            sizes += [int(size) for size in constant.numpy().reshape(-1)]
+        if (constant := known_integers(part)) is not None:
+            sizes += constant
             continue
         node = part.producer() if part is not None else None
         if node is not None and node.op_type == "Slice":

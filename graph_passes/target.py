@@ -26,11 +26,12 @@ class Target:
             The scale of a site's own attention is then a factor of its queries.
         slow_convolutions: Float32 convolutions with large kernels and few channels are slow; transports copy
             rows instead.
-        slow_reductions: Reductions of many elements to few are slow, and computed in two stages where all
-            sizes are known.
+        slow_reductions: Reductions of many elements to few are slow; split_reductions.py replaces those of
+            static shapes.
         slow_pads: Zeros are appended by Concat where all sizes are known.
-        computes_early: Nodes are computed as early as possible, and their results kept. Products by 1 order
-            them, see `after` in functions/building.py.
+        computes_early: Nodes are computed in an order of the runtime's own, possibly long before their
+            results are used. Those that would keep much memory are ordered by `after` of
+            functions/building.py.
         split_heads: The heads of a site's own attention are split by Reshape and Transpose nodes. ONNX
             Runtime takes longer to split them itself; TensorRT builds faster if it does.
         query_chunks: Attentions of many tokens are computed on one chunk of the query rows after another.

@@ -22,7 +22,7 @@ from benchmarks.gpu.parts import PARTS, Record, Work, in_child, run_parts, write
 from benchmarks.gpu.ptxas_report import as_table, parse_ptxas_log
 from benchmarks.gpu.sanitizer import found_nothing, sanitize
 from benchmarks.gpu.site_timings import time_site, time_state_update
-from benchmarks.gpu.sizes import FULL, SMALL, Site, Sizes, Sweep
+from benchmarks.gpu.sizes import FULL, SMALL, SiteGroup, Sizes, Sweep
 from benchmarks.gpu.summary import as_markdown, summarize
 from benchmarks.gpu.timing import copy_bandwidth, matmul_rate
 from benchmarks.gpu.unet_step import time_unet_steps
@@ -153,7 +153,7 @@ def default_out() -> Path:
     return Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu") / "gpu.json"
 
 
-def print_tables(results: dict[str, Any], sites: Sequence[Site], out: Path) -> None:
+def print_tables(results: dict[str, Any], sites: Sequence[SiteGroup], out: Path) -> None:
     """Print the tables and the goals, and add both to the results."""
     if not results.get("timings") or "device" not in results:
         return

@@ -18,7 +18,7 @@ from benchmarks.gpu.references import (
     plain_attention,
     rebalance_band,
 )
-from benchmarks.gpu.sizes import Site
+from benchmarks.gpu.sizes import SiteGroup
 from benchmarks.gpu.timing import Work, input_sets, time_graph
 
 RADIUS = 8
@@ -69,7 +69,7 @@ class SiteInputs:
     outputs: list[torch.Tensor]
 
 
-def make_site_inputs(kernels: Kernels, site: Site, device: str, dtype: torch.dtype) -> list[SiteInputs]:
+def make_site_inputs(kernels: Kernels, site: SiteGroup, device: str, dtype: torch.dtype) -> list[SiteInputs]:
     """Sets of the same values at different addresses."""
     weights = make_weights(site.batch, (site.side, site.side), RADIUS, device)
     q, k, k_perm, _ = make_guard_inputs(site.batch, site.tokens, site.channels, dtype, device, sharpness=2)
@@ -101,7 +101,7 @@ def _copy(value: Any) -> Any:
 
 def time_site(
     kernels: Kernels,
-    site: Site,
+    site: SiteGroup,
     device: str,
     dtype: torch.dtype = torch.float16,
     time: Timer = time_graph,
@@ -165,7 +165,7 @@ def with_values(scalars: SearchInputs, amplitude: float, budget: float) -> Searc
     return chosen
 
 
-def time_state_update(site: Site, device: str, time: Timer = time_graph) -> float:
+def time_state_update(site: SiteGroup, device: str, time: Timer = time_graph) -> float:
     """Microseconds of the new transport of a grid, once per step: blend and momentum."""
     shape = (site.side, site.side)
     gather = gather_kernel(RADIUS, device)

@@ -33,7 +33,7 @@ class Sweep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class SiteGroup:
     """Self-attention sites of one size in one UNet, on a square grid of side**2 tokens."""
 
     model: str
@@ -65,7 +65,7 @@ class Sizes:
     """Sizes of all parts of a run."""
 
     sweep: Sweep
-    sites: tuple[Site, ...]
+    sites: tuple[SiteGroup, ...]
     """Timed one by one; each grid of a model occurs once."""
     unets: dict[str, dict[str, Any]]
     """Arguments of diffusers' UNet2DConditionModel, by the model of the sites."""
@@ -122,12 +122,12 @@ FULL = Sizes(
         search_logits=(700.0, 3000.0),
     ),
     sites=(
-        Site("SD1.5", 64, 5, 8, 40),
-        Site("SD1.5", 32, 5, 8, 80),
-        Site("SD1.5", 16, 5, 8, 160),
-        Site("SD1.5", 8, 1, 8, 160),
-        Site("SDXL", 64, 10, 10, 64),
-        Site("SDXL", 32, 60, 20, 64),
+        SiteGroup("SD1.5", 64, 5, 8, 40),
+        SiteGroup("SD1.5", 32, 5, 8, 80),
+        SiteGroup("SD1.5", 16, 5, 8, 160),
+        SiteGroup("SD1.5", 8, 1, 8, 160),
+        SiteGroup("SDXL", 64, 10, 10, 64),
+        SiteGroup("SDXL", 32, 60, 20, 64),
     ),
     unets={"SD1.5": _SD15, "SDXL": _SDXL},
     copy_elements=2**28,
@@ -157,9 +157,9 @@ SMALL = Sizes(
         search_logits=(700.0,),
     ),
     sites=(
-        Site("SD1.5", 8, 5, 2, 8),
-        Site("SD1.5", 4, 1, 2, 16),
-        Site("SDXL", 8, 10, 2, 8),
+        SiteGroup("SD1.5", 8, 5, 2, 8),
+        SiteGroup("SD1.5", 4, 1, 2, 16),
+        SiteGroup("SDXL", 8, 10, 2, 8),
     ),
     unets={
         "SD1.5": _SD15 | _SMALL_UNET,

@@ -3,25 +3,25 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.gpu.sizes import Site
+from benchmarks.gpu.sizes import SiteGroup
 
 TRANSPORT_GOAL_MICROSECONDS = 40.0  # 64 x 64, batch 2, keys and values
 GUARD_GOAL = 1.3  # times one SDPA of the same site
 STEP_GOALS = {"SD1.5": 0.15, "SDXL": 0.18}  # of a whole plain step
 
 
-def band_flops(site: Site) -> float:
+def band_flops(site: SiteGroup) -> float:
     """Floating-point operations of the transport for keys and values."""
     return 2 * 145 * 2 * site.batch * site.tokens * site.channels
 
 
-def band_bytes(site: Site) -> float:
+def band_bytes(site: SiteGroup) -> float:
     """Lower bound of bytes moved: P once, keys and values in and out, 16 bit."""
     return 145 * 4 * site.batch * site.tokens + 4 * 2 * site.batch * site.tokens * site.channels
 
 
 def summarize(
-    sites: Sequence[Site],
+    sites: Sequence[SiteGroup],
     timings: list[dict[str, Any]],
     state_updates: dict[str, float],
     steps: dict[str, float | str],
@@ -51,7 +51,7 @@ def summarize(
     return {"sites": rows, "models": models, "goals": _goals(sites, rows, models, by_name)}
 
 
-def _summarize_site(site: Site, timing: dict[str, Any], bandwidth: float, rate: float) -> dict[str, Any]:
+def _summarize_site(site: SiteGroup, timing: dict[str, Any], bandwidth: float, rate: float) -> dict[str, Any]:
     bound = max(band_bytes(site) / bandwidth, band_flops(site) / rate) * 1e6
     return {
         "site": site.name,
@@ -70,7 +70,7 @@ def _added(timing: dict[str, Any]) -> float:
 
 def _summarize_model(
     model: str,
-    sites: Sequence[Site],
+    sites: Sequence[SiteGroup],
     by_name: dict[str, dict[str, Any]],
     state_updates: dict[str, float],
     step: float | str,
@@ -96,7 +96,7 @@ def _summarize_model(
 
 
 def _goals(
-    sites: Sequence[Site],
+    sites: Sequence[SiteGroup],
     rows: list[dict[str, Any]],
     models: list[dict[str, Any]],
     by_name: dict[str, dict[str, Any]],

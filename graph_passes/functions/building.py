@@ -170,8 +170,8 @@ def logit_factor(op: Op, tau_q: Any) -> Any:
 def after(op: Op, value: Any, earlier: Any, dtype: ir.DataType = ir.DataType.FLOAT) -> Any:
     """`value`, computed after `earlier`: it is multiplied by 1, which a runtime computes from `earlier`.
 
-    An engine computes tensors in an order of its own, and keeps them until they were used. Both values are
-    of `dtype`, and `earlier` is broadcast.
+    For targets with the trait `computes_early`: an engine would otherwise compute `value` early and keep it
+    until it is used. Both values are of `dtype`, and `earlier` is broadcast.
     """
     one = op.Constant(value=ir.tensor(np.array(1, dtype.numpy()), name="one"))
     return op.Mul(value, op.Clip(earlier, one, one))

@@ -1,4 +1,4 @@
-"""Products that only order nodes are removed, and what they were computed from."""
+"""`Mul` nodes that only order others are removed, and what they were computed from."""
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +15,15 @@ from tests.graph_passes.small_models import op_counts
 FLOAT = ir.DataType.FLOAT
 
 
-def ordered(low: float = 1.0, high: float = 1.0, shape: tuple[int, ...] = (2, 4, 3)) -> ir.Model:
-    """-x, multiplied by the largest of `earlier` that is clipped."""
+def ordered(
+    low: float = 1.0,
+    high: float = 1.0,
+    shape: tuple[int | None, ...] = (2, 4, 3),
+    product_shape: tuple[int | None, ...] = (2, 4, 3),
+    *,
+    is_output: bool = False,
+) -> ir.Model:
+    """-x, multiplied by the largest of `earlier` that is clipped; the product may be an output itself."""
     names = {"x": shape, "earlier": (2, 4, 3)}
     x, earlier = (
         ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(sizes)) for name, sizes in names.items()
@@ -28,12 +35,18 @@ def ordered(low: float = 1.0, high: float = 1.0, shape: tuple[int, ...] = (2, 4,
     largest = ir.node("ReduceMax", [earlier], {"keepdims": 1})
     clipped = ir.node("Clip", [*largest.outputs, *bounds])
     product = ir.node("Mul", [x, *clipped.outputs])
-    product.outputs[0].shape = ir.Shape(np.broadcast_shapes(shape, (1, 1, 1)))
+    product.outputs[0].shape = ir.Shape(product_shape)
+    product.outputs[0].name, product.outputs[0].type = "product", x.type
     negative = ir.node("Neg", product.outputs)
     negative.outputs[0].name, negative.outputs[0].type = "y", x.type
     nodes = [largest, clipped, product, negative]
     graph = ir.Graph(
-        [x, earlier], negative.outputs, nodes=nodes, initializers=bounds, opset_imports={"": 23}, name="g"
+        [x, earlier],
+        [*negative.outputs, *(product.outputs if is_output else [])],
+        nodes=nodes,
+        initializers=bounds,
+        opset_imports={"": 23},
+        name="g",
     )
     return ir.Model(graph, ir_version=10)
 
@@ -48,9 +61,18 @@ def test_a_product_by_one_is_removed(run_onnx: RunOnnx) -> None:
     assert not RemoveOrdering()(model).modified
 
 
-@pytest.mark.parametrize("model", [ordered(low=0.0), ordered(high=2.0), ordered(shape=(3,))])
+@pytest.mark.parametrize(
+    "model",
+    [
+        ordered(low=0.0),
+        ordered(high=2.0),
+        ordered(shape=(3,), product_shape=(1, 1, 3)),
+        ordered(shape=(None, 4, 3), product_shape=(None, 4, 3)),  # the two unknown sizes can differ
+        ordered(is_output=True),
+    ],
+)
 def test_other_products_stay(model: ir.Model) -> None:
-    """Of a number that can differ from 1, and one that has another shape than its first factor."""
+    """Of a number that can differ from 1, of another shape than the first factor, and outputs."""
     assert not RemoveOrdering()(model).modified
 
 

@@ -28,7 +28,7 @@ from benchmarks.gpu.references import (
     plain_attention,
     rebalance_band,
 )
-from benchmarks.gpu.sizes import FULL, SMALL, Site
+from benchmarks.gpu.sizes import FULL, SMALL, SiteGroup
 from benchmarks.gpu.summary import as_markdown, summarize
 from benchmarks.gpu.timing import input_sets
 from sws_export import export
@@ -246,7 +246,7 @@ def set_cache(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
 
 
-def fill_with_three_sets(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def fill_with_three_sets(site: SiteGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU whose cache, twice over, is filled by three sets of the float16 inputs of a site."""
     set_cache(3 * 3 * site.batch * site.tokens * site.channels * 2 // 2, monkeypatch)
 

@@ -134,7 +134,7 @@ def test_the_float32_copy_has_bfloat16_weights_only(shapes_model: ShapesModel) -
 
 
 def test_a_graph_for_the_cuda_provider(shapes_model: ShapesModel) -> None:
-    """It stores no product of all tokens, on a grid that is not square, and has nothing slow."""
+    """On a grid that is not square: no stored product of all tokens, and no node that the passes replace."""
     model, sizes = shapes_model("fp16"), {"height": 96, "width": 72, "batch": 2}
     guard, target = GuardOptions("fused"), TARGETS["onnxruntime-cuda"]
     rewrite(model, SwsParameters(), SITES, guard, target, SilentProgress(), sizes=sizes)
