@@ -52,7 +52,7 @@ class EngineReport:
     size: int
     """Size of the serialized engine in bytes."""
     seconds: float
-    """Wall time from the start of the child process to the complete engine."""
+    """Wall time from the check of the graph to the complete engine."""
     parse_seconds: float
     build_seconds: float
     peak_memory: int

@@ -68,12 +68,12 @@ class Contract:
 
     @property
     def static_sizes(self) -> dict[str, int]:
-        """Those of batch, height and width (latent) and tokens that are static in the graph."""
+        """The static ones of batch, height and width (of the latent) and tokens."""
         return {name: size for name, size in self._sizes().items() if isinstance(size, int)}
 
     @property
     def dynamic_sizes(self) -> list[str]:
-        """The names of the others that the graph has."""
+        """The names of the dynamic ones of batch, height, width and tokens."""
         return [name for name, size in self._sizes().items() if isinstance(size, str)]
 
     def _sizes(self) -> dict[str, int | str]:

@@ -79,8 +79,8 @@ class CudaDevice:
             self._call("cuDeviceGet", ctypes.byref(device), 0)
         except (OSError, EngineError) as error:
             raise EngineError(
-                f"this needs an NVIDIA GPU with its driver, and none was found ({error}); check with "
-                "nvidia-smi, or load an .onnx graph on the CPU; --keep-onnx writes that of an engine"
+                f"engines and CUDA graphs need an NVIDIA GPU with its driver, and none was found ({error}): "
+                "check with nvidia-smi, or load an .onnx graph on the CPU (an engine's: --keep-onnx)"
             ) from error
         major, minor = (self._attribute(device, code) for code in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR))
         self.capability = f"{major}.{minor}"

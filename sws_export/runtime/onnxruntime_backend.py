@@ -31,7 +31,8 @@ class OnnxRuntimeBackend:
 
         Args:
             contract: Of the graph.
-            provider: None is `cuda` if ONNX Runtime has this provider and it can start, otherwise `cpu`.
+            provider: None is `cuda` with CUDA graphs, or if ONNX Runtime has this provider and it can start;
+                otherwise `cpu`.
             threads: Threads of one operator on the CPU; None is ONNX Runtime's default.
             cuda_graphs: Capture the step of each stream as two CUDA graphs.
 

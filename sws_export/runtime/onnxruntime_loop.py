@@ -3,7 +3,7 @@
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -29,7 +29,7 @@ class OnnxRuntimeLoop:
     def __init__(self, session: Any, contract: Contract, device: str, states: StateShapes) -> None:
         from onnxruntime import OrtValue
 
-        self._device = _GPU if device == "cuda" else device
+        self._device = device
         self._session = session
         self._sets = tuple(
             {
@@ -77,7 +77,7 @@ class OnnxRuntimeLoop:
 
 
 class CaptureThread:
-    """The thread that does all GPU work of a session whose steps are captured.
+    """The thread that runs all steps of a session whose steps are captured, and reads and writes its states.
 
     ONNX Runtime keeps CUDA graphs for each thread, and fails to capture one while another thread of the
     process allocates or frees GPU memory.
@@ -98,8 +98,13 @@ class CaptureThread:
     def call(
         self, work: Callable[_Arguments, _Result], *arguments: _Arguments.args, **named: _Arguments.kwargs
     ) -> _Result:
-        """The result of `work`, done in the thread."""
-        return self._thread.submit(work, *arguments, **named).result()
+        """The result of `work`, done in the thread; also after an interrupt the work is complete."""
+        future = self._thread.submit(work, *arguments, **named)
+        try:
+            return future.result()
+        finally:
+            # Work that goes on would write to buffers that an interrupted caller has freed.
+            wait([future])
 
     def free_later(self, owner: object, buffers: dict[str, Memory]) -> None:
         """Free the memory in `buffers` in the thread, when `owner` is gone."""
@@ -113,7 +118,7 @@ class CaptureThread:
 
 
 class CapturedLoop(OnnxRuntimeLoop):
-    """The steps from A to B and from B to A as CUDA graphs, for a graph with static sizes.
+    """The steps from A to B and from B to A as CUDA graphs, for a graph with static shapes.
 
     A CUDA graph contains the addresses of its buffers. So inputs and outputs have buffers on the GPU, from
     and to which arrays and tensors are copied. ONNX Runtime keeps what it captured until the session ends.
@@ -133,6 +138,7 @@ class CapturedLoop(OnnxRuntimeLoop):
     def run(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Run one step; see `Loop`."""
         self._thread.call(self._run, inputs, outputs)
+        self._current = 1 - self._current
 
     def read(self, name: str) -> Array:
         """A copy of a state; see `Loop`."""
@@ -153,7 +159,6 @@ class CapturedLoop(OnnxRuntimeLoop):
         for name, array in outputs.items():
             fetch(self._gpu, array, self._buffers[name], self._stream)
         self._gpu.synchronize(self._stream)
-        self._current = 1 - self._current
 
     def _bind_buffers(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         """Allocate buffers for inputs and outputs and bind them to both directions."""

@@ -47,7 +47,8 @@ def create_session(
     Args:
         runtime: The module `onnxruntime`.
         contract: Of the graph.
-        provider: None is `cuda` if ONNX Runtime has this provider and it can start, otherwise `cpu`.
+        provider: None is `cuda` with CUDA graphs, or if ONNX Runtime has this provider and it can start;
+            otherwise `cpu`.
         options: The `SessionOptions`.
         cuda_graphs: The provider captures steps.
 
@@ -57,7 +58,7 @@ def create_session(
         Exception: ONNX Runtime cannot load the graph; its exceptions share no base class.
     """
     available = runtime.get_available_providers()
-    chosen = provider or ("cuda" if PROVIDERS["cuda"].name in available else "cpu")
+    chosen = provider or ("cuda" if cuda_graphs or PROVIDERS["cuda"].name in available else "cpu")
     providers: list[Any] | None = [PROVIDERS[chosen].name]
     if cuda_graphs:
         _check_capture(contract, chosen)
@@ -88,19 +89,20 @@ def _check_capture(contract: Contract, provider: ProviderName) -> None:
     """Raises if the steps of a graph cannot be captured."""
     if provider != "cuda":
         raise OptionError(
-            f"cuda_graphs=True is for engines and for provider='cuda', found '{provider}'; leave it out"
+            f"{contract.path}: cuda_graphs=True is for engines and for provider='cuda', found '{provider}'; "
+            "leave one of them out"
         )
     target = contract.manifest["target"]
     if target != "onnxruntime-cuda":
         raise EngineError(
-            f"{contract.path} was exported for {target}, whose steps CUDA graphs cannot hold; export it "
-            "again with --backend onnxruntime-cuda, or load it without cuda_graphs"
+            f"{contract.path} was exported for {target}, and cuda_graphs=True expects onnxruntime-cuda; "
+            "export it again with --backend onnxruntime-cuda, or load it without cuda_graphs"
         )
-    # ONNX Runtime computes with dynamic sizes on the CPU, which a CUDA graph does not contain.
+    # ONNX Runtime computes dynamic shapes on the CPU, which a CUDA graph does not contain.
     if dynamic := contract.dynamic_sizes:
         options = " ".join(f"--{name} N" for name in dynamic)
         raise EngineError(
-            f"{contract.path} has dynamic sizes ({', '.join(dynamic)}), and CUDA graphs need static ones; "
+            f"{contract.path} has dynamic shapes ({', '.join(dynamic)}), and CUDA graphs need static ones; "
             f"export it again with {options}, or load it without cuda_graphs"
         )
 

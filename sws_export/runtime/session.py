@@ -295,7 +295,8 @@ def _indices(samples: Iterable[int], batch: int) -> list[int]:
 class Session(Stream):
     """A loaded artefact, and its first stream; `stream` makes further streams over the same weights.
 
-    Any thread may use any stream. Streams run concurrently; calls on one stream run one after the other.
+    Any thread may use any stream. Streams run concurrently, except with CUDA graphs in ONNX Runtime; calls on
+    one stream run one after the other.
     """
 
     @classmethod
@@ -319,9 +320,10 @@ class Session(Stream):
             provider: Execution provider of ONNX Runtime for an `.onnx` graph: `cpu`, `cuda` or
                 `tensorrt-rtx`; None is that of `device`. `tensorrt-rtx` needs a graph exported with
                 `--backend tensorrt-rtx`.
-            threads: Threads of one operator in ONNX Runtime; None is ONNX Runtime's default.
+            threads: Threads of one operator in ONNX Runtime, for an `.onnx` graph; None is its default.
             cuda_graphs: Capture the step as two CUDA graphs, one for each buffer of the state: of an engine,
-                or of a graph exported with `--backend onnxruntime-cuda`.
+                or of a graph with static shapes that was exported with `--backend onnxruntime-cuda`, which
+                then runs with the provider `cuda`.
             engine_host_code_allowed: TensorRT engines only: run the host code that an engine contains if
                 plugins are serialized into it or it is version-compatible. It is native code with the rights
                 of this process: allow it only for engines whose origin you trust.
@@ -330,9 +332,11 @@ class Session(Stream):
             pad: Pad latents to the next size that the UNet takes and crop the prediction; see `step`.
 
         Raises:
-            OptionError: The device or provider is unknown, or the artefact cannot run on it.
+            OptionError: The device or provider is unknown, the artefact cannot run on it, or an option has no
+                effect with it.
             EngineError: The artefact or its manifest is missing or damaged, they do not belong together, or
-                the artefact is for another library version or GPU; or the library or driver is not installed.
+                the artefact is for another library version or GPU; its steps cannot be captured; or the
+                library or driver is not installed.
         """
         if device not in (None, "cpu", "cuda"):
             raise OptionError(f"device '{device}' is unknown; use 'cpu' or 'cuda'")
@@ -344,7 +348,7 @@ class Session(Stream):
                 contract, _provider(device, provider), threads, cuda_graphs=cuda_graphs
             )
             return cls(contract, backend, pad=pad)
-        _check_engine_options(contract, device, provider)
+        _check_engine_options(contract, device, provider, threads)
         from sws_export.runtime.tensorrt_backend import open_tensorrt
 
         return cls(
@@ -385,12 +389,15 @@ def _provider(device: str | None, provider: str | None) -> ProviderName | None:
     return chosen
 
 
-def _check_engine_options(contract: Contract, device: str | None, provider: str | None) -> None:
-    if provider is not None:
-        raise OptionError(
-            f"provider '{provider}' is for .onnx graphs; {contract.path} is an engine, which runs in "
-            f"{contract.backend}: leave it out"
-        )
+def _check_engine_options(
+    contract: Contract, device: str | None, provider: str | None, threads: int | None
+) -> None:
+    for name, value in {"provider": provider, "threads": threads}.items():
+        if value is not None:
+            raise OptionError(
+                f"{name}={value!r} is for .onnx graphs; {contract.path} is an engine, which runs in "
+                f"{contract.backend}: leave it out"
+            )
     if device == "cpu":
         raise OptionError(
             f"{contract.path} is an engine, which runs on a GPU only; on the CPU load the .onnx graph, which "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -34,6 +35,8 @@ class OneThread(HostDevice):
         super().__init__()
         self.threads: set[str] = set()
         self.fails = False
+        self.interrupts = False
+        self.is_done = threading.Event()
 
     def note(self) -> None:
         self.threads.add(threading.current_thread().name)
@@ -51,7 +54,11 @@ class OneThread(HostDevice):
     def download(self, array: Any, memory: Memory, stream: int) -> None:
         if self.fails:
             raise EngineError("the driver failed")
+        if self.interrupts:
+            self.is_done.clear()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         super().download(array, memory, stream)
+        self.is_done.set()
 
 
 class Backend:
@@ -138,6 +145,19 @@ def test_a_step_whose_prediction_cannot_be_read(
         np.testing.assert_array_equal(values, before[name])
 
 
+def test_an_interrupted_step(sws_graph: Path, backend: Backend, inputs: MakeInputs) -> None:
+    """It is complete when the interrupt arrives at the caller, and leaves the state unchanged."""
+    stream = Stream(read_contract(sws_graph), backend)
+    stream.step(**inputs(0))
+    before = stream.state()
+    backend.gpu.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        stream.step(**inputs(1))
+    assert backend.gpu.is_done.is_set()
+    for name, values in stream.state().items():
+        np.testing.assert_array_equal(values, before[name])
+
+
 def test_a_state_is_read_and_written(sws_graph: Path, backend: Backend, inputs: MakeInputs) -> None:
     stream = Stream(read_contract(sws_graph), backend)
     stream.step(**inputs(0))
@@ -149,29 +169,59 @@ def test_a_state_is_read_and_written(sws_graph: Path, backend: Backend, inputs: 
 
 def test_a_provider_that_captures_nothing(sws_graph: Path) -> None:
     with pytest.raises(
-        OptionError, match="cuda_graphs=True is for engines and for provider='cuda', found 'cpu'"
+        OptionError, match=r"\.onnx: cuda_graphs=True is for engines and for provider='cuda', found 'cpu'"
     ):
         Session.load(sws_graph, provider="cpu", cuda_graphs=True)
 
 
+def captured_contract(graph: Path, *, static: bool) -> Contract:
+    """That of a graph as if it was exported for CUDA graphs, also with static shapes."""
+    found = read_contract(graph)
+    inputs = found.inputs
+    if static:
+        inputs = tuple(
+            dataclasses.replace(spec, shape=tuple(8 if isinstance(n, str) else n for n in spec.shape))
+            for spec in inputs
+        )
+    manifest = {**found.manifest, "target": "onnxruntime-cuda"}
+    return dataclasses.replace(found, inputs=inputs, manifest=manifest)
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime says that it has the CUDA provider."""
+    """ONNX Runtime lists the CUDA provider."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_graph_of_another_target(sws_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+@pytest.mark.parametrize("provider", ["cuda", None])
+def test_a_graph_of_another_target(sws_graph: Path, provider: str | None) -> None:
     with pytest.raises(
         EngineError, match=r"was exported for onnxruntime, .* with --backend onnxruntime-cuda"
     ):
-        Session.load(sws_graph, provider="cuda", cuda_graphs=True)
+        Session.load(sws_graph, provider=provider, cuda_graphs=True)
+
+
+def test_no_cuda_provider(sws_graph: Path) -> None:
+    """CUDA graphs are asked for without a provider."""
+    contract = captured_contract(sws_graph, static=True)
+    with pytest.raises(EngineError, match=r"has no CUDA provider here; install it with: .*\[gpu\]"):
+        OnnxRuntimeBackend(contract, None, None, cuda_graphs=True)
 
 
 @pytest.mark.usefixtures("cuda")
-def test_dynamic_sizes(sws_graph: Path) -> None:
-    found = read_contract(sws_graph)
-    contract = dataclasses.replace(found, manifest={**found.manifest, "target": "onnxruntime-cuda"})
-    with pytest.raises(EngineError, match=r"dynamic sizes \(batch, height, .* with --batch N --height N"):
+def test_a_graph_that_onnxruntime_cannot_capture(sws_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reject(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", reject)
+    contract = captured_contract(sws_graph, static=True)
+    with pytest.raises(EngineError, match=r"cannot capture the steps of .*\.onnx as CUDA graphs; load it"):
+        OnnxRuntimeBackend(contract, None, None, cuda_graphs=True)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_dynamic_shapes(sws_graph: Path) -> None:
+    contract = captured_contract(sws_graph, static=False)
+    with pytest.raises(EngineError, match=r"dynamic shapes \(batch, height, .* with --batch N --height N"):
         OnnxRuntimeBackend(contract, "cuda", None, cuda_graphs=True)

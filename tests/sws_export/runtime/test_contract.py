@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -199,15 +200,22 @@ def test_an_engine_of_another_target(plan_of: Callable[[str], Path]) -> None:
 def test_engines_do_not_run_on_the_cpu(plan_of: Callable[[str], Path]) -> None:
     with pytest.raises(OptionError, match=r"runs on a GPU only; on the CPU load the \.onnx graph"):
         Session.load(plan_of("tensorrt-rtx"), device="cpu")
-    with pytest.raises(OptionError, match=r"provider 'cuda' is for \.onnx graphs; .* runs in tensorrt-rtx"):
-        Session.load(plan_of("tensorrt-rtx"), provider="cuda")
+
+
+@pytest.mark.parametrize("option", [{"provider": "cuda"}, {"threads": 2}])
+def test_options_of_graphs_are_rejected_for_engines(
+    plan_of: Callable[[str], Path], option: dict[str, Any]
+) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(OptionError, match=rf"{name}={value!r} is for \.onnx graphs; .* runs in tensorrt-rtx"):
+        Session.load(plan_of("tensorrt-rtx"), **option)
 
 
 def test_engines_need_a_driver(plan_of: Callable[[str], Path]) -> None:
     if gpu_count():
         pytest.skip("this machine has a GPU")
     pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(EngineError, match=r"needs an NVIDIA GPU with its driver, and none was found.*\.onnx"):
+    with pytest.raises(EngineError, match=r"need an NVIDIA GPU with its driver, and none was found.*\.onnx"):
         Session.load(plan_of("tensorrt-rtx"))
 
 
