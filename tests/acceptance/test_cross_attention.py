@@ -106,7 +106,9 @@ def case(
     )
 
 
-every_case = pytest.mark.parametrize("case", ["trained", *SMALL_UNETS], indirect=True)
+every_case = pytest.mark.parametrize(
+    "case", ["trained", pytest.param("sd15", marks=pytest.mark.slow), "sdxl"], indirect=True
+)
 trained = pytest.mark.parametrize("case", ["trained"], indirect=True)
 
 

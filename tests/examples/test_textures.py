@@ -177,6 +177,7 @@ def test_self_attention_sits_on_two_grids_of_256_tokens_or_more(pipeline: Textur
     assert {site.inner_dim // site.heads for site in sites.values()} == {32}
 
 
+@pytest.mark.slow
 # diffusers 0.42 turns a tensor into an array in a way that numpy 2 deprecates.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_samples_obey_their_prompts(pipeline: TexturesPipeline) -> None:

@@ -359,7 +359,15 @@ def test_non_finite_keys_mix_nothing(harness: Harness, path: str) -> None:
     assert result.alpha_k[0] > 0
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "tensor core, two stages",
+        "tensor core, shared rows",
+        pytest.param("tensor core, one stage", marks=pytest.mark.slow),
+        pytest.param("scalar", marks=pytest.mark.slow),
+    ],
+)
 def test_sanitizers_find_nothing(sanitized_harness: Harness, path: str) -> None:
     case = make_case(tokens=70, kappa=1e-3, sharpness=2)
 

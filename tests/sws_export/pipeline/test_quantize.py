@@ -233,9 +233,9 @@ NODE: dict[str, Any] = {"preset": "comfyui-node", "guard": None, "u": "sigma", "
     "changes",
     [
         PLAIN | {"precision": "fp16"},
-        NODE,
+        pytest.param(NODE, marks=pytest.mark.slow),
         NODE | ACTIVATIONS,
-        {"backend": "tensorrt-rtx", "weights": "fp8"},
+        pytest.param({"backend": "tensorrt-rtx", "weights": "fp8"}, marks=pytest.mark.slow),
         {"backend": "tensorrt-rtx", "weights": None, "activations": "fp8", "precision": "fp16"},
         ACTIVATIONS | {"backend": "tensorrt"},
     ],

@@ -166,7 +166,7 @@ def test_the_manifest_has_both_grids(session: Session) -> None:
 
 
 @pytest.mark.usefixtures("quick_trace")
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_low_precision(random_unet: Path, tmp_path: Path, precision: Any) -> None:
     """Validated against the reference; bfloat16 through its float32 copy."""
     from sws_export import ExportOptions, SourceOptions, SwsOptions, export
