@@ -4,10 +4,10 @@
     python -m benchmarks.gpu.onnxruntime_cuda run FOLDER --out gpu.json    on the GPU
 
 `pack` exports the graphs for `onnxruntime-cuda` in float16 and batch 2, without the weights of the model but
-with all other initializers. `run` needs onnxruntime-gpu, onnx and torch: it fills the
-weights with random numbers, so that a few MB are enough to carry. It writes the median time of a step, the
-GPU memory, where nodes ran, the GPU time of each type of operator, and the difference from the CPU provider.
-The time of each node goes to a file beside it, `NAME-FORM-nodes.json`.
+with all other initializers. `run` needs onnxruntime-gpu, onnx and torch: it fills the weights with random
+numbers, so that a few MB are enough to carry. It writes the median time of a step, the GPU memory, where
+nodes ran, the GPU time of each type of operator, and the difference from the CPU provider. The time of each
+node goes to a file beside it, `NAME-FORM-nodes.json`.
 """
 
 import argparse

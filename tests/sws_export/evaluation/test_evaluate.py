@@ -134,7 +134,9 @@ def test_an_interrupted_run_continues(
     assert drawn(log) == ["a dog"]
     assert "1 of 2 pairs are read back" in log
     first = (tmp_path / "results" / "evaluation.json").read_bytes()
-    # Nothing is left to draw but a damaged file.
+    # Nothing is left to draw, and a damaged file is drawn again.
+    assert main(command) == 0
+    assert drawn(capsys.readouterr().err) == []
     damaged = sorted((tmp_path / "results" / "pairs").iterdir())[0]
     damaged.write_bytes(damaged.read_bytes()[:100])
     assert main(command) == 0
