@@ -15,7 +15,7 @@ from graph_passes.errors import GraphError
 from graph_passes.find_projection_inputs import ProjectionInputs, find_projection_inputs
 from graph_passes.find_sites import Site
 from graph_passes.functions import DOMAIN, build_comfyui_node_functions
-from graph_passes.functions.building import add_function
+from graph_passes.functions.building import add_function, add_initializer
 from graph_passes.grids import TEXT
 from graph_passes.insert_sws import CALLS, add_input, sides, state_pair
 from graph_passes.parameters import SwsParameters
@@ -214,12 +214,7 @@ class _Insertion:
         return self._constant(f"sws/basis_{text_width}_{width}", array)
 
     def _constant(self, name: str, array: npt.NDArray[np.float32]) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(
-            name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(array.shape), const_value=tensor
-        )
-        self.graph.register_initializer(value)
-        return value
+        return add_initializer(self.graph, ir.tensor(array, name=name))
 
     def _call(
         self,

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.find_layers import Layer, find_layers
+from graph_passes.functions.building import add_initializer
 from graph_passes.plain_graph import require_plain
 from graph_passes.quantize_weights import FORMATS
 from graph_passes.weight_formats import WeightFormat
@@ -58,11 +59,9 @@ class InsertQdq(InPlacePass):
         target, name = FORMATS[self.activations], f"{value.name}/quantized"
         scale = activation_scale(largest, self.activations, value.dtype)
         constants = [
-            ir.val(f"{name}_scale", const_value=ir.Tensor(scale, name=f"{name}_scale")),
-            ir.val(f"{name}_zero", const_value=_zero(target.dtype, f"{name}_zero")),
+            add_initializer(graph, ir.Tensor(scale, name=f"{name}_scale")),
+            add_initializer(graph, _zero(target.dtype, f"{name}_zero")),
         ]
-        for constant in constants:
-            graph.register_initializer(constant)
         quantize = ir.node("QuantizeLinear", [value, *constants], name=f"{name}/QuantizeLinear")
         restore = ir.node(
             "DequantizeLinear", [quantize.outputs[0], *constants], name=f"{name}/DequantizeLinear"

@@ -4,6 +4,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.conditions import require_initializers
+from graph_passes.functions.building import add_initializer
 
 _BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div", "Max", "Min", "Greater", "Less", "Where"})
 
@@ -47,8 +48,5 @@ def _raised(graph: ir.Graph, value: ir.Value | None, rank: int) -> ir.Value | No
         return None
     name = f"{value.name}/rank_{rank}"
     if name not in graph.initializers:
-        shape = [1] * rank
-        raised = ir.Value(name=name, type=value.type, shape=ir.Shape(shape))
-        raised.const_value = ir.tensor(tensor.numpy().reshape(shape), name=name)
-        graph.register_initializer(raised)
+        add_initializer(graph, ir.tensor(tensor.numpy().reshape([1] * rank), name=name))
     return graph.initializers[name]

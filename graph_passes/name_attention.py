@@ -8,7 +8,7 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 from graph_passes.conditions import require_lowered
 from graph_passes.functions import DOMAIN
-from graph_passes.functions.building import OPSET
+from graph_passes.functions.building import OPSET, add_initializer
 
 OPERATOR = "TRT_Attention"
 
@@ -81,9 +81,9 @@ def _replace(graph: ir.Graph, node: ir.Node, scale: float) -> None:
         assert query is not None
         assert query.dtype is not None
         name = f"{node.outputs[0].name}/scale"
-        factor = ir.Value(name=name, type=query.type, shape=ir.Shape([1, 1, 1, 1]))
-        factor.const_value = ir.tensor(np.full((1, 1, 1, 1), scale, query.dtype.numpy()), name=name)
-        graph.register_initializer(factor)
+        factor = add_initializer(
+            graph, ir.tensor(np.full((1, 1, 1, 1), scale, query.dtype.numpy()), name=name)
+        )
         new.append(ir.node("Mul", [query, factor], name=f"{node.name}/scaled_query"))
         (scaled,) = new[0].outputs
         scaled.name, scaled.type, scaled.shape = (

@@ -10,6 +10,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from graph_passes.errors import GraphError
 from graph_passes.find_layers import Layer, SkippedLayer, find_layers
+from graph_passes.functions.building import add_initializer
 from graph_passes.plain_graph import require_plain
 from graph_passes.weight_formats import WeightFormat
 
@@ -90,7 +91,7 @@ def _quantize(graph: ir.Graph, layer: Layer, weights: WeightFormat) -> None:
     original, name = layer.weight, str(layer.weight.name)
     assert original.const_value is not None
     values, scales = (
-        ir.val(tensor.name, const_value=tensor)
+        add_initializer(graph, tensor)
         for tensor in _quantized_tensors(name, original.const_value, layer.axis, weights)
     )
     node = ir.node(
@@ -103,8 +104,6 @@ def _quantize(graph: ir.Graph, layer: Layer, weights: WeightFormat) -> None:
     original.replace_all_uses_with(restored)
     graph.insert_before(first, node)
     del graph.initializers[name]
-    for value in (values, scales):
-        graph.register_initializer(value)
 
 
 def _quantized_tensors(

@@ -24,13 +24,16 @@ def add_function(model: ir.Model, function: ir.Function) -> None:
     model.functions[function.identifier()] = function
 
 
-def add_integers(graph: ir.Graph, name: str, numbers: Sequence[int]) -> ir.Value:
-    """Add an initializer [N] int64."""
-    tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-    kind, shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(numbers)])
-    value = ir.Value(name=name, type=kind, shape=shape, const_value=tensor)
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Add an initializer with the name of its tensor."""
+    value = ir.val(tensor.name, const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def add_integers(graph: ir.Graph, name: str, numbers: Sequence[int]) -> ir.Value:
+    """Add an initializer [N] int64."""
+    return add_initializer(graph, ir.tensor(np.array(numbers, np.int64), name=name))
 
 
 def define_function(
